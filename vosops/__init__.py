@@ -1,0 +1,1 @@
+"""vosops: fused, memory-efficient, differentiable operators for video object segmentation."""
