@@ -1,0 +1,102 @@
+"""Argument checks shared by every op: each error names the argument, what it must be and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def check_tensor(name: str, value: object, shape: Sequence[str | int]) -> None:
+    """Raise TypeError unless `value` is a tensor, ValueError unless it has the named `shape`.
+
+    An int in `shape` is a required size; a string names a free size.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    matches = value.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
+    if not matches:
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Raise TypeError unless `value` has a floating dtype that the ops compute in."""
+    if value.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
+
+
+def check_same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raise ValueError unless both tensors live on one device."""
+    if value.device != reference.device:
+        raise ValueError(
+            f"{name} must be on the device of {reference_name} ({reference.device}), got {value.device}"
+        )
+
+
+def check_positive_int(name: str, value: object, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`; raise TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_embeddings(query: Tensor, key: Tensor, key_shape: Sequence[str | int]) -> None:
+    """Check the pair (query, key) of a matching op: floating, one dtype, one device."""
+    check_tensor("query", query, ("N", "C", "H", "W"))
+    check_tensor("key", key, key_shape)
+    for name, value in (("query", query), ("key", key)):
+        check_floating(name, value)
+    if query.dtype != key.dtype:
+        raise TypeError(f"key must have the dtype of query ({query.dtype}), got {key.dtype}")
+    check_same_device("key", key, "query", query)
+    if query.shape[1] == 0:
+        raise ValueError("query and key must have at least one channel, got C = 0")
+
+
+def check_query_mask(query_mask: Tensor | None, query: Tensor) -> None:
+    """Check the optional mask of the query pixels that are wanted: bool (N,H,W)."""
+    if query_mask is None:
+        return
+    check_tensor("query_mask", query_mask, (query.shape[0], query.shape[2], query.shape[3]))
+    if query_mask.dtype != torch.bool:
+        raise TypeError(f"query_mask must be bool, got {query_mask.dtype}")
+    check_same_device("query_mask", query_mask, "query", query)
+
+
+def check_bias(bias: Tensor | None, num_objects: int, query: Tensor) -> None:
+    """Check the optional learnable bias of a matching op: floating (O,)."""
+    if bias is None:
+        return
+    check_tensor("bias", bias, (num_objects,))
+    check_floating("bias", bias)
+    check_same_device("bias", bias, "query", query)
+
+
+def resolve_precision(precision: str | None, reference: Tensor) -> str:
+    """The precision of float32 tensor-core products: None follows PyTorch's own TF32 switch."""
+    if precision is None:
+        if reference.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+            return "tf32"
+        return "ieee"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be None, 'ieee', 'tf32x3' or 'tf32', got {precision!r}")
+    return precision
+
+
+def refuse_forward_mode(op: str) -> None:
+    """Raise NotImplementedError under forward-mode AD, where a registered op would silently give zero."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative; use reverse mode (torch.autograd.grad), which is "
+            "differentiable to any order"
+        )

@@ -1,0 +1,6 @@
+"""Every op in plain PyTorch, as people write it today: the tests' oracle and the benchmarks' baseline."""
+
+from vosops.reference.global_matching import global_matching, global_matching_core
+from vosops.reference.local_matching import local_matching, local_matching_core
+
+__all__ = ["global_matching", "global_matching_core", "local_matching", "local_matching_core"]
