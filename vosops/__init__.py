@@ -1,1 +1,28 @@
 """vosops: fused, memory-efficient, differentiable operators for video object segmentation."""
+
+from typing import TYPE_CHECKING, Any
+
+from vosops.backends import explain, list_ops, use_backend
+from vosops.ops import global_matching, local_matching
+
+if TYPE_CHECKING:
+    from vosops.inference import segment
+
+__version__ = "0.1.0"
+__all__ = [
+    "explain",
+    "global_matching",
+    "list_ops",
+    "local_matching",
+    "segment",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `segment` on first use: it needs optional packages that the ops do not."""
+    if name == "segment":
+        from vosops.inference import segment
+
+        return segment
+    raise AttributeError(f"module 'vosops' has no attribute {name!r}")

@@ -100,3 +100,12 @@ def refuse_forward_mode(op: str) -> None:
             f"{op} has no forward-mode derivative; use reverse mode (torch.autograd.grad), which is "
             "differentiable to any order"
         )
+
+
+def promote_under_autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring a query and key of two dtypes to float32 where autocast is on; the ops accumulate in float32 anyway."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor)) or query.dtype == key.dtype:
+        return query, key
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key
+    return query.float(), key.float()

@@ -1,0 +1,587 @@
+// Local matching on the CPU, by direct correlation.
+//
+// A task owns a tile of up to kTileRows query rows (dilation apart) x one register of query columns. For every
+// key row in reach it computes the dot products of the tile with D neighbouring displacements at a time: rows x D
+// accumulators stay in registers over all channels, one unaligned key load serves every row of the tile.
+// The score |k|^2 - 2 q.k goes into a running minimum per object and ring (the pixels between two nested radii)
+// that lives in the first-level cache; the distance of the winner is computed again from q - k.
+// Work that nobody needs is left out: key rows and displacements under which no object has a pixel, tiles without
+// a wanted query, rows of a tile that a key row does not reach.
+// Bytes: the key is repacked once (padded rows, C x W each), the query tile by tile; no distance is ever stored.
+// Floor: 2 C operations per query pixel and in-image displacement at the FMA rate; the lanes waste at most
+// half a register of columns at the right border.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/parallel.h"
+#include "cpu/strided.h"
+#include "cpu/vec.h"
+
+namespace vosops::cpu {
+namespace {
+
+// ---- The register tile: rows x displacements dot products of one register of query columns.
+
+constexpr int kTileRows = kRegisters == 32 ? 4 : 3;
+
+// As many displacements as leave registers for the query rows and one key load.
+constexpr int max_displacements(int rows) {
+  const int free = kRegisters - rows - 1;
+  return std::min(free / rows, 12);
+}
+
+// How an operand element of 32 or 64 bits enters the accumulator.
+template <class V>
+struct FloatElement {
+  using Lanes = V;
+  static constexpr int kChannels = 1;  // channels in one element
+  static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
+    return V::fma(q, k, sum);
+  }
+  static typename V::T squared_difference(typename V::T q, typename V::T k) { return (q - k) * (q - k); }
+};
+
+#if defined(__AVX512BF16__)
+template <class V>
+struct Bf16PairElement {
+  using Lanes = V;
+  static constexpr int kChannels = 2;
+  static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
+    return bf16_dot(q, k, sum);
+  }
+  static float squared_difference(float q, float k) {
+    uint32_t a, b;
+    std::memcpy(&a, &q, 4);
+    std::memcpy(&b, &k, 4);
+    const float low = half_of(a << 16) - half_of(b << 16);
+    const float high = half_of(a & 0xffff0000u) - half_of(b & 0xffff0000u);
+    return low * low + high * high;
+  }
+
+ private:
+  static float half_of(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+};
+#endif
+
+// out[d][r] += sum over elements of query[e][r] * key[e][d * dilation ...], a register each.
+template <class E, int R, int D>
+[[gnu::noinline]] void correlate(const typename E::Lanes::T* query, const typename E::Lanes::T* key,
+                                 int64_t key_stride, int64_t dilation, int64_t elements,
+                                 typename E::Lanes::T* out) {
+  using V = typename E::Lanes;
+  typename V::Reg sum[D][R] = {};
+  for (int64_t e = 0; e < elements; ++e) {
+    typename V::Reg q[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) q[r] = V::load(query + r * V::kLanes);
+#pragma GCC unroll 16
+    for (int d = 0; d < D; ++d) {
+      typename V::Reg k = V::load(key + d * dilation);
+      V::pin(k);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum[d][r] = E::dot(q[r], k, sum[d][r]);
+    }
+    query += kTileRows * V::kLanes;
+    key += key_stride;
+  }
+#pragma GCC unroll 16
+  for (int d = 0; d < D; ++d) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) V::store(out + (d * R + r) * V::kLanes, sum[d][r]);
+  }
+}
+
+template <class E>
+using CorrelateFn = decltype(&correlate<E, 1, 1>);
+
+// The table of correlate<E, R, D> for one R, by D.
+template <class E, int R, int... D>
+constexpr std::array<CorrelateFn<E>, sizeof...(D)> correlate_row(std::integer_sequence<int, D...>) {
+  return {&correlate<E, R, D + 1>...};
+}
+
+template <class E>
+CorrelateFn<E> correlate_for(int rows, int displacements) {
+  static constexpr auto one = correlate_row<E, 1>(std::make_integer_sequence<int, max_displacements(1)>{});
+  static constexpr auto two = correlate_row<E, 2>(std::make_integer_sequence<int, max_displacements(2)>{});
+  static constexpr auto three = correlate_row<E, 3>(std::make_integer_sequence<int, max_displacements(3)>{});
+  static constexpr auto four = correlate_row<E, 4>(std::make_integer_sequence<int, max_displacements(4)>{});
+  const int d = displacements - 1;
+  return rows == 1 ? one[d] : rows == 2 ? two[d] : rows == 3 ? three[d] : four[d];
+}
+
+// ---- The problem of one batch element.
+
+struct Window {
+  int64_t dilation;
+  int64_t steps_y, steps_x;   // displacements run over [-steps, steps] * dilation
+  int64_t reach;              // steps_x * dilation: the padding left of each packed key row
+  std::vector<int> ring;      // ring of a displacement of s steps, by s
+  int rings;
+
+  Window(const std::vector<int64_t>& radius, int64_t dilation_, int64_t height, int64_t width)
+      : dilation(dilation_), rings(static_cast<int>(radius.size())) {
+    const int64_t steps = radius.back() / dilation;
+    steps_y = std::min(steps, (height - 1) / dilation);
+    steps_x = std::min(steps, (width - 1) / dilation);
+    reach = steps_x * dilation;
+    for (int64_t s = 0; s <= std::max(steps_y, steps_x); ++s) {
+      ring.push_back(static_cast<int>(std::lower_bound(radius.begin(), radius.end(), s * dilation) -
+                                      radius.begin()));
+    }
+  }
+  int64_t steps_across() const { return 2 * steps_x + 1; }
+};
+
+// The masks of a frame as bits in the padded coordinates of the packed key rows.
+class MaskBits {
+ public:
+  MaskBits(const Tensor& mask, int64_t n, int64_t left, int64_t padded_width)
+      : objects_(mask.size(1)), height_(mask.size(2)), words_(padded_width / 64 + 2) {
+    const int64_t width = mask.size(3);
+    bits_.assign(static_cast<size_t>((objects_ + 1) * height_ * words_), 0);
+    const bool* base = mask.const_data_ptr<bool>() + n * mask.stride(0);
+    for (int64_t o = 0; o < objects_; ++o) {
+      for (int64_t y = 0; y < height_; ++y) {
+        const bool* row = base + o * mask.stride(1) + y * mask.stride(2);
+        uint64_t* object_row = &bits_[row_of(o, y)];
+        uint64_t* any_row = &bits_[row_of(objects_, y)];
+        for (int64_t x = 0; x < width; ++x) {
+          const uint64_t bit = row[x * mask.stride(3)] ? 1 : 0;
+          object_row[(x + left) >> 6] |= bit << ((x + left) & 63);
+        }
+        for (int64_t w = 0; w < words_; ++w) any_row[w] |= object_row[w];
+      }
+    }
+  }
+
+  // `count` (at most 32) bits of object `o` in row `y` from padded column `x`.
+  uint32_t lanes(int64_t o, int64_t y, int64_t x, int count) const {
+    return static_cast<uint32_t>(word_at(&bits_[row_of(o, y)], x)) & ((uint64_t{1} << count) - 1);
+  }
+
+  // The first and last column in [begin, end) of row y that any object needs; false where there is none.
+  bool needed(int64_t y, int64_t begin, int64_t end, int64_t& first, int64_t& last) const {
+    const uint64_t* row = &bits_[row_of(objects_, y)];
+    first = -1;
+    for (int64_t x = begin; x < end; x += 64) {
+      uint64_t word = word_at(row, x);
+      if (end - x < 64) word &= (uint64_t{1} << (end - x)) - 1;
+      if (word == 0) continue;
+      if (first < 0) first = x + __builtin_ctzll(word);
+      last = x + 63 - __builtin_clzll(word);
+    }
+    return first >= 0;
+  }
+
+ private:
+  size_t row_of(int64_t o, int64_t y) const { return static_cast<size_t>((o * height_ + y) * words_); }
+  static uint64_t word_at(const uint64_t* row, int64_t x) {
+    const int64_t shift = x & 63;
+    const uint64_t low = row[x >> 6] >> shift;
+    return shift == 0 ? low : low | (row[(x >> 6) + 1] << (64 - shift));
+  }
+
+  int64_t objects_, height_, words_;
+  std::vector<uint64_t> bits_;
+};
+
+// One frame with padded rows: element e of pixel (y, x) lies at ((y * elements + e) * stride + reach + x).
+template <class T>
+struct PackedKey {
+  int64_t elements, stride;
+  Workspace<T> data;
+  Workspace<T> norm;  // |k|^2, (height, stride)
+
+  PackedKey(int64_t height, int64_t elements_, int64_t stride_)
+      : elements(elements_), stride(stride_), data(height * elements_ * stride_), norm(height * stride_) {}
+};
+
+// Writes `count` packed elements of channel group `element` to `out`, adds their squares to `norm`.
+template <class E, class S>
+void pack_columns(const S* pixel, int64_t channel_stride, int64_t column_stride, int64_t channels,
+                  int64_t element, int64_t count, typename E::Lanes::T* out, typename E::Lanes::T* norm) {
+  using T = typename E::Lanes::T;
+  if constexpr (E::kChannels == 1) {
+    const S* source = pixel + element * channel_stride;
+    for (int64_t x = 0; x < count; ++x) {
+      const T value = widen(source[x * column_stride]);
+      out[x] = value;
+      norm[x] += value * value;
+    }
+  } else {
+    const S* source = pixel + 2 * element * channel_stride;
+    const bool has_second = 2 * element + 1 < channels;
+    for (int64_t x = 0; x < count; ++x) {
+      const S low = source[x * column_stride];
+      const S high = has_second ? source[x * column_stride + channel_stride] : S(0.f);
+      const uint32_t pair = static_cast<uint32_t>(low.x) | static_cast<uint32_t>(high.x) << 16;
+      std::memcpy(&out[x], &pair, 4);
+      norm[x] += widen(low) * widen(low) + widen(high) * widen(high);
+    }
+  }
+}
+
+template <class E, class S>
+void pack_key(const Tensor& key, int64_t n, int64_t reach, PackedKey<typename E::Lanes::T>& packed) {
+  using T = typename E::Lanes::T;
+  const int64_t channels = key.size(1), height = key.size(2), width = key.size(3);
+  const S* base = key.const_data_ptr<S>() + n * key.stride(0);
+  torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t y = begin; y < end; ++y) {
+      T* norm = packed.norm.data() + y * packed.stride;
+      std::fill_n(norm, packed.stride, T{0});
+      for (int64_t e = 0; e < packed.elements; ++e) {
+        T* row = packed.data.data() + (y * packed.elements + e) * packed.stride;
+        std::fill_n(row, reach, T{0});
+        std::fill_n(row + reach + width, packed.stride - reach - width, T{0});
+        pack_columns<E>(base + y * key.stride(2), key.stride(1), key.stride(3), channels, e, width,
+                        row + reach, norm + reach);
+      }
+    }
+  });
+}
+
+// Everything that the tiles of one batch element read and write.
+template <class T>
+struct Problem {
+  const Tensor& query;
+  const Tensor& query_mask;  // undefined where every query is wanted
+  bool has_query_mask;
+  int64_t n;
+  const Window& window;
+  const MaskBits& masks;
+  PackedKey<T>& key;
+  int64_t objects;
+  T* distance;     // (objects, rings, height, width) of element n
+  int64_t* index;  // alike
+};
+
+// One worker thread: the buffers of a tile, and the walk over its window.
+template <class E, class S>
+class Tile {
+  using V = typename E::Lanes;
+  using T = typename V::T;
+  using Code = typename V::Code;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr T kAbsent = std::numeric_limits<T>::infinity();
+
+ public:
+  explicit Tile(const Problem<T>& problem)
+      : p_(problem),
+        height_(problem.query.size(2)),
+        width_(problem.query.size(3)),
+        slots_(problem.objects * problem.window.rings),
+        query_(problem.key.elements * kTileRows * kLanes),
+        best_(slots_ * kTileRows * kLanes),
+        code_(slots_ * kTileRows * kLanes) {}
+
+  // Query rows y0 + r * dilation for r < rows, columns x0 .. x0 + kLanes (those inside the image).
+  void run(int64_t y0, int rows, int64_t x0) {
+    y0_ = y0;
+    rows_ = rows;
+    x0_ = x0;
+    columns_ = std::min<int64_t>(kLanes, width_ - x0);
+    if (!any_wanted()) return write_absent();
+    pack_query();
+    std::fill_n(best_.data(), slots_ * kTileRows * kLanes, kAbsent);
+    std::fill_n(code_.data(), slots_ * kTileRows * kLanes, Code{-1});
+    const Window& w = p_.window;
+    for (int64_t j = -w.steps_y; j < rows_ + w.steps_y; ++j) {
+      const int64_t key_y = y0_ + j * w.dilation;
+      if (key_y < 0 || key_y >= height_) continue;
+      const int first = static_cast<int>(std::max<int64_t>(0, j - w.steps_y));
+      const int last = static_cast<int>(std::min<int64_t>(rows_ - 1, j + w.steps_y));
+      match_row(key_y, j, first, last - first + 1);
+    }
+    write_matches();
+  }
+
+ private:
+  bool wanted(int r, int64_t lane) const {
+    if (!p_.has_query_mask) return true;
+    const Tensor& m = p_.query_mask;
+    return m.const_data_ptr<bool>()[p_.n * m.stride(0) + (y0_ + r * p_.window.dilation) * m.stride(1) +
+                                    (x0_ + lane) * m.stride(2)];
+  }
+
+  bool any_wanted() const {
+    for (int r = 0; r < rows_; ++r)
+      for (int64_t lane = 0; lane < columns_; ++lane)
+        if (wanted(r, lane)) return true;
+    return false;
+  }
+
+  void pack_query() {
+    const Tensor& q = p_.query;
+    const S* base = q.const_data_ptr<S>() + p_.n * q.stride(0) + x0_ * q.stride(3);
+    std::fill_n(query_.data(), p_.key.elements * kTileRows * kLanes, T{0});
+    std::fill_n(norm_, kTileRows * kLanes, T{0});
+    for (int64_t e = 0; e < p_.key.elements; ++e) {
+      for (int r = 0; r < rows_; ++r) {
+        pack_columns<E>(base + (y0_ + r * p_.window.dilation) * q.stride(2), q.stride(1), q.stride(3), q.size(1),
+                        e, columns_, query_.data() + (e * kTileRows + r) * kLanes, norm_ + r * kLanes);
+      }
+    }
+  }
+
+  // Matches rows [first, first + rows) of the tile with key row key_y, which lies j steps below row 0.
+  void match_row(int64_t key_y, int64_t j, int first, int rows) {
+    const Window& w = p_.window;
+    int64_t left, right;
+    if (!p_.masks.needed(key_y, x0_, x0_ + kLanes + 2 * w.reach, left, right)) return;
+    // Only the displacements whose register of key columns [x0 + s * dilation, + kLanes) meets [left, right].
+    const int64_t begin = std::max<int64_t>(0, (left - kLanes + 1 - x0_ + w.dilation - 1) / w.dilation);
+    const int64_t end = std::min((right - x0_) / w.dilation, 2 * w.steps_x) + 1;
+    const int64_t chunks = (end - begin + max_displacements(rows) - 1) / max_displacements(rows);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t s = begin + (end - begin) * i / chunks;
+      const int count = static_cast<int>(begin + (end - begin) * (i + 1) / chunks - s);
+      match_displacements(key_y, j, first, rows, s, count);
+    }
+  }
+
+  // Displacements s .. s + count across.
+  void match_displacements(int64_t key_y, int64_t j, int first, int rows, int64_t s, int count) {
+    const Window& w = p_.window;
+    const int64_t x = x0_ + s * w.dilation;
+    int64_t unused_first, unused_last;
+    if (!p_.masks.needed(key_y, x, x + (count - 1) * w.dilation + kLanes, unused_first, unused_last)) return;
+    alignas(64) T dots[kTileRows * max_displacements(1) * kLanes];
+    correlate_for<E>(rows, count)(query_.data() + first * kLanes,
+                                  p_.key.data.data() + key_y * p_.key.elements * p_.key.stride + x,
+                                  p_.key.stride, w.dilation, p_.key.elements, dots);
+    const T* norm = p_.key.norm.data() + key_y * p_.key.stride + x;
+    for (int64_t o = 0; o < p_.objects; ++o) {
+      for (int d = 0; d < count; ++d) {
+        const uint32_t lanes = p_.masks.lanes(o, key_y, x + d * w.dilation, kLanes);
+        if (lanes == 0) continue;
+        const typename V::Reg k2 = V::load(norm + d * w.dilation);
+        const int64_t across = std::abs(s + d - w.steps_x);
+        for (int i = 0; i < rows; ++i) {
+          const int r = first + i;
+          const int64_t down = j - r;
+          const int ring = w.ring[std::max(across, std::abs(down))];
+          const int64_t at = ((o * w.rings + ring) * kTileRows + r) * kLanes;
+          const typename V::Reg score =
+              V::fma(V::load(dots + (d * rows + i) * kLanes), V::set1(T{-2}), k2);
+          V::take_less(best_.data() + at, code_.data() + at, score, lanes,
+                       static_cast<Code>((down + w.steps_y) * w.steps_across() + s + d));
+        }
+      }
+    }
+  }
+
+  void write_absent() {
+    for (int64_t slot = 0; slot < slots_; ++slot)
+      for (int r = 0; r < rows_; ++r)
+        for (int64_t lane = 0; lane < columns_; ++lane) write(slot, r, lane, kAbsent, -1);
+  }
+
+  void write(int64_t slot, int r, int64_t lane, T distance, int64_t index) {
+    const int64_t at = (slot * height_ + y0_ + r * p_.window.dilation) * width_ + x0_ + lane;
+    p_.distance[at] = distance;
+    p_.index[at] = index;
+  }
+
+  void write_matches() {
+    for (int64_t o = 0; o < p_.objects; ++o) {
+      for (int ring = 0; ring < p_.window.rings; ++ring) {
+        const int64_t slot = o * p_.window.rings + ring;
+        for (int r = 0; r < rows_; ++r) {
+          T* best = best_.data() + (slot * kTileRows + r) * kLanes;
+          Code* code = code_.data() + (slot * kTileRows + r) * kLanes;
+          if (ring > 0) take_inner_ring(best, code);
+          write_row(slot, r, code);
+        }
+      }
+    }
+  }
+
+  // Makes a ring's best the best within its radius; on a tie the first pixel wins.
+  void take_inner_ring(T* best, Code* code) const {
+    const T* inner_best = best - kTileRows * kLanes;
+    const Code* inner_code = code - kTileRows * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const bool first = inner_code[lane] >= 0 && inner_code[lane] < code[lane];
+      if (inner_best[lane] < best[lane] || (inner_best[lane] == best[lane] && first)) {
+        best[lane] = inner_best[lane];
+        code[lane] = inner_code[lane];
+      }
+    }
+  }
+
+  // Computes the winners' distances from the differences and writes a row of the tile.
+  void write_row(int64_t slot, int r, const Code* code) {
+    const Window& w = p_.window;
+    const int64_t y = y0_ + r * w.dilation;
+    int64_t key_index[kLanes], offset[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const bool found = code[lane] >= 0;
+      const int64_t c = found ? code[lane] : 0;
+      const int64_t key_y = found ? y + (c / w.steps_across() - w.steps_y) * w.dilation : y;
+      const int64_t key_x = found ? x0_ + lane + (c % w.steps_across() - w.steps_x) * w.dilation : 0;
+      key_index[lane] = found ? key_y * width_ + key_x : -1;
+      offset[lane] = key_y * p_.key.elements * p_.key.stride + w.reach + key_x;
+    }
+    T distance[kLanes] = {};
+    const T* key = p_.key.data.data();
+    const T* query = query_.data() + r * kLanes;
+    for (int64_t e = 0; e < p_.key.elements; ++e) {
+      for (int lane = 0; lane < kLanes; ++lane)
+        distance[lane] += E::squared_difference(query[lane], key[offset[lane]]);
+      key += p_.key.stride;
+      query += kTileRows * kLanes;
+    }
+    for (int64_t lane = 0; lane < columns_; ++lane) {
+      const bool is_wanted = wanted(r, lane);
+      const bool found = is_wanted && key_index[lane] >= 0 && distance[lane] < kAbsent;
+      const bool undefined = is_wanted && std::isnan(norm_[r * kLanes + lane]);
+      write(slot, r, lane,
+            undefined ? std::numeric_limits<T>::quiet_NaN()
+            : found   ? distance[lane]
+                      : kAbsent,
+            found && !undefined ? key_index[lane] : -1);
+    }
+  }
+
+  const Problem<T>& p_;
+  const int64_t height_, width_, slots_;
+  int64_t y0_ = 0, x0_ = 0, columns_ = 0;
+  int rows_ = 0;
+  Workspace<T> query_;  // (elements, kTileRows, kLanes)
+  Workspace<T> best_;   // (objects, rings, kTileRows, kLanes): the best score within a ring
+  Workspace<Code> code_;  // its displacement, -1 for none
+  alignas(64) T norm_[kTileRows * kLanes];  // |q|^2
+};
+
+// Runs every tile of one batch element. E is the element of a full register, H of half a one, which serves a
+// right border of few columns.
+template <class E, class H, class S>
+void match_frame(const Tensor& query, const Tensor& key, const Tensor& mask, const Tensor& query_mask,
+                 bool has_query_mask, int64_t n, const Window& window,
+                 PackedKey<typename E::Lanes::T>& packed, typename E::Lanes::T* distance, int64_t* index) {
+  constexpr int kLanes = E::Lanes::kLanes;
+  constexpr int kHalf = H::Lanes::kLanes;
+  const int64_t height = query.size(2), width = query.size(3), objects = mask.size(1);
+  const MaskBits masks(mask, n, window.reach, packed.stride);
+  pack_key<E, S>(key, n, window.reach, packed);
+  const Problem<typename E::Lanes::T> problem{query, query_mask, has_query_mask, n,        window,
+                                              masks, packed,     objects,        distance, index};
+
+  struct RowTile {
+    int64_t y;
+    int rows;
+  };
+  std::vector<RowTile> row_tiles;  // rows of a tile are dilation apart
+  for (int64_t phase = 0; phase < std::min(window.dilation, height); ++phase) {
+    for (int64_t y = phase; y < height; y += kTileRows * window.dilation) {
+      const int64_t rows = std::min<int64_t>(kTileRows, (height - y + window.dilation - 1) / window.dilation);
+      row_tiles.push_back({y, static_cast<int>(rows)});
+    }
+  }
+  const int64_t column_tiles = (width + kLanes - 1) / kLanes;
+  const bool half_border = width % kLanes != 0 && width % kLanes <= kHalf;
+  parallel_tasks(static_cast<int64_t>(row_tiles.size()) * column_tiles, [&] {
+    return [&, tile = Tile<E, S>(problem), half = Tile<H, S>(problem)](int64_t task) mutable {
+      const RowTile& rows = row_tiles[task / column_tiles];
+      const int64_t column = task % column_tiles;
+      if (half_border && column == column_tiles - 1) {
+        half.run(rows.y, rows.rows, column * kLanes);
+      } else {
+        tile.run(rows.y, rows.rows, column * kLanes);
+      }
+    };
+  });
+}
+
+// All batch elements with operands of E (H: half a register) read from tensors of S.
+template <class E, class H, class S>
+void match_batch(const Tensor& query, const Tensor& key, const Tensor& mask, const Tensor& query_mask,
+                 bool has_query_mask, const std::vector<int64_t>& radius, int64_t dilation, Tensor& distance,
+                 Tensor& index) {
+  using T = typename E::Lanes::T;
+  constexpr int64_t kLanes = E::Lanes::kLanes;
+  const int64_t channels = query.size(1), height = query.size(2), width = query.size(3);
+  const Window window(radius, dilation, height, width);
+  // An odd number of cache lines apart, channels of one pixel do not compete for the same cache set.
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t lines = ((width + kLanes - 1) / kLanes * kLanes + 2 * window.reach + line - 1) / line;
+  PackedKey<T> packed(height, (channels + E::kChannels - 1) / E::kChannels, (lines | 1) * line);
+  const int64_t frame = mask.size(1) * window.rings * height * width;
+  for (int64_t n = 0; n < query.size(0); ++n) {
+    match_frame<E, H, S>(query, key, mask, query_mask, has_query_mask, n, window, packed,
+                         distance.mutable_data_ptr<T>() + n * frame, index.mutable_data_ptr<int64_t>() + n * frame);
+  }
+}
+
+std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key, const Tensor& mask,
+                                          torch::headeronly::IntHeaderOnlyArrayRef radius, int64_t dilation,
+                                          const std::optional<Tensor>& query_mask, std::string_view) {
+  check_shape("query", query, {kAnySize, kAnySize, kAnySize, kAnySize});
+  const int64_t batch = query.size(0), height = query.size(2), width = query.size(3);
+  check_shape("key", key, {batch, query.size(1), height, width});
+  check_dtype("key", key, query.scalar_type());
+  check_shape("mask", mask, {batch, kAnySize, height, width});
+  check_dtype("mask", mask, ScalarType::Bool);
+  if (query_mask) {
+    check_shape("query_mask", *query_mask, {batch, height, width});
+    check_dtype("query_mask", *query_mask, ScalarType::Bool);
+  }
+  const std::vector<int64_t> radii(radius.begin(), radius.end());
+  STD_TORCH_CHECK(!radii.empty() && radii.front() >= 0 &&
+                      std::adjacent_find(radii.begin(), radii.end(), std::greater_equal<>()) == radii.end(),
+                  "radius must be ascending and not negative");
+  STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1");
+  constexpr int64_t kLongestSide = 16384;  // the code of a displacement fits 31 bits
+  STD_TORCH_CHECK(height <= kLongestSide && width <= kLongestSide, "frames are limited to ",
+                  std::to_string(kLongestSide), " pixels a side");
+
+  const int64_t objects = mask.size(1), rings = static_cast<int64_t>(radii.size());
+  const std::vector<int64_t> shape{batch, objects, rings, height, width};
+  Tensor distance = torch::stable::new_empty(query, shape, accumulator_dtype(query.scalar_type()));
+  Tensor index = torch::stable::new_empty(query, shape, ScalarType::Long);
+  if (distance.numel() == 0) return {distance, index};
+
+  const Tensor& wanted = query_mask ? *query_mask : query;
+  const bool has_wanted = query_mask.has_value();
+  dispatch_floating(query.scalar_type(), [&](auto sample) {
+    using S = decltype(sample);
+    constexpr int kHalfBytes = kRegisterBytes > 16 ? kRegisterBytes / 2 : kRegisterBytes;
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (has_bf16_dot()) {
+        return match_batch<Bf16PairElement<Vec<float, 64>>, Bf16PairElement<Vec<float, 32>>, S>(
+            query, key, mask, wanted, has_wanted, radii, dilation, distance, index);
+      }
+    }
+#endif
+    using T = Accumulator<S>;
+    match_batch<FloatElement<Vec<T, kRegisterBytes>>, FloatElement<Vec<T, kHalfBytes>>, S>(
+        query, key, mask, wanted, has_wanted, radii, dilation, distance, index);
+  });
+  return {distance, index};
+}
+
+}  // namespace
+}  // namespace vosops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(vosops, CPU, m) {
+  m.impl("local_matching", TORCH_BOX(&vosops::cpu::local_matching));
+}

@@ -1,0 +1,99 @@
+// One register of lanes, the same few operations on every instruction set. Each CPU library is compiled from the
+// same sources with other flags; nothing here is shared between two of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace vosops::cpu {
+
+// kBytes bytes of lanes of T (float or double) in GCC's vector extension.
+template <class T_, int kBytes>
+struct Vec {
+  using T = T_;
+  using Code = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as a lane
+  static constexpr int kLanes = kBytes / sizeof(T);
+  typedef T Reg __attribute__((vector_size(kBytes)));
+  typedef Code CodeReg __attribute__((vector_size(kBytes)));
+
+  static Reg set1(T value) { return value - Reg{}; }
+  static Reg load(const T* p) {
+    Reg r;
+    std::memcpy(&r, p, kBytes);
+    return r;
+  }
+  static void store(T* p, Reg r) { std::memcpy(p, &r, kBytes); }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+
+  // Keeps a loaded register out of the following instructions' memory operands: folding one unaligned load
+  // into each of several FMAs halves their rate.
+  static void pin(Reg& r) {
+#if defined(__AVX512F__)
+    if constexpr (kBytes <= 64) asm("" : "+v"(r));
+#elif defined(__AVX2__)
+    if constexpr (kBytes <= 32) asm("" : "+x"(r));
+#endif
+  }
+
+  // In every lane whose bit is set in `lanes` and whose value is below best: best = value, code = candidate.
+  // A NaN is below nothing.
+  static void take_less(T* best, Code* code, Reg value, uint32_t lanes, Code candidate) {
+    const Reg old = load(best);
+#if defined(__AVX512VL__)
+    if constexpr (sizeof(T) == 4 && kBytes == 64) {
+      const __mmask16 less = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(lanes), value, old, _CMP_LT_OQ);
+      _mm512_storeu_ps(best, _mm512_mask_mov_ps(old, less, value));
+      _mm512_mask_storeu_epi32(code, less, _mm512_set1_epi32(candidate));
+      return;
+    } else if constexpr (sizeof(T) == 4 && kBytes == 32) {
+      const __mmask8 less = _mm256_mask_cmp_ps_mask(static_cast<__mmask8>(lanes), value, old, _CMP_LT_OQ);
+      _mm256_storeu_ps(best, _mm256_mask_mov_ps(old, less, value));
+      _mm256_mask_storeu_epi32(code, less, _mm256_set1_epi32(candidate));
+      return;
+    }
+#endif
+    CodeReg bit;
+    for (int i = 0; i < kLanes; ++i) bit[i] = Code{1} << i;
+    const CodeReg less = (((static_cast<Code>(lanes) - CodeReg{}) & bit) != 0) & (value < old);
+    CodeReg old_code;
+    std::memcpy(&old_code, code, kBytes);
+    store(best, less ? value : old);
+    const CodeReg new_code = less ? (candidate - CodeReg{}) : old_code;
+    std::memcpy(code, &new_code, kBytes);
+  }
+};
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+constexpr int kRegisters = 16;
+#elif defined(__ARM_NEON)
+constexpr int kRegisterBytes = 16;
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisterBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+// Two bfloat16 side by side in 32 bits, as the dot-product instruction takes them.
+#if defined(__AVX512BF16__)
+constexpr bool kCompiledBf16Dot = true;
+inline bool has_bf16_dot() { return __builtin_cpu_supports("avx512bf16"); }
+inline Vec<float, 64>::Reg bf16_dot(Vec<float, 64>::Reg a, Vec<float, 64>::Reg b, Vec<float, 64>::Reg sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+inline Vec<float, 32>::Reg bf16_dot(Vec<float, 32>::Reg a, Vec<float, 32>::Reg b, Vec<float, 32>::Reg sum) {
+  return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
+}
+#else
+constexpr bool kCompiledBf16Dot = false;
+inline bool has_bf16_dot() { return false; }
+#endif
+
+}  // namespace vosops::cpu

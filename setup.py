@@ -1,0 +1,160 @@
+"""Chooses what to compile: CPU libraries always, the CUDA library where nvcc is, and the pybind11 module.
+
+Environment: VOSOPS_CUDA=0 leaves the CUDA library out, VOSOPS_CPU_ONLY_BASELINE=1 builds one CPU library only,
+VOSOPS_SANITIZE=1 adds AddressSanitizer and UBSan to the CPU libraries, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-ignored-attributes"]
+COMMON = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
+X86_CAPABILITIES = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def sources(*patterns: str) -> list[str]:
+    """The project's source files that match, relative to this file, in a fixed order."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def find_cuda() -> str | None:
+    """The CUDA toolkit's directory, from the environment, nvcc on the PATH, or the nvidia-cuda-nvcc package."""
+    if os.environ.get("VOSOPS_CUDA") == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc:
+        candidates.append(str(Path(nvcc).resolve().parents[1]))
+    candidates.append("/usr/local/cuda")
+    candidates += [str(Path(entry) / "nvidia" / name) for entry in sys.path for name in ("cu13", "cuda_nvcc")]
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "bin/nvcc").exists():
+            if (Path(candidate) / "include/cuda_runtime.h").exists():
+                return candidate
+    return None
+
+
+def supports(flag: str) -> bool:
+    """Whether the C++ compiler accepts a flag."""
+    compiler = os.environ.get("CXX", "c++")
+    return os.system(f"echo 'int main(){{}}' | {compiler} {flag} -x c++ -fsyntax-only - >/dev/null 2>&1") == 0
+
+
+class Build(BuildExtension):
+    """Plain libraries beside the package, each with its own objects (the same sources are compiled again)."""
+
+    def get_ext_filename(self, name: str) -> str:
+        if "libvosops" in name:
+            return name.replace(".", "/") + ".so"
+        return super().get_ext_filename(name)
+
+    def build_extension(self, extension: Extension) -> None:
+        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+        try:
+            super().build_extension(extension)
+        finally:
+            self.build_temp = shared
+
+    def run(self) -> None:
+        super().run()
+        print("vosops:", SUMMARY)
+
+
+def cpu_libraries() -> list[Extension]:
+    """One library per instruction set; exactly one is loaded, see vosops/_library.py."""
+    capabilities = {"baseline": []}
+    if platform.machine() in ("x86_64", "AMD64") and os.environ.get("VOSOPS_CPU_ONLY_BASELINE") != "1":
+        capabilities = {name: list(flags) for name, flags in X86_CAPABILITIES.items()}
+        if supports("-mavx512bf16"):
+            capabilities["avx512"].append("-mavx512bf16")
+    extra = SANITIZE if os.environ.get("VOSOPS_SANITIZE") == "1" else []
+    return [
+        CppExtension(
+            f"vosops.libvosops_cpu_{name}",
+            sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={
+                "cxx": [*COMMON, *STABLE_ABI, *flags, *extra, f'-DVOSOPS_CAPABILITY="{name}"']
+            },
+            extra_link_args=extra,
+            py_limited_api=True,
+        )
+        for name, flags in capabilities.items()
+    ]
+
+
+def cuda_library(cuda: str) -> Extension:
+    """libvosops_cuda: static cudart and the stable ABI, so neither torch's CUDA version nor a GPU matters."""
+    cpp_extension.CUDA_HOME = cuda
+    cpp_extension._check_cuda_version = lambda *args, **kwargs: None
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    host = ["-fvisibility=hidden", "-Wall"]
+    nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI, "--Werror", "all-warnings", "--expt-relaxed-constexpr"]
+    return CppExtension(
+        "vosops.libvosops_cuda",
+        sources("csrc/cuda/*.cu"),
+        include_dirs=[str(ROOT / "csrc"), f"{cuda}/include"],
+        library_dirs=[f"{cuda}/lib64", f"{cuda}/lib"],
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+        extra_compile_args={
+            "cxx": [*COMMON, *STABLE_ABI, "-DUSE_CUDA"],
+            "nvcc": [*nvcc, *(f"-Xcompiler={flag}" for flag in host)],
+        },
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
+        py_limited_api=True,
+    )
+
+
+def python_module(summary: str, architectures: str) -> Extension:
+    """vosops._C: build information and launch plans, without tensors."""
+    return Extension(
+        "vosops._C",
+        sources("csrc/python/*.cpp"),
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
+        define_macros=[
+            ("VOSOPS_BUILD_SUMMARY", f'"{summary}"'),
+            ("VOSOPS_CUDA_ARCHITECTURES", f'"{architectures}"'),
+            ("VOSOPS_BUILD_TORCH", f'"{torch.__version__}"'),
+        ],
+        extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-g0"],
+        language="c++",
+    )
+
+
+extensions = cpu_libraries()
+names = [extension.name.removeprefix("vosops.libvosops_") for extension in extensions]
+CUDA = find_cuda() if sources("csrc/cuda/*.cu") else None
+if CUDA:
+    extensions.append(cuda_library(CUDA))
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+    SUMMARY = f"built {', '.join(names)} and cuda ({architectures})"
+else:
+    architectures = ""
+    reason = "VOSOPS_CUDA=0" if os.environ.get("VOSOPS_CUDA") == "0" else "no CUDA compiler found"
+    SUMMARY = f"built {', '.join(names)}; left out cuda ({reason}; Triton serves the GPU)"
+extensions.append(python_module(SUMMARY, architectures))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": Build})

@@ -1,0 +1,70 @@
+"""Loads the compiled libraries that lie beside this file, and says why one is not there.
+
+Exactly one CPU library is loaded: the best that the processor runs, or the one that the environment variable
+VOSOPS_CPU_CAPABILITY names (baseline, avx2 or avx512). The CUDA library is loaded under a CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+CPU_CAPABILITIES = ("avx512", "avx2", "baseline")  # best first
+
+
+def _usable_capabilities() -> tuple[str, ...]:
+    """The CPU capabilities to try, best first."""
+    asked = os.environ.get("VOSOPS_CPU_CAPABILITY")
+    if asked is not None:
+        if asked not in CPU_CAPABILITIES:
+            raise ValueError(
+                f"VOSOPS_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}"
+            )
+        return (asked,)
+    processor = torch.backends.cpu.get_cpu_capability()
+    if processor.startswith("AVX512"):
+        return CPU_CAPABILITIES
+    return CPU_CAPABILITIES[1:] if processor == "AVX2" else CPU_CAPABILITIES[2:]
+
+
+def _load_cpu() -> tuple[str | None, tuple[str, ...]]:
+    """The loaded CPU capability, or None and the reasons why there is none."""
+    for capability in _usable_capabilities():
+        path = FOLDER / f"libvosops_cpu_{capability}.so"
+        if path.exists():
+            torch.ops.load_library(str(path))
+            return capability, ()
+    return None, ("no compiled CPU library lies beside the package (was it built?)",)
+
+
+def _load_cuda() -> tuple[str, ...]:
+    """The reasons why the CUDA library cannot serve; none if it was loaded."""
+    if torch.version.cuda is None:
+        return ("this build of torch has no CUDA",)
+    path = FOLDER / "libvosops_cuda.so"
+    if not path.exists():
+        return ("the CUDA library was not compiled (no CUDA compiler at build time)",)
+    if CPU_CAPABILITY is None:
+        return ("the CUDA library needs the schemas of the CPU library, which is missing",)
+    torch.ops.load_library(str(path))
+    return ()
+
+
+CPU_CAPABILITY, CPU_REASONS = _load_cpu()
+CUDA_REASONS = _load_cuda()
+
+
+def cuda_driver_reasons() -> list[str]:
+    """Why the loaded CUDA library cannot run on this machine's driver."""
+    if CUDA_REASONS:
+        return list(CUDA_REASONS)
+    if not torch.cuda.is_available():
+        return ["torch finds no CUDA device"]
+    compiled: int = torch.ops.vosops.cuda_version()
+    driver: int = torch._C._cuda_getDriverVersion()
+    if driver // 1000 < compiled // 1000:
+        return [f"the driver supports CUDA {driver // 1000}, the library was compiled with {compiled // 1000}"]
+    return []

@@ -1,0 +1,131 @@
+"""Which implementation serves a call, why, and how to choose.
+
+Every op has up to three implementations: "cpp" (the compiled C++ or CUDA C++ library), "triton" and "reference"
+(plain PyTorch). For each call the first one in the op's order that can run serves it. `use_backend` (or the
+environment variable VOSOPS_BACKEND) forces one; `explain` says what would serve a call and why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+BACKENDS = ("cpp", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of an op's core: `run(*core_args)`, and the reasons why it cannot take a call."""
+
+    name: str
+    run: Callable[..., Any]
+    reasons_not: Callable[..., list[str]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: how its public arguments become those of the core, and its implementations, preferred first.
+
+    `measured` names the benchmark result that the order of each device class comes from.
+    """
+
+    name: str
+    prepare: Callable[..., tuple[Any, ...]]
+    implementations: tuple[Implementation, ...]
+    measured: str
+
+
+_ops: dict[str, Op] = {}
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return name
+
+
+_forced: ContextVar[str | None] = ContextVar(
+    "vosops_backend", default=_checked(os.environ.get("VOSOPS_BACKEND") or None)
+)
+
+
+def register_op(op: Op) -> None:
+    """Make an op known to `choose`, `explain` and `list_ops`."""
+    _ops[op.name] = op
+
+
+def list_ops() -> list[str]:
+    """The names of all ops that have implementations to choose from."""
+    return sorted(_ops)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one implementation within a `with` block: "cpp", "triton", "reference", or None for the choice.
+
+    A call that the forced implementation cannot take raises RuntimeError with the reasons.
+
+        >>> import torch, vosops
+        >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
+        >>> with vosops.use_backend("reference"):
+        ...     distance = vosops.local_matching(frame, frame, mask, radius=2)
+    """
+    token = _forced.set(_checked(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(name: str, core_args: tuple[Any, ...]) -> Implementation:
+    """The implementation of op `name` that serves these core arguments."""
+    op = _ops[name]
+    forced = _forced.get()
+    refusals: list[str] = []
+    for implementation in op.implementations:
+        if forced is not None and implementation.name != forced:
+            continue
+        reasons = implementation.reasons_not(*core_args)
+        if not reasons:
+            return implementation
+        refusals.append(f"{implementation.name}: {'; '.join(reasons)}")
+    asked = f"backend {forced!r}" if forced is not None else "any backend"
+    raise RuntimeError(f"{name} cannot run on {asked}. {' | '.join(refusals) or 'It has no such backend.'}")
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which implementation would serve `op(*args, **kwargs)`, and why not the ones before it.
+
+        >>> import torch, vosops
+        >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
+        >>> print(vosops.explain(vosops.local_matching, frame, frame, mask, radius=2))  # doctest: +SKIP
+        local_matching: cpp
+          cpp        serves this call
+          triton     not preferred; Triton compiles for GPUs, the tensors are on cpu
+          reference  not preferred
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in _ops:
+        raise ValueError(f"op must be one of {', '.join(list_ops())}, got {name!r}")
+    entry = _ops[name]
+    core_args = entry.prepare(*args, **kwargs)
+    forced = _forced.get()
+    chosen: str | None = None
+    lines = []
+    for implementation in entry.implementations:
+        reasons = implementation.reasons_not(*core_args)
+        notes = []
+        if forced is not None and implementation.name != forced:
+            notes.append(f"backend {forced!r} is forced")
+        elif chosen is not None:
+            notes.append("not preferred")
+        elif not reasons:
+            chosen = implementation.name
+            notes.append("serves this call")
+        lines.append(f"  {implementation.name:<10} {'; '.join(notes + reasons)}")
+    header = f"{name}: {chosen or 'nothing can serve this call'} (order: {entry.measured})"
+    return "\n".join([header, *lines])

@@ -1,0 +1,69 @@
+"""The masks as COCO JSON: one annotation for each object and frame, run-length encoded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import complete_or_absent
+from .report import FrameRecord
+from .rle import encode
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from .masks import Labels
+
+
+class CocoFile:
+    """Streams annotations into a COCO JSON file; :meth:`write` consumes frames one at a time.
+
+    ``score`` is the object's confidence on the frame; ``bbox`` is x, y, width, height in pixels.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], object_ids: Iterable[int]) -> None:
+        self.path = path
+        self.size = size
+        self.object_ids = sorted(object_ids)
+
+    def write(self, frames: Iterable[tuple[FrameRecord, Labels]]) -> None:
+        """Write the file from (record, (H, W) label map) pairs."""
+        height, width = self.size
+        images = []
+        count = 0
+        with complete_or_absent(self.path) as part, part.open("w", encoding="utf-8") as out:
+            out.write('{"annotations": [\n')
+            for record, labels in frames:
+                name = f"{record.name}.png"
+                images.append({"id": record.index, "file_name": name, "height": height, "width": width})
+                for annotation in self._annotations(record, labels):
+                    count += 1
+                    out.write((",\n" if count > 1 else "") + json.dumps({"id": count, **annotation}))
+            categories = [{"id": i, "name": f"object {i}"} for i in self.object_ids]
+            out.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
+
+    def _annotations(self, record: FrameRecord, labels: Labels) -> Iterable[dict[str, Any]]:
+        for object_id in self.object_ids:
+            mask = labels == object_id
+            if mask.any():
+                yield {
+                    "image_id": record.index,
+                    "category_id": object_id,
+                    "segmentation": encode(mask),
+                    "area": int(mask.sum()),
+                    "bbox": _box(mask),
+                    "iscrowd": 0,
+                    "score": record.confidences.get(str(object_id), 0.0),
+                }
+
+
+def _box(mask: npt.NDArray[np.bool_]) -> list[int]:
+    import numpy as np
+
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]

@@ -1,0 +1,101 @@
+"""What an INPUT is: a video file, a folder of frames, or the root of a DAVIS or YouTube-VOS data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from .errors import InputError
+from .files import sha256
+from .frames import DEFAULT_FPS, IMAGE_SUFFIXES, FrameSource, ImageFolder, natural_key
+from .masks import GivenMask
+from .video import VideoFile
+
+_IMAGES = "JPEGImages"
+_MASKS = "Annotations"
+_DAVIS_RESOLUTION = "480p"
+_DAVIS_RESOLUTIONS = (_DAVIS_RESOLUTION, "Full-Resolution", "1080p", "240p")
+
+
+@dataclass(frozen=True)
+class VideoSequence:
+    """A sequence of a data set: its name, its frames and the folder of its masks."""
+
+    name: str
+    frames: Path
+    masks: Path
+    first_mask_only: bool
+
+
+def is_dataset(path: Path) -> bool:
+    """Say whether a path is the root of a data set."""
+    return (path / _IMAGES).is_dir() and (path / _MASKS).is_dir()
+
+
+def open_source(path: Path, fps: Fraction = DEFAULT_FPS) -> FrameSource:
+    """Open a video file or a folder of frames; ``fps`` is the rate of a folder."""
+    if path.is_dir():
+        return ImageFolder(path, fps)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give a video file, a folder of frames or a data set's root")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"{path} is a single image: give a video file or the folder of its frames")
+    return VideoFile(path)
+
+
+def find_sequences(root: Path, names: Sequence[str] = (), resolution: str | None = None) -> list[VideoSequence]:
+    """Return the sequences of a data set that have a mask, by name.
+
+    DAVIS has ``JPEGImages/<resolution>/SEQ`` and masks of every frame, of which only the first is given to
+    the model; YouTube-VOS has ``JPEGImages/SEQ`` and masks of the frames where objects appear.
+
+    Args:
+        root: The data set.
+        names: Only these sequences; a name that is a text file stands for the names in it, a line each.
+        resolution: For DAVIS, which one; 480p if there, else the first that is.
+    """
+    images, masks = root / _IMAGES, root / _MASKS
+    found = [r for r in _DAVIS_RESOLUTIONS if (images / r).is_dir()]
+    if resolution is not None and resolution not in found:
+        raise InputError(f"{root} has no resolution {resolution}: it has {', '.join(found) or 'none (not DAVIS)'}")
+    davis = bool(found)
+    if davis:
+        chosen = resolution or found[0]
+        images, masks = images / chosen, masks / chosen
+    sequences = [
+        VideoSequence(folder.name, folder, masks / folder.name, first_mask_only=davis)
+        for folder in sorted(images.iterdir(), key=lambda p: natural_key(p.name))
+        if folder.is_dir() and (masks / folder.name).is_dir()
+    ]
+    wanted = _names(names)
+    missing = sorted(wanted - {s.name for s in sequences})
+    if missing:
+        raise InputError(f"{images} has no sequence {', '.join(missing)} with a mask")
+    sequences = [s for s in sequences if not wanted or s.name in wanted]
+    if not sequences:
+        raise InputError(f"{images} holds no sequence that has masks in {masks}")
+    return sequences
+
+
+def _names(names: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for name in names:
+        path = Path(name)
+        found |= set(path.read_text(encoding="utf-8").split()) if path.is_file() else {name}
+    return found
+
+
+def masks_of_sequence(sequence: VideoSequence, source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:
+    """Return the masks that the benchmark's protocol gives to the model."""
+    found = []
+    for path in sorted(sequence.masks.glob("*.png"), key=lambda p: natural_key(p.name)):
+        frame = source.find(path.stem)
+        if frame is not None and frame in indices:
+            found.append(GivenMask(frame, str(path), sha256(path), path=path))
+            if sequence.first_mask_only:
+                break
+    if not found:
+        raise InputError(f"{sequence.masks} holds no mask of a frame that is processed")
+    return found

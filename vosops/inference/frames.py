@@ -1,0 +1,260 @@
+"""Where frames come from: the interface of a source, folders of images, arrays, and reading ahead."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import InputError, VosopsError, require
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Image = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+DEFAULT_FPS = Fraction(24)
+_READ_AHEAD = 2
+_QUEUE_POLL_SECONDS = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RawFrame:
+    """One frame of the input: its number in the input, its name, (H, W, 3) uint8 RGB, its time in seconds."""
+
+    index: int
+    name: str
+    image: Image
+    time: Fraction
+
+
+class FrameSource(ABC):
+    """Frames of one video, in input order, numbered from 0. Memory does not grow with the length.
+
+    Attributes:
+        title: What to call the input in messages.
+        size: (H, W) of every frame, after rotation.
+        count: Number of frames, an estimate if ``count_is_exact`` is false, None if unknown.
+        problem: Set when the input ended early; one line. The frames before it were delivered.
+    """
+
+    title: str
+    size: tuple[int, int]
+    count: int | None = None
+    count_is_exact: bool = False
+    problem: str | None = None
+
+    @abstractmethod
+    def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of ascending ``indices`` as far as the input goes."""
+
+    @abstractmethod
+    def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of descending ``indices``, all of which exist."""
+
+    @abstractmethod
+    def find(self, key: str) -> int | None:
+        """Return the frame number of a frame's name; None if there is none of that name."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a short string that changes when the input changes."""
+
+
+def natural_key(name: str) -> tuple[Any, ...]:
+    """Sort key that counts: frame2 comes before frame10."""
+    return tuple(int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name))
+
+
+class ImageFolder(FrameSource):
+    """A folder of images in natural order; EXIF orientation is applied, hidden files are skipped."""
+
+    def __init__(self, folder: Path, fps: Fraction = DEFAULT_FPS) -> None:
+        self.folder = folder
+        self.title = str(folder)
+        self.fps = fps
+        self.paths = sorted(
+            (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")),
+            key=lambda p: natural_key(p.name),
+        )
+        if not self.paths:
+            kinds = " ".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
+            raise InputError(f"{folder} holds no image ({kinds}): give a video file or a folder of frames")
+        self._numbers: dict[str, int] = {}
+        for index, path in enumerate(self.paths):
+            if path.stem in self._numbers:
+                raise InputError(f"{folder} has two frames named {path.stem}: keep one file a frame")
+            self._numbers[path.stem] = index
+        self.count = len(self.paths)
+        self.count_is_exact = True
+        height, width, _ = self._read(0).shape
+        self.size = (height, width)
+
+    def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        for index in indices:
+            if index >= len(self.paths):
+                return
+            try:
+                image = self._read(index)
+            except InputError as error:
+                self.problem = str(error)
+                return
+            if image.shape[:2] != self.size:
+                self.problem = (
+                    f"{self.paths[index]} is {_shown(image.shape)}, but the first frame is {_shown(self.size)}: "
+                    "all frames must have one size"
+                )
+                return
+            yield RawFrame(index, self.paths[index].stem, image, index / self.fps)
+
+    def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        return self.forward(indices)
+
+    def find(self, key: str) -> int | None:
+        return self._numbers.get(key, self._numbers.get(Path(key).stem))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+    def _read(self, index: int) -> Image:
+        import numpy as np
+
+        require("PIL")
+        from PIL import Image as PILImage
+        from PIL import ImageOps
+
+        path = self.paths[index]
+        try:
+            with PILImage.open(path) as file:
+                return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+
+
+class ArraySource(FrameSource):
+    """Frames that are in memory already: a (T, H, W, 3) uint8 array or tensor, or a sequence of (H, W, 3)."""
+
+    def __init__(self, frames: Sequence[Any], fps: Fraction = DEFAULT_FPS) -> None:
+        import numpy as np
+
+        if not len(frames):
+            raise InputError("the list of frames is empty")
+        self.title = "the frames"
+        self.fps = fps
+        self.count = len(frames)
+        self.count_is_exact = True
+        self._frames = frames
+        first = np.asarray(frames[0])
+        if first.ndim != 3 or first.shape[2] != 3 or first.dtype != np.uint8:
+            raise InputError(f"frames must be (H, W, 3) uint8 RGB, got {first.shape} {first.dtype}")
+        self.size = (first.shape[0], first.shape[1])
+
+    def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        import numpy as np
+
+        for index in indices:
+            if index >= len(self._frames):
+                return
+            image = np.ascontiguousarray(self._frames[index])
+            if image.shape != (*self.size, 3):
+                self.problem = f"frame {index} is {_shown(image.shape)}, but the first is {_shown(self.size)}"
+                return
+            yield RawFrame(index, f"{index:07d}", image, index / self.fps)
+
+    def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        return self.forward(indices)
+
+    def find(self, key: str) -> int | None:
+        return int(key) if key.isdigit() else None
+
+    def fingerprint(self) -> str:
+        raise VosopsError("frames in memory cannot be resumed")
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
+@contextmanager
+def read_ahead(items: Iterable[T], depth: int = _READ_AHEAD) -> Generator[Iterator[T], None, None]:
+    """Run ``items`` in a thread that stays at most ``depth`` items ahead of the consumer.
+
+    An exception in ``items`` is raised in the consumer; leaving the context stops and joins the thread.
+    """
+    queue: Queue[tuple[T | None, BaseException | None]] = Queue(depth)
+    stopped = Event()
+
+    def put(entry: tuple[T | None, BaseException | None]) -> bool:
+        while not stopped.is_set():
+            try:
+                queue.put(entry, timeout=_QUEUE_POLL_SECONDS)
+                return True
+            except Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+        except BaseException as error:
+            put((None, error))
+        else:
+            put((None, StopIteration()))
+
+    def consume() -> Iterator[T]:
+        while True:
+            item, error = queue.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+
+    thread = Thread(target=work, name="vosops-read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        stopped.set()
+        _drain(queue)
+        thread.join()
+
+
+def _drain(queue: Queue[Any]) -> None:
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        pass
+
+
+def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield (item, is it the last one); looks one item ahead."""
+    iterator = iter(items)
+    try:
+        held = next(iterator)
+    except StopIteration:
+        return
+    for item in iterator:
+        yield held, False
+        held = item
+    yield held, True
+
+

@@ -1,0 +1,259 @@
+"""The propagation loop: frames through a tracker, forward from the earliest mask, then backward from it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .frames import FrameSource, RawFrame, read_ahead, with_last
+from .masks import IGNORE, MaskSet
+from .resize import computation_size, resize_frame, resize_labels, resize_probability, to_labels
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from vosops.models import Tracker
+
+Phase = Literal["forward", "backward", "done"]
+
+
+@dataclass(frozen=True)
+class SegmentedFrame:
+    """One segmented frame.
+
+    Attributes:
+        index: Frame number in the input, from 0.
+        name: Name of its mask file without suffix: the frame file's, or the number in seven digits.
+        time: Presentation time in seconds from the first frame.
+        image: (H, W, 3) uint8 RGB at the input's size, upright.
+        labels: (H, W) uint8 with the ids of the given masks, 0 for background.
+        object_ids: Ids of the objects known at this frame.
+        areas: Pixels of each object.
+        confidences: Mean probability of each object inside its own pixels; 0 where it has none.
+        given: Whether a given mask lies on this frame.
+        probabilities: (O+1, H, W) float32, background first, then ``object_ids``; None unless asked for.
+    """
+
+    index: int
+    name: str
+    time: float
+    image: Tensor
+    labels: Tensor
+    object_ids: list[int]
+    areas: dict[int, int]
+    confidences: dict[int, float]
+    given: bool
+    probabilities: Tensor | None = None
+
+
+def frame_range(start: int | None, end: int | None, step: int, count: int | None) -> range:
+    """Return the frame numbers to process: from ``start`` up to but without ``end``, every ``step``-th.
+
+    ``count`` is the exact length of the input, None if it is not known before reading.
+    """
+    first = start or 0
+    if first < 0 or (end is not None and end < 0) or step < 1:
+        raise InputError("--start and --end must be 0 or more, and --step 1 or more")
+    stop = min(x for x in (end, count, sys.maxsize) if x is not None)
+    if first >= stop:
+        length = f"; the input has {count} frames" if count is not None else ""
+        raise InputError(f"--start {first} --end {stop} leaves no frame to process{length}")
+    return range(first, stop, step)
+
+
+class Propagation:
+    """Drives a tracker over one video; iterate over it once to get :class:`SegmentedFrame` objects.
+
+    Frames come in the order they are computed: forward from the earliest mask to the end, then, with the
+    tracker started afresh on the earliest mask, backward from it to the first frame. Only the objects of
+    the earliest mask go backward; an object first given later exists from its mask on.
+
+    A mask on a later frame is that frame's output. It speaks of the objects it shows: known ones are
+    corrected, and the tracker keeps the frame for good; new ids become new objects; known objects that it
+    does not show stay where the tracker sees them outside the mask's own objects.
+
+    Between two frames :meth:`state_dict` says all that :meth:`load_state_dict` needs to go on; on the CPU
+    the frames that follow are bit-identical.
+
+    Args:
+        tracker: The model.
+        source: Frames; read in a thread, a few ahead.
+        masks: Given masks; each frame number must be in ``indices``.
+        indices: Frame numbers to process.
+        short_side: Short side of the computation in pixels, -1 for the input's size.
+        device: Where frames go.
+        dtype: Autocast type of the tracker's computation; float32 means no autocast.
+        keep_probabilities: Fill ``SegmentedFrame.probabilities``.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        source: FrameSource,
+        masks: MaskSet,
+        indices: range,
+        *,
+        short_side: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        keep_probabilities: bool = False,
+    ) -> None:
+        self.tracker = tracker
+        self.source = source
+        self.masks = masks
+        self.indices = indices
+        self.size = source.size
+        self.compute_size = computation_size(source.size, short_side)
+        self.device = device
+        self.dtype = dtype
+        self.keep_probabilities = keep_probabilities
+        self.first = masks.frames[0]
+        self.phase: Phase = "forward"
+        self.position = self.first
+        self.problem: str | None = None
+        self._started = False
+
+    @property
+    def total(self) -> int | None:
+        """Number of frames to process, an estimate where the input's length is one; None if unknown."""
+        count = self.source.count
+        if count is None and self.indices.stop == sys.maxsize:
+            return None
+        stop = self.indices.stop if count is None else min(self.indices.stop, count)
+        return len(range(self.indices.start, stop, self.indices.step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and the tracker's state, for ``torch.save`` and a weights-only load."""
+        return {
+            "phase": self.phase,
+            "position": self.position,
+            "problem": self.problem,
+            "tracker": self.tracker.state_dict() if self._started else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict`` of a propagation with the same arguments."""
+        self.phase = state["phase"]
+        self.position = state["position"]
+        self.problem = state["problem"]
+        if state["tracker"] is not None:
+            self.tracker.load_state_dict(state["tracker"])
+            self._started = True
+
+    def __iter__(self) -> Iterator[SegmentedFrame]:
+        if not self._started:
+            self.tracker.reset()
+        if self.phase == "forward":
+            yield from self._forward()
+        if self.phase == "backward":
+            yield from self._backward()
+
+    def _forward(self) -> Iterator[SegmentedFrame]:
+        step = self.indices.step
+        read = self.source.forward(range(self.position, self.indices.stop, step))
+        yield from self._run(read, step, given=self.masks.frames)
+        self.problem = self.source.problem
+        missed = [frame for frame in self.masks.frames if frame >= self.position]
+        if self.position == self.first:
+            reason = self.problem or f"{self.source.title} ends before it"
+            raise InputError(f"frame {self.first} of mask {self.masks.title(self.first)} cannot be read: {reason}")
+        if missed and self.problem is None:
+            self.problem = f"mask {self.masks.title(missed[0])} lies on frame {missed[0]}, after the last frame"
+        self.phase = "backward" if self.first > self.indices.start else "done"
+        self.position = self.first
+        self._started = False
+
+    def _backward(self) -> Iterator[SegmentedFrame]:
+        step = -self.indices.step
+        remaining = range(self.position, self.indices.start - 1, step)
+        if not self._started:
+            self.tracker.reset()
+        frames = self._run(self.source.backward(remaining), step, given=[self.first])
+        yield from (frame for frame in frames if frame.index != self.first)
+        self.phase = "done"
+
+    def _run(self, read: Iterator[RawFrame], step: int, given: list[int]) -> Iterator[SegmentedFrame]:
+        prepared = ((raw, torch.from_numpy(raw.image)) for raw in read)
+        resized = (
+            (raw, image, resize_frame(image.permute(2, 0, 1), self.compute_size)) for raw, image in prepared
+        )
+        with read_ahead(resized) as ahead:
+            for (raw, image, frame), last in with_last(ahead):
+                with torch.inference_mode(), self._autocast():
+                    segmented = self._segment(raw, image, frame.to(self.device), raw.index in given, last)
+                self.position = raw.index + step
+                yield segmented
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _segment(self, raw: RawFrame, image: Tensor, frame: Tensor, given: bool, last: bool) -> SegmentedFrame:
+        probabilities = None
+        if given:
+            labels = self._apply_mask(raw.index, frame, last)
+            best = torch.ones(self.size)
+        else:
+            probabilities = self.tracker.step(frame, end=last)
+            labels, best = to_labels(probabilities, self.tracker.object_ids, self.size)
+            labels, best = labels.cpu(), best.cpu()
+        self._started = True
+        ids = list(self.tracker.object_ids)
+        pixels = labels.flatten().long()
+        areas = pixels.bincount(minlength=256)
+        sums = pixels.bincount(best.flatten().double(), minlength=256)
+        outside = self.masks.outside
+        return SegmentedFrame(
+            index=raw.index,
+            name=raw.name,
+            time=float(raw.time),
+            image=image,
+            labels=torch.from_numpy(self.masks.restore(labels.numpy())),
+            object_ids=[outside(i) for i in ids],
+            areas={outside(i): int(areas[i]) for i in ids},
+            confidences={outside(i): float(sums[i] / areas[i].clamp(min=1)) for i in ids},
+            given=given,
+            probabilities=self._full_probabilities(probabilities, labels, ids) if self.keep_probabilities else None,
+        )
+
+    def _apply_mask(self, index: int, frame: Tensor, last: bool) -> Tensor:
+        """Give the tracker the mask of this frame; return the frame's label map at the input's size."""
+        array, ids = self.masks.labels(index)
+        labels = torch.from_numpy(array)
+        if not self._started:
+            self.tracker.initialize(frame, self._small(labels, ids))
+            return labels
+        others = [i for i in self.tracker.object_ids if i not in ids]
+        if others:
+            predicted = self._peek(frame)
+            keep = (labels == 0) & torch.isin(predicted, torch.tensor(others, dtype=predicted.dtype))
+            labels = torch.where(keep, predicted, labels)
+        self.tracker.step(frame, labels=self._small(labels, [*ids, *others]), permanent=True, end=last)
+        return labels
+
+    def _peek(self, frame: Tensor) -> Tensor:
+        """Return what the tracker sees on a frame, leaving the tracker as it was."""
+        state = copy.deepcopy(self.tracker.state_dict())
+        probabilities = self.tracker.step(frame)
+        labels, _ = to_labels(probabilities, self.tracker.object_ids, self.size)
+        self.tracker.load_state_dict(state)
+        return labels.cpu()
+
+    def _small(self, labels: Tensor, ids: list[int]) -> Tensor:
+        return resize_labels(labels, self.compute_size, ids).long().to(self.device)
+
+    def _full_probabilities(self, probabilities: Tensor | None, labels: Tensor, ids: list[int]) -> Tensor:
+        if probabilities is None:
+            return torch.stack([(labels == i) | ((labels == IGNORE) & (i == 0)) for i in [0, *ids]]).float()
+        return torch.stack([resize_probability(p, self.size).cpu() for p in probabilities])
+
+

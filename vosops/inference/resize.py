@@ -1,0 +1,79 @@
+"""Between the input's size and the computation's: frames and label maps down, probabilities up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NATIVE = -1
+_MULTIPLE = 16  # sides of the computation, so that strided networks need no second resize or padding
+
+
+def computation_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """Return the (H, W) of the computation for an input of ``size``.
+
+    The aspect ratio is the input's and the short side ``short_side``, each side rounded to the nearest
+    multiple of 16 (480 for 854x480 gives 864x480); ``NATIVE`` keeps the input's size exactly.
+    """
+    if short_side == NATIVE:
+        return size
+    if short_side < _MULTIPLE:
+        raise InputError(f"--size must be -1 (the input's own) or at least {_MULTIPLE}, got {short_side}")
+    scale = short_side / min(size)
+    height, width = (max(1, round(side * scale / _MULTIPLE)) * _MULTIPLE for side in size)
+    return height, width
+
+
+def resize_frame(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a (3, H, W) uint8 frame, bilinear with antialiasing."""
+    if tuple(frame.shape[1:]) == size:
+        return frame
+    return F.interpolate(frame[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int], ids: Sequence[int]) -> Tensor:
+    """Resize a (H, W) label map to its nearest pixels; every object of ``ids`` keeps at least one pixel."""
+    if tuple(labels.shape) == size:
+        return labels
+    resized = F.interpolate(labels[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(labels.dtype)
+    present = set(resized.unique().tolist())
+    for missing in (i for i in ids if i not in present):
+        rows, columns = (labels == missing).nonzero(as_tuple=True)
+        if len(rows):
+            resized[rows * size[0] // labels.shape[0], columns * size[1] // labels.shape[1]] = missing
+    return resized
+
+
+def to_labels(
+    probabilities: Tensor, object_ids: Sequence[int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return the (H, W) uint8 label map at ``size`` and the probability (float32) of each pixel's label.
+
+    ``probabilities`` is (O+1, h, w), background first. Enlarged bilinearly one object at a time, so the
+    memory is a few (H, W) maps, however many objects there are. Ties go to the first channel.
+    """
+    values = torch.tensor([0, *object_ids], dtype=torch.uint8, device=probabilities.device)
+    best = resize_probability(probabilities[0], size).clone()
+    labels = torch.zeros(size, dtype=torch.uint8, device=probabilities.device)
+    for channel in range(1, len(values)):
+        probability = resize_probability(probabilities[channel], size)
+        better = probability > best
+        labels = torch.where(better, values[channel], labels)
+        best = torch.where(better, probability, best)
+    return labels, best
+
+
+def resize_probability(probability: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize one (h, w) probability map bilinearly to float32 (H, W)."""
+    probability = probability.float()
+    if tuple(probability.shape) == size:
+        return probability
+    return F.interpolate(probability[None, None], size=size, mode="bilinear", antialias=True)[0, 0]

@@ -1,0 +1,252 @@
+"""Video files through PyAV: every decoded frame once, upright, with its own presentation time."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, require
+from .files import quick_hash
+from .frames import DEFAULT_FPS, FrameSource, RawFrame
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+    from .frames import Image
+
+_BACKWARD_BYTES = 256 << 20  # decoded frames held at once while reading backward
+_MIN_CHUNK = 8
+_RIFF_HEADER = 8
+_EBML_MAGIC = b"\x1a\x45\xdf\xa3"
+_EBML_SEGMENT = b"\x18\x53\x80\x67"
+_ISO_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot"})
+
+
+class VideoFile(FrameSource):
+    """A video file. Forward reading decodes from the start, so it never depends on where seeking lands.
+
+    Backward reading holds one chunk of at most 256 MiB of decoded frames: it seeks to the key frame
+    before the chunk by the presentation times seen on the way forward, and decodes up to the chunk's
+    end; a file that cannot be sought that way is decoded from its start for every chunk. Nothing is
+    written to disk. A file that ends early (a decoding error, or a container cut off before its stated
+    end) delivers what could be decoded and sets ``problem``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require("av")
+        self.path = path
+        self.title = str(path)
+        self._times = array("q")  # presentation times of the first frames, while they ascend
+        self._times_ascend = True
+        with self._open() as container:
+            stream = container.streams.video[0]
+            self.average_rate = stream.average_rate or stream.guessed_rate or DEFAULT_FPS
+            self.time_base = stream.time_base or 1 / self.average_rate
+            self.sample_aspect_ratio = stream.sample_aspect_ratio
+            if stream.frames:
+                self.count = stream.frames
+            elif container.duration:
+                self.count = round(Fraction(container.duration, 1_000_000) * self.average_rate)
+            first = next(self._decode(container, stream), None)
+        if first is None:
+            raise InputError(f"{path} has no frame that can be decoded: {self.problem or 'it is empty'}")
+        self._start_time = first.pts or 0
+        self.size = _upright(first).shape[:2]
+
+    def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        self.problem = None
+        wanted = iter(indices)
+        target = next(wanted, None)
+        if target is None:
+            return
+        with self._open() as container:
+            for index, frame in enumerate(self._decode(container, container.streams.video[0])):
+                self._remember_time(index, frame.pts)
+                if index == target:
+                    yield self._raw(index, frame)
+                    target = next(wanted, None)
+                    if target is None:
+                        return
+        if self.problem is None and is_cut_off(self.path):
+            self.problem = f"{self.path} is truncated: the file ends before its stated length"
+
+    def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        if not indices:
+            return
+        if len(self._times) <= indices[0]:
+            for _ in self.forward([indices[0]]):
+                pass
+        height, width = self.size
+        length = max(_MIN_CHUNK, _BACKWARD_BYTES // (height * width * 3))
+        for start in range(0, len(indices), length):
+            chunk = sorted(indices[start : start + length])
+            yield from reversed(self._read_chunk(chunk))
+
+    def find(self, key: str) -> int | None:
+        digits = Path(key).stem if not key.isdigit() else key
+        return int(digits) if digits.isdigit() else None
+
+    def fingerprint(self) -> str:
+        return quick_hash(self.path)
+
+    def _open(self) -> InputContainer:
+        import av
+
+        try:
+            container = av.open(str(self.path))
+        except (av.FFmpegError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{self.path} cannot be opened as a video: {reason}") from error
+        if not container.streams.video:
+            container.close()
+            raise InputError(f"{self.path} has no video stream")
+        container.streams.video[0].thread_type = "AUTO"
+        return container
+
+    def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+        """Yield decoded frames; a decoding error ends the stream and sets ``problem``."""
+        import av
+
+        decoded = 0
+        try:
+            for frame in container.decode(stream):
+                yield frame
+                decoded += 1
+        except av.FFmpegError as error:
+            self.problem = (
+                f"{self.path} cannot be decoded after {decoded} frames ({error.strerror}): "
+                "it is truncated or damaged"
+            )
+
+    def _raw(self, index: int, frame: VideoFrame) -> RawFrame:
+        if frame.pts is None:
+            time = index / self.average_rate
+        else:
+            time = (frame.pts - self._start_time) * self.time_base
+        return RawFrame(index, f"{index:07d}", _upright(frame), time)
+
+    def _remember_time(self, index: int, time: int | None) -> None:
+        if index != len(self._times) or not self._times_ascend:
+            return
+        if time is None or (self._times and time <= self._times[-1]):
+            self._times_ascend = False
+        else:
+            self._times.append(time)
+
+    def _read_chunk(self, indices: list[int]) -> list[RawFrame]:
+        """Return the frames of ascending ``indices``, by seeking where the times allow it."""
+        if self._times_ascend and len(self._times) > indices[-1]:
+            frames = self._read_by_seeking(indices)
+            if len(frames) == len(indices):
+                return frames
+        return list(self.forward(indices))
+
+    def _read_by_seeking(self, indices: list[int]) -> list[RawFrame]:
+        import av
+
+        wanted = set(indices)
+        frames = []
+        with self._open() as container:
+            stream = container.streams.video[0]
+            try:
+                container.seek(self._times[indices[0]], stream=stream, backward=True, any_frame=False)
+            except av.FFmpegError:  # this container cannot be sought
+                return []
+            for frame in self._decode(container, stream):
+                if frame.pts is None:
+                    return []
+                index = bisect_left(self._times, frame.pts)
+                if index in wanted and self._times[index] == frame.pts:
+                    frames.append(self._raw(index, frame))
+                if index >= indices[-1]:
+                    break
+        return frames
+
+
+def _upright(frame: VideoFrame) -> Image:
+    """Return (H, W, 3) uint8 RGB, turned and mirrored by the frame's display matrix."""
+    import numpy as np
+
+    image: Image = frame.to_ndarray(format="rgb24")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    if abs(b) > abs(a):  # a quarter turn: columns become rows
+        image = image.transpose(1, 0, 2)
+        rows_reversed, columns_reversed = b < 0, c < 0
+    else:
+        rows_reversed, columns_reversed = d < 0, a < 0
+    image = image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
+    return np.ascontiguousarray(image)
+
+
+def is_cut_off(path: Path) -> bool:
+    """Say whether a container (MP4/MOV, Matroska/WebM, AVI) states more bytes than the file has."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] == b"RIFF":
+            return int.from_bytes(head[4:8], "little") + _RIFF_HEADER > size
+        file.seek(0)
+        if head[:4] == _EBML_MAGIC:
+            return _ebml_cut_off(file, size)
+        if head[4:8] in _ISO_BOXES:
+            return _iso_cut_off(file, size)
+    return False
+
+
+def _iso_cut_off(file: Any, size: int) -> bool:
+    position = 0
+    while position < size:
+        file.seek(position)
+        header = file.read(16)
+        if len(header) < 8:
+            return True
+        length = int.from_bytes(header[:4], "big")
+        if length == 0:  # the last box, up to the end of the file
+            return False
+        if length == 1:
+            length = int.from_bytes(header[8:16], "big")
+        if length < 8:
+            return False  # not a box: padding after the last one
+        position += length
+    return position > size
+
+
+def _ebml_cut_off(file: Any, size: int) -> bool:
+    header = _ebml_element(file)
+    if header is None or header[1] is None:
+        return False
+    file.seek(header[1], 1)
+    segment = _ebml_element(file)
+    if segment is None or segment[0] != _EBML_SEGMENT or segment[1] is None:
+        return False
+    return bool(file.tell() + segment[1] > size)
+
+
+def _ebml_element(file: Any) -> tuple[bytes, int | None] | None:
+    """Return (id, length or None when unknown) of the element at the file's position, and step past both."""
+    identifier = _ebml_number(file)
+    length = _ebml_number(file)
+    if identifier is None or length is None:
+        return None
+    bits = 7 * len(length)
+    value = int.from_bytes(length, "big") & ((1 << bits) - 1)
+    return identifier, None if value == (1 << bits) - 1 else value
+
+
+def _ebml_number(file: Any) -> bytes | None:
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    rest = file.read(8 - first[0].bit_length())
+    return bytes(chain(first, rest))

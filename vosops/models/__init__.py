@@ -1,0 +1,74 @@
+"""Reference systems for video object segmentation, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vosops.models.propagate import Propagate
+
+__all__ = ["Propagate", "Tracker", "create_model", "list_models"]
+
+
+class Tracker(Protocol):
+    """What every model offers: first frame and labels in, then a frame at a time.
+
+    frame: (3,H,W) uint8, or floating in [0, 1]; every frame of a video has the same size. labels: (H,W) integer,
+    0 background, 255 unknown, other values are object ids. Probabilities: (O+1,H,W) float32, background first,
+    then the objects in the order of ``object_ids``.
+    """
+
+    @property
+    def object_ids(self) -> list[int]:
+        """The ids of the objects that are tracked, in the order of the probabilities."""
+
+    def initialize(self, frame: Tensor, labels: Tensor) -> None:
+        """Forgets everything and starts from this frame, whose labels are the truth."""
+
+    def step(
+        self,
+        frame: Tensor,
+        labels: Tensor | None = None,
+        *,
+        permanent: bool = False,
+        end: bool = False,
+        output: str = "probs",
+    ) -> Tensor:
+        """Segments the next frame; labels, if any, are the truth for it and are kept for good."""
+
+    def add_objects(self, frame: Tensor, labels: Tensor) -> None:
+        """Adds objects (or corrections) to the frame that was segmented last."""
+
+    def remove_object(self, object_id: int) -> None:
+        """Stops tracking an object and forgets it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as tensors, numbers and lists."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to a saved state."""
+
+    def reset(self) -> None:
+        """Forgets everything."""
+
+
+_MODELS: dict[str, Callable[..., Tracker]] = {"propagate": Propagate}
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create_model` knows."""
+    return sorted(_MODELS)
+
+
+def create_model(name: str, weights: str | Path | None = None, **options: Any) -> Tracker:
+    """Creates a model by name.
+
+    weights: a file with the model's weights; None takes what the model ships with (``propagate`` is not trained and
+    takes no file). options: of the model's class. Raises ``ValueError`` for an unknown name.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"model must be one of {', '.join(list_models())}, but is {name!r}")
+    return _MODELS[name](weights=weights, **options)

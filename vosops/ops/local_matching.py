@@ -1,0 +1,205 @@
+"""Local matching: the nearest embedding of each object within a window of another frame (FEELVOS, CFBI)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops import _checks, backends
+from vosops.ops._registration import (
+    HAS_CPP,
+    cpp_reasons_not,
+    define_triton_op,
+    register_pieces,
+    triton_reasons_not,
+)
+from vosops.ops.matching_backward import matching_backward
+from vosops.reference._matching import finish_distance, object_masks
+from vosops.reference.local_matching import local_matching_core
+
+SCHEMA = (
+    "(Tensor query, Tensor key, Tensor mask, int[] radius, int dilation, Tensor? query_mask, str precision)"
+    " -> (Tensor distance, Tensor index)"
+)
+
+
+def local_matching(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    *,
+    radius: int | Sequence[int] = 15,
+    dilation: int = 1,
+    bias: Tensor | None = None,
+    normalize: bool = True,
+    num_objects: int | None = None,
+    query_mask: Tensor | None = None,
+    return_indices: bool = False,
+    precision: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Least squared L2 distance from each query pixel to each object's pixels in a window of `key`.
+
+    For pixel p of `query` and object o, the minimum of |query[p] - key[p + offset]|^2 over the offsets in x
+    and y that are multiples of `dilation` up to `radius` and lead to a pixel of o inside the image.
+
+    Args:
+        query: (N,C,H,W) embeddings of the current frame; float32, float16, bfloat16, on the CPU also float64.
+        key: (N,C,H,W) embeddings of the other (usually the previous) frame, of the same dtype.
+        mask: the objects in `key`. bool or floating (> 0.5) (N,O,H,W), which may overlap; or an integer label
+            map (N,H,W), where label v is object v, 0 counts and 255 is ignored.
+        radius: half side of the square window, in pixels of the feature map; or ascending nested radii,
+            which cost one pass.
+        dilation: distance between the pixels of the window, in pixels.
+        bias: (O,) added to the raw distance of each object (CFBI); may be learned.
+        normalize: return tanh((d + bias) / 2), which equals FEELVOS' 1 - 2 / (1 + exp(d)); an object without a
+            pixel in the window gives exactly 1. Without it the raw distance is returned, +inf for none.
+        num_objects: number of objects O; needed with a label map.
+        query_mask: bool (N,H,W); other query pixels are skipped and get the absent value.
+        return_indices: also return the flat index y * W + x (int64) of the nearest pixel, -1 for none.
+        precision: of float32 products on tensor cores: "ieee", "tf32x3" or "tf32"; None means "ieee" unless
+            torch.backends.cuda.matmul.allow_tf32 is on. The distance returned is always computed again in
+            float32 from the differences to the chosen pixel.
+
+    Returns:
+        (N,O,H,W) float32 (float64 for float64 input); with a sequence of R radii (N,O,R,H,W), never increasing
+        with the radius. With `return_indices` a pair with the indices in the same shape.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        NotImplementedError: under forward-mode differentiation.
+
+    Differentiable to any order in query, key and bias, deterministic, and of constant memory in the window:
+    O(N C H W) beyond the output, while the time is O(N C H W (2 radius / dilation + 1)^2). On a tie the first
+    pixel in row order wins. A query pixel with a NaN gives NaN; a NaN in `key` never wins.
+
+    Source: Voigtlaender et al., FEELVOS, CVPR 2019, section 3.4; nested radii and bias: Yang et al., CFBI,
+    ECCV 2020.
+
+        >>> import torch, vosops
+        >>> previous, current = torch.rand(2, 1, 100, 30, 54)
+        >>> labels = torch.randint(0, 3, (1, 30, 54))
+        >>> vosops.local_matching(current, previous, labels, radius=7, num_objects=3).shape
+        torch.Size([1, 3, 30, 54])
+    """
+    _checks.refuse_forward_mode("local_matching")
+    core = _prepare(
+        query,
+        key,
+        mask,
+        radius=radius,
+        dilation=dilation,
+        bias=bias,
+        num_objects=num_objects,
+        query_mask=query_mask,
+        precision=precision,
+    )
+    distance, index = backends.choose("local_matching", core).run(*core)
+    if isinstance(radius, int):
+        distance, index = distance.squeeze(2), index.squeeze(2)
+    distance = finish_distance(distance, bias, normalize)
+    return (distance, index) if return_indices else distance
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    *,
+    radius: int | Sequence[int] = 15,
+    dilation: int = 1,
+    bias: Tensor | None = None,
+    normalize: bool = True,
+    num_objects: int | None = None,
+    query_mask: Tensor | None = None,
+    return_indices: bool = False,
+    precision: str | None = None,
+) -> tuple[Any, ...]:
+    """Check the public arguments and turn them into those of the core op."""
+    query, key = _checks.promote_under_autocast(query, key)
+    _checks.check_embeddings(query, key, ("N", "C", "H", "W"))
+    _checks.check_tensor("key", key, tuple(query.shape))
+    radii = _radii(radius)
+    dilation = _checks.check_positive_int("dilation", dilation)
+    masks = object_masks(mask, num_objects, key)
+    _checks.check_bias(bias, masks.shape[1], query)
+    _checks.check_query_mask(query_mask, query)
+    return query, key, masks, radii, dilation, query_mask, _checks.resolve_precision(precision, query)
+
+
+def _radii(radius: int | Sequence[int]) -> list[int]:
+    radii = [radius] if isinstance(radius, int) else list(radius)
+    radii = [_checks.check_positive_int("radius", r, least=0) for r in radii]
+    if not radii or any(a >= b for a, b in zip(radii, radii[1:], strict=False)):
+        raise ValueError(f"radius must be an int or an ascending sequence of ints, got {radius!r}")
+    return radii
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    radius: Sequence[int],
+    dilation: int,
+    query_mask: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], mask.shape[1], len(radius), query.shape[2], query.shape[3])
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key = inputs[:2]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, output[1])
+
+
+def _backward_by(op: str) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        query, key, index = ctx.saved_tensors
+        return *matching_backward(op, grad, query, key, index), None, None, None, None, None
+
+    return backward
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from vosops.triton.local_matching import local_matching as kernel
+
+    return kernel(*args)
+
+
+def _reference(*args: Any) -> tuple[Tensor, Tensor]:
+    return local_matching_core(*args[:-1])
+
+
+define_triton_op("local_matching", SCHEMA, _triton)
+for _name, _backward, _available in (
+    ("local_matching", "matching_backward", HAS_CPP),
+    ("local_matching_triton", "matching_backward_triton", True),
+):
+    if _available:
+        register_pieces(
+            _name, fake=_fake, backward=_backward_by(_backward), setup_context=_setup_context
+        )
+
+backends.register_op(
+    backends.Op(
+        name="local_matching",
+        prepare=_prepare,
+        implementations=(
+            backends.Implementation(
+                "cpp", lambda *a: torch.ops.vosops.local_matching(*a), lambda q, *_: cpp_reasons_not(q)
+            ),
+            backends.Implementation(
+                "triton",
+                lambda *a: torch.ops.vosops.local_matching_triton(*a),
+                lambda q, *_: triton_reasons_not(q),
+            ),
+            backends.Implementation("reference", _reference, lambda *_: []),
+        ),
+        measured="CPU: benchmarks/results/local_matching_cpu.json; GPU: not measured yet",
+    )
+)
