@@ -16,6 +16,8 @@ bfloat16 rate of an H100; the epilogue's four instructions per pair cost less th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -50,6 +52,67 @@ MAX_WINDOW_TILES = 4096
 """Windows of more tiles are walked in full instead of the part that objects need."""
 
 STAGES = 2
+"""Key tiles in shared memory, that in use included."""
+
+PACK_CHANNELS = 32
+"""Channels that the packing kernel moves at a time."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Grid, warps and compile-time arguments of ``_match``."""
+
+    tile_h: int
+    tiles_y: int
+    tiles_x: int
+    tiles: int
+    groups: int
+    warps: int
+    constants: dict[str, Any]
+
+
+def launch_plan(
+    shape: Sequence[int],
+    objects: int,
+    radius: Sequence[int],
+    dilation: int,
+    dtype: torch.dtype,
+    precision: str,
+    processors: int,
+) -> LaunchPlan:
+    """Choose 128 queries a program where they fit and keep the device busy, else 64."""
+    batch, channels, height, width = shape
+    tensor_cores = uses_tensor_cores(dtype, precision)
+    groups = -(-objects // max(1, MAX_SLOTS // len(radius)))
+    group = -(-objects // groups)
+    phase_height, phase_width = -(-height // dilation), -(-width // dilation)
+    tiles_x = -(-phase_width // TILE_W)
+    for tile_h in (16, 8):
+        plan = channel_plan(channels, tile_h * TILE_W, dtype.itemsize, STAGES, tensor_cores=tensor_cores)
+        tiles_y = -(-phase_height // tile_h)
+        tiles = dilation * dilation * tiles_y * tiles_x
+        if plan.block == 0 and tiles * batch * groups >= processors:
+            break
+    reach = radius[-1] // dilation
+    window_y = power_of_two(min(tiles_y, 2 * -(-reach // tile_h) + 1))
+    window_x = power_of_two(min(tiles_x, 2 * -(-reach // TILE_W) + 1))
+    if window_y * window_x > MAX_WINDOW_TILES:
+        window_y = window_x = 0
+    constants = {
+        "RADII": tuple(radius),
+        "DILATION": dilation,
+        "GROUP": group,
+        "SLOTS": power_of_two(group * len(radius)),
+        "WINDOW_Y": window_y,
+        "WINDOW_X": window_x,
+        "TILE_H": tile_h,
+        "TILE_W": TILE_W,
+        **plan.constants,
+        "PRECISION": precision,
+        "EXACT": is_exact(dtype, precision),
+        "STAGES": STAGES,
+    }
+    return LaunchPlan(tile_h, tiles_y, tiles_x, tiles, groups, tile_h // 2, constants)
 
 
 @triton.jit
@@ -133,12 +196,14 @@ def _pack(
         )
         matchable = inside & (norm < NORM_LIMIT)
         any_object = tl.zeros((ROWS,), tl.int32)
-        for o in range(objects):
-            pointers = mask + n * mask_n + o * mask_o.to(tl.int64) + y * mask_h + x * mask_w
-            member = matchable & (tl.load(pointers, mask=inside, other=0) != 0)
-            object_row = ((n * objects + o) * tiles + tile) * ROWS + row
-            tl.store(bias + object_row, tl.where(member, norm, BIG))
+        object_mask = mask + n * mask_n + y * mask_h + x * mask_w
+        object_bias = bias + (n * objects * tiles + tile) * ROWS + row
+        for _ in range(objects):
+            member = matchable & (tl.load(object_mask, mask=inside, other=0) != 0)
+            tl.store(object_bias, tl.where(member, norm, BIG))
             any_object |= member.to(tl.int32)
+            object_mask += mask_o
+            object_bias += tiles * ROWS
         tl.store(needed + n * tiles + tile, tl.max(any_object, axis=0))
 
 
@@ -282,9 +347,9 @@ def _match(
             nearest_index = tl.where(nearer, winner, nearest_index)
             o = first_object + member
             out = ((n * objects + o) * RINGS + ring) * H * W + query_y * W + query_x
-            store = inside & (o < objects)
-            tl.store(distance + out, tl.where(norm != norm, norm, nearest), mask=store)
-            tl.store(index + out, nearest_index.to(tl.int64), mask=store)
+            if o < objects:
+                tl.store(distance + out, tl.where(norm != norm, norm, nearest), mask=inside)
+                tl.store(index + out, nearest_index.to(tl.int64), mask=inside)
 
 
 def local_matching(
