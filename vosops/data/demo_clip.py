@@ -1,8 +1,8 @@
 """A short clip with exact masks, rendered from photographs that ship in scikit-image.
 
-An astronaut, a space shuttle and a cup of coffee move, turn, change size and pass in front of one another while
-the camera drifts over the Hubble deep field. The photographs are public domain or CC0 (NASA; Rachel Michetti's
-cup of coffee; NASA and ESA's deep field), and the outlines of the objects are drawn by hand below.
+An astronaut, a space shuttle and a cup of coffee move, turn, change size and pass in front of one another
+while the camera drifts over the Hubble deep field. The photographs are public domain or CC0 (NASA; Rachel
+Michetti's cup of coffee; NASA and ESA's deep field), and the outlines of the objects are drawn by hand below.
 
 The masks are exact: a pixel belongs to whatever covers most of it. Rendering is deterministic on one machine.
 """
@@ -29,9 +29,7 @@ SIZE = (480, 854)
 
 OBJECTS = {1: "astronaut", 2: "space shuttle", 3: "cup of coffee"}
 
-REFERENCE_HEIGHT = 480
-"""The height of frame to which the scales of the poses refer."""
-
+JPEG_QUALITY = 95
 OUTLINE_SUBSAMPLES = 4
 CURVE_STEPS = 8
 EDGE_BLUR = 1.0
@@ -52,7 +50,7 @@ class Pose:
         time: 0 is the first frame, 1 the last.
         x: centre, as a share of the frame's width.
         y: centre, as a share of the frame's height.
-        scale: pixels of a frame 480 high per pixel of the photograph.
+        scale: pixels of a frame of `SIZE` per pixel of the photograph.
         angle: degrees, clockwise.
     """
 
@@ -80,28 +78,28 @@ class Layer:
 
 # fmt: off
 ASTRONAUT = (
-    (36, 516), (30, 485), (21, 450), (19, 415), (20, 385), (25, 350), (33, 318), (40, 295), (50, 270), (60, 250),
-    (76, 235), (98, 220), (115, 209), (113, 192), (116, 185), (124, 181), (129, 169), (140, 158), (156, 150),
-    (172, 147), (184, 148), (183, 141), (180, 132), (173, 129), (166, 118), (158, 106), (154, 88), (153, 70),
-    (157, 55), (168, 44), (180, 38), (190, 30), (208, 20), (230, 15), (252, 18), (274, 29), (291, 47), (300, 68),
-    (302, 88), (296, 108), (287, 122), (278, 134), (269, 137), (266, 148), (261, 160), (256, 172), (270, 181),
-    (286, 195), (298, 213), (304, 233), (318, 241), (334, 253), (345, 270), (352, 292), (358, 315), (363, 342),
-    (376, 346), (400, 343), (426, 348), (450, 361), (470, 380), (485, 402), (494, 425), (498, 452), (504, 459),
-    (506, 470), (509, 495), (508, 516),
+    (36, 516), (30, 485), (21, 450), (19, 415), (20, 385), (25, 350), (33, 318), (40, 295), (50, 270), (60,
+    250), (76, 235), (98, 220), (115, 209), (113, 192), (116, 185), (124, 181), (129, 169), (140, 158), (156,
+    150), (172, 147), (184, 148), (183, 141), (180, 132), (173, 129), (166, 118), (158, 106), (154, 88), (153,
+    70), (157, 55), (168, 44), (180, 38), (190, 30), (208, 20), (230, 15), (252, 18), (274, 29), (291, 47),
+    (300, 68), (302, 88), (296, 108), (287, 122), (278, 134), (269, 137), (266, 148), (261, 160), (256, 172),
+    (270, 181), (286, 195), (298, 213), (304, 233), (318, 241), (334, 253), (345, 270), (352, 292), (358,
+    315), (363, 342), (376, 346), (400, 343), (426, 348), (450, 361), (470, 380), (485, 402), (494, 425),
+    (498, 452), (504, 459), (506, 470), (509, 495), (508, 516),
 )
 SHUTTLE = (
-    (406, 1), (415, 0), (425, 1), (433, 15), (437, 35), (438, 46), (441.5, 41), (445, 39), (449.5, 43), (453, 52),
-    (455, 70), (455.5, 150), (455.5, 215), (457, 226), (455, 233), (446, 235), (438, 236), (425, 235),
-    (414, 238), (409, 248), (406, 256), (399, 258), (393, 254), (390, 241), (384, 232), (381, 230), (357, 227.5),
-    (354, 222), (358, 210), (370, 192), (376, 177), (378.5, 150), (378.5, 100), (380, 84), (381, 55), (384, 46),
-    (387.5, 41), (392.5, 45), (397, 50), (399, 30), (401, 15),
+    (406, 1), (415, 0), (425, 1), (433, 15), (437, 35), (438, 46), (441.5, 41), (445, 39), (449.5, 43), (453,
+    52), (455, 70), (455.5, 150), (455.5, 215), (457, 226), (455, 233), (446, 235), (438, 236), (425, 235),
+    (414, 238), (409, 248), (406, 256), (399, 258), (393, 254), (390, 241), (384, 232), (381, 230), (357,
+    227.5), (354, 222), (358, 210), (370, 192), (376, 177), (378.5, 150), (378.5, 100), (380, 84), (381, 55),
+    (384, 46), (387.5, 41), (392.5, 45), (397, 50), (399, 30), (401, 15),
 )
 CUP = (
-    (78, 205), (80, 180), (88, 150), (102, 123), (124, 100), (149, 84), (174, 74), (181, 58), (195, 42), (215, 30),
-    (240, 22), (268, 18), (295, 18), (325, 24), (355, 35), (380, 50), (395, 66), (404, 67), (416, 67), (423, 72),
-    (424, 81), (420, 93), (417, 106), (440, 128), (460, 155), (473, 185), (479, 215), (479, 245), (472, 280),
-    (458, 310), (436, 338), (405, 361), (370, 377), (330, 386), (290, 388), (250, 384), (212, 374), (175, 358),
-    (142, 336), (115, 310), (95, 280), (83, 245),
+    (78, 205), (80, 180), (88, 150), (102, 123), (124, 100), (149, 84), (174, 74), (181, 58), (195, 42), (215,
+    30), (240, 22), (268, 18), (295, 18), (325, 24), (355, 35), (380, 50), (395, 66), (404, 67), (416, 67),
+    (423, 72), (424, 81), (420, 93), (417, 106), (440, 128), (460, 155), (473, 185), (479, 215), (479, 245),
+    (472, 280), (458, 310), (436, 338), (405, 361), (370, 377), (330, 386), (290, 388), (250, 384), (212,
+    374), (175, 358), (142, 336), (115, 310), (95, 280), (83, 245),
 )
 # fmt: on
 
@@ -195,31 +193,53 @@ class DemoClip(Sequence[tuple[Image, Image]]):
         return frame.contiguous().numpy(), labels.numpy()
 
 
+def write_clip(clip: DemoClip, root: Path, name: str = "demo") -> tuple[Path, Path]:
+    """Writes the clip as a dataset in DAVIS' layout, and returns the folders of its frames and of its masks.
+
+    Args:
+        clip: what to write.
+        root: the dataset; frames go to `root/JPEGImages/480p/name/00000.jpg`, masks to
+            `root/Annotations/480p/name/00000.png`, and so on.
+        name: the sequence.
+    """
+    from PIL import Image as Pillow
+
+    frames, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
+    for folder in (frames, masks):
+        folder.mkdir(parents=True, exist_ok=True)
+    for t, (frame, labels) in enumerate(clip):
+        Pillow.fromarray(frame).save(frames / f"{t:05d}.jpg", quality=JPEG_QUALITY)
+        Pillow.fromarray(labels).save(masks / f"{t:05d}.png")
+    return frames, masks
+
+
 class _Sprite:
-    """A layer ready to be drawn: a premultiplied RGBA picture, filtered for the largest scale it is shown at."""
+    """A layer ready to be drawn: a premultiplied RGBA picture, filtered for its largest scale."""
 
     def __init__(self, layer: Layer, size: tuple[int, int]) -> None:
         self.poses = layer.poses
         self.size = size
-        self.unit = size[0] / REFERENCE_HEIGHT
-        picture, centre = _cut(layer)
+        height, width = SIZE
+        self.unit = size[0] / height if layer.outline else max(size[0] / height, size[1] / width)
+        picture, self.centre = _cut(layer)
+        self.extent = (picture.shape[2], picture.shape[1])
         shrinkage = min(1.0, max(pose.scale for pose in layer.poses) * self.unit)
         if shrinkage < 1:
             shape = [max(1, round(n * shrinkage)) for n in picture.shape[1:]]
-            small = F.interpolate(picture[None], shape, mode="bilinear", antialias=True, align_corners=False)[0]
+            small = F.interpolate(picture[None], shape, mode="bilinear", antialias=True, align_corners=False)[
+                0
+            ]
             picture = small.clamp(0, 1)
         self.picture = picture
-        self.density = shrinkage
-        self.centre = (centre[0] * shrinkage, centre[1] * shrinkage)
 
     def at(self, time: float) -> tuple[tuple[int, int, int, int], Tensor]:
-        """The box of the frame that the layer covers (top, bottom, left, right), and its picture there (4, h, w)."""
+        """The box that the layer covers (top, bottom, left, right), and its picture there (4, h, w)."""
         pose = _interpolate(self.poses, time)
         height, width = self.size
-        scale = pose.scale * self.unit / self.density
+        scale = pose.scale * self.unit
         cos, sin = math.cos(math.radians(pose.angle)), math.sin(math.radians(pose.angle))
         x0, y0 = pose.x * width, pose.y * height
-        rows, columns = self.picture.shape[1:]
+        columns, rows = self.extent
         corners = [(x - self.centre[0], y - self.centre[1]) for x in (0, columns) for y in (0, rows)]
         xs = [x0 + scale * (cos * x - sin * y) for x, y in corners]
         ys = [y0 + scale * (sin * x + cos * y) for x, y in corners]
@@ -230,11 +250,13 @@ class _Sprite:
         u = (cos * x + sin * y) / scale + self.centre[0]
         v = (cos * y - sin * x) / scale + self.centre[1]
         grid = torch.stack([2 * u / columns - 1, 2 * v / rows - 1], dim=-1)
-        return (top, bottom, left, right), F.grid_sample(self.picture[None], grid[None], align_corners=False)[0]
+        return (top, bottom, left, right), F.grid_sample(self.picture[None], grid[None], align_corners=False)[
+            0
+        ]
 
 
 def _cut(layer: Layer) -> tuple[Tensor, tuple[float, float]]:
-    """The photograph inside the outline, (4, h, w) premultiplied RGBA in [0, 1], and the outline's centre in it."""
+    """What the outline holds, (4, h, w) premultiplied RGBA in [0, 1], and its centre (x, y)."""
     photograph = _read(layer.photograph)
     if not layer.outline:
         picture = torch.cat([photograph, torch.ones_like(photograph[:1])])
@@ -259,7 +281,7 @@ def _read(name: str) -> Tensor:
 
 
 def _opacity(outline: Sequence[tuple[float, float]], size: tuple[int, int]) -> Tensor:
-    """The inside of a smooth closed curve through the corners, (h, w) in [0, 1], its edge soft and moved inwards."""
+    """The inside of a smooth closed curve through the corners, (h, w) in [0, 1], with a soft edge."""
     from PIL import Image as Pillow
     from PIL import ImageDraw, ImageFilter
 
@@ -267,7 +289,9 @@ def _opacity(outline: Sequence[tuple[float, float]], size: tuple[int, int]) -> T
     n = OUTLINE_SUBSAMPLES
     canvas = Pillow.new("L", (width * n, height * n))
     ImageDraw.Draw(canvas).polygon([(x * n, y * n) for x, y in _closed_curve(outline)], fill=255)
-    canvas = canvas.filter(ImageFilter.GaussianBlur(EDGE_BLUR * n)).resize((width, height), Pillow.Resampling.BOX)
+    canvas = canvas.filter(ImageFilter.GaussianBlur(EDGE_BLUR * n)).resize(
+        (width, height), Pillow.Resampling.BOX
+    )
     alpha = torch.from_numpy(np.array(canvas)) / 255
     return ((alpha - EDGE) * EDGE_CONTRAST + 0.5).clamp(0, 1)
 
@@ -286,7 +310,7 @@ def _interpolate(poses: tuple[Pose, ...], time: float) -> Pose:
     chosen = [poses[min(max(i, 0), len(poses) - 1)] for i in range(after - 2, after + 2)]
     share = (time - chosen[1].time) / (chosen[2].time - chosen[1].time)
     table = np.array([(pose.x, pose.y, pose.scale, pose.angle) for pose in chosen])
-    x, y, scale, angle = _catmull_rom(*table, share)
+    x, y, scale, angle = _catmull_rom(table[0], table[1], table[2], table[3], share)
     return Pose(time, float(x), float(y), float(scale), float(angle))
 
 

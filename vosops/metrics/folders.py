@@ -185,7 +185,7 @@ def _find_sequences(
                 f"{root}: no ground truth for {_listing(absent)}; there is {_listing(found)}"
             )
         found = list(dict.fromkeys(names))
-    if len(found) == 1 and _pngs(predictions):
+    if len(found) == 1 and _pngs(predictions) and not _pngs(predictions / found[0]):
         return [(found[0], predictions, root / found[0])]
     absent = [name for name in found if not _pngs(predictions / name)]
     if absent:
