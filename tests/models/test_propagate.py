@@ -35,7 +35,9 @@ def textured(height: int, width: int, seed: int) -> Tensor:
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
 
 
-def render(positions: dict[int, tuple[int, int]], size: tuple[int, int] = (HEIGHT, WIDTH)) -> tuple[Tensor, Tensor]:
+def render(
+    positions: dict[int, tuple[int, int]], size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> tuple[Tensor, Tensor]:
     """A frame (3,H,W) uint8 and its labels (H,W): a textured square of each object's colour at (y, x)."""
     frame = 0.35 * textured(*size, seed=0) + 0.3
     labels = torch.zeros(size, dtype=torch.int64)
@@ -328,7 +330,12 @@ def test_the_last_frame_need_not_be_remembered() -> None:
         (torch.zeros(3, 8, 8), torch.ones(8, 8), TypeError, "labels must be integers"),
         (torch.zeros(3, 8, 8), torch.full((8, 8), -1), ValueError, "labels must be >= 0"),
         (torch.zeros(1, 8, 8), torch.ones(8, 8, dtype=torch.int64), ValueError, "frame must be"),
-        (torch.zeros(3, 8, 8, dtype=torch.int64), torch.ones(8, 8, dtype=torch.int64), TypeError, "frame must be"),
+        (
+            torch.zeros(3, 8, 8, dtype=torch.int64),
+            torch.ones(8, 8, dtype=torch.int64),
+            TypeError,
+            "frame must be",
+        ),
     ],
 )
 def test_wrong_input_is_named(frame: Tensor, labels: Tensor, error: type[Exception], message: str) -> None:

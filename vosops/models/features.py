@@ -51,7 +51,13 @@ class _SameConv(nn.Module):
     """A convolution with TensorFlow's "SAME" padding and its batch norm folded in, ReLU6 after it where asked."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, depthwise: bool = False, relu: bool = True
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        depthwise: bool = False,
+        relu: bool = True,
     ) -> None:
         super().__init__()
         groups = inputs if depthwise else 1
@@ -155,7 +161,9 @@ class _Timm(Backbone):
             raise ValueError(f"backbone 'timm:{name}' cannot be created: {_first_line(error)}") from error
         reductions = list(network.feature_info.reduction())
         if any(stride not in reductions for stride in STRIDES):
-            raise ValueError(f"backbone 'timm:{name}' must have maps at strides 8 and 16, but has {reductions}")
+            raise ValueError(
+                f"backbone 'timm:{name}' must have maps at strides 8 and 16, but has {reductions}"
+            )
         config = getattr(network, "pretrained_cfg", None) or {}
         super().__init__(tuple(config.get("mean", _IMAGENET_MEAN)), tuple(config.get("std", _IMAGENET_STD)))
         self.network = network
@@ -178,7 +186,9 @@ class _Torchvision(Backbone):
         try:
             network = models.get_model(name, weights="DEFAULT" if pretrained else None)
         except Exception as error:
-            raise ValueError(f"backbone 'torchvision:{name}' cannot be created: {_first_line(error)}") from error
+            raise ValueError(
+                f"backbone 'torchvision:{name}' cannot be created: {_first_line(error)}"
+            ) from error
         super().__init__(_IMAGENET_MEAN, _IMAGENET_STD)
         stages = list(getattr(network, "features", network).children())
         strides = _strides(stages)
@@ -216,7 +226,8 @@ def create_backbone(name: str = "efficientnet_lite0", *, pretrained: bool = True
             backbone = _Torchvision(model, pretrained)
         else:
             raise ValueError(
-                "backbone must be 'efficientnet_lite0', 'timm:NAME' or 'torchvision:NAME', but is " + repr(name)
+                "backbone must be 'efficientnet_lite0', 'timm:NAME' or 'torchvision:NAME', but is "
+                + repr(name)
             )
     backbone.requires_grad_(False)
     return backbone.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -111,7 +111,11 @@ def apply_coefficients(slopes: Tensor, offsets: Tensor, guide: Tensor) -> Tensor
     fit = torch.cat([slopes, offsets[:, None]], 1)
     if fit.shape[2:] != guide.shape[1:]:
         fit = functional.interpolate(fit, guide.shape[1:], mode="bilinear", align_corners=False)
-    return torch.addcmul(fit[:, 3], fit[:, 0], guide[0]).addcmul_(fit[:, 1], guide[1]).addcmul_(fit[:, 2], guide[2])
+    return (
+        torch.addcmul(fit[:, 3], fit[:, 0], guide[0])
+        .addcmul_(fit[:, 1], guide[1])
+        .addcmul_(fit[:, 2], guide[2])
+    )
 
 
 def guided_filter(guide: Tensor, values: Tensor, radius: int = 4, eps: float = 1e-3) -> Tensor:

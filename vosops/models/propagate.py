@@ -58,7 +58,9 @@ class Propagate:
         device: str | torch.device = "cpu",
     ) -> None:
         if weights is not None:
-            raise ValueError("weights must be None: propagate is not trained; choose its features by backbone=")
+            raise ValueError(
+                "weights must be None: propagate is not trained; choose its features by backbone="
+            )
         if size != -1 and size < SIZE_MULTIPLE:
             raise ValueError(f"size must be -1 or at least {SIZE_MULTIPLE}, but is {size}")
         self.backbone_name = backbone if pretrained else f"{backbone} (random)"
@@ -180,7 +182,13 @@ class Propagate:
         self._frame_size = tuple(state["frame_size"]) or None
         self._permanent_features = [x.to(self.device) for x in state["permanent_features"]]
         self._permanent_masks = [x.to(self.device) for x in state["permanent_masks"]]
-        for name in ("whitening", "permanent_keys", "previous_features", "previous_keys", "previous_probabilities"):
+        for name in (
+            "whitening",
+            "permanent_keys",
+            "previous_features",
+            "previous_keys",
+            "previous_probabilities",
+        ):
             setattr(self, f"_{name}", state[name].to(self.device))
 
     def _check_started(self) -> None:
@@ -310,7 +318,9 @@ class Propagate:
 
     def _enlarge(self, coarse: Tensor, image: Tensor) -> Tensor:
         """Coarse probabilities (O+1,h,w) -> (O+1,H,W) at the frame's size, along the image's edges."""
-        coarse = functional.interpolate(coarse[None], image.shape[1:], mode="bilinear", align_corners=False)[0]
+        coarse = functional.interpolate(coarse[None], image.shape[1:], mode="bilinear", align_corners=False)[
+            0
+        ]
         objects = coarse[1:]
         objects = GuidedFilter(image, FILTER_RADIUS, FILTER_EPS)(objects)
         objects = torch.cat([1 - objects.sum(0, keepdim=True), objects])
