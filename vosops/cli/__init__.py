@@ -1,1 +1,62 @@
-"""The command line: one file per command, each with `register(app)`."""
+"""The command line: ``vosops segment | eval | demo | info | bench``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+_COMMANDS = ("segment", "eval", "demo", "info", "bench")
+_INTERRUPTED = 130
+
+
+def build_app() -> typer.Typer:
+    """Return the typer app with every sub-command; each module of this package registers its own."""
+    import typer
+
+    app = typer.Typer(
+        name="vosops",
+        help="Video object segmentation: masks through videos, and what it takes to measure them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.callback()(_root)
+    for command in _COMMANDS:
+        try:
+            module = import_module(f"vosops.cli.{command}")
+        except ModuleNotFoundError as error:
+            if error.name != f"vosops.cli.{command}":
+                raise
+            continue
+        module.register(app)
+    return app
+
+
+def _root() -> None:
+    """Video object segmentation: masks through videos, and what it takes to measure them."""
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line, with an exit code."""
+    from vosops.inference.errors import VosopsError
+
+    try:
+        build_app()()
+    except VosopsError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped at once; --resume goes on from the last checkpoint", _INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        _fail(f"{error.name} is not installed: pip install 'vosops[video]'", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"vosops: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -46,16 +46,18 @@ class RunState:
         found = differences(before, json.loads(json.dumps(arguments)))
         if found:
             raise ResumeError(
-                f"cannot resume {self.folder.parent}: {'; '.join(found)}. Give the same arguments, or --overwrite"
+                f"cannot resume {self.folder.parent}: {'; '.join(found)}. "
+                "Give the same arguments, or --overwrite"
             )
 
-    def save(self, propagation: dict[str, Any], done: int) -> None:
-        """Write a checkpoint: the propagation's state and how much of the record belongs to it."""
+    def save(self, propagation: dict[str, Any], done: int, seconds: float) -> None:
+        """Write a checkpoint: the loop's state, how much of the record belongs to it, the time spent."""
         state = {
             "version": _VERSION,
             "propagation": propagation,
             "record_bytes": self.record.size,
             "done": done,
+            "seconds": seconds,
         }
         with complete_or_absent(self._checkpoint) as part:
             torch.save(state, part)
@@ -68,9 +70,13 @@ class RunState:
         try:
             state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ResumeError(f"{self._checkpoint} cannot be read ({error}): start again with --overwrite") from error
+            raise ResumeError(
+                f"{self._checkpoint} cannot be read ({error}): start again with --overwrite"
+            ) from error
         if state.get("version") != _VERSION:
-            raise ResumeError(f"{self._checkpoint} is of another version of vosops: start again with --overwrite")
+            raise ResumeError(
+                f"{self._checkpoint} is of another version of vosops: start again with --overwrite"
+            )
         self.record.cut(state["record_bytes"])
         return state
 

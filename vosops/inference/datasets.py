@@ -45,7 +45,9 @@ def open_source(path: Path, fps: Fraction = DEFAULT_FPS) -> FrameSource:
     return VideoFile(path)
 
 
-def find_sequences(root: Path, names: Sequence[str] = (), resolution: str | None = None) -> list[VideoSequence]:
+def find_sequences(
+    root: Path, names: Sequence[str] = (), resolution: str | None = None
+) -> list[VideoSequence]:
     """Return the sequences of a data set that have a mask, by name.
 
     DAVIS has ``JPEGImages/<resolution>/SEQ`` and masks of every frame, of which only the first is given to
@@ -59,7 +61,9 @@ def find_sequences(root: Path, names: Sequence[str] = (), resolution: str | None
     images, masks = root / _IMAGES, root / _MASKS
     found = [r for r in _DAVIS_RESOLUTIONS if (images / r).is_dir()]
     if resolution is not None and resolution not in found:
-        raise InputError(f"{root} has no resolution {resolution}: it has {', '.join(found) or 'none (not DAVIS)'}")
+        raise InputError(
+            f"{root} has no resolution {resolution}: it has {', '.join(found) or 'none (not DAVIS)'}"
+        )
     davis = bool(found)
     if davis:
         chosen = resolution or found[0]
@@ -87,7 +91,9 @@ def _names(names: Sequence[str]) -> set[str]:
     return found
 
 
-def masks_of_sequence(sequence: VideoSequence, source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:
+def masks_of_sequence(
+    sequence: VideoSequence, source: FrameSource, indices: Sequence[int]
+) -> list[GivenMask]:
     """Return the masks that the benchmark's protocol gives to the model."""
     found = []
     for path in sorted(sequence.masks.glob("*.png"), key=lambda p: natural_key(p.name)):

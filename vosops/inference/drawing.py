@@ -46,7 +46,8 @@ def _brightened(table: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     import numpy as np
 
     peak = table.max(axis=1, keepdims=True).clip(min=1).astype(np.float32)
-    return (table * (255 / peak)).round().astype(np.uint8)
+    brightened: npt.NDArray[np.uint8] = (table * (255 / peak)).round().astype(np.uint8)
+    return brightened
 
 
 def contours(labels: Labels, width: int) -> npt.NDArray[np.bool_]:
@@ -61,7 +62,8 @@ def contours(labels: Labels, width: int) -> npt.NDArray[np.bool_]:
         edge[:-distance] |= rows
         edge[:, distance:] |= columns
         edge[:, :-distance] |= columns
-    return edge & (labels > 0)
+    edge &= labels > 0
+    return edge
 
 
 def overlay(image: Image, labels: Labels, table: npt.NDArray[np.uint8], binary: bool) -> Image:
@@ -126,7 +128,9 @@ class ContactSheet:
         rows = -(-len(self._cells) // columns)
         cell_height = max(cell.shape[0] for cell, _ in self._cells) + _CAPTION_HEIGHT + _SHEET_GAP
         cell_width = _THUMBNAIL_WIDTH + _SHEET_GAP
-        sheet = PILImage.new("RGB", (columns * cell_width + _SHEET_GAP, rows * cell_height + _SHEET_GAP), "white")
+        sheet = PILImage.new(
+            "RGB", (columns * cell_width + _SHEET_GAP, rows * cell_height + _SHEET_GAP), "white"
+        )
         draw = ImageDraw.Draw(sheet)
         font = ImageFont.load_default(size=13)
         for place, (cell, caption) in enumerate(self._cells):

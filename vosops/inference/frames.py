@@ -47,11 +47,13 @@ class FrameSource(ABC):
         title: What to call the input in messages.
         size: (H, W) of every frame, after rotation.
         count: Number of frames, an estimate if ``count_is_exact`` is false, None if unknown.
+        average_rate: Frames a second.
         problem: Set when the input ended early; one line. The frames before it were delivered.
     """
 
     title: str
     size: tuple[int, int]
+    average_rate: Fraction
     count: int | None = None
     count_is_exact: bool = False
     problem: str | None = None
@@ -84,9 +86,13 @@ class ImageFolder(FrameSource):
     def __init__(self, folder: Path, fps: Fraction = DEFAULT_FPS) -> None:
         self.folder = folder
         self.title = str(folder)
-        self.fps = fps
+        self.average_rate = fps
         self.paths = sorted(
-            (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")),
+            (
+                p
+                for p in folder.iterdir()
+                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            ),
             key=lambda p: natural_key(p.name),
         )
         if not self.paths:
@@ -103,6 +109,7 @@ class ImageFolder(FrameSource):
         self.size = (height, width)
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of ``indices``; one that cannot be read ends them and sets ``problem``."""
         for index in indices:
             if index >= len(self.paths):
                 return
@@ -112,20 +119,20 @@ class ImageFolder(FrameSource):
                 self.problem = str(error)
                 return
             if image.shape[:2] != self.size:
-                self.problem = (
-                    f"{self.paths[index]} is {_shown(image.shape)}, but the first frame is {_shown(self.size)}: "
-                    "all frames must have one size"
-                )
+                self.problem = f"{self.paths[index]} is {_shown(image.shape)}, but the first frame is {_shown(self.size)}"
                 return
-            yield RawFrame(index, self.paths[index].stem, image, index / self.fps)
+            yield RawFrame(index, self.paths[index].stem, image, index / self.average_rate)
 
     def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of ``indices``."""
         return self.forward(indices)
 
     def find(self, key: str) -> int | None:
+        """Return the number of the frame file of that name, with or without suffix."""
         return self._numbers.get(key, self._numbers.get(Path(key).stem))
 
     def fingerprint(self) -> str:
+        """Return a hash of the names and sizes of all frame files."""
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -155,7 +162,7 @@ class ArraySource(FrameSource):
         if not len(frames):
             raise InputError("the list of frames is empty")
         self.title = "the frames"
-        self.fps = fps
+        self.average_rate = fps
         self.count = len(frames)
         self.count_is_exact = True
         self._frames = frames
@@ -165,6 +172,7 @@ class ArraySource(FrameSource):
         self.size = (first.shape[0], first.shape[1])
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of ``indices``."""
         import numpy as np
 
         for index in indices:
@@ -174,15 +182,18 @@ class ArraySource(FrameSource):
             if image.shape != (*self.size, 3):
                 self.problem = f"frame {index} is {_shown(image.shape)}, but the first is {_shown(self.size)}"
                 return
-            yield RawFrame(index, f"{index:07d}", image, index / self.fps)
+            yield RawFrame(index, f"{index:07d}", image, index / self.average_rate)
 
     def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of ``indices``."""
         return self.forward(indices)
 
     def find(self, key: str) -> int | None:
+        """Return the number that ``key`` is."""
         return int(key) if key.isdigit() else None
 
     def fingerprint(self) -> str:
+        """Refuse: there is nothing on disk to compare with later."""
         raise VosopsError("frames in memory cannot be resumed")
 
 
@@ -256,5 +267,3 @@ def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
         yield held, False
         held = item
     yield held, True
-
-

@@ -164,9 +164,13 @@ class Propagation:
         missed = [frame for frame in self.masks.frames if frame >= self.position]
         if self.position == self.first:
             reason = self.problem or f"{self.source.title} ends before it"
-            raise InputError(f"frame {self.first} of mask {self.masks.title(self.first)} cannot be read: {reason}")
+            raise InputError(
+                f"frame {self.first} of mask {self.masks.title(self.first)} cannot be read: {reason}"
+            )
         if missed and self.problem is None:
-            self.problem = f"mask {self.masks.title(missed[0])} lies on frame {missed[0]}, after the last frame"
+            self.problem = (
+                f"mask {self.masks.title(missed[0])} lies on frame {missed[0]}, after the last frame"
+            )
         self.phase = "backward" if self.first > self.indices.start else "done"
         self.position = self.first
         self._started = False
@@ -197,7 +201,9 @@ class Propagation:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def _segment(self, raw: RawFrame, image: Tensor, frame: Tensor, given: bool, last: bool) -> SegmentedFrame:
+    def _segment(
+        self, raw: RawFrame, image: Tensor, frame: Tensor, given: bool, last: bool
+    ) -> SegmentedFrame:
         probabilities = None
         if given:
             labels = self._apply_mask(raw.index, frame, last)
@@ -222,7 +228,9 @@ class Propagation:
             areas={outside(i): int(areas[i]) for i in ids},
             confidences={outside(i): float(sums[i] / areas[i].clamp(min=1)) for i in ids},
             given=given,
-            probabilities=self._full_probabilities(probabilities, labels, ids) if self.keep_probabilities else None,
+            probabilities=self._full_probabilities(probabilities, labels, ids)
+            if self.keep_probabilities
+            else None,
         )
 
     def _apply_mask(self, index: int, frame: Tensor, last: bool) -> Tensor:
@@ -255,5 +263,3 @@ class Propagation:
         if probabilities is None:
             return torch.stack([(labels == i) | ((labels == IGNORE) & (i == 0)) for i in [0, *ids]]).float()
         return torch.stack([resize_probability(p, self.size).cpu() for p in probabilities])
-
-

@@ -75,15 +75,18 @@ def _labels_of_colours(image: npt.NDArray[np.uint8], path: Path) -> Labels:
     import numpy as np
 
     if (image == image[..., :1]).all():
-        return image[..., 0].copy()
+        grey: Labels = image[..., 0].copy()
+        return grey
     codes = image.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
     palette = np.frombuffer(davis_palette(), np.uint8).reshape(256, 3).astype(np.uint32)
     known = palette @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
     order = np.argsort(known)
     place = np.searchsorted(known[order], codes).clip(max=IGNORE)
-    labels = order[place].astype(np.uint8)
+    labels: Labels = order[place].astype(np.uint8)
     if (known[labels] != codes).any():
-        raise InputError(f"mask {path} is a colour image: save it as a palette or grey PNG whose values are object ids")
+        raise InputError(
+            f"mask {path} is a colour image: save it as a palette or grey PNG whose values are object ids"
+        )
     return labels
 
 
@@ -131,7 +134,9 @@ class MaskSet:
             the benchmarks, whose data sets hold the truth of later frames too).
     """
 
-    def __init__(self, masks: Sequence[GivenMask], size: tuple[int, int], only_new_objects: bool = False) -> None:
+    def __init__(
+        self, masks: Sequence[GivenMask], size: tuple[int, int], only_new_objects: bool = False
+    ) -> None:
         import numpy as np
 
         if not masks:
@@ -146,11 +151,15 @@ class MaskSet:
         for mask in sorted(masks, key=lambda m: m.frame):
             if mask.frame in self._by_frame:
                 other = self._by_frame[mask.frame].title
-                raise InputError(f"{other} and {mask.title} both lie on frame {mask.frame}: combine them into one")
+                raise InputError(
+                    f"{other} and {mask.title} both lie on frame {mask.frame}: combine them into one"
+                )
             labels, palette = mask.read()
             if labels.shape != size:
                 given, needed = f"{labels.shape[1]}x{labels.shape[0]}", f"{size[1]}x{size[0]}"
-                raise InputError(f"mask {mask.title} is {given}, but the frames are {needed}: give one of that size")
+                raise InputError(
+                    f"mask {mask.title} is {given}, but the frames are {needed}: give one of that size"
+                )
             self.palette = self.palette or palette
             histogram = np.bincount(labels.ravel(), minlength=256)
             ids = np.flatnonzero(histogram[1:]) + 1
@@ -166,7 +175,9 @@ class MaskSet:
                 if only_new_objects and (seen or frame != max(self._by_frame)):
                     del self._by_frame[frame]
                     continue
-                raise InputError(f"mask {self._by_frame[frame].title} shows no object: paint one with an id above 0")
+                raise InputError(
+                    f"mask {self._by_frame[frame].title} shows no object: paint one with an id above 0"
+                )
             self._new_ids[frame] = ids_here
             for inside in ids_here:
                 self.first_area.setdefault(self.outside(inside), areas[frame][self.outside(inside)])
@@ -234,7 +245,9 @@ def find_masks(specs: Sequence[str], source: FrameSource, indices: Sequence[int]
             if frame is None and key.isdigit():
                 frame = int(key)
             if frame is None:
-                raise InputError(f"--mask {spec}: {source.title} has no frame {key}: give its name or its number")
+                raise InputError(
+                    f"--mask {spec}: {source.title} has no frame {key}: give its name or its number"
+                )
             found.append(_mask_file(Path(rest), frame, indices))
         else:
             found.append(_mask_file(path, indices[0], indices))
@@ -246,7 +259,8 @@ def _mask_file(path: Path, frame: int, indices: Sequence[int]) -> GivenMask:
         raise InputError(f"mask {path} does not exist: --mask takes PNG, FRAME=PNG or a folder")
     if frame not in indices:
         raise InputError(
-            f"mask {path} lies on frame {frame}, which is not processed: change --start, --end, --step or the frame"
+            f"mask {path} lies on frame {frame}, which is not processed: "
+            "change --start, --end, --step or the frame"
         )
     return GivenMask(frame, str(path), sha256(path), path=path)
 
@@ -272,7 +286,7 @@ def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) 
 
 
 def masks_from_python(mask: Any, source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:
-    """Return the masks of ``vosops.segment``: a path or spec, an array or tensor, or a dict or list of them.
+    """Return the masks given to ``vosops.segment``: a path, spec or array, or a dict or list of them.
 
     A dict maps frames (number or name) to paths or (H, W) integer or bool arrays; a list holds specs.
     """
@@ -302,4 +316,6 @@ def _mask_array(value: Any, frame: int) -> GivenMask:
     if array.ndim != 2 or not integers or (array.size and (array.min() < 0 or array.max() > IGNORE)):
         raise InputError(f"mask must be (H, W) bool or integer ids 0..255, got {array.shape} {array.dtype}")
     labels = np.ascontiguousarray(array.astype(np.uint8))
-    return GivenMask(frame, f"array of frame {frame}", hashlib.sha256(labels.tobytes()).hexdigest(), array=labels)
+    return GivenMask(
+        frame, f"array of frame {frame}", hashlib.sha256(labels.tobytes()).hexdigest(), array=labels
+    )

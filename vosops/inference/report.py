@@ -71,6 +71,20 @@ class Record:
             for line in file:
                 yield FrameRecord(**json.loads(line))
 
+    def in_order(self) -> Iterator[FrameRecord]:
+        """Yield the frames in input order; holds two numbers a frame."""
+        if not self.path.exists():
+            return
+        offsets = []
+        with self.path.open("rb") as file:
+            offset = 0
+            for line in file:
+                offsets.append((json.loads(line)["index"], offset))
+                offset += len(line)
+            for _, offset in sorted(offsets):
+                file.seek(offset)
+                yield FrameRecord(**json.loads(file.readline()))
+
     def names(self) -> list[tuple[int, str]]:
         """Return (index, name) of every frame, in input order."""
         return sorted((frame.index, frame.name) for frame in self)
@@ -106,37 +120,24 @@ class Events:
 
 def write_report(path: Path, record: Record, first_area: dict[int, int], header: dict[str, Any]) -> list[str]:
     """Write report.json, a frame a line, and return the texts of its events."""
-    areas = {str(i): area for i, area in first_area.items()}
-    events = Events(areas)
+    events = Events({str(i): area for i, area in first_area.items()})
     totals: dict[str, _Total] = {}
-    order = sorted(_offsets(record.path))
     with complete_or_absent(path) as part, part.open("w", encoding="utf-8") as out:
         out.write("{\n")
         for key, value in header.items():
             out.write(f'"{key}": {json.dumps(value)},\n')
-        out.write('"frames": [\n')
-        with record.path.open("rb") as lines:
-            for place, (_, offset) in enumerate(order):
-                lines.seek(offset)
-                frame = FrameRecord(**json.loads(lines.readline()))
-                events.add(frame)
-                for object_id in frame.areas:
-                    totals.setdefault(object_id, _Total()).add(frame, object_id)
-                end = "\n" if place == len(order) - 1 else ",\n"
-                out.write(json.dumps(_row(frame)) + end)
-        out.write("],\n")
+        out.write('"frames": [')
+        separator = "\n"
+        for frame in record.in_order():
+            events.add(frame)
+            for object_id in frame.areas:
+                totals.setdefault(object_id, _Total()).add(frame, object_id)
+            out.write(separator + json.dumps(_row(frame)))
+            separator = ",\n"
+        out.write("\n],\n")
         out.write(f'"objects": {json.dumps({i: t.summary() for i, t in totals.items()})},\n')
         out.write(f'"events": {json.dumps(events.found)}\n}}\n')
     return [event["text"] for event in events.found]
-
-
-def _offsets(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield (frame index, byte offset of its line)."""
-    with path.open("rb") as file:
-        offset = 0
-        for line in file:
-            yield json.loads(line)["index"], offset
-            offset += len(line)
 
 
 def _row(frame: FrameRecord) -> dict[str, Any]:
@@ -145,9 +146,7 @@ def _row(frame: FrameRecord) -> dict[str, Any]:
         "name": frame.name,
         "time": frame.time,
         "given": frame.given,
-        "objects": {
-            i: {"area": area, "confidence": frame.confidences[i]} for i, area in frame.areas.items()
-        },
+        "objects": {i: {"area": area, "confidence": frame.confidences[i]} for i, area in frame.areas.items()},
     }
 
 

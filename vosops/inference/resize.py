@@ -43,8 +43,10 @@ def resize_labels(labels: Tensor, size: tuple[int, int], ids: Sequence[int]) -> 
     """Resize a (H, W) label map to its nearest pixels; every object of ``ids`` keeps at least one pixel."""
     if tuple(labels.shape) == size:
         return labels
-    resized = F.interpolate(labels[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(labels.dtype)
-    present = set(resized.unique().tolist())
+    resized = F.interpolate(labels[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(
+        labels.dtype
+    )
+    present = {i for i in ids if (resized == i).any()}
     for missing in (i for i in ids if i not in present):
         rows, columns = (labels == missing).nonzero(as_tuple=True)
         if len(rows):

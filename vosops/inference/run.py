@@ -2,73 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
 from .checkpoint import CHECKPOINT_EVERY, STATE_FOLDER, RunState
-from .coco import CocoFile
-from .drawing import ContactSheet, colour_table, overlay, write_cutout
+from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
 from .errors import IncompleteInputError, InputError, InterruptedRunError, ResumeError, disk_errors
 from .files import PART_SUFFIX
-from .frames import DEFAULT_FPS, FrameSource
+from .frames import FrameSource
 from .loop import Propagation
-from .masks import CONTACT_SHEET, MaskSet, read_labels, write_labels
+from .masks import CONTACT_SHEET, MaskSet, write_labels
+from .progress import NoProgress, Progress
 from .report import REPORT, FrameRecord, write_report
-from .video import VideoFile
-from .video_writer import VideoWriter
+from .usage import peak_memory
 
-if TYPE_CHECKING:
-    from .masks import Labels
-
-OVERLAY = "overlay.mp4"
-COCO = "masks.json"
-CUTOUT_FOLDER = "cutout"
-_BYTES_PER_MIB = 1 << 20
+_MIB = 1 << 20
 
 Mode = Literal["new", "resume", "overwrite"]
 
 
-class Progress(Protocol):
-    """Is told how a run goes on."""
-
-    def begin(self, what: str, total: int | None, done: int) -> None:
-        """A stage starts."""
-        ...
-
-    def advance(self) -> None:
-        """One more frame of the stage is done."""
-        ...
-
-    def end(self) -> None:
-        """The stage is over."""
-        ...
-
-
-class NoProgress:
-    """Keeps quiet."""
-
-    def begin(self, what: str, total: int | None, done: int) -> None:
-        """Ignore."""
-
-    def advance(self) -> None:
-        """Ignore."""
-
-    def end(self) -> None:
-        """Ignore."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What to write beside the masks, the contact sheet and the report."""
-
-    overlay: bool = False
-    cutout: bool = False
-    coco: bool = False
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -80,7 +38,6 @@ class Summary:
     seconds: float
     events: list[str]
     already_complete: bool
-    problem: str | None = None
 
 
 @dataclass
@@ -103,9 +60,9 @@ class Run:
     masks: MaskSet
     propagation: Propagation
     arguments: dict[str, Any]
-    outputs: Outputs = Outputs()
+    outputs: Outputs = field(default_factory=Outputs)
     progress: Progress = field(default_factory=NoProgress)
-    should_stop: Callable[[], bool] = lambda: False
+    should_stop: Callable[[], bool] = _never
 
     def __post_init__(self) -> None:
         self.state = RunState(self.out)
@@ -113,61 +70,68 @@ class Run:
         self._seconds = 0.0
 
     def execute(self, mode: Mode) -> Summary:
-        """Run to the end, or raise a one-line error; everything written by then is complete."""
-        complete = self._open_folder(mode)
-        if not complete:
+        """Run to the end, or raise a one-line error; everything written by then is complete.
+
+        Raises:
+            InterruptedRunError: ``should_stop`` said so; a checkpoint was saved.
+            IncompleteInputError: The input ended early; what could be read is done and written.
+            ResumeError: The run in the folder had other arguments.
+            VosopsError: Anything else a user can mend, such as a full disk.
+        """
+        already_complete = self._open_folder(mode)
+        if not already_complete:
             self._propagate()
-        self._draw()
+        DrawingPass(
+            self.out,
+            self.source,
+            self.masks,
+            self.state.record,
+            self.outputs,
+            self.progress,
+            self.should_stop,
+        ).execute()
         facts = self.state.facts()
-        events = self._write_report(facts)
-        summary = Summary(
-            self.out, facts["frames"], facts["seconds"], events, already_complete=complete, problem=facts["problem"]
-        )
-        if summary.problem:
+        header = {"complete": facts["problem"] is None, **facts, "arguments": self.arguments}
+        events = write_report(self.out / REPORT, self.state.record, self.masks.first_area, header)
+        if facts["problem"]:
             raise IncompleteInputError(
-                f"{summary.problem}; the {summary.frames} frames read until then are in {self.out}"
+                f"{facts['problem']}. The {facts['frames']} frames read until then are in {self.out}"
             )
-        return summary
+        return Summary(self.out, facts["frames"], facts["seconds"], events, already_complete)
 
     def _open_folder(self, mode: Mode) -> bool:
-        """Prepare the folder; return whether every mask is there already."""
+        """Prepare the folder and continue where a checkpoint says; return whether every mask is there."""
         prepare_folder(self.out, mode)
-        if mode == "resume" and self.state.exists:
-            self.state.check(self.arguments)
-            if self.state.is_complete:
-                self._check_masks_exist()
-                return True
+        if mode != "resume" or not self.state.exists:
+            self.state.start(self.arguments)
+            return False
+        self.state.check(self.arguments)
+        if not self.state.is_complete:
             checkpoint = self.state.load()
             if checkpoint is not None:
-                self._check_masks_exist()
                 self.propagation.load_state_dict(checkpoint["propagation"])
                 self._done = checkpoint["done"]
                 self._seconds = checkpoint["seconds"]
-            return False
-        self.state.start(self.arguments)
-        return False
-
-    def _check_masks_exist(self) -> None:
         missing = [record.name for record in self.state.record if not self._mask_path(record.name).exists()]
         if missing:
             raise ResumeError(
-                f"cannot resume {self.out}: {len(missing)} masks are missing, the first is {missing[0]}.png. "
-                "Put them back, or start again with --overwrite"
+                f"cannot resume {self.out}: {len(missing)} masks are missing, the first is {missing[0]}.png; "
+                "put them back, or start again with --overwrite"
             )
+        return self.state.is_complete
 
     def _mask_path(self, name: str) -> Path:
         return self.out / f"{name}.png"
 
     def _propagate(self) -> None:
         self.progress.begin("segment", self.propagation.total, self._done)
-        started = time.monotonic()
-        before = self._seconds
+        started = time.monotonic() - self._seconds
         try:
             for frame in self.propagation:
                 write_labels(self._mask_path(frame.name), frame.labels.numpy(), self.masks.palette)
                 self.state.record.append(FrameRecord.of(frame))
                 self._done += 1
-                self._seconds = before + time.monotonic() - started
+                self._seconds = time.monotonic() - started
                 self.progress.advance()
                 stop = self.should_stop()
                 if stop or self._done % CHECKPOINT_EVERY == 0:
@@ -178,58 +142,49 @@ class Run:
                     )
         finally:
             self.progress.end()
+        peak = peak_memory(self.propagation.device.type == "cuda")
         self.state.finish(
             {
+                "problem": self.propagation.problem,
                 "frames": self._done,
                 "seconds": round(self._seconds, 2),
-                "problem": self.propagation.problem,
-                "peak_memory_mib": round(peak_memory(self.propagation.device.type == "cuda") / _BYTES_PER_MIB),
+                "peak_memory_mib": round(peak / _MIB),
             }
         )
 
-    def _draw(self) -> None:
-        """Write the contact sheet and the pictures asked for that are not there, from frames and masks."""
-        names = dict(self.state.record.names())
-        indices = list(names)
-        sheet = ContactSheet(self.out / CONTACT_SHEET)
-        on_sheet = {indices[i] for i in sheet.choose(len(indices))} if not sheet.path.exists() else set()
-        draw_overlay = self.outputs.overlay and not (self.out / OVERLAY).exists()
-        cutouts = {
-            index: self.out / CUTOUT_FOLDER / f"{name}.png" for index, name in names.items() if self.outputs.cutout
-        }
-        cutouts = {index: path for index, path in cutouts.items() if not path.exists()}
-        if self.outputs.coco and not (self.out / COCO).exists():
-            self._write_coco()
-        needed = indices if draw_overlay else sorted({*on_sheet, *cutouts})
-        if not needed:
-            return
-        table = colour_table(self.masks.palette, self.masks.binary)
-        writer = self._overlay_writer() if draw_overlay else None
-        self.progress.begin("draw", len(needed), 0)
-        try:
-            for raw in self._frames(needed, writer):
-                labels = self._read_mask(names[raw.index])
-                if raw.index in cutouts:
-                    write_cutout(cutouts[raw.index], raw.image, labels, self.masks.binary)
-                if writer is not None or raw.index in on_sheet:
-                    picture = overlay(raw.image, labels, table, self.masks.binary)
-                    if writer is not None:
-                        writer.write(picture, raw.time)
-                    if raw.index in on_sheet:
-                        sheet.add(picture, names[raw.index])
-                self.progress.advance()
-                if self.should_stop():
-                    raise InterruptedRunError(
-                        "stopped while drawing; every mask is written; run the same command with --resume to go on"
-                    )
-        finally:
-            self.progress.end()
-        if on_sheet:
-            sheet.save()
 
-    def _frames(self, indices: list[int], writer: VideoWriter | None) -> Iterator[Any]:
-        if writer is None:
-            yield from self.source.forward(indices)
-        else:
-            with writer:
-                yield from self.source.forward(indices)
+def prepare_folder(out: Path, mode: Mode) -> None:
+    """Make the output folder, or refuse one that holds anything, or make room in it as ``mode`` says.
+
+    "new" wants it absent or empty, "resume" wants a run in it (or nothing), "overwrite" deletes what an
+    earlier run wrote, and nothing else.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    with disk_errors(str(out)):
+        out.mkdir(parents=True, exist_ok=True)
+    empty = not any(out.iterdir())
+    if mode == "overwrite":
+        with disk_errors(str(out)):
+            _remove_earlier_run(out)
+    elif mode == "new" and not empty:
+        raise InputError(
+            f"{out} is not empty: continue the run in it with --resume, replace it with --overwrite"
+        )
+    elif mode == "resume" and not empty and not RunState(out).exists:
+        raise InputError(
+            f"{out} holds no run to resume: choose another --out, or write into it with --overwrite"
+        )
+
+
+def _remove_earlier_run(out: Path) -> None:
+    for record in RunState(out).record:
+        (out / f"{record.name}.png").unlink(missing_ok=True)
+        (out / CUTOUT_FOLDER / f"{record.name}.png").unlink(missing_ok=True)
+    for name in (OVERLAY, COCO, CONTACT_SHEET, REPORT):
+        (out / name).unlink(missing_ok=True)
+    for part in [*out.glob(f".*{PART_SUFFIX}"), *(out / CUTOUT_FOLDER).glob(f".*{PART_SUFFIX}")]:
+        part.unlink(missing_ok=True)
+    if (out / CUTOUT_FOLDER).is_dir() and not any((out / CUTOUT_FOLDER).iterdir()):
+        (out / CUTOUT_FOLDER).rmdir()
+    shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)

@@ -62,6 +62,7 @@ class VideoFile(FrameSource):
         self.size = _upright(first).shape[:2]
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of ``indices``, decoding from the start of the file."""
         self.problem = None
         wanted = iter(indices)
         target = next(wanted, None)
@@ -79,6 +80,7 @@ class VideoFile(FrameSource):
             self.problem = f"{self.path} is truncated: the file ends before its stated length"
 
     def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
+        """Yield the frames of descending ``indices``, a chunk at a time."""
         if not indices:
             return
         if len(self._times) <= indices[0]:
@@ -91,10 +93,11 @@ class VideoFile(FrameSource):
             yield from reversed(self._read_chunk(chunk))
 
     def find(self, key: str) -> int | None:
-        digits = Path(key).stem if not key.isdigit() else key
-        return int(digits) if digits.isdigit() else None
+        """Return the number that ``key`` is: a video's frames have no other names."""
+        return int(key) if key.isdigit() else None
 
     def fingerprint(self) -> str:
+        """Return a hash of the file's size, first and last MiB."""
         return quick_hash(self.path)
 
     def _open(self) -> InputContainer:
@@ -175,10 +178,10 @@ def _upright(frame: VideoFrame) -> Image:
     """Return (H, W, 3) uint8 RGB, turned and mirrored by the frame's display matrix."""
     import numpy as np
 
-    image: Image = frame.to_ndarray(format="rgb24")
+    image: Any = frame.to_ndarray(format="rgb24")
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return image
+        return np.ascontiguousarray(image)
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
     if abs(b) > abs(a):  # a quarter turn: columns become rows
         image = image.transpose(1, 0, 2)

@@ -1,0 +1,5 @@
+"""``python -m vosops.cli``."""
+
+from vosops.cli import main
+
+main()

@@ -1,0 +1,204 @@
+"""``vosops segment``: masks through videos, from the command line."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from vosops.inference.run import Mode, Summary
+
+_EVENTS_SHOWN = 8
+_FPS_DENOMINATOR = 1001  # so that 23.976 is 24000/1001
+_MIB = 1 << 20
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("segment")(segment)
+
+
+def segment(
+    input: Annotated[
+        Path, typer.Argument(help="Video file, folder of frames, or root of a DAVIS / YouTube-VOS set.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the masks and everything else.")],
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PNG (of the first frame), FRAME=PNG, or folder of PNGs named by frame. Repeatable."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "propagate",
+    weights: Annotated[Path | None, typer.Option(help="File of the model's weights.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Feature extractor, for models that take one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = 480,
+    start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
+    end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
+    step: Annotated[int, typer.Option(help="Process every so many frames.")] = 1,
+    fps: Annotated[float, typer.Option(help="Rate of a folder of frames, for the overlay.")] = 24.0,
+    sequence: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a data set, only this one, or those of a text file. Repeatable."),
+    ] = None,
+    resolution: Annotated[str | None, typer.Option(help="Of a DAVIS set: 480p, Full-Resolution, ...")] = None,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also a video with coloured masks.")] = False,
+    cutout: Annotated[bool, typer.Option("--cutout", help="Also the objects alone, with alpha.")] = False,
+    coco: Annotated[bool, typer.Option("--json", help="Also the masks as COCO JSON.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+) -> None:
+    """Follow the objects of a mask through a video.
+
+    Writes one palette PNG a frame, contact_sheet.png and report.json into --out.
+    """
+    from vosops.inference.datasets import is_dataset
+    from vosops.inference.drawing_pass import Outputs
+    from vosops.inference.errors import InputError
+    from vosops.inference.job import Job, Settings
+
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: give one")
+    if fps <= 0:
+        raise InputError(f"--fps must be above 0, got {fps}")
+    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+    settings = Settings(model, weights, backbone, device, dtype, size, start, end, step)
+    with _Console() as console, _StopSignals(console.note) as signals:
+        job = Job(
+            out=out,
+            mode=mode,
+            settings=settings,
+            outputs=Outputs(overlay=overlay, cutout=cutout, coco=coco),
+            fps=Fraction(fps).limit_denominator(_FPS_DENOMINATOR),
+            progress=console,
+            should_stop=lambda: signals.requested,
+        )
+        if is_dataset(input):
+            if mask:
+                raise InputError("--mask does not go with a data set's root, which has its own masks")
+            job.dataset(input, sequence or [], resolution, console.sequence)
+        else:
+            if sequence or resolution:
+                raise InputError("--sequence and --resolution need the root of a data set as INPUT")
+            if not mask:
+                raise InputError("which object? Give --mask PNG, FRAME=PNG or a folder (repeatable)")
+            console.summary(job.video(input, mask))
+
+
+class _StopSignals:
+    """Makes the first Ctrl-C or SIGTERM a request to stop after this frame; the second stops at once."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.requested = False
+        self._note = note
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._note("stopping after this frame (again: at once)")
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Console:
+    """Shows a rich progress bar with frames a second, peak memory and time left, and the summary."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[memory]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task: TaskID | None = None
+        self._started = 0.0
+        self._new = 0
+        self._prefix = ""
+
+    def __enter__(self) -> _Console:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def begin(self, what: str, total: int | None, done: int) -> None:
+        """Start a stage's bar."""
+        self._started = time.monotonic()
+        self._new = 0
+        self._task = self._bar.add_task(self._prefix + what, total=total, completed=done, rate="", memory="")
+
+    def advance(self) -> None:
+        """Count a frame."""
+        import torch
+
+        from vosops.inference.usage import peak_memory
+
+        assert self._task is not None
+        self._new += 1
+        rate = self._new / max(time.monotonic() - self._started, 1e-9)
+        peak = f"{peak_memory(cuda=False) / _MIB:.0f} MiB"
+        if torch.cuda.is_available():
+            peak += f" + GPU {peak_memory(cuda=True) / _MIB:.0f} MiB"
+        self._bar.update(self._task, advance=1, rate=f"{rate:.1f} frames/s", memory=f"peak {peak}")
+
+    def end(self) -> None:
+        """Stop a stage's bar; an estimated total gives way to the true one."""
+        if self._task is not None:
+            self._bar.stop_task(self._task)
+            self._task = None
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(text)
+
+    def sequence(self, name: str, summary: Summary | None) -> None:
+        """Name the bars after a sequence, and show its summary when there is one."""
+        self._prefix = f"{name}: "
+        if summary is not None:
+            self.summary(summary)
+
+    def summary(self, summary: Summary) -> None:
+        """Say what came out."""
+        if summary.already_complete:
+            self.note(f"{summary.out}: {summary.frames} masks were already there")
+        else:
+            rate = summary.frames / max(summary.seconds, 1e-9)
+            self.note(
+                f"{summary.out}: {summary.frames} masks in {summary.seconds:.1f} s ({rate:.1f} frames/s)"
+            )
+        for event in summary.events[:_EVENTS_SHOWN]:
+            self.note(f"  {event}")
+        if len(summary.events) > _EVENTS_SHOWN:
+            self.note(f"  and {len(summary.events) - _EVENTS_SHOWN} more, see report.json")

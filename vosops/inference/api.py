@@ -1,0 +1,88 @@
+"""``vosops.segment``: a video and its masks in, a generator of segmented frames out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .datasets import open_source
+from .errors import IncompleteInputError
+from .frames import ArraySource
+from .loop import Propagation, SegmentedFrame, frame_range
+from .masks import MaskSet, masks_from_python
+from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
+
+if TYPE_CHECKING:
+    from vosops.models import Tracker
+
+
+def segment(
+    video: Any,
+    mask: Any,
+    *,
+    model: str | Tracker = DEFAULT_MODEL,
+    weights: str | Path | None = None,
+    backbone: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    size: int = DEFAULT_SIZE,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+    probabilities: bool = False,
+) -> Iterator[SegmentedFrame]:
+    """Segment the objects of a mask through a video, a frame at a time.
+
+    Args:
+        video: A video file, a folder of frames, or frames in memory: a (T, H, W, 3) uint8 RGB array or
+            tensor, or a sequence of (H, W, 3).
+        mask: A (H, W) bool or integer array or tensor for the first frame; a PNG, ``"FRAME=PNG"`` or a folder
+            of PNGs named by frame; a list of those; or a dict from frame (number or name) to PNG or array.
+            0 is background, 255 ignored, other values are object ids; a mask of 0 and 255 alone is one
+            object with id 255.
+        model: Name of a model (``vosops.models.list_models()``) or a model.
+        weights: File of the model's weights, for models that take one.
+        backbone: Name of the feature extractor, for models that take one.
+        device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
+        dtype: "float32", or "bfloat16" or "float16" for autocast.
+        size: Short side of the computation in pixels; -1 computes at the input's size.
+        start: First frame number to process.
+        end: Frame number to stop before.
+        step: Process every ``step``-th frame.
+        probabilities: Keep each frame's (O+1, H, W) probabilities.
+
+    Yields:
+        :class:`SegmentedFrame`, as soon as it is computed: from the earliest mask forward to the end, then
+        from the earliest mask backward to the start. Memory does not grow with the video.
+
+    Raises:
+        InputError: At the call's first frame, when something given cannot be used.
+        IncompleteInputError: After the last frame that could be read, when the video ended early.
+
+    Example:
+        >>> for frame in vosops.segment("video.mp4", "first.png"):  # doctest: +SKIP
+        ...     print(frame.index, frame.areas)
+    """
+    source = open_source(Path(video)) if isinstance(video, (str, os.PathLike)) else ArraySource(video)
+    indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
+    masks = MaskSet(masks_from_python(mask, source, indices), source.size)
+    place = find_device(device)
+    kind = find_dtype(dtype)
+    if isinstance(model, str):
+        weights = Path(weights) if weights is not None else None
+        model = make_tracker(model, place, weights=weights, backbone=backbone)
+    propagation = Propagation(
+        model,
+        source,
+        masks,
+        indices,
+        short_side=size,
+        device=place,
+        dtype=kind,
+        keep_probabilities=probabilities,
+    )
+    yield from propagation
+    if propagation.problem:
+        raise IncompleteInputError(propagation.problem)

@@ -1,0 +1,120 @@
+"""The pass after propagation: overlay video, cut-outs, COCO JSON and contact sheet from frames and masks.
+
+Everything here is made from the input and the finished masks, so a run that stops here starts this pass
+again and loses nothing. Files that are there already are not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .coco import CocoFile
+from .drawing import ContactSheet, colour_table, overlay, write_cutout
+from .errors import InterruptedRunError
+from .frames import FrameSource
+from .masks import CONTACT_SHEET, MaskSet, read_labels
+from .progress import Progress
+from .report import FrameRecord, Record
+from .video import VideoFile
+from .video_writer import VideoWriter
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from .masks import Labels
+
+OVERLAY = "overlay.mp4"
+COCO = "masks.json"
+CUTOUT_FOLDER = "cutout"
+_FOLDER_CLOCK = Fraction(1, 12_800)  # unit of time of an overlay made from a folder of frames
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What to write beside the masks, the contact sheet and the report."""
+
+    overlay: bool = False
+    cutout: bool = False
+    coco: bool = False
+
+
+@dataclass(frozen=True)
+class DrawingPass:
+    """Draws what is asked for and not there yet in ``out``."""
+
+    out: Path
+    source: FrameSource
+    masks: MaskSet
+    record: Record
+    outputs: Outputs
+    progress: Progress
+    should_stop: Callable[[], bool]
+
+    def execute(self) -> None:
+        """Write the files; each is complete or absent."""
+        names = dict(self.record.names())
+        if self.outputs.coco and not (self.out / COCO).exists():
+            self._write_coco()
+        overlay_path = self.out / OVERLAY
+        writer = (
+            self._overlay_writer(overlay_path) if self.outputs.overlay and not overlay_path.exists() else None
+        )
+        cutouts = self._missing_cutouts(names) if self.outputs.cutout else {}
+        sheet = ContactSheet(self.out / CONTACT_SHEET)
+        indices = list(names)
+        on_sheet = set() if sheet.path.exists() else {indices[i] for i in sheet.choose(len(indices))}
+        needed = indices if writer is not None else sorted({*on_sheet, *cutouts})
+        if not needed:
+            return
+        table = colour_table(self.masks.palette, self.masks.binary)
+        context: AbstractContextManager[object] = writer or nullcontext()
+        self.progress.begin("draw", len(needed), 0)
+        try:
+            with context:
+                for raw in self.source.forward(needed):
+                    labels = self._labels(names[raw.index])
+                    if raw.index in cutouts:
+                        write_cutout(cutouts[raw.index], raw.image, labels, self.masks.binary)
+                    if writer is not None or raw.index in on_sheet:
+                        picture = overlay(raw.image, labels, table, self.masks.binary)
+                        if writer is not None:
+                            writer.write(picture, raw.time)
+                        if raw.index in on_sheet:
+                            sheet.add(picture, names[raw.index])
+                    self.progress.advance()
+                    if self.should_stop():
+                        raise InterruptedRunError(
+                            "stopped while drawing, all masks are written; "
+                            "run the same command with --resume to go on"
+                        )
+        finally:
+            self.progress.end()
+        if on_sheet:
+            sheet.save()
+
+    def _missing_cutouts(self, names: dict[int, str]) -> dict[int, Path]:
+        paths = {index: self.out / CUTOUT_FOLDER / f"{name}.png" for index, name in names.items()}
+        return {index: path for index, path in paths.items() if not path.exists()}
+
+    def _overlay_writer(self, path: Path) -> VideoWriter:
+        if isinstance(self.source, VideoFile):
+            video = self.source
+            return VideoWriter(
+                path, video.size, video.average_rate, video.time_base, video.sample_aspect_ratio
+            )
+        return VideoWriter(path, self.source.size, self.source.average_rate, _FOLDER_CLOCK)
+
+    def _write_coco(self) -> None:
+        CocoFile(self.out / COCO, self.source.size, self.masks.first_area).write(self._records_and_labels())
+
+    def _records_and_labels(self) -> Iterator[tuple[FrameRecord, Labels]]:
+        for record in self.record.in_order():
+            yield record, self._labels(record.name)
+
+    def _labels(self, name: str) -> Labels:
+        return read_labels(self.out / f"{name}.png")[0]

@@ -1,0 +1,184 @@
+"""A whole ``vosops segment`` job: one video, or every sequence of a data set, into an output folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
+from .drawing_pass import Outputs
+from .errors import IncompleteInputError, InputError
+from .files import sha256, write_text
+from .frames import DEFAULT_FPS, FrameSource
+from .loop import Propagation, frame_range
+from .masks import GivenMask, MaskSet, find_masks
+from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
+from .progress import NoProgress, Progress
+from .report import REPORT
+from .run import Mode, Run, Summary, prepare_folder
+
+if TYPE_CHECKING:
+    from vosops.models import Tracker
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes the masks beside the input and its masks."""
+
+    model: str = DEFAULT_MODEL
+    weights: Path | None = None
+    backbone: str | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    size: int = DEFAULT_SIZE
+    start: int | None = None
+    end: int | None = None
+    step: int = 1
+
+
+@dataclass
+class Job:
+    """Runs of one command: the model is made once, on the first run that needs it.
+
+    Args:
+        out: Output folder.
+        mode: What to do with what is in it.
+        settings: What changes the masks.
+        outputs: What to write beside masks, contact sheet and report.
+        fps: Rate of a folder of frames.
+        progress: Is told how it goes.
+        should_stop: Asked between frames.
+    """
+
+    out: Path
+    mode: Mode = "new"
+    settings: Settings = field(default_factory=Settings)
+    outputs: Outputs = field(default_factory=Outputs)
+    fps: Fraction = DEFAULT_FPS
+    progress: Progress = field(default_factory=NoProgress)
+    should_stop: Callable[[], bool] = _never
+
+    def video(self, path: Path, mask_specs: Sequence[str]) -> Summary:
+        """Segment a video file or a folder of frames, with masks as ``--mask`` gives them."""
+        source = open_source(path, self.fps)
+        indices = self._indices(source)
+        return self._run(self.out, source, indices, find_masks(mask_specs, source, indices))
+
+    def dataset(
+        self,
+        root: Path,
+        names: Sequence[str] = (),
+        resolution: str | None = None,
+        on_sequence: Callable[[str, Summary | None], None] = lambda name, summary: None,
+    ) -> list[Summary]:
+        """Segment every sequence of a data set into ``out/<sequence>``; resumes each on its own.
+
+        ``on_sequence`` is called with a sequence's name when it starts and with its summary when it ended.
+        A sequence that cannot be used, or ends early, does not stop the others; the error comes at the end.
+        """
+        sequences = find_sequences(root, names, resolution)
+        if self.mode == "new":
+            prepare_folder(self.out, "new")
+        summaries = []
+        problems = []
+        for sequence in sequences:
+            on_sequence(sequence.name, None)
+            try:
+                summary = self._sequence(sequence)
+            except (IncompleteInputError, InputError) as error:
+                problems.append(f"{sequence.name}: {error}")
+                continue
+            on_sequence(sequence.name, summary)
+            summaries.append(summary)
+        self._write_dataset_report(summaries, problems)
+        if problems:
+            more = f" (and {len(problems) - 1} more, see {self.out / REPORT})" if len(problems) > 1 else ""
+            raise IncompleteInputError(problems[0] + more)
+        return summaries
+
+    def _sequence(self, sequence: VideoSequence) -> Summary:
+        source = open_source(sequence.frames, self.fps)
+        indices = self._indices(source)
+        masks = masks_of_sequence(sequence, source, indices)
+        return self._run(self.out / sequence.name, source, indices, masks, only_new_objects=True)
+
+    def _indices(self, source: FrameSource) -> range:
+        s = self.settings
+        return frame_range(s.start, s.end, s.step, source.count if source.count_is_exact else None)
+
+    def _run(
+        self,
+        out: Path,
+        source: FrameSource,
+        indices: range,
+        given: Sequence[GivenMask],
+        only_new_objects: bool = False,
+    ) -> Summary:
+        masks = MaskSet(given, source.size, only_new_objects)
+        propagation = Propagation(
+            self._tracker,
+            source,
+            masks,
+            indices,
+            short_side=self.settings.size,
+            device=self._device,
+            dtype=find_dtype(self.settings.dtype),
+        )
+        return Run(
+            out=out,
+            source=source,
+            masks=masks,
+            propagation=propagation,
+            arguments=self._arguments(source, masks),
+            outputs=self.outputs,
+            progress=self.progress,
+            should_stop=self.should_stop,
+        ).execute(self.mode)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return find_device(self.settings.device)
+
+    @cached_property
+    def _tracker(self) -> Tracker:
+        s = self.settings
+        return make_tracker(s.model, self._device, weights=s.weights, backbone=s.backbone)
+
+    @cached_property
+    def _weights_content(self) -> str | None:
+        return None if self.settings.weights is None else sha256(self.settings.weights)
+
+    def _arguments(self, source: FrameSource, masks: MaskSet) -> dict[str, Any]:
+        s = self.settings
+        return {
+            "input": source.title,
+            "input content": source.fingerprint(),
+            "masks": masks.digests(),
+            "model": s.model,
+            "weights content": self._weights_content,
+            "backbone": s.backbone,
+            "device": str(self._device),
+            "dtype": s.dtype,
+            "size": s.size,
+            "start": s.start,
+            "end": s.end,
+            "step": s.step,
+        }
+
+    def _write_dataset_report(self, summaries: Sequence[Summary], problems: Sequence[str]) -> None:
+        sequences = {
+            s.out.name: {"frames": s.frames, "seconds": s.seconds, "events": s.events} for s in summaries
+        }
+        report = {"complete": not problems, "problems": problems, "sequences": sequences}
+        write_text(self.out / REPORT, json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,57 @@
+"""Making the model that a run uses, with one-line errors for what a user can get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import InputError, VosopsError
+
+if TYPE_CHECKING:
+    from vosops.models import Tracker
+
+DEFAULT_MODEL = "propagate"
+DEFAULT_SIZE = 480
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name, None meaning the GPU if there is one; checks that it exists."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used ({reason}): try cpu, cuda or cuda:0") from error
+    return device
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Return the floating type of that name."""
+    if name not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
+
+
+def make_tracker(
+    name: str, device: torch.device, *, weights: Path | None = None, backbone: str | None = None
+) -> Tracker:
+    """Return the model of that name; it computes at the size of the frames it gets."""
+    from vosops.models import create_model, list_models
+
+    if name not in list_models():
+        raise InputError(f"--model {name} is not known: choose one of {', '.join(list_models())}")
+    if weights is not None and not weights.is_file():
+        raise InputError(f"--weights {weights} does not exist")
+    options: dict[str, Any] = {"device": device, "size": -1}
+    if backbone is not None:
+        options["backbone"] = backbone
+    try:
+        return create_model(name, weights=weights, **options)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise VosopsError(f"model {name} cannot be made: {reason}") from error
