@@ -1,0 +1,117 @@
+"""Compile CUDA kernels for the emulator: `python tests/emulator/build.py [--mode checked|address|plain]`.
+
+A mode is a set of compiler flags: `checked` finds races, unwritten reads and misaligned accesses of shared memory,
+`address` finds accesses out of bounds (AddressSanitizer), `plain` is the fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA_SOURCES = ROOT / "csrc/cuda"
+HOST_ONLY = {"version.cu"}  # asks the CUDA runtime for its version
+MAX_JOBS = 2
+
+COMMON = ["-std=c++20", "-O2", "-g1", "-fPIC", "-ftls-model=initial-exec", "-Wall", "-Wextra", "-Werror"]
+KERNEL_FLAGS = {
+    # The calls of __tsan_* and __ubsan_* go to emulator.cpp: the sanitizers' own libraries are not linked.
+    "checked": ["-fsanitize=thread,alignment", "-Wno-tsan"],
+    "address": ["-fsanitize=address"],
+    "plain": [],
+}
+LINK_FLAGS = {"checked": [], "address": ["-fsanitize=address"], "plain": []}
+STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+def compiler() -> str:
+    """The C++ compiler: $CXX, or g++."""
+    return os.environ.get("CXX") or shutil.which("g++") or "c++"
+
+
+def torch_flags() -> tuple[list[str], list[str]]:
+    """Compiler and linker flags for the stable ABI of the installed torch."""
+    import torch
+
+    root = Path(torch.__file__).parent
+    include = [f"-isystem{root / 'include'}"]
+    link = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return include, link
+
+
+def cache_directory() -> Path:
+    """Where objects and libraries are kept between runs."""
+    folder = os.environ.get("VOSOPS_EMULATOR_CACHE")
+    path = Path(folder) if folder else ROOT / "build/emulator"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its messages become the exception's."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+def make(command: list[str], inputs: list[Path], suffix: str, stem: str) -> Path:
+    """Run `command OUTPUT` unless an output of the same command and inputs is there already."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    output = cache_directory() / f"{stem}-{digest.hexdigest()[:16]}{suffix}"
+    if not output.exists():
+        handle, partial = tempfile.mkstemp(dir=output.parent, suffix=suffix)
+        os.close(handle)
+        try:
+            run([*command, "-o", partial])
+            os.replace(partial, output)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    return output
+
+
+def compile_and_link(sources: list[Path], mode: str, stem: str, flags: list[str], link: list[str]) -> Path:
+    """Compile `sources` and the emulator for `mode` and link them."""
+    headers = sorted([*CUDA_SOURCES.glob("*.cuh"), *(ROOT / "csrc/common").glob("*.h"), HERE / "emulator.h"])
+    include, torch_link = torch_flags()
+    base = [compiler(), *COMMON, *STABLE_ABI, *include, f"-I{ROOT / 'csrc'}", f"-I{HERE}", *flags]
+
+    def compile_one(source: Path) -> Path:
+        kernels = [] if source.name == "emulator.cpp" else KERNEL_FLAGS[mode]
+        if source.name == "emulator.cpp" and mode == "address":
+            kernels = KERNEL_FLAGS[mode]
+        command = [*base, *kernels, "-x", "c++", "-c", str(source)]
+        return make(command, [source, *headers], ".o", f"{source.stem}-{mode}")
+
+    with ThreadPoolExecutor(MAX_JOBS) as pool:
+        objects = list(pool.map(compile_one, [*sources, HERE / "emulator.cpp"]))
+    suffix = ".so" if "-shared" in link else ""
+    command = [compiler(), *LINK_FLAGS[mode], *map(str, objects), *link, *torch_link, "-ldl", "-pthread"]
+    return make(command, objects, suffix, f"{stem}-{mode}")
+
+
+def build_library(mode: str = "checked") -> Path:
+    """The ops of csrc/cuda as `torch.ops.vosops_emulated`, on CPU tensors: a library for torch.ops.load_library."""
+    sources = [path for path in sorted(CUDA_SOURCES.glob("*.cu")) if path.name not in HOST_ONLY]
+    flags = ["-Dvosops=vosops_emulated", '-DVOSOPS_CAPABILITY="emulated"']
+    return compile_and_link([*sources, ROOT / "csrc/ops.cpp"], mode, "libvosops_emulated", flags, ["-shared"])
+
+
+def build_cases(mode: str = "checked") -> Path:
+    """The program of the emulator's own tests."""
+    return compile_and_link([HERE / "cases.cu"], mode, "cases", [], [])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", choices=sorted(KERNEL_FLAGS), default="checked")
+    print(build_library(parser.parse_args().mode))

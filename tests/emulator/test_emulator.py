@@ -1,0 +1,127 @@
+"""The emulator finds every fault that is planted in cases.cu, and runs the correct twins without a complaint."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import build  # noqa: E402
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux and g++")
+
+CORRECT = [
+    "async_copy",
+    "async_groups",
+    "block_sum",
+    "global_in_bounds",
+    "ldmatrix",
+    "ldmatrix_transposed",
+    "mma_bfloat16",
+    "mma_float16",
+    "mma_tf32",
+    "shared_in_bounds",
+    "shuffles",
+    "tf32",
+    "warp_exchange",
+]
+
+# case -> what the report must say
+FOUND_IN_EVERY_MODE = {
+    "async_without_wait": "",  # the copy is not there yet, so the values are wrong where nothing is checked
+    "block_too_large": "block size 1025 is over the limit of 1024 of sm_80",
+    "divergent_barrier": "divergent barrier: .* thread (40,0,0) waits at the __syncthreads",
+    "divergent_shuffle": "divergent warp: .* lane 7 has ended",
+    "early_exit": "divergent barrier: .* thread (40,0,0) has ended",
+    "grid_too_large": "grid.y 65536 is over the limit of 65535",
+    "missing_barrier": "",
+    "never_waits": "never waited for",
+    "shared_164k": "dynamic shared memory 167936 is over the limit of 166912 of sm_80",
+}
+FOUND_IN_CHECKED = {
+    "async_without_barrier": "race: .* shared byte 4 was written by thread 0 with no barrier in between",
+    "async_without_wait": "pending: .* is touched while a cp.async of thread 0 to it is under way",
+    "block_race": "blocks: .* another block of this launch wrote",
+    "global_race": "race: .* global memory was written by thread 0",
+    "misaligned": "misaligned access",
+    "missing_barrier": "race: .* with no barrier in between at cases.cu",
+    "missing_syncwarp": "race: .* with no barrier in between",
+    "shared_overflow": "bounds: .* access out of bounds of shared memory: byte 1024 of 1024",
+    "stale_read": "unwritten: block (1,0,0) .* which nothing wrote",
+    "unwritten_read": "unwritten: .* thread (3,0,0): read of shared byte 12, which nothing wrote",
+    "write_after_read": "race: .* was read by thread 0 with no barrier in between",
+}
+FOUND_IN_ADDRESS = {
+    "global_overflow": "heap-buffer-overflow .*write_everywhere",
+    "shared_overflow": "heap-buffer-overflow .*shared_overflow",
+}
+
+
+@pytest.fixture(scope="module", params=["checked", "address", "plain"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def run(mode: str, case: str, **environment: str) -> tuple[int, str]:
+    """Run one case in a process of its own."""
+    result = subprocess.run(
+        [build.build_cases(mode), case], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether the parts of `pattern` between `.*` occur in `text` in this order."""
+    position = 0
+    for part in pattern.split(".*"):
+        position = text.find(part.strip(), position)
+        if position < 0:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("case", CORRECT)
+def test_correct_kernels_run_without_a_complaint(mode: str, case: str) -> None:
+    assert run(mode, case) == (0, "ok\n")
+
+
+@pytest.mark.parametrize("case", ["block_sum", "warp_exchange", "async_copy", "shuffles", "mma_tf32"])
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_correct_kernels_do_not_depend_on_the_order_of_threads(mode: str, case: str, seed: str) -> None:
+    assert run(mode, case, VOSOPS_EMULATOR_SHUFFLE=seed) == (0, "ok\n")
+
+
+@pytest.mark.parametrize("case", sorted(FOUND_IN_EVERY_MODE))
+def test_fault_is_found_in_every_mode(mode: str, case: str) -> None:
+    status, text = run(mode, case)
+    assert status == 1
+    assert matches(FOUND_IN_EVERY_MODE[case], text), text
+
+
+@pytest.mark.parametrize("case", sorted(FOUND_IN_CHECKED))
+def test_fault_is_found_by_the_memory_hooks(case: str) -> None:
+    status, text = run("checked", case)
+    assert status == 1
+    assert matches(FOUND_IN_CHECKED[case], text), text
+
+
+@pytest.mark.parametrize("case", sorted(FOUND_IN_ADDRESS))
+def test_access_out_of_bounds_is_found_by_address_sanitizer(case: str) -> None:
+    status, text = run("address", case)
+    assert status == 1
+    assert matches(FOUND_IN_ADDRESS[case], text), text
+
+
+def test_limits_follow_the_architecture() -> None:
+    assert run("plain", "shared_164k", VOSOPS_EMULATOR_ARCH="90") == (0, "ok\n")
+    assert "limit of 101376 of sm_86" in run("plain", "shared_164k", VOSOPS_EMULATOR_ARCH="86")[1]
+
+
+def test_every_case_is_tested() -> None:
+    listing = subprocess.run([build.build_cases("plain")], capture_output=True, text=True).stdout.split()
+    assert set(listing) == {*CORRECT, *FOUND_IN_EVERY_MODE, *FOUND_IN_CHECKED, *FOUND_IN_ADDRESS}
