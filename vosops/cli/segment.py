@@ -114,8 +114,10 @@ class _StopSignals:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        from vosops.inference.errors import InterruptedRunError
+
         if self.requested:
-            raise KeyboardInterrupt
+            raise InterruptedRunError("stopped at once; --resume goes on from the last checkpoint")
         self.requested = True
         self._note("stopping after this frame (again: at once)")
 

@@ -54,7 +54,7 @@ def contours(labels: Labels, width: int) -> npt.NDArray[np.bool_]:
     """Return where a pixel's label differs from one within ``width`` pixels, on the objects' side only."""
     import numpy as np
 
-    edge = np.zeros(labels.shape, dtype=bool)
+    edge: npt.NDArray[np.bool_] = np.zeros(labels.shape, dtype=bool)
     for distance in range(1, width + 1):
         rows = labels[distance:] != labels[:-distance]
         columns = labels[:, distance:] != labels[:, :-distance]

@@ -119,7 +119,8 @@ class ImageFolder(FrameSource):
                 self.problem = str(error)
                 return
             if image.shape[:2] != self.size:
-                self.problem = f"{self.paths[index]} is {_shown(image.shape)}, but the first frame is {_shown(self.size)}"
+                sizes = f"{_shown(image.shape)}, but the first frame is {_shown(self.size)}"
+                self.problem = f"{self.paths[index]} is {sizes}"
                 return
             yield RawFrame(index, self.paths[index].stem, image, index / self.average_rate)
 

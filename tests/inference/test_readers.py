@@ -1,0 +1,217 @@
+"""Frames from videos and folders."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from tests.inference.clips import cut, moving, picture, rotate_file, write_folder, write_video
+from vosops.inference.datasets import open_source
+from vosops.inference.errors import InputError
+from vosops.inference.frames import ArraySource, ImageFolder, natural_key, read_ahead, with_last
+from vosops.inference.video import VideoFile, is_cut_off
+
+FRAMES = [picture(boxes) for boxes in moving(30)]
+
+
+def close(a, b):
+    """Whether two pictures agree up to the rounding of the colour conversion."""
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 3
+
+
+def noise(count, size=(96, 128)):
+    return list(np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def video(tmp_path):
+    return write_video(tmp_path / "clip.mp4", FRAMES, keyframe_every=7)
+
+
+class TestVideoFile:
+    def test_every_frame_comes_once_and_in_order(self, video):
+        source = VideoFile(video)
+        frames = list(source.forward(range(1000)))
+        assert [f.index for f in frames] == list(range(30))
+        assert [f.name for f in frames[:2]] == ["0000000", "0000001"]
+        assert all(close(f.image, expected) for f, expected in zip(frames, FRAMES))
+        assert source.size == (48, 64)
+        assert source.count == 30
+        assert source.problem is None
+
+    def test_some_frames(self, video):
+        assert [f.index for f in VideoFile(video).forward([3, 4, 20])] == [3, 4, 20]
+
+    @pytest.mark.parametrize("bytes_held", [1, 48 * 64 * 3 * 12])
+    def test_backward_gives_the_same_pictures(self, video, monkeypatch, bytes_held):
+        monkeypatch.setattr("vosops.inference.video._BACKWARD_BYTES", bytes_held)
+        source = VideoFile(video)
+        forward = list(source.forward(range(30)))
+        backward = list(source.backward(range(25, -1, -1)))
+        assert [f.index for f in backward] == list(range(25, -1, -1))
+        for frame in backward:
+            np.testing.assert_array_equal(frame.image, forward[frame.index].image)
+            assert frame.time == forward[frame.index].time
+
+    def test_backward_seeks(self, video, monkeypatch):
+        monkeypatch.setattr("vosops.inference.video._MIN_CHUNK", 4)
+        monkeypatch.setattr("vosops.inference.video._BACKWARD_BYTES", 1)
+        source = VideoFile(video)
+        read_from_start = []
+        forward = source.forward
+        monkeypatch.setattr(source, "forward", lambda i: read_from_start.append(list(i)) or forward(i))
+        assert len(list(source.backward(range(25, -1, -1)))) == 26
+        assert read_from_start == [[25]], "only to learn the presentation times"
+
+    def test_backward_without_seeking(self, tmp_path):
+        """A raw stream has no times: every chunk is decoded from the start."""
+        path = write_video(tmp_path / "clip.h264", FRAMES)
+        source = VideoFile(path)
+        backward = list(source.backward(range(20, -1, -3)))
+        assert [f.index for f in backward] == list(range(20, -1, -3))
+        assert all(close(f.image, FRAMES[f.index]) for f in backward)
+
+    @pytest.mark.parametrize(("degrees", "turns"), [(90, -1), (180, 2), (270, 1)])
+    def test_rotation_metadata(self, video, degrees, turns):
+        rotate_file(video, degrees)
+        source = VideoFile(video)
+        frame = next(source.forward([0]))
+        assert close(frame.image, np.rot90(FRAMES[0], turns))
+        assert source.size == frame.image.shape[:2]
+
+    def test_variable_frame_rate(self, tmp_path):
+        pts = [0, 1, 2, 10, 11, 30]
+        path = write_video(tmp_path / "v.mkv", FRAMES[:6], pts=pts, time_base=Fraction(1, 1000))
+        frames = list(VideoFile(path).forward(range(100)))
+        assert [f.index for f in frames] == list(range(6))
+        assert [f.time for f in frames] == [Fraction(p, 1000) for p in pts]
+
+    @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+    def test_a_truncated_file_gives_what_can_be_decoded_and_says_so(self, tmp_path, suffix):
+        flags = "faststart" if suffix == "mp4" else None
+        path = write_video(tmp_path / f"clip.{suffix}", noise(30), movflags=flags, lossless=False)
+        assert not is_cut_off(path)
+        source = VideoFile(cut(path, 0.6))
+        assert is_cut_off(path)
+        frames = list(source.forward(range(1000)))
+        assert 5 < len(frames) < 30
+        assert "truncated" in source.problem
+        assert "\n" not in source.problem
+
+    def test_an_end_before_the_cut_is_no_problem(self, tmp_path):
+        path = write_video(tmp_path / "clip.mp4", noise(30), movflags="faststart", lossless=False)
+        source = VideoFile(cut(path, 0.6))
+        assert len(list(source.forward(range(4)))) == 4
+        assert source.problem is None
+
+    def test_no_video(self, tmp_path):
+        path = tmp_path / "text.mp4"
+        path.write_text("not a video")
+        with pytest.raises(InputError, match="cannot be opened as a video"):
+            VideoFile(path)
+
+    def test_a_video_whose_index_is_cut_off(self, tmp_path):
+        path = cut(write_video(tmp_path / "clip.mp4", noise(10)), 0.5)
+        with pytest.raises(InputError, match="cannot be opened"):
+            VideoFile(path)
+
+
+class TestImageFolder:
+    def test_natural_order(self, tmp_path):
+        for number in (10, 2, 1):
+            write_folder(tmp_path / "f", [FRAMES[number]], name="frame{}.png", first=number)
+        source = ImageFolder(tmp_path / "f")
+        assert [f.name for f in source.forward(range(9))] == ["frame1", "frame2", "frame10"]
+        assert source.find("frame10") == 2
+        assert source.find("frame10.png") == 2
+        assert source.find("10") is None
+        assert source.count == 3
+
+    def test_backward(self, tmp_path):
+        source = ImageFolder(write_folder(tmp_path / "f", FRAMES[:5]))
+        assert [f.index for f in source.backward(range(3, -1, -1))] == [3, 2, 1, 0]
+
+    def test_exif_orientation(self, tmp_path):
+        from PIL import Image
+
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn 90 degrees clockwise to view
+        (tmp_path / "f").mkdir()
+        Image.fromarray(FRAMES[0]).save(tmp_path / "f" / "0.png", exif=exif)
+        frame = next(ImageFolder(tmp_path / "f").forward([0]))
+        np.testing.assert_array_equal(frame.image, np.rot90(FRAMES[0], -1))
+
+    def test_an_empty_folder(self, tmp_path):
+        with pytest.raises(InputError, match="holds no image"):
+            ImageFolder(tmp_path)
+
+    def test_a_damaged_frame_ends_the_input(self, tmp_path):
+        folder = write_folder(tmp_path / "f", FRAMES[:5])
+        (folder / "00003.png").write_bytes(b"broken")
+        source = ImageFolder(folder)
+        assert len(list(source.forward(range(9)))) == 3
+        assert "00003.png cannot be read" in source.problem
+
+    def test_a_frame_of_another_size_ends_the_input(self, tmp_path):
+        folder = write_folder(tmp_path / "f", [*FRAMES[:2], FRAMES[2][:20]])
+        source = ImageFolder(folder)
+        assert len(list(source.forward(range(9)))) == 2
+        assert "64x20, but the first frame is 64x48" in source.problem
+
+    def test_two_frames_of_one_name(self, tmp_path):
+        folder = write_folder(tmp_path / "f", FRAMES[:1])
+        write_folder(folder, FRAMES[:1], name="{:05d}.bmp")
+        with pytest.raises(InputError, match="two frames named 00000"):
+            ImageFolder(folder)
+
+    def test_the_fingerprint_tells_changed_frames(self, tmp_path):
+        folder = write_folder(tmp_path / "f", FRAMES[:2])
+        before = ImageFolder(folder).fingerprint()
+        assert ImageFolder(folder).fingerprint() == before
+        write_folder(folder, noise(1, (48, 64)), first=1)
+        assert ImageFolder(folder).fingerprint() != before
+
+
+def test_what_is_neither_video_nor_folder(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        open_source(tmp_path / "absent.mp4")
+    folder = write_folder(tmp_path / "f", FRAMES[:1])
+    with pytest.raises(InputError, match="single image"):
+        open_source(folder / "00000.png")
+
+
+def test_arrays_are_a_source():
+    source = ArraySource(np.stack(FRAMES[:3]))
+    assert [f.index for f in source.forward(range(1, 10))] == [1, 2]
+    with pytest.raises(InputError, match=r"uint8 RGB, got \(48, 64\)"):
+        ArraySource([FRAMES[0][..., 0]])
+
+
+def test_natural_key():
+    assert sorted(["f10", "f9", "F1"], key=natural_key) == ["F1", "f9", "f10"]
+
+
+class TestReadAhead:
+    def test_items_in_order(self):
+        with read_ahead(range(20)) as items:
+            assert list(items) == list(range(20))
+
+    def test_errors_reach_the_consumer_after_the_items_before_them(self):
+        def failing():
+            yield 1
+            raise InputError("broken")
+
+        with read_ahead(failing()) as items:
+            assert next(items) == 1
+            with pytest.raises(InputError, match="broken"):
+                next(items)
+
+    def test_leaving_early_stops_reading(self):
+        read = []
+        with read_ahead(read.append(i) or i for i in range(10**9)) as items:
+            next(items)
+        assert len(read) < 10
+
+    def test_last(self):
+        assert list(with_last("abc")) == [("a", False), ("b", False), ("c", True)]
+        assert list(with_last([])) == []
