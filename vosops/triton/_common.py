@@ -33,8 +33,8 @@ ROW_SHIFT = tl.constexpr(1.0 + 2.0**-16)
 MIN_CHANNELS = 16
 """Channels are padded with zeros to a multiple of this, the depth of one half-precision tensor-core step."""
 
-STAGED_BYTES = 96 * 1024
-"""Shared memory that one program may use: two programs fit a multiprocessor of an A100, H100 or H200."""
+STAGED_BYTES = 112 * 1024
+"""Shared memory that one program may use: two programs fit an H100's multiprocessor."""
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,54 +50,36 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_rows(rows, first, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_C channels from ``first`` of packed rows, given as pointers (rows, 1); zeros beyond CHANNELS."""
+    channel = (first + tl.arange(0, BLOCK_C))[None, :]
+    if CHANNELS % BLOCK_C == 0:
+        block = tl.load(rows + channel)
+    else:
+        block = tl.load(rows + channel, mask=channel < CHANNELS, other=0.0)
+    return block
+
+
+@triton.jit
 def tile_dot(
+    query_tile,
     query_rows,
     key_rows,
-    q0,
-    q1,
-    q2,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    PART_2: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Dot products (BLOCK_Q, BLOCK_K) of packed rows; query_rows (BLOCK_Q, 1) and key_rows (BLOCK_K, 1) are pointers.
-
-    BLOCK_C 0: the query rows are in q0, q1 and q2, split into that many channels. Else both sides are read in blocks.
-    """
+    """Dot products (BLOCK_Q, BLOCK_K) of packed rows. One block of channels: the query's is ``query_tile``, already loaded."""
     acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    if BLOCK_C == 0:
-        acc = dot(q0, tl.trans(tl.load(key_rows + tl.arange(0, PART_0)[None, :])), acc, PRECISION)
-        if PART_1 > 0:
-            k1 = tl.load(key_rows + (PART_0 + tl.arange(0, PART_1))[None, :])
-            acc = dot(q1, tl.trans(k1), acc, PRECISION)
-        if PART_2 > 0:
-            k2 = tl.load(key_rows + (PART_0 + PART_1 + tl.arange(0, PART_2))[None, :])
-            acc = dot(q2, tl.trans(k2), acc, PRECISION)
+    if BLOCK_C >= CHANNELS:
+        acc = dot(query_tile, tl.trans(load_rows(key_rows, 0, CHANNELS, BLOCK_C)), acc, PRECISION)
     else:
-        for c in range(0, CHANNELS, BLOCK_C):
-            columns = (c + tl.arange(0, BLOCK_C))[None, :]
-            q = tl.load(query_rows + columns)
-            k = tl.load(key_rows + columns)
-            acc = dot(q, tl.trans(k), acc, PRECISION)
+        for first in range(0, CHANNELS, BLOCK_C):
+            q = load_rows(query_rows, first, CHANNELS, BLOCK_C)
+            acc = dot(q, tl.trans(load_rows(key_rows, first, CHANNELS, BLOCK_C)), acc, PRECISION)
     return acc
-
-
-@triton.jit
-def load_query(query_rows, PART_0: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr):
-    """The query rows as up to three blocks of channels, for tile_dot with BLOCK_C 0."""
-    q0 = tl.load(query_rows + tl.arange(0, PART_0)[None, :])
-    q1 = q0
-    q2 = q0
-    if PART_1 > 0:
-        q1 = tl.load(query_rows + (PART_0 + tl.arange(0, PART_1))[None, :])
-    if PART_2 > 0:
-        q2 = tl.load(query_rows + (PART_0 + PART_1 + tl.arange(0, PART_2))[None, :])
-    return q0, q1, q2
 
 
 @triton.jit
@@ -136,13 +118,15 @@ def pack_rows(
     inside,
     stride_c,
     packed,
+    stored,
     C,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Copy embeddings into rows of CHANNELS contiguous values and return their squared norms (float32).
 
-    offset (rows,) int64: of each pixel in ``source``; packed (rows, 1): where each row goes. Rows that are not ``inside`` get zeros.
+    offset (rows,) int64: of each pixel in ``source``; rows that are not ``inside`` are zero. packed (rows, 1): where each row
+    goes, if ``stored``.
     """
     norm = tl.zeros_like(offset).to(tl.float32)
     for c in range(0, CHANNELS, BLOCK_C):
@@ -152,7 +136,7 @@ def pack_rows(
         wide = value.to(tl.float32)
         norm += tl.sum(wide * wide, axis=1)
         clean = tl.where(tl.abs(wide) < VALUE_LIMIT, value, 0.0).to(value.dtype)
-        tl.store(packed + channel[None, :], clean, mask=(channel < CHANNELS)[None, :])
+        tl.store(packed + channel[None, :], clean, mask=stored[:, None] & (channel < CHANNELS)[None, :])
     return norm
 
 
@@ -172,39 +156,69 @@ def squared_distance(
 
 
 @dataclass(frozen=True)
-class Channels:
-    """How a kernel walks over the channels: ``padded`` in all, resident in ``parts`` (block 0) or in blocks."""
+class Target:
+    """What the launch shapes depend on: the CUDA compute capability's first number (0: not CUDA), the multiprocessors."""
 
-    padded: int
-    parts: tuple[int, int, int]
-    block: int
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """As the kernels' compile-time arguments."""
-        return {
-            "CHANNELS": self.padded,
-            "PART_0": self.parts[0],
-            "PART_1": self.parts[1],
-            "PART_2": self.parts[2],
-            "BLOCK_C": self.block,
-        }
+    capability: int
+    processors: int
 
 
-def channel_plan(channels: int, rows: int, item_bytes: int, stages: int, *, tensor_cores: bool) -> Channels:
-    """Keep the query's ``rows`` resident where they and ``stages`` key tiles of as many rows fit STAGED_BYTES.
+INTERPRETED = Target(9, 132)
+"""Tensors on the CPU are processed as if on an H100."""
 
-    A block must be a power of two: 100 channels are padded to 112 = 64 + 32 + 16, not to 128.
+
+def target_of(tensor: Tensor) -> Target:
+    """The target that the tensor lies on."""
+    if not tensor.is_cuda:
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return Target(properties.major if torch.version.hip is None else 0, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts its work: queries and keys of a tile, channels stored and of a block, stages, compiler options."""
+
+    queries: int
+    keys: int
+    channels: int
+    block_c: int
+    stages: int
+    options: dict[str, int]
+
+
+def tilings(
+    channels: int,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    *,
+    many_queries: bool = False,
+) -> list[Tiling]:
+    """The tilings to choose from, largest first; the last one always works.
+
+    The queries of a tile stay in shared memory with all their channels where they and the stages' key tiles fit. Tiles of
+    128 queries or more pay where the accumulators leave room in the register file for two programs.
     """
-    padded = max(1, -(-channels // MIN_CHANNELS)) * MIN_CHANNELS
-    while (padded // MIN_CHANNELS).bit_count() > 3:
-        padded += MIN_CHANNELS
-    if tensor_cores and (1 + stages) * rows * padded * item_bytes <= STAGED_BYTES:
-        parts = [1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1]
-        parts += [0] * (3 - len(parts))
-        return Channels(padded, (parts[0], parts[1], parts[2]), 0)
-    block = 128 // item_bytes if tensor_cores else MIN_CHANNELS
-    return Channels(-(-padded // block) * block, (MIN_CHANNELS, 0, 0), block)
+    stored = max(1, -(-channels // MIN_CHANNELS)) * MIN_CHANNELS
+    if not uses_tensor_cores(dtype, precision):
+        return [Tiling(64, 64, stored, MIN_CHANNELS, 2, {"num_warps": 4})]
+    in_blocks = Tiling(64, 64, stored, 128 // dtype.itemsize, 3, {"num_warps": 4})
+    if precision == "tf32x3" and dtype == torch.float32:
+        return [in_blocks]
+    block = power_of_two(stored)
+    shapes: list[tuple[int, int, dict[str, int]]] = [(64, 3, {"num_warps": 4}), (64, 2, {"num_warps": 4})]
+    if target.capability == 9:
+        shapes.insert(0, (128, 3, {"num_warps": 8, "maxnreg": 128}))
+        if many_queries:
+            shapes.insert(0, (256, 3, {"num_warps": 8, "maxnreg": 128}))
+    elif target.capability >= 10:
+        shapes.insert(0, (128, 3, {"num_warps": 4}))
+    return [
+        Tiling(queries, 64, stored, block, stages, options)
+        for queries, stages, options in shapes
+        if (queries + stages * 64) * block * dtype.itemsize <= STAGED_BYTES
+    ] or [in_blocks]
 
 
 def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
@@ -235,13 +249,6 @@ def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
-
-
-def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's device (an H100's where it runs in the interpreter)."""
-    if tensor.is_cuda:
-        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return 132
 
 
 def power_of_two(number: int) -> int:

@@ -1,16 +1,17 @@
 """Local matching: for each query pixel and object, the nearest key pixel in a window around it.
 
-Two kernels. ``_pack`` copies both maps into tiles: TILE_H x 8 pixels whose padded channels are contiguous, so that the
-second kernel reads whole tiles at full width whatever the strides of the input; with them the query's norms (infinite
-where the query is not wanted), per object the key's norms (BIG where the key is not the object's), and per tile whether
-any object needs it. Pixels are dealt out by their coordinates modulo the dilation first, which makes every window dense.
+Two kernels. ``_pack`` copies both maps into strips of 8 columns: row by row, the 8 pixels of a row beside each other, the
+padded channels of a pixel contiguous. Any 8 x h block of a strip is then one contiguous piece of memory, read at full
+width whatever the strides of the input. With them it writes the query's norms (infinite where the query is not wanted),
+per object the key's norms (BIG where the key is not the object's), and per 8 x 8 block whether any object needs it.
+Pixels are dealt out by their coordinates modulo the dilation first, which makes every window dense.
 
-``_match``: a program owns one tile of queries, held in shared memory, and up to 8 object-radius pairs. It walks over the
-key tiles of its window that an object needs, multiplies the two tiles (128x128x112 for a half-precision map of 100
-channels), adds the terms that exclude pairs outside the window (rows and columns separately: both are shared by many
+``_match``: a program owns 8 x 16 queries, held in shared memory, and up to 8 object-radius pairs. It walks over the
+8 x 8 key blocks of its window that an object needs, multiplies the two tiles (128 x 64 x 128 for half precision and 100
+channels), adds the terms that exclude pairs outside the window (for rows and columns separately: each is shared by many
 pairs) and keeps the least score and its pixel per query and pair. The winner's distance is then computed anew from the
-two embeddings. At 120x214, radius 15, a program walks over 15 tiles of 29 KB: 83 MB in all from L2, 11 us at the dense
-bfloat16 rate of an H100; the epilogue's four instructions per pair cost less than the products.
+two embeddings. At 120x214, radius 15, that is at most 30 blocks a program, 5418 in all: 78 MB from L2 and 12 us at the
+dense half-precision rate of an H100; the epilogue's five instructions per pair run beside it in the other program.
 """
 
 from __future__ import annotations
@@ -27,32 +28,29 @@ from torch import Tensor
 from vosops.triton._common import (
     BIG,
     NORM_LIMIT,
-    channel_plan,
+    Tiling,
     check_embeddings,
     is_exact,
     launch_on,
     least,
-    load_query,
-    multiprocessors,
+    load_rows,
     pack_rows,
     power_of_two,
     row_offset,
     squared_distance,
+    target_of,
     tile_dot,
-    uses_tensor_cores,
+    tilings,
 )
 
-TILE_W = 8
-"""Width of a tile in pixels."""
+STRIP = 8
+"""Columns of a strip, and rows and columns of a block that the packing kernel copies."""
 
 MAX_SLOTS = 8
 """Object-radius pairs that one program serves, unless a single object has more radii."""
 
-MAX_WINDOW_TILES = 4096
-"""Windows of more tiles are walked in full instead of the part that objects need."""
-
-STAGES = 2
-"""Key tiles in shared memory, that in use included."""
+MAX_WINDOW_BLOCKS = 4096
+"""Windows of more blocks are walked in full instead of the part that objects need."""
 
 PACK_CHANNELS = 32
 """Channels that the packing kernel moves at a time."""
@@ -62,12 +60,11 @@ PACK_CHANNELS = 32
 class LaunchPlan:
     """Grid, warps and compile-time arguments of ``_match``."""
 
-    tile_h: int
-    tiles_y: int
-    tiles_x: int
+    strips: int
+    strip_height: int
     tiles: int
     groups: int
-    warps: int
+    options: dict[str, int]
     constants: dict[str, Any]
 
 
@@ -76,27 +73,29 @@ def launch_plan(
     objects: int,
     radius: Sequence[int],
     dilation: int,
-    dtype: torch.dtype,
+    candidates: Sequence[Tiling],
     precision: str,
+    *,
+    exact: bool,
     processors: int,
 ) -> LaunchPlan:
-    """Choose 128 queries a program where they fit and keep the device busy, else 64."""
-    batch, channels, height, width = shape
-    tensor_cores = uses_tensor_cores(dtype, precision)
+    """Take the first tiling that keeps the device busy; one of 64 queries where a program has several slots to keep."""
+    batch, _, height, width = shape
     groups = -(-objects // max(1, MAX_SLOTS // len(radius)))
     group = -(-objects // groups)
-    phase_height, phase_width = -(-height // dilation), -(-width // dilation)
-    tiles_x = -(-phase_width // TILE_W)
-    for tile_h in (16, 8):
-        plan = channel_plan(channels, tile_h * TILE_W, dtype.itemsize, STAGES, tensor_cores=tensor_cores)
-        tiles_y = -(-phase_height // tile_h)
-        tiles = dilation * dilation * tiles_y * tiles_x
-        if plan.block == 0 and tiles * batch * groups >= processors:
+    phases = dilation * dilation
+    phase_height = -(-height // dilation)
+    strips = -(-width // dilation // STRIP)
+    for tiling in candidates:
+        tile_rows, key_rows = tiling.queries // STRIP, tiling.keys // STRIP
+        tiles = phases * strips * -(-phase_height // tile_rows)
+        if tiles * batch * groups >= processors and (tiling.queries <= 64 or group * len(radius) == 1):
             break
+    strip_height = -(-(phase_height + key_rows - 1) // tile_rows) * tile_rows
     reach = radius[-1] // dilation
-    window_y = power_of_two(min(tiles_y, 2 * -(-reach // tile_h) + 1))
-    window_x = power_of_two(min(tiles_x, 2 * -(-reach // TILE_W) + 1))
-    if window_y * window_x > MAX_WINDOW_TILES:
+    window_y = power_of_two(min(strip_height // STRIP, (tile_rows + 2 * reach) // STRIP + 2))
+    window_x = power_of_two(min(strips, 2 * -(-reach // STRIP) + 1))
+    if window_y * window_x > MAX_WINDOW_BLOCKS:
         window_y = window_x = 0
     constants = {
         "RADII": tuple(radius),
@@ -105,14 +104,16 @@ def launch_plan(
         "SLOTS": power_of_two(group * len(radius)),
         "WINDOW_Y": window_y,
         "WINDOW_X": window_x,
-        "TILE_H": tile_h,
-        "TILE_W": TILE_W,
-        **plan.constants,
+        "STRIP": STRIP,
+        "BLOCK_Q": tiling.queries,
+        "BLOCK_K": tiling.keys,
+        "CHANNELS": tiling.channels,
+        "BLOCK_C": tiling.block_c,
         "PRECISION": precision,
-        "EXACT": is_exact(dtype, precision),
-        "STAGES": STAGES,
+        "EXACT": exact,
+        "STAGES": tiling.stages,
     }
-    return LaunchPlan(tile_h, tiles_y, tiles_x, tiles, groups, tile_h // 2, constants)
+    return LaunchPlan(strips, strip_height, tiles, groups, tiling.options, constants)
 
 
 @triton.jit
@@ -130,8 +131,8 @@ def _pack(
     H,
     W,
     objects,
-    tiles_y,
-    tiles_x,
+    strips,
+    strip_height,
     query_n,
     query_c,
     query_h,
@@ -148,25 +149,26 @@ def _pack(
     query_mask_h,
     query_mask_w,
     DILATION: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    STRIP: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HAS_QUERY_MASK: tl.constexpr,
 ):
-    """Grid (tiles, N, 2): the query's tile and the key's."""
-    ROWS: tl.constexpr = TILE_H * TILE_W
-    tile = tl.program_id(0)
+    """Grid (blocks of STRIP x STRIP pixels, N, 2): the query's block and the key's."""
+    ROWS: tl.constexpr = STRIP * STRIP
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
     n = tl.program_id(1).to(tl.int64)
-    phase = tile // (tiles_y * tiles_x)
+    blocks_y = strip_height // STRIP
+    strip = block // blocks_y % strips
+    phase = block // blocks_y // strips
     row = tl.arange(0, ROWS)
-    y = ((tile // tiles_x % tiles_y) * TILE_H + row // TILE_W) * DILATION + phase // DILATION
-    x = ((tile % tiles_x) * TILE_W + row % TILE_W) * DILATION + phase % DILATION
+    y = ((block % blocks_y) * STRIP + row // STRIP) * DILATION + phase // DILATION
+    x = (strip * STRIP + row % STRIP) * DILATION + phase % DILATION
     inside = (y < H) & (x < W)
     y = y.to(tl.int64)
     x = x.to(tl.int64)
-    tiles = tl.num_programs(0)
-    packed_row = (n * tiles + tile) * ROWS + row
+    packed_row = (n * blocks + block) * ROWS + row
     if tl.program_id(2) == 0:
         norm = pack_rows(
             query + n * query_n,
@@ -174,6 +176,7 @@ def _pack(
             inside,
             query_c,
             packed_query + packed_row[:, None] * CHANNELS,
+            row >= 0,
             C,
             CHANNELS,
             BLOCK_C,
@@ -190,6 +193,7 @@ def _pack(
             inside,
             key_c,
             packed_key + packed_row[:, None] * CHANNELS,
+            row >= 0,
             C,
             CHANNELS,
             BLOCK_C,
@@ -197,14 +201,14 @@ def _pack(
         matchable = inside & (norm < NORM_LIMIT)
         any_object = tl.zeros((ROWS,), tl.int32)
         object_mask = mask + n * mask_n + y * mask_h + x * mask_w
-        object_bias = bias + (n * objects * tiles + tile) * ROWS + row
+        object_bias = bias + (n * objects * blocks + block) * ROWS + row
         for _ in range(objects):
             member = matchable & (tl.load(object_mask, mask=inside, other=0) != 0)
             tl.store(object_bias, tl.where(member, norm, BIG))
             any_object |= member.to(tl.int32)
             object_mask += mask_o
-            object_bias += tiles * ROWS
-        tl.store(needed + n * tiles + tile, tl.max(any_object, axis=0))
+            object_bias += blocks * ROWS
+        tl.store(needed + n * blocks + block, tl.max(any_object, axis=0))
 
 
 @triton.jit
@@ -219,134 +223,128 @@ def _match(
     H,
     W,
     objects,
-    tiles_y,
-    tiles_x,
+    strips,
+    strip_height,
     RADII: tl.constexpr,
     DILATION: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,
     WINDOW_Y: tl.constexpr,
     WINDOW_X: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    STRIP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     CHANNELS: tl.constexpr,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    PART_2: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (tiles, N, groups of GROUP objects). WINDOW_Y 0: do not look which tiles are needed."""
-    ROWS: tl.constexpr = TILE_H * TILE_W
+    """Grid (query tiles, N, groups of GROUP objects). WINDOW_Y 0: do not look which blocks are needed.
+
+    Coordinates are those of the phase, pixels that share their coordinates modulo DILATION, up to the final conversion.
+    """
     RINGS: tl.constexpr = len(RADII)
     REACH: tl.constexpr = RADII[RINGS - 1] // DILATION
-    REACH_Y: tl.constexpr = (REACH + TILE_H - 1) // TILE_H
-    REACH_X: tl.constexpr = (REACH + TILE_W - 1) // TILE_W
-    tile = tl.program_id(0)
+    REACH_X: tl.constexpr = (REACH + STRIP - 1) // STRIP
+    TILE_H: tl.constexpr = BLOCK_Q // STRIP
+    STEP_H: tl.constexpr = BLOCK_K // STRIP
     n = tl.program_id(1).to(tl.int64)
     first_object = tl.program_id(2) * GROUP
-    tiles = tl.num_programs(0)
-    phase = tile // (tiles_y * tiles_x)
-    tile_y = tile // tiles_x % tiles_y
-    tile_x = tile % tiles_x
-    row = tl.arange(0, ROWS)
-    row_y = row // TILE_W
-    row_x = row % TILE_W
+    phase_height = (H + DILATION - 1) // DILATION
+    tiles_y = (phase_height + TILE_H - 1) // TILE_H
+    tile_y = tl.program_id(0) % tiles_y * TILE_H
+    strip = tl.program_id(0) // tiles_y % strips
+    phase = tl.program_id(0) // tiles_y // strips
+    phase_rows = DILATION * DILATION * strips * strip_height * STRIP
+    phase_strip = phase * strips
 
-    query_row = (n * tiles + tile) * ROWS + row
-    norm = tl.load(query_norm + query_row)
+    row = tl.arange(0, BLOCK_Q)
+    query_y = tile_y + row // STRIP
+    query_x = strip * STRIP + row % STRIP
+    query_row = n * phase_rows + ((phase_strip + strip) * strip_height + tile_y) * STRIP + row
     query_rows = query + query_row[:, None] * CHANNELS
-    q0, q1, q2 = load_query(query_rows, PART_0, PART_1, PART_2)
+    query_tile = load_rows(query_rows, 0, CHANNELS, BLOCK_C)
+    norm = tl.load(query_norm + query_row)
     offset = row_offset(norm, EXACT)
 
-    first_y = tl.maximum(tile_y - REACH_Y, 0)
-    last_y = tl.minimum(tile_y + REACH_Y, tiles_y - 1)
-    first_x = tl.maximum(tile_x - REACH_X, 0)
-    last_x = tl.minimum(tile_x + REACH_X, tiles_x - 1)
+    first_y = tl.maximum(tile_y - REACH, 0)
+    end_y = tl.minimum(tile_y + TILE_H + REACH, phase_height)
+    first_strip = tl.maximum(strip - REACH_X, 0)
+    last_strip = tl.minimum(strip + REACH_X, strips - 1)
     if WINDOW_Y > 0:
-        window_y = first_y + tl.arange(0, WINDOW_Y)
-        window_x = first_x + tl.arange(0, WINDOW_X)
+        block_y = first_y // STRIP + tl.arange(0, WINDOW_Y)
+        block_strip = first_strip + tl.arange(0, WINDOW_X)
+        blocks_y = strip_height // STRIP
         flags = tl.load(
-            needed + (n * tiles + phase * tiles_y * tiles_x) + window_y[:, None] * tiles_x + window_x[None, :],
-            mask=(window_y <= last_y)[:, None] & (window_x <= last_x)[None, :],
+            needed
+            + n * DILATION * DILATION * strips * blocks_y
+            + (phase_strip + block_strip)[:, None] * blocks_y
+            + block_y[None, :],
+            mask=(block_strip <= last_strip)[:, None] & (block_y * STRIP < end_y)[None, :],
             other=0,
         )
-        needs_y = tl.max(flags, axis=1) > 0
-        needs_x = tl.max(flags, axis=0) > 0
-        first_y = tl.min(tl.where(needs_y, window_y, tiles_y), axis=0)
-        last_y = tl.max(tl.where(needs_y, window_y, -1), axis=0)
-        first_x = tl.min(tl.where(needs_x, window_x, tiles_x), axis=0)
-        last_x = tl.max(tl.where(needs_x, window_x, -1), axis=0)
-    columns = tl.maximum(last_x - first_x + 1, 0)
-    steps = tl.maximum(last_y - first_y + 1, 0) * columns
+        needs_y = tl.max(flags, axis=0) > 0
+        needs_strip = tl.max(flags, axis=1) > 0
+        first_y = tl.maximum(first_y, tl.min(tl.where(needs_y, block_y * STRIP, end_y), axis=0))
+        end_y = tl.minimum(end_y, tl.max(tl.where(needs_y, (block_y + 1) * STRIP, 0), axis=0))
+        last_strip = tl.max(tl.where(needs_strip, block_strip, -1), axis=0)
+        first_strip = tl.min(tl.where(needs_strip, block_strip, strips), axis=0)
+    steps_y = (tl.maximum(end_y - first_y, 0) + STEP_H - 1) // STEP_H
+    steps = steps_y * tl.maximum(last_strip - first_strip + 1, 0)
     steps = tl.where(tl.min(norm, axis=0) < NORM_LIMIT, steps, 0)
 
     slot = tl.arange(0, SLOTS)[None, :]
-    best = tl.full((ROWS, SLOTS), 0.5 * BIG, tl.float32)
-    best_index = tl.full((ROWS, SLOTS), -1, tl.int32)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        key_y = first_y + step // columns
-        key_x = first_x + step % columns
-        key_tile = (phase * tiles_y + key_y) * tiles_x + key_x
-        first_row = (n * tiles + key_tile) * ROWS
-        key_rows = key + first_row * CHANNELS + (row * CHANNELS)[:, None]
-        product = tile_dot(
-            query_rows,
-            key_rows,
-            q0,
-            q1,
-            q2,
-            PART_0,
-            PART_1,
-            PART_2,
-            BLOCK_C,
-            CHANNELS,
-            ROWS,
-            ROWS,
-            PRECISION,
-        )
-        gap_y = tl.abs((key_y - tile_y) * TILE_H + row_y[None, :] - row_y[:, None])
-        gap_x = tl.abs((key_x - tile_x) * TILE_W + row_x[None, :] - row_x[:, None])
+    best = tl.full((BLOCK_Q, SLOTS), 0.5 * BIG, tl.float32)
+    best_index = tl.full((BLOCK_Q, SLOTS), -1, tl.int32)
+    column = tl.arange(0, BLOCK_K)
+    key_y = first_y
+    key_strip = first_strip
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        first_row = ((phase_strip + key_strip) * strip_height + key_y) * STRIP
+        key_rows = key + (n * phase_rows + first_row) * CHANNELS + (column * CHANNELS)[:, None]
+        product = tile_dot(query_tile, query_rows, key_rows, CHANNELS, BLOCK_C, BLOCK_Q, BLOCK_K, PRECISION)
+        gap_y = tl.abs((key_y + column // STRIP)[None, :] - query_y[:, None])
+        gap_x = tl.abs((key_strip * STRIP + column % STRIP)[None, :] - query_x[:, None])
         for ring in tl.static_range(RINGS):
             outside_y = tl.where(gap_y <= RADII[ring] // DILATION, offset[:, None], BIG)
             outside_x = tl.where(gap_x <= RADII[ring] // DILATION, 0.0, BIG)
             for member in tl.static_range(GROUP):
                 o = tl.minimum(first_object + member, objects - 1)
-                key_bias = tl.load(bias + ((n * objects + o) * tiles + key_tile) * ROWS + row)
+                key_bias = tl.load(bias + (n * objects + o) * phase_rows + first_row + column)
                 score = (key_bias[None, :] - 2.0 * product) + outside_y + outside_x
-                value, column = least(score, ROWS, EXACT)
-                y = (key_y * TILE_H + column // TILE_W) * DILATION + phase // DILATION
-                x = (key_x * TILE_W + column % TILE_W) * DILATION + phase % DILATION
+                value, chosen = least(score, BLOCK_K, EXACT)
+                y = (key_y + chosen // STRIP) * DILATION + phase // DILATION
+                x = (key_strip * STRIP + chosen % STRIP) * DILATION + phase % DILATION
                 value = value[:, None]
                 pixel = (y * W + x)[:, None]
                 better = (value < best) | ((value == best) & (pixel < best_index))
                 better = better & (slot == member * RINGS + ring)
                 best = tl.where(better, value, best)
                 best_index = tl.where(better, pixel, best_index)
+        key_y += STEP_H
+        key_strip = tl.where(key_y < end_y, key_strip, key_strip + 1)
+        key_y = tl.where(key_y < end_y, key_y, first_y)
 
-    query_y = (tile_y * TILE_H + row_y) * DILATION + phase // DILATION
-    query_x = (tile_x * TILE_W + row_x) * DILATION + phase % DILATION
-    inside = (query_y < H) & (query_x < W)
+    out_y = query_y * DILATION + phase // DILATION
+    out_x = query_x * DILATION + phase % DILATION
+    inside = (out_y < H) & (out_x < W)
     for member in tl.static_range(GROUP):
-        nearest = tl.full((ROWS,), float("inf"), tl.float32)
-        nearest_index = tl.full((ROWS,), -1, tl.int32)
+        nearest = tl.full((BLOCK_Q,), float("inf"), tl.float32)
+        nearest_index = tl.full((BLOCK_Q,), -1, tl.int32)
         for ring in tl.static_range(RINGS):
             winner = tl.max(tl.where(slot == member * RINGS + ring, best_index, -1), axis=1)
             found = (winner >= 0) & (norm < NORM_LIMIT)
             y = winner // W // DILATION
             x = winner % W // DILATION
-            key_tile = (phase * tiles_y + y // TILE_H) * tiles_x + x // TILE_W
-            key_row = (n * tiles + key_tile) * ROWS + y % TILE_H * TILE_W + x % TILE_W
-            value = squared_distance(
-                query_rows, key + key_row[:, None] * CHANNELS, found, ROWS, CHANNELS, 32
-            )
+            key_row = ((phase_strip + x // STRIP) * strip_height + y) * STRIP + x % STRIP
+            key_rows = key + (n * phase_rows + key_row)[:, None] * CHANNELS
+            value = squared_distance(query_rows, key_rows, found, BLOCK_Q, CHANNELS, 32)
             nearer = found & (value < nearest)
             nearest = tl.where(nearer, value, nearest)
             nearest_index = tl.where(nearer, winner, nearest_index)
             o = first_object + member
-            out = ((n * objects + o) * RINGS + ring) * H * W + query_y * W + query_x
+            out = ((n * objects + o) * RINGS + ring) * H * W + out_y * W + out_x
             if o < objects:
                 tl.store(distance + out, tl.where(norm != norm, norm, nearest), mask=inside)
                 tl.store(index + out, nearest_index.to(tl.int64), mask=inside)
@@ -388,20 +386,28 @@ def local_matching(
     if distance.numel() == 0:
         return distance, index
 
-    launch = launch_plan(query.shape, objects, radius, dilation, query.dtype, precision, multiprocessors(query))
-    tiles_y, tiles_x, tiles = launch.tiles_y, launch.tiles_x, launch.tiles
-    rows = launch.tile_h * TILE_W
-    padded = launch.constants["CHANNELS"]
-    packed_query = query.new_empty((batch, tiles * rows, padded))
+    target = target_of(query)
+    launch = launch_plan(
+        query.shape,
+        objects,
+        radius,
+        dilation,
+        tilings(channels, query.dtype, precision, target),
+        precision,
+        exact=is_exact(query.dtype, precision),
+        processors=target.processors,
+    )
+    rows = dilation * dilation * launch.strips * launch.strip_height * STRIP
+    packed_query = query.new_empty((batch, rows, launch.constants["CHANNELS"]))
     packed_key = torch.empty_like(packed_query)
-    query_norm = query.new_empty((batch, tiles * rows), dtype=torch.float32)
-    bias = query.new_empty((batch, objects, tiles * rows), dtype=torch.float32)
-    needed = query.new_empty((batch, tiles), dtype=torch.int32)
+    query_norm = query.new_empty((batch, rows), dtype=torch.float32)
+    bias = query.new_empty((batch, objects, rows), dtype=torch.float32)
+    needed = query.new_empty((batch, rows // STRIP**2), dtype=torch.int32)
     mask_bytes = mask.view(torch.uint8)
     wanted = mask_bytes if query_mask is None else query_mask.view(torch.uint8)
     wanted_strides = (0, 0, 0) if query_mask is None else query_mask.stride()
     with launch_on(query):
-        _pack[(tiles, batch, 2)](
+        _pack[(needed.shape[1], batch, 2)](
             query,
             key,
             mask_bytes,
@@ -415,21 +421,20 @@ def local_matching(
             height,
             width,
             objects,
-            tiles_y,
-            tiles_x,
+            launch.strips,
+            launch.strip_height,
             *query.stride(),
             *key.stride(),
             *mask.stride(),
             *wanted_strides,
             DILATION=dilation,
-            TILE_H=launch.tile_h,
-            TILE_W=TILE_W,
-            CHANNELS=padded,
+            STRIP=STRIP,
+            CHANNELS=launch.constants["CHANNELS"],
             BLOCK_C=PACK_CHANNELS,
             HAS_QUERY_MASK=query_mask is not None,
             num_warps=4,
         )
-        _match[(tiles, batch, launch.groups)](
+        _match[(launch.tiles, batch, launch.groups)](
             packed_query,
             packed_key,
             query_norm,
@@ -440,9 +445,9 @@ def local_matching(
             height,
             width,
             objects,
-            tiles_y,
-            tiles_x,
+            launch.strips,
+            launch.strip_height,
             **launch.constants,
-            num_warps=launch.warps,
+            **launch.options,
         )
     return distance, index
