@@ -112,7 +112,15 @@ def cuda_library(cuda: str) -> Extension:
     cpp_extension._check_cuda_version = lambda *args, **kwargs: None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     host = ["-fvisibility=hidden", "-Wall"]
-    nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI, "--Werror", "all-warnings", "--expt-relaxed-constexpr"]
+    nvcc = [
+        "-O3",
+        "-std=c++20",
+        "-DUSE_CUDA",
+        *STABLE_ABI,
+        "--Werror",
+        "all-warnings",
+        "--expt-relaxed-constexpr",
+    ]
     return CppExtension(
         "vosops.libvosops_cuda",
         sources("csrc/cuda/*.cu"),

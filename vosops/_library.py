@@ -66,5 +66,7 @@ def cuda_driver_reasons() -> list[str]:
     compiled: int = torch.ops.vosops.cuda_version()
     driver: int = torch._C._cuda_getDriverVersion()
     if driver // 1000 < compiled // 1000:
-        return [f"the driver supports CUDA {driver // 1000}, the library was compiled with {compiled // 1000}"]
+        return [
+            f"the driver supports CUDA {driver // 1000}, the library was compiled with {compiled // 1000}"
+        ]
     return []

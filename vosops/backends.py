@@ -100,13 +100,13 @@ def choose(name: str, core_args: tuple[Any, ...]) -> Implementation:
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Which implementation would serve `op(*args, **kwargs)`, and why not the ones before it.
 
-        >>> import torch, vosops
-        >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
-        >>> print(vosops.explain(vosops.local_matching, frame, frame, mask, radius=2))  # doctest: +SKIP
-        local_matching: cpp
-          cpp        serves this call
-          triton     not preferred; Triton compiles for GPUs, the tensors are on cpu
-          reference  not preferred
+    >>> import torch, vosops
+    >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    >>> print(vosops.explain(vosops.local_matching, frame, frame, mask, radius=2))  # doctest: +SKIP
+    local_matching: cpp
+      cpp        serves this call
+      triton     not preferred; Triton compiles for GPUs, the tensors are on cpu
+      reference  not preferred
     """
     name = op if isinstance(op, str) else op.__name__
     if name not in _ops:

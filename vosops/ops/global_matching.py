@@ -165,9 +165,7 @@ for _name, _backward, _available in (
     ("global_matching_triton", "matching_backward_triton", True),
 ):
     if _available:
-        register_pieces(
-            _name, fake=_fake, backward=_backward_by(_backward), setup_context=_setup_context
-        )
+        register_pieces(_name, fake=_fake, backward=_backward_by(_backward), setup_context=_setup_context)
 
 backends.register_op(
     backends.Op(

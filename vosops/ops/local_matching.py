@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,9 +131,9 @@ def _prepare(
 
 
 def _radii(radius: int | Sequence[int]) -> list[int]:
-    radii = [radius] if isinstance(radius, int) else list(radius)
+    radii = list(radius) if isinstance(radius, Sequence) else [radius]
     radii = [_checks.check_positive_int("radius", r, least=0) for r in radii]
-    if not radii or any(a >= b for a, b in zip(radii, radii[1:], strict=False)):
+    if not radii or any(a >= b for a, b in itertools.pairwise(radii)):
         raise ValueError(f"radius must be an int or an ascending sequence of ints, got {radius!r}")
     return radii
 
@@ -181,9 +182,7 @@ for _name, _backward, _available in (
     ("local_matching_triton", "matching_backward_triton", True),
 ):
     if _available:
-        register_pieces(
-            _name, fake=_fake, backward=_backward_by(_backward), setup_context=_setup_context
-        )
+        register_pieces(_name, fake=_fake, backward=_backward_by(_backward), setup_context=_setup_context)
 
 backends.register_op(
     backends.Op(

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from vosops.ops._registration import HAS_CPP, define_triton_op, register_pieces
 
-SCHEMA = (
-    "(Tensor grad, Tensor query, Tensor key, Tensor index) -> (Tensor grad_query, Tensor grad_key)"
-)
+SCHEMA = "(Tensor grad, Tensor query, Tensor key, Tensor index) -> (Tensor grad_query, Tensor grad_key)"
 
 
 def matching_backward(

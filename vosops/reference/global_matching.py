@@ -67,9 +67,7 @@ def global_matching(
     return (nearest, index if neighbors > 1 else index.squeeze(2)) if return_indices else nearest
 
 
-def stack_frames(
-    key: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def stack_frames(key: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One key (N,C,T,H,W) and its mask from a single frame (a view), or from a sequence (a copy)."""
     if isinstance(key, Tensor):
         if not isinstance(mask, Tensor):

@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def deterministic():
+    """Deterministic mode, in which torch also fills uninitialised memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads a golden case of an original implementation, or skips."""
+
+    def load(name: str) -> dict:
+        path = SHARED / "golden" / name
+        if not path.exists():
+            pytest.skip(f"golden case {path} is not here (set VOSOPS_TEST_DATA)")
+        return torch.load(path, weights_only=True)
+
+    return load
