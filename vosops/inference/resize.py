@@ -20,7 +20,7 @@ _MULTIPLE = 16  # sides of the computation, so that strided networks need no sec
 def computation_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     """Return the (H, W) of the computation for an input of ``size``.
 
-    The aspect ratio is the input's and the short side ``short_side``, each side rounded to the nearest
+    The aspect ratio is the input's and the short side ``short_side``, each side rounded up to a
     multiple of 16 (480 for 854x480 gives 864x480); ``NATIVE`` keeps the input's size exactly.
     """
     if short_side == NATIVE:
@@ -28,7 +28,7 @@ def computation_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     if short_side < _MULTIPLE:
         raise InputError(f"--size must be -1 (the input's own) or at least {_MULTIPLE}, got {short_side}")
     scale = short_side / min(size)
-    height, width = (max(1, round(side * scale / _MULTIPLE)) * _MULTIPLE for side in size)
+    height, width = (-(-round(side * scale) // _MULTIPLE) * _MULTIPLE for side in size)
     return height, width
 
 

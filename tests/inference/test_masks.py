@@ -1,0 +1,238 @@
+"""Masks: ids, palettes, and the frames they lie on."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.inference.clips import picture, read_png, write_folder, write_mask, write_video
+from vosops.inference.errors import InputError
+from vosops.inference.frames import ImageFolder
+from vosops.inference.masks import (
+    GivenMask,
+    MaskSet,
+    davis_palette,
+    find_masks,
+    masks_from_python,
+    read_labels,
+    write_labels,
+)
+from vosops.inference.video import VideoFile
+
+SIZE = (6, 8)
+PALETTE = bytes(range(200, 0, -1)).ljust(768, b"\7")
+
+
+def label_map(**boxes):
+    labels = np.zeros(SIZE, np.uint8)
+    for row, (_, value) in enumerate(boxes.items()):
+        labels[row, 1:5] = value
+    return labels
+
+
+def mask_set(*maps, **options):
+    masks = [GivenMask(i, f"m{i}", "", array=m) for i, m in enumerate(maps)]
+    return MaskSet(masks, SIZE, **options)
+
+
+class TestReading:
+    def test_palette(self, tmp_path):
+        labels = label_map(a=3, b=255)
+        got, palette = read_labels(write_mask(tmp_path / "m.png", labels, PALETTE))
+        np.testing.assert_array_equal(got, labels)
+        assert palette == PALETTE
+
+    def test_a_short_palette_is_filled_up(self, tmp_path):
+        image = Image.fromarray(label_map(a=1))
+        image.putpalette(PALETTE[:6])
+        image.save(tmp_path / "m.png", bits=1)
+        got, palette = read_labels(tmp_path / "m.png")
+        assert got.max() == 1
+        assert palette[:6] == PALETTE[:6] and len(palette) == 768
+
+    def test_grey_and_black_and_white(self, tmp_path):
+        Image.fromarray(label_map(a=7)).save(tmp_path / "l.png")
+        Image.fromarray(label_map(a=255)).convert("1").save(tmp_path / "1.png")
+        assert set(np.unique(read_labels(tmp_path / "l.png")[0])) == {0, 7}
+        assert set(np.unique(read_labels(tmp_path / "1.png")[0])) == {0, 255}
+
+    def test_sixteen_bits(self, tmp_path):
+        Image.fromarray(label_map(a=7).astype(np.uint16)).save(tmp_path / "m.png")
+        assert read_labels(tmp_path / "m.png")[0].max() == 7
+        Image.fromarray(label_map(a=7).astype(np.uint16) * 100).save(tmp_path / "m.png")
+        with pytest.raises(InputError, match="ids above 255"):
+            read_labels(tmp_path / "m.png")
+
+    def test_colours_of_the_davis_palette(self, tmp_path):
+        colours = np.frombuffer(davis_palette(), np.uint8).reshape(256, 3)
+        labels = label_map(a=1, b=2, c=20)
+        Image.fromarray(colours[labels]).save(tmp_path / "m.png")
+        np.testing.assert_array_equal(read_labels(tmp_path / "m.png")[0], labels)
+
+    def test_other_colours_are_refused(self, tmp_path):
+        Image.fromarray(picture({1: (0, 0, 2, 2)}, SIZE)).save(tmp_path / "m.png")
+        with pytest.raises(InputError, match="colour image"):
+            read_labels(tmp_path / "m.png")
+
+    def test_grey_saved_as_colour(self, tmp_path):
+        Image.fromarray(label_map(a=255)).convert("RGBA").save(tmp_path / "m.png")
+        assert set(np.unique(read_labels(tmp_path / "m.png")[0])) == {0, 255}
+
+    def test_jpeg_and_rubbish_are_refused(self, tmp_path):
+        Image.fromarray(label_map(a=255)).save(tmp_path / "m.jpg")
+        with pytest.raises(InputError, match="JPEG"):
+            read_labels(tmp_path / "m.jpg")
+        (tmp_path / "m.png").write_text("rubbish")
+        with pytest.raises(InputError, match="cannot be read"):
+            read_labels(tmp_path / "m.png")
+
+
+class TestWriting:
+    def test_palette_is_kept(self, tmp_path):
+        labels = label_map(a=3, b=200)
+        write_labels(tmp_path / "m.png", labels, PALETTE)
+        got, palette = read_labels(tmp_path / "m.png")
+        np.testing.assert_array_equal(got, labels)
+        assert palette == PALETTE
+        assert Image.open(tmp_path / "m.png").mode == "P"
+
+    def test_nothing_is_left_when_writing_fails(self, tmp_path, monkeypatch):
+        def full(self, file, **options):
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Image.Image, "save", full)
+        with pytest.raises(Exception, match="the disk is full"):
+            write_labels(tmp_path / "m.png", label_map(a=1), None)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestMaskSet:
+    def test_ids_may_have_gaps_and_255_is_ignored(self):
+        masks = mask_set(label_map(a=3, b=200, c=255))
+        labels, ids = masks.labels(0)
+        assert ids == [3, 200]
+        assert set(np.unique(labels)) == {0, 3, 200, 255}
+        assert not masks.binary
+        assert masks.palette == davis_palette()
+        np.testing.assert_array_equal(masks.restore(labels), labels)
+
+    def test_0_and_255_alone_are_one_object(self):
+        masks = mask_set(label_map(a=255))
+        labels, ids = masks.labels(0)
+        assert ids == [1]
+        assert set(np.unique(labels)) == {0, 1}
+        assert masks.outside(1) == 255
+        assert masks.palette is None
+        assert set(np.unique(masks.restore(labels))) == {0, 255}
+
+    def test_the_first_area_of_each_object(self):
+        masks = mask_set(label_map(a=1), label_map(a=1, b=1, c=2))
+        assert masks.first_area == {1: 4, 2: 4}
+
+    def test_only_new_objects(self):
+        masks = mask_set(label_map(a=1), label_map(a=1), label_map(a=1, b=2), only_new_objects=True)
+        assert masks.frames == [0, 2]
+        labels, ids = masks.labels(2)
+        assert ids == [2]
+        assert set(np.unique(labels)) == {0, 2}
+
+    def test_palette_of_the_first_that_has_one(self, tmp_path):
+        paths = [write_mask(tmp_path / f"{i}.png", label_map(a=1), p) for i, p in enumerate((None, PALETTE))]
+        masks = MaskSet([GivenMask(i, "", "", path=p) for i, p in enumerate(paths)], SIZE)
+        assert masks.palette == PALETTE
+
+    @pytest.mark.parametrize("empty", [label_map(), label_map(a=0)])
+    def test_no_object(self, empty):
+        with pytest.raises(InputError, match="m0 shows no object"):
+            mask_set(empty)
+
+    def test_nothing_but_ignored(self):
+        with pytest.raises(InputError, match="m1 shows no object"):
+            mask_set(label_map(a=1), label_map(a=255))
+
+    def test_another_size(self):
+        with pytest.raises(InputError, match="m0 is 3x2, but the frames are 8x6"):
+            mask_set(np.ones((2, 3), np.uint8))
+
+    def test_two_on_one_frame(self):
+        given = [GivenMask(0, t, "", array=label_map(a=1)) for t in ("x", "y")]
+        with pytest.raises(InputError, match="x and y both lie on frame 0"):
+            MaskSet(given, SIZE)
+
+
+class TestFinding:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        frames = [picture({}, SIZE)] * 6
+        return ImageFolder(write_folder(tmp_path / "frames", frames, first=10))
+
+    @pytest.fixture
+    def png(self, tmp_path):
+        return write_mask(tmp_path / "m.png", label_map(a=1))
+
+    @staticmethod
+    def frames(found):
+        return [m.frame for m in found]
+
+    def test_a_png_lies_on_the_first_frame_processed(self, folder, png):
+        assert self.frames(find_masks([str(png)], folder, range(2, 6))) == [2]
+
+    def test_frame_by_number_and_by_name(self, folder, png):
+        specs = [f"3={png}", f"00014={png}", f"00015.png={png}"]
+        assert self.frames(find_masks(specs, folder, range(6))) == [3, 4, 5]
+
+    def test_a_path_with_an_equals_sign(self, folder, tmp_path):
+        odd = write_mask(tmp_path / "a=b.png", label_map(a=1))
+        assert self.frames(find_masks([str(odd)], folder, range(6))) == [0]
+
+    def test_a_folder_named_by_frame(self, folder, tmp_path):
+        for name in ("00011", "00013", "contact_sheet"):
+            write_mask(tmp_path / "masks" / f"{name}.png", label_map(a=1))
+        assert self.frames(find_masks([str(tmp_path / "masks")], folder, range(6))) == [1, 3]
+        assert self.frames(find_masks([str(tmp_path / "masks")], folder, range(2, 6))) == [3]
+        with pytest.raises(InputError, match="no PNG for a frame"):
+            find_masks([str(tmp_path / "masks")], folder, range(4, 6))
+
+    def test_a_folder_with_strangers(self, folder, tmp_path):
+        write_mask(tmp_path / "masks" / "other.png", label_map(a=1))
+        with pytest.raises(InputError, match="named like other.png"):
+            find_masks([str(tmp_path / "masks")], folder, range(6))
+
+    def test_frames_of_a_video_are_numbers(self, tmp_path, png):
+        video = VideoFile(write_video(tmp_path / "v.mp4", [picture({})] * 3))
+        write_mask(tmp_path / "masks" / "0000002.png", label_map(a=1))
+        found = find_masks([f"1={png}", str(tmp_path / "masks")], video, range(sys.maxsize))
+        assert self.frames(found) == [1, 2]
+
+    def test_absent_files_and_frames(self, folder, png):
+        with pytest.raises(InputError, match="does not exist"):
+            find_masks(["absent.png"], folder, range(6))
+        with pytest.raises(InputError, match="has no frame nine"):
+            find_masks([f"nine={png}"], folder, range(6))
+        with pytest.raises(InputError, match="frame 1, which is not processed"):
+            find_masks([f"1={png}"], folder, range(0, 6, 2))
+
+    def test_the_hash_tells_changed_masks(self, folder, png):
+        before = find_masks([str(png)], folder, range(6))[0].digest
+        write_mask(png, label_map(b=0, a=1))
+        assert find_masks([str(png)], folder, range(6))[0].digest != before
+
+    def test_from_python(self, folder, png):
+        import torch
+
+        def frames(mask):
+            return self.frames(masks_from_python(mask, folder, range(6)))
+
+        assert frames(png) == [0]
+        assert frames(label_map(a=1).astype(bool)) == [0]
+        assert frames(torch.from_numpy(label_map(a=1)).long()) == [0]
+        assert frames({2: label_map(a=1), "00014": str(png)}) == [2, 4]
+        assert frames([str(png), f"1={png}"]) == [0, 1]
+        with pytest.raises(InputError, match="bool or integer"):
+            frames(np.zeros(SIZE))
+        with pytest.raises(InputError, match="bool or integer"):
+            frames(label_map(a=1).astype(int) * 300)
+        with pytest.raises(InputError, match="frame 9"):
+            frames({9: label_map(a=1)})
