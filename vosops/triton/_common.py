@@ -177,13 +177,12 @@ def target_of(tensor: Tensor) -> Target:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel cuts its work: queries and keys of a tile, channels stored and of a block, stages, compiler options."""
+    """How a kernel cuts its work: queries and keys of a tile, channels stored and of a block, compiler options."""
 
     queries: int
     keys: int
     channels: int
     block_c: int
-    stages: int
     options: dict[str, int]
 
 
@@ -202,22 +201,25 @@ def tilings(
     """
     stored = max(1, -(-channels // MIN_CHANNELS)) * MIN_CHANNELS
     if not uses_tensor_cores(dtype, precision):
-        return [Tiling(64, 64, stored, MIN_CHANNELS, 2, {"num_warps": 4})]
-    in_blocks = Tiling(64, 64, stored, 128 // dtype.itemsize, 3, {"num_warps": 4})
+        return [Tiling(64, 64, stored, MIN_CHANNELS, {"num_warps": 4, "num_stages": 2})]
+    in_blocks = Tiling(64, 64, stored, 128 // dtype.itemsize, {"num_warps": 4, "num_stages": 3})
     if precision == "tf32x3" and dtype == torch.float32:
         return [in_blocks]
     block = power_of_two(stored)
-    shapes: list[tuple[int, int, dict[str, int]]] = [(64, 3, {"num_warps": 4}), (64, 2, {"num_warps": 4})]
+    shapes: list[tuple[int, dict[str, int]]] = [
+        (64, {"num_warps": 4, "num_stages": 3}),
+        (64, {"num_warps": 4, "num_stages": 2}),
+    ]
     if target.capability == 9:
-        shapes.insert(0, (128, 3, {"num_warps": 8, "maxnreg": 128}))
+        shapes.insert(0, (128, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}))
         if many_queries:
-            shapes.insert(0, (256, 3, {"num_warps": 8, "maxnreg": 128}))
+            shapes.insert(0, (256, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}))
     elif target.capability >= 10:
-        shapes.insert(0, (128, 3, {"num_warps": 4}))
+        shapes.insert(0, (128, {"num_warps": 4, "num_stages": 3}))
     return [
-        Tiling(queries, 64, stored, block, stages, options)
-        for queries, stages, options in shapes
-        if (queries + stages * 64) * block * dtype.itemsize <= STAGED_BYTES
+        Tiling(queries, 64, stored, block, options)
+        for queries, options in shapes
+        if (queries + options["num_stages"] * 64) * block * dtype.itemsize <= STAGED_BYTES
     ] or [in_blocks]
 
 

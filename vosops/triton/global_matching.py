@@ -157,6 +157,7 @@ def _list_members(
     counts,
     cumulative,
     members,
+    member_norm,
     key_height,
     key_width,
     key_pixels,
@@ -169,7 +170,7 @@ def _list_members(
     mask_w,
     ROWS: tl.constexpr,
 ):
-    """Grid (blocks of ROWS key pixels, N * O): append the block's pixels to the object's list."""
+    """Grid (blocks of ROWS key pixels, N * O): append the block's pixels and their norms to the object's list."""
     block = tl.program_id(0)
     item = tl.program_id(1).to(tl.int64)
     n = item // objects
@@ -185,6 +186,7 @@ def _list_members(
     before = tl.load(cumulative + item * key_blocks + block) - tl.load(counts + item * key_blocks + block)
     position = before + tl.cumsum(member.to(tl.int32), axis=0) - 1
     tl.store(members + item * key_pixels + position, pixel, mask=member)
+    tl.store(member_norm + item * key_pixels + position, norm, mask=member)
 
 
 @triton.jit
@@ -192,9 +194,9 @@ def _match(
     query,
     key,
     query_norm,
-    key_norm,
     cumulative,
     members,
+    member_norm,
     scores,
     candidates,
     query_pixels,
@@ -208,9 +210,9 @@ def _match(
     BLOCK_K: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Grid (query tiles, shares, N * O): the NEIGHBORS least scores of the share, in no order, and their pixels.
 
@@ -238,12 +240,14 @@ def _match(
         slot = tl.arange(0, SLOTS)[None, :] + tl.zeros((BLOCK_Q, SLOTS), tl.int32)
         best = tl.where(slot < NEIGHBORS, 0.5 * BIG, -BIG)
         best_position = -1 - slot
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+    for start in range(begin, end, BLOCK_K):
         position = start + column
         listed = position < end
-        row = n * key_pixels + tl.load(members + item * key_pixels + position, mask=listed, other=0)
-        bias = tl.load(key_norm + row, mask=listed, other=BIG)
-        key_rows = key + row[:, None] * CHANNELS
+        bias = tl.load(member_norm + item * key_pixels + position, mask=listed, other=BIG)
+        row = tl.load(members + item * key_pixels + position, mask=listed, other=0)
+        if WIDE:
+            row = row.to(tl.int64)
+        key_rows = key + n * key_pixels * CHANNELS + row[:, None] * CHANNELS
         product = tile_dot(query_tile, query_rows, key_rows, CHANNELS, BLOCK_C, BLOCK_Q, BLOCK_K, PRECISION)
         score = (bias[None, :] - 2.0 * product) + offset[:, None]
         value, chosen = least(score, BLOCK_K, EXACT)
@@ -328,7 +332,9 @@ def _merge(
         tl.store(index + out, tl.where(found, winner, -1).to(tl.int64), mask=inside)
 
 
-def match_constants(tiling: Tiling, neighbors: int, precision: str, *, exact: bool) -> dict[str, Any]:
+def match_constants(
+    tiling: Tiling, neighbors: int, key_pixels: int, precision: str, *, exact: bool
+) -> dict[str, Any]:
     """Compile-time arguments of ``_match``."""
     return {
         "NEIGHBORS": neighbors,
@@ -337,10 +343,15 @@ def match_constants(tiling: Tiling, neighbors: int, precision: str, *, exact: bo
         "BLOCK_K": tiling.keys,
         "CHANNELS": tiling.channels,
         "BLOCK_C": tiling.block_c,
+        "WIDE": key_pixels * tiling.channels >= 2**31,
         "PRECISION": precision,
         "EXACT": exact,
-        "STAGES": tiling.stages,
     }
+
+
+def match_options(tiling: Tiling) -> dict[str, int]:
+    """Compiler options of ``_match``: two more stages than the tiling's, for the lists that the keys are gathered by."""
+    return {**tiling.options, "num_stages": tiling.options["num_stages"] + 2}
 
 
 def global_matching(
@@ -366,7 +377,7 @@ def global_matching(
         A query pixel with a NaN has distance NaN and index -1; a key pixel with a NaN or an infinity never wins.
 
     Embeddings with a squared norm of 1e36 or more count as infinite. Memory: a copy of query and key with padded
-    channels, 4 bytes per object and key pixel, 8 per object, query pixel, neighbor and share of keys (at most 16).
+    channels, 8 bytes per object and key pixel and 8 per object, query pixel, neighbor and share of keys (at most 16).
     With more than one neighbor a step repeats its selection while any of its queries finds a nearer key.
     "tf32" truncates the operands in choosing the keys, never in their distance.
     """
@@ -395,6 +406,7 @@ def global_matching(
     key_norm = query.new_empty((batch, key_pixels), dtype=torch.float32)
     counts = query.new_empty((items, key_blocks), dtype=torch.int32)
     members = query.new_empty((items, key_pixels), dtype=torch.int32)
+    member_norm = torch.empty_like(members, dtype=torch.float32)
     scores = query.new_empty((items, choices, query_pixels), dtype=torch.float32)
     candidates = torch.empty_like(scores, dtype=torch.int32)
     mask_bytes = mask.view(torch.uint8)
@@ -437,6 +449,7 @@ def global_matching(
             counts,
             cumulative,
             members,
+            member_norm,
             key_height,
             key_width,
             key_pixels,
@@ -450,9 +463,9 @@ def global_matching(
             packed_query,
             packed_key,
             query_norm,
-            key_norm,
             cumulative,
             members,
+            member_norm,
             scores,
             candidates,
             query_pixels,
@@ -460,8 +473,8 @@ def global_matching(
             objects,
             key_blocks,
             share,
-            **match_constants(tiling, neighbors, precision, exact=exact),
-            **tiling.options,
+            **match_constants(tiling, neighbors, key_pixels, precision, exact=exact),
+            **match_options(tiling),
         )
         _merge[(triton.cdiv(query_pixels, MERGE_ROWS), items)](
             packed_query,

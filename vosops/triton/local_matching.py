@@ -111,7 +111,6 @@ def launch_plan(
         "BLOCK_C": tiling.block_c,
         "PRECISION": precision,
         "EXACT": exact,
-        "STAGES": tiling.stages,
     }
     return LaunchPlan(strips, strip_height, tiles, groups, tiling.options, constants)
 
@@ -238,7 +237,6 @@ def _match(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Grid (query tiles, N, groups of GROUP objects). WINDOW_Y 0: do not look which blocks are needed.
 
@@ -300,18 +298,22 @@ def _match(
     column = tl.arange(0, BLOCK_K)
     key_y = first_y
     key_strip = first_strip
-    for _ in tl.range(0, steps, num_stages=STAGES):
+    for _ in range(0, steps):
         first_row = ((phase_strip + key_strip) * strip_height + key_y) * STRIP
         key_rows = key + (n * phase_rows + first_row) * CHANNELS + (column * CHANNELS)[:, None]
+        bias_rows = bias + n * objects * phase_rows + first_row + column
+        key_bias = tl.load(bias_rows + first_object.to(tl.int64) * phase_rows)
         product = tile_dot(query_tile, query_rows, key_rows, CHANNELS, BLOCK_C, BLOCK_Q, BLOCK_K, PRECISION)
         gap_y = tl.abs((key_y + column // STRIP)[None, :] - query_y[:, None])
         gap_x = tl.abs((key_strip * STRIP + column % STRIP)[None, :] - query_x[:, None])
-        for ring in tl.static_range(RINGS):
-            outside_y = tl.where(gap_y <= RADII[ring] // DILATION, offset[:, None], BIG)
-            outside_x = tl.where(gap_x <= RADII[ring] // DILATION, 0.0, BIG)
-            for member in tl.static_range(GROUP):
-                o = tl.minimum(first_object + member, objects - 1)
-                key_bias = tl.load(bias + (n * objects + o) * phase_rows + first_row + column)
+        for member in tl.static_range(GROUP):
+            next_bias = key_bias
+            if member + 1 < GROUP:
+                o = tl.minimum(first_object + member + 1, objects - 1).to(tl.int64)
+                next_bias = tl.load(bias_rows + o * phase_rows)
+            for ring in tl.static_range(RINGS):
+                outside_y = tl.where(gap_y <= RADII[ring] // DILATION, offset[:, None], BIG)
+                outside_x = tl.where(gap_x <= RADII[ring] // DILATION, 0.0, BIG)
                 score = (key_bias[None, :] - 2.0 * product) + outside_y + outside_x
                 value, chosen = least(score, BLOCK_K, EXACT)
                 y = (key_y + chosen // STRIP) * DILATION + phase // DILATION
@@ -322,6 +324,7 @@ def _match(
                 better = better & (slot == member * RINGS + ring)
                 best = tl.where(better, value, best)
                 best_index = tl.where(better, pixel, best_index)
+            key_bias = next_bias
         key_y += STEP_H
         key_strip = tl.where(key_y < end_y, key_strip, key_strip + 1)
         key_y = tl.where(key_y < end_y, key_y, first_y)
