@@ -95,9 +95,9 @@ class Run:
         events = write_report(self.out / REPORT, self.state.record, self.masks.first_area, header)
         if facts["problem"]:
             raise IncompleteInputError(
-                f"{facts['problem']}. The {facts['frames']} frames read until then are in {self.out}"
+                f"{facts['problem']}. The {facts['frames_done']} frames read until then are in {self.out}"
             )
-        return Summary(self.out, facts["frames"], facts["seconds"], events, already_complete)
+        return Summary(self.out, facts["frames_done"], facts["seconds"], events, already_complete)
 
     def _open_folder(self, mode: Mode) -> bool:
         """Prepare the folder and continue where a checkpoint says; return whether every mask is there."""
@@ -146,7 +146,7 @@ class Run:
         self.state.finish(
             {
                 "problem": self.propagation.problem,
-                "frames": self._done,
+                "frames_done": self._done,
                 "seconds": round(self._seconds, 2),
                 "peak_memory_mib": round(peak / _MIB),
             }

@@ -1,0 +1,342 @@
+"""Whole runs: what lies in the folder, resuming, refusing, data sets, and what goes wrong."""
+
+import json
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.inference.clips import (
+    ColourTracker,
+    cut,
+    moving,
+    picture,
+    read_png,
+    read_video,
+    truth,
+    write_folder,
+    write_mask,
+    write_video,
+)
+from vosops.inference.drawing_pass import Outputs
+from vosops.inference.errors import (
+    IncompleteInputError,
+    InputError,
+    InterruptedRunError,
+    ResumeError,
+    VosopsError,
+)
+from vosops.inference.job import Job, Settings
+from vosops.inference.masks import davis_palette
+
+COUNT = 23
+BOXES = moving(COUNT, ids=(1, 2))
+ALL = Outputs(overlay=True, cutout=True, coco=True)
+SETTINGS = Settings(device="cpu", size=32)
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch):
+    monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: ColourTracker())
+    monkeypatch.setattr("vosops.inference.run.CHECKPOINT_EVERY", 5)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_folder(tmp_path / "frames", [picture(b) for b in BOXES])
+
+
+@pytest.fixture
+def mask(tmp_path):
+    return write_mask(tmp_path / "mask.png", truth(BOXES[0]), davis_palette())
+
+
+@pytest.fixture
+def later_masks(tmp_path):
+    first = write_mask(tmp_path / "first.png", truth({1: BOXES[8][1]}))
+    second = write_mask(tmp_path / "second.png", truth({2: BOXES[15][2]}))
+    return [f"8={first}", f"15={second}"]
+
+
+def stop_after(frames):
+    calls = []
+    return lambda: calls.append(0) or len(calls) >= frames
+
+
+def files(folder):
+    """{relative path: content} of everything a user sees; the report without its times."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and ".vosops" not in path.parts:
+            content = path.read_bytes()
+            if path.name == "report.json":
+                content = json.loads(content)
+                for key in ("seconds", "peak_memory_mib"):
+                    content.pop(key)
+            found[str(path.relative_to(folder))] = content
+    return found
+
+
+class TestOutput:
+    def test_a_folder_of_frames(self, clip, mask, tmp_path):
+        summary = Job(tmp_path / "out", settings=SETTINGS, outputs=ALL).video(clip, [str(mask)])
+        out = tmp_path / "out"
+        assert summary.frames == COUNT
+        for index in range(COUNT):
+            image = Image.open(out / f"{index:05d}.png")
+            assert image.mode == "P"
+            assert bytes(image.getpalette()) == davis_palette()
+            assert image.size == (64, 48)
+        np.testing.assert_array_equal(read_png(out / "00000.png"), truth(BOXES[0]))
+        expected = {f"{i:05d}.png" for i in range(COUNT)} | {f"cutout/{i:05d}.png" for i in range(COUNT)}
+        assert set(files(out)) == expected | {"overlay.mp4", "contact_sheet.png", "masks.json", "report.json"}
+        assert len(read_video(out / "overlay.mp4")) == COUNT
+
+    def test_a_video_keeps_its_times_in_the_overlay(self, mask, tmp_path):
+        pts = [0, 40, 80, 500, 541, 700]
+        frames = [picture(b) for b in BOXES[:6]]
+        video = write_video(tmp_path / "v.mkv", frames, pts=pts, time_base=Fraction(1, 1000))
+        Job(tmp_path / "out", settings=SETTINGS, outputs=ALL).video(video, [str(mask)])
+        assert {f"{i:07d}.png" for i in range(6)} < set(files(tmp_path / "out"))
+        times = [t for t, _ in read_video(tmp_path / "out" / "overlay.mp4")]
+        assert times == [Fraction(p, 1000) for p in pts]
+
+    def test_one_object_as_0_and_255(self, clip, tmp_path):
+        mask = write_mask(tmp_path / "m.png", truth({1: BOXES[0][1]}) * 255)
+        Job(tmp_path / "out", settings=SETTINGS, outputs=ALL).video(clip, [str(mask)])
+        assert Image.open(tmp_path / "out" / "00005.png").mode == "L"
+        assert set(np.unique(read_png(tmp_path / "out" / "00005.png"))) == {0, 255}
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert list(report["objects"]) == ["255"]
+
+    def test_the_output_can_be_the_mask_folder_of_another_run(self, clip, mask, tmp_path):
+        Job(tmp_path / "a", settings=SETTINGS).video(clip, [str(mask)])
+        Job(tmp_path / "b", settings=SETTINGS).video(clip, [str(tmp_path / "a")])
+        assert (tmp_path / "a" / "00009.png").read_bytes() == (tmp_path / "b" / "00009.png").read_bytes()
+
+
+class TestResume:
+    @pytest.mark.parametrize("stopped", [1, 7, 14, 17, 20, 22])
+    @pytest.mark.parametrize("kind", ["folder", "video"])
+    def test_a_stopped_run_goes_on_bit_identically(self, clip, later_masks, tmp_path, stopped, kind):
+        source = clip if kind == "folder" else write_video(tmp_path / "v.mp4", [picture(b) for b in BOXES])
+        Job(tmp_path / "whole", settings=SETTINGS, outputs=ALL).video(source, later_masks)
+        out = tmp_path / "parts"
+        with pytest.raises(InterruptedRunError, match=f"after {stopped} frames.*--resume"):
+            Job(out, settings=SETTINGS, outputs=ALL, should_stop=stop_after(stopped)).video(source, later_masks)
+        assert not (out / "report.json").exists()
+        summary = Job(out, "resume", SETTINGS, ALL).video(source, later_masks)
+        assert summary.frames == COUNT
+        assert files(out) == files(tmp_path / "whole")
+
+    def test_a_killed_run_goes_on_from_its_last_checkpoint(self, clip, mask, tmp_path, monkeypatch):
+        Job(tmp_path / "whole", settings=SETTINGS).video(clip, [str(mask)])
+        out = tmp_path / "parts"
+        made = []
+
+        class Dying(ColourTracker):
+            def step(self, *args, **options):
+                made.append(0)
+                if len(made) == 13:
+                    raise SystemError("killed")
+                return super().step(*args, **options)
+
+        monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: Dying())
+        with pytest.raises(SystemError):
+            Job(out, settings=SETTINGS).video(clip, [str(mask)])
+        steps_before = len(made)
+        Job(out, "resume", SETTINGS).video(clip, [str(mask)])
+        assert files(out) == files(tmp_path / "whole")
+        assert len(made) - steps_before == COUNT - 10, "ten frames were in the last checkpoint"
+
+    def test_stopped_while_drawing(self, clip, mask, tmp_path):
+        Job(tmp_path / "whole", settings=SETTINGS, outputs=ALL).video(clip, [str(mask)])
+        out = tmp_path / "parts"
+        with pytest.raises(InterruptedRunError, match="while drawing"):
+            Job(out, settings=SETTINGS, outputs=ALL, should_stop=stop_after(COUNT + 6)).video(clip, [str(mask)])
+        assert not (out / "overlay.mp4").exists()
+        assert Job(out, "resume", SETTINGS, ALL).video(clip, [str(mask)]).already_complete
+        assert files(out) == files(tmp_path / "whole")
+
+    def test_a_complete_run_is_left_alone_but_may_get_more_outputs(self, clip, mask, tmp_path, monkeypatch):
+        out = tmp_path / "out"
+        Job(out, settings=SETTINGS).video(clip, [str(mask)])
+        before = os.stat(out / "00003.png").st_mtime_ns
+        assert Job(out, "resume", SETTINGS, ALL).video(clip, [str(mask)]).already_complete
+        assert os.stat(out / "00003.png").st_mtime_ns == before
+        assert (out / "overlay.mp4").exists() and (out / "masks.json").exists()
+
+    def test_other_arguments_are_refused_with_the_differences(self, clip, mask, tmp_path):
+        out = tmp_path / "out"
+        with pytest.raises(InterruptedRunError):
+            Job(out, settings=SETTINGS, should_stop=stop_after(3)).video(clip, [str(mask)])
+        write_mask(mask, truth(BOXES[1]))
+        write_folder(clip, [picture({})], first=5)
+        other = Settings(device="cpu", size=48, end=20)
+        with pytest.raises(ResumeError) as error:
+            Job(out, "resume", other).video(clip, [str(mask)])
+        text = str(error.value)
+        for difference in (
+            "--size was 32, is 48",
+            "--end was None, is 20",
+            "mask of frame 0 changed",
+            "input content changed",
+        ):
+            assert difference in text
+        assert "--dtype" not in text and "\n" not in text
+
+    def test_missing_masks_are_noticed(self, clip, mask, tmp_path):
+        out = tmp_path / "out"
+        with pytest.raises(InterruptedRunError):
+            Job(out, settings=SETTINGS, should_stop=stop_after(7)).video(clip, [str(mask)])
+        (out / "00004.png").unlink()
+        with pytest.raises(ResumeError, match=r"1 masks are missing, the first is 00004.png"):
+            Job(out, "resume", SETTINGS).video(clip, [str(mask)])
+
+    def test_resume_in_an_absent_folder_starts(self, clip, mask, tmp_path):
+        assert Job(tmp_path / "out", "resume", SETTINGS).video(clip, [str(mask)]).frames == COUNT
+
+
+class TestFolder:
+    def test_a_folder_that_is_not_empty_is_refused(self, clip, mask, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "letter.txt").write_text("dear")
+        with pytest.raises(InputError, match="not empty.*--resume.*--overwrite"):
+            Job(tmp_path / "out", settings=SETTINGS).video(clip, [str(mask)])
+        with pytest.raises(InputError, match="holds no run to resume"):
+            Job(tmp_path / "out", "resume", SETTINGS).video(clip, [str(mask)])
+        assert files(tmp_path / "out") == {"letter.txt": b"dear"}
+
+    def test_overwrite_removes_what_the_earlier_run_wrote_and_nothing_else(self, clip, mask, tmp_path):
+        out = tmp_path / "out"
+        Job(out, settings=SETTINGS, outputs=ALL).video(clip, [str(mask)])
+        (out / "letter.txt").write_text("dear")
+        short = Settings(device="cpu", size=32, end=3)
+        Job(out, "overwrite", short).video(clip, [str(mask)])
+        assert set(files(out)) == {
+            "00000.png",
+            "00001.png",
+            "00002.png",
+            "contact_sheet.png",
+            "report.json",
+            "letter.txt",
+        }
+
+    def test_a_file_is_refused(self, clip, mask, tmp_path):
+        with pytest.raises(InputError, match="is a file"):
+            Job(mask, settings=SETTINGS).video(clip, [str(mask)])
+
+    def test_nothing_is_made_for_arguments_that_are_wrong(self, clip, tmp_path):
+        small = write_mask(tmp_path / "small.png", truth(BOXES[0])[:20])
+        with pytest.raises(InputError, match="64x20, but the frames are 64x48"):
+            Job(tmp_path / "out", settings=SETTINGS).video(clip, [str(small)])
+        assert not (tmp_path / "out").exists()
+
+
+class TestTrouble:
+    def test_a_truncated_video_is_segmented_as_far_as_it_goes(self, tmp_path):
+        noise = np.random.default_rng(0).integers(0, 255, (30, 96, 128, 3), dtype=np.uint8)
+        video = write_video(tmp_path / "v.mp4", list(noise), movflags="faststart", lossless=False)
+        labels = np.zeros((96, 128), np.uint8)
+        labels[:20] = 1
+        mask = write_mask(tmp_path / "m.png", labels)
+        job = Job(tmp_path / "out", settings=SETTINGS, outputs=ALL)
+        with pytest.raises(IncompleteInputError, match="frames read until then are in"):
+            job.video(cut(video, 0.6), [str(mask)])
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["complete"] is False and "truncated" in report["problem"]
+        masks = {name for name in files(tmp_path / "out") if name.startswith("000")}
+        assert len(masks) == report["frames_done"] == len(report["frames"]) > 5
+        assert len(read_video(tmp_path / "out" / "overlay.mp4")) == len(masks)
+
+    def test_a_full_disk(self, clip, mask, tmp_path, monkeypatch):
+        save = Image.Image.save
+        written = []
+
+        def fill(self, file, **options):
+            written.append(0)
+            if len(written) == 9:
+                save(self, file, **options)
+                raise OSError(28, "No space left on device")
+            save(self, file, **options)
+
+        monkeypatch.setattr(Image.Image, "save", fill)
+        with pytest.raises(VosopsError, match="00008.png: the disk is full.*--resume"):
+            Job(tmp_path / "out", settings=SETTINGS).video(clip, [str(mask)])
+        assert set(files(tmp_path / "out")) == {f"{i:05d}.png" for i in range(8)}
+        Job(tmp_path / "out", "resume", SETTINGS).video(clip, [str(mask)])
+        Job(tmp_path / "whole", settings=SETTINGS).video(clip, [str(mask)])
+        assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+class TestDatasets:
+    def davis(self, root):
+        for name, count in (("bear", 6), ("cow", 8)):
+            boxes = moving(count)
+            write_folder(root / "JPEGImages" / "480p" / name, [picture(b) for b in boxes])
+            for index, b in enumerate(boxes):  # the whole truth, as in the official set
+                write_mask(root / "Annotations" / "480p" / name / f"{index:05d}.png", truth(b) * 255)
+        return root
+
+    def youtube(self, root):
+        boxes = moving(10, ids=(1, 2))
+        write_folder(root / "JPEGImages" / "seq", [picture(b) for b in boxes])
+        annotations = root / "Annotations" / "seq"
+        write_mask(annotations / "00002.png", truth({1: boxes[2][1]}), davis_palette())
+        write_mask(annotations / "00006.png", truth({2: boxes[6][2]}), davis_palette())
+        return root
+
+    def test_davis_gives_only_the_first_mask(self, tmp_path, monkeypatch):
+        trackers = []
+        monkeypatch.setattr(
+            "vosops.inference.job.make_tracker", lambda *a, **o: trackers.append(ColourTracker()) or trackers[-1]
+        )
+        names = []
+        job = Job(tmp_path / "out", settings=SETTINGS)
+        job.dataset(self.davis(tmp_path / "d"), on_sequence=lambda name, summary: names.append(name))
+        assert len(trackers) == 1
+        assert trackers[0].calls == [("initialize", [0, 1])] * 2
+        assert names == ["bear", "bear", "cow", "cow"]
+        masks = {p.name for p in (tmp_path / "out" / "cow").glob("000*.png")}
+        assert masks == {f"{i:05d}.png" for i in range(8)}
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["sequences"]["cow"]["frames"] == 8
+
+    def test_youtube_vos_objects_appear_later(self, tmp_path):
+        Job(tmp_path / "out", settings=SETTINGS).dataset(self.youtube(tmp_path / "y"))
+        labels = {i: set(np.unique(read_png(tmp_path / "out" / "seq" / f"{i:05d}.png"))) for i in range(10)}
+        assert labels[0] == labels[5] == {0, 1}
+        assert labels[6] == labels[9] == {0, 1, 2}
+
+    def test_some_sequences(self, tmp_path):
+        root = self.davis(tmp_path / "d")
+        (tmp_path / "val.txt").write_text("cow\n")
+        Job(tmp_path / "a", settings=SETTINGS).dataset(root, [str(tmp_path / "val.txt")])
+        assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir()] == ["cow"]
+        with pytest.raises(InputError, match="no sequence horse"):
+            Job(tmp_path / "b", settings=SETTINGS).dataset(root, ["horse"])
+        with pytest.raises(InputError, match="has no resolution 240p: it has 480p"):
+            Job(tmp_path / "b", settings=SETTINGS).dataset(root, [], "240p")
+
+    def test_each_sequence_resumes_on_its_own(self, tmp_path):
+        root = self.davis(tmp_path / "d")
+        Job(tmp_path / "whole", settings=SETTINGS).dataset(root)
+        out = tmp_path / "parts"
+        with pytest.raises(InterruptedRunError):
+            Job(out, settings=SETTINGS, should_stop=stop_after(6 + 6 + 3)).dataset(root)
+        with pytest.raises(InputError, match="not empty"):
+            Job(out, settings=SETTINGS).dataset(root)
+        done = Job(out, "resume", SETTINGS).dataset(root)
+        assert [s.already_complete for s in done] == [True, False]
+        for name in ("bear", "cow"):
+            assert files(out / name) == files(tmp_path / "whole" / name)
+
+    def test_a_broken_sequence_does_not_stop_the_others(self, tmp_path):
+        root = self.davis(tmp_path / "d")
+        (root / "JPEGImages" / "480p" / "bear" / "00003.png").write_bytes(b"broken")
+        with pytest.raises(IncompleteInputError, match="bear: .*00003.png cannot be read"):
+            Job(tmp_path / "out", settings=SETTINGS).dataset(root)
+        assert len(list((tmp_path / "out" / "bear").glob("000*.png"))) == 3
+        assert len(list((tmp_path / "out" / "cow").glob("000*.png"))) == 8

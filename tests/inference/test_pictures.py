@@ -1,0 +1,181 @@
+"""Overlays, cut-outs, the contact sheet, the overlay video, COCO JSON and the report."""
+
+import json
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.inference.clips import picture, read_png, read_video, truth
+from tests.inference.test_rle import decode
+from vosops.inference.coco import CocoFile
+from vosops.inference.drawing import ContactSheet, colour_table, contours, overlay, write_cutout
+from vosops.inference.masks import davis_palette
+from vosops.inference.report import Events, FrameRecord, Record, write_report
+from vosops.inference.video_writer import VideoWriter
+
+LABELS = truth({1: (4, 4, 20, 20), 2: (26, 30, 10, 30)})
+GREY = np.full((48, 64, 3), 100, np.uint8)
+
+
+class TestOverlay:
+    def test_colours_come_from_the_palette(self):
+        palette = bytes([0, 0, 0, 0, 0, 200, 200, 200, 0]).ljust(768, b"\0")
+        table = colour_table(palette, binary=False)
+        assert table[1].tolist() == [0, 0, 255]
+        assert table[2].tolist() == [255, 255, 0]
+
+    def test_colours_that_cannot_be_seen_are_replaced(self):
+        greys = bytes(v for i in range(256) for v in (i, i, i))
+        assert colour_table(greys, binary=False)[3].tolist() == [255, 255, 0]
+
+    def test_objects_are_tinted_and_outlined_and_the_rest_is_left_alone(self):
+        table = colour_table(None, binary=False)
+        drawn = overlay(GREY, LABELS, table, binary=False)
+        np.testing.assert_array_equal(drawn[LABELS == 0], GREY[LABELS == 0])
+        assert drawn[4, 4].tolist() == table[1].tolist()
+        assert drawn[14, 14].tolist() == [(100 + int(c)) // 2 for c in table[1]]
+
+    def test_ignored_pixels_are_left_alone(self):
+        ignored = np.where(LABELS == 2, 255, LABELS).astype(np.uint8)
+        drawn = overlay(GREY, ignored, colour_table(None, False), binary=False)
+        np.testing.assert_array_equal(drawn[LABELS == 2], GREY[LABELS == 2])
+        binary = overlay(GREY, ignored, colour_table(None, True), binary=True)
+        assert (binary[LABELS == 2] != GREY[LABELS == 2]).any()
+
+    def test_contours_lie_inside_the_objects(self):
+        edge = contours(LABELS, 1)
+        assert edge[4, 4] and edge[23, 23] and edge[10, 4]
+        assert not edge[5, 5] and not edge[3, 4]
+        assert contours(LABELS, 2)[5, 5]
+
+
+def test_cutout(tmp_path):
+    image = picture({1: (4, 4, 20, 20)})
+    write_cutout(tmp_path / "c" / "0.png", image, LABELS, binary=False)
+    rgba = read_png(tmp_path / "c" / "0.png")
+    assert rgba.shape == (48, 64, 4)
+    assert rgba[14, 14].tolist() == [*image[14, 14], 255]
+    assert rgba[0, 0].tolist() == [0, 0, 0, 0]
+    assert 0 < rgba[4, 10, 3] < 255
+
+
+class TestContactSheet:
+    @pytest.mark.parametrize("count", [1, 2, 11, 12, 13, 1000])
+    def test_frames_are_spread_over_the_video(self, count):
+        chosen = ContactSheet.choose(count)
+        assert len(chosen) == min(12, count)
+        assert chosen[0] == 0 and chosen[-1] == count - 1
+
+    def test_it_shows_every_picture(self, tmp_path):
+        sheet = ContactSheet(tmp_path / "s.png")
+        for i in range(5):
+            sheet.add(picture({1: (4, 4 + i, 20, 20)}), str(i))
+        sheet.save()
+        image = Image.open(tmp_path / "s.png")
+        assert image.width > 4 * 320
+        reds = (np.array(image) == (220, 40, 40)).all(-1)
+        assert reds[: image.height // 2].any() and reds[image.height // 2 :].any()
+
+
+class TestVideoWriter:
+    def write(self, path, times, size=(48, 64), base=Fraction(1, 1000)):
+        with VideoWriter(path, size, Fraction(10), base) as writer:
+            for t in times:
+                writer.write(np.full((*size, 3), 50, np.uint8), t)
+
+    def test_times_are_kept(self, tmp_path):
+        times = [Fraction(t, 1000) for t in (0, 33, 67, 500, 900)]
+        self.write(tmp_path / "o.mp4", times)
+        assert [t for t, _ in read_video(tmp_path / "o.mp4")] == times
+        assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
+
+    def test_odd_sizes_are_padded(self, tmp_path):
+        self.write(tmp_path / "o.mp4", [Fraction(0)], size=(47, 63))
+        assert read_video(tmp_path / "o.mp4")[0][1].shape == (48, 64, 3)
+
+    def test_mpeg4_where_there_is_no_h264(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+        times = [Fraction(i, 24) for i in range(5)]
+        self.write(tmp_path / "o.mp4", times, base=Fraction(1, 90_000))
+        with av.open(str(tmp_path / "o.mp4")) as container:
+            assert container.streams.video[0].codec_context.name == "mpeg4"
+        got = [t for t, _ in read_video(tmp_path / "o.mp4")]
+        assert all(abs(a - b) < Fraction(1, 1000) for a, b in zip(got, times))
+
+    def test_nothing_is_left_when_it_fails(self, tmp_path):
+        def fail():
+            with VideoWriter(tmp_path / "o.mp4", (48, 64), Fraction(10), Fraction(1, 1000)) as writer:
+                writer.write(GREY, Fraction(0))
+                raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop"):
+            fail()
+        assert list(tmp_path.iterdir()) == []
+
+
+def record(index, **areas):
+    objects = {name[1:]: area for name, area in areas.items()}
+    confidences = {i: 0.9 - index / 100 for i in objects}
+    return FrameRecord(index, f"{index:05d}", index / 24, index == 0, objects, confidences)
+
+
+def test_coco(tmp_path):
+    CocoFile(tmp_path / "m.json", LABELS.shape, [2, 1]).write(
+        [(record(0, o1=400, o2=300), LABELS), (record(1, o1=0, o2=0), LABELS * 0)]
+    )
+    data = json.loads((tmp_path / "m.json").read_text())
+    assert [c["id"] for c in data["categories"]] == [1, 2]
+    assert [i["file_name"] for i in data["images"]] == ["00000.png", "00001.png"]
+    assert [(a["image_id"], a["category_id"], a["area"]) for a in data["annotations"]] == [
+        (0, 1, 400),
+        (0, 2, 300),
+    ]
+    for annotation in data["annotations"]:
+        mask = decode(annotation["segmentation"])
+        np.testing.assert_array_equal(mask, LABELS == annotation["category_id"])
+    assert data["annotations"][1]["bbox"] == [30, 26, 30, 10]
+    assert data["annotations"][0]["score"] == 0.9
+
+
+class TestReport:
+    def test_lost_and_returned(self):
+        events = Events({"2": 1000})
+        for index, area in enumerate([1000, 500, 10, 9, 0, 0, 11, 300, 0]):
+            events.add(record(index, o2=area))
+        assert [e["text"] for e in events.found] == [
+            "object 2 lost at frame 3",
+            "object 2 returned at frame 6",
+            "object 2 lost at frame 8",
+        ]
+
+    def test_an_object_that_was_never_seen_is_not_lost(self):
+        events = Events({"1": 10})
+        events.add(record(0, o1=0))
+        events.add(record(1, o1=20))
+        assert events.found == []
+
+    def test_frames_are_in_input_order_whatever_the_order_of_computation(self, tmp_path):
+        frames = Record(tmp_path / "frames.jsonl")
+        for index in (3, 4, 2, 1, 0):
+            frames.append(record(index, o7=100 * (index != 1)))
+        texts = write_report(tmp_path / "report.json", frames, {7: 100}, {"complete": True})
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert [f["frame"] for f in report["frames"]] == [0, 1, 2, 3, 4]
+        assert report["frames"][3]["objects"] == {"7": {"area": 100, "confidence": pytest.approx(0.87)}}
+        assert texts == ["object 7 lost at frame 1", "object 7 returned at frame 2"]
+        assert report["complete"] is True
+        summary = report["objects"]["7"]
+        assert summary["frames_visible"] == 4
+        assert summary["mean_area"] == 100
+        assert summary["least_confident_frames"][0]["frame"] == 4
+
+    def test_a_record_can_be_cut_back(self, tmp_path):
+        frames = Record(tmp_path / "frames.jsonl")
+        frames.append(record(0, o1=1))
+        size = frames.size
+        frames.append(record(1, o1=1))
+        frames.cut(size)
+        assert frames.names() == [(0, "00000")]
