@@ -125,7 +125,9 @@ class TestResume:
         Job(tmp_path / "whole", settings=SETTINGS, outputs=ALL).video(source, later_masks)
         out = tmp_path / "parts"
         with pytest.raises(InterruptedRunError, match=f"after {stopped} frames.*--resume"):
-            Job(out, settings=SETTINGS, outputs=ALL, should_stop=stop_after(stopped)).video(source, later_masks)
+            Job(out, settings=SETTINGS, outputs=ALL, should_stop=stop_after(stopped)).video(
+                source, later_masks
+            )
         assert not (out / "report.json").exists()
         summary = Job(out, "resume", SETTINGS, ALL).video(source, later_masks)
         assert summary.frames == COUNT
@@ -155,7 +157,9 @@ class TestResume:
         Job(tmp_path / "whole", settings=SETTINGS, outputs=ALL).video(clip, [str(mask)])
         out = tmp_path / "parts"
         with pytest.raises(InterruptedRunError, match="while drawing"):
-            Job(out, settings=SETTINGS, outputs=ALL, should_stop=stop_after(COUNT + 6)).video(clip, [str(mask)])
+            Job(out, settings=SETTINGS, outputs=ALL, should_stop=stop_after(COUNT + 6)).video(
+                clip, [str(mask)]
+            )
         assert not (out / "overlay.mp4").exists()
         assert Job(out, "resume", SETTINGS, ALL).video(clip, [str(mask)]).already_complete
         assert files(out) == files(tmp_path / "whole")
@@ -291,7 +295,8 @@ class TestDatasets:
     def test_davis_gives_only_the_first_mask(self, tmp_path, monkeypatch):
         trackers = []
         monkeypatch.setattr(
-            "vosops.inference.job.make_tracker", lambda *a, **o: trackers.append(ColourTracker()) or trackers[-1]
+            "vosops.inference.job.make_tracker",
+            lambda *a, **o: trackers.append(ColourTracker()) or trackers[-1],
         )
         names = []
         job = Job(tmp_path / "out", settings=SETTINGS)

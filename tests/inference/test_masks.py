@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.inference.clips import picture, read_png, write_folder, write_mask, write_video
+from tests.inference.clips import picture, write_folder, write_mask, write_video
 from vosops.inference.errors import InputError
 from vosops.inference.frames import ImageFolder
 from vosops.inference.masks import (

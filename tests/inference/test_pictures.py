@@ -12,7 +12,6 @@ from tests.inference.clips import picture, read_png, read_video, truth
 from tests.inference.test_rle import decode
 from vosops.inference.coco import CocoFile
 from vosops.inference.drawing import ContactSheet, colour_table, contours, overlay, write_cutout
-from vosops.inference.masks import davis_palette
 from vosops.inference.report import Events, FrameRecord, Record, write_report
 from vosops.inference.video_writer import VideoWriter
 
@@ -135,7 +134,7 @@ def test_coco(tmp_path):
     ]
     for annotation in data["annotations"]:
         mask = decode(annotation["segmentation"])
-        np.testing.assert_array_equal(mask, LABELS == annotation["category_id"])
+        np.testing.assert_array_equal(mask, annotation["category_id"] == LABELS)
     assert data["annotations"][1]["bbox"] == [30, 26, 30, 10]
     assert data["annotations"][0]["score"] == 0.9
 

@@ -1,0 +1,237 @@
+"""`vosops segment` on the command line: exit codes, one-line errors, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.inference.clips import (
+    ColourTracker,
+    cut,
+    moving,
+    picture,
+    truth,
+    write_folder,
+    write_mask,
+    write_video,
+)
+from vosops import cli
+
+BOXES = moving(12, ids=(1, 2))
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_folder(tmp_path / "frames", [picture(b) for b in BOXES])
+
+
+@pytest.fixture
+def mask(tmp_path):
+    return write_mask(tmp_path / "mask.png", truth(BOXES[0]))
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def vosops(monkeypatch, capsys):
+    """Runs the command in this process with a small model; returns (exit code, what it printed)."""
+    monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: ColourTracker())
+    return _runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def real_vosops(monkeypatch, capsys):
+    """The same with the models that vosops ships."""
+    return _runner(monkeypatch, capsys)
+
+
+def _runner(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vosops", "segment", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out + captured.err
+
+    return run
+
+
+def error_line(printed):
+    """The error, which must be one line and no traceback."""
+    assert "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("vosops: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_everything(vosops, clip, mask, out):
+    code, printed = vosops(
+        clip, "--mask", mask, "--out", out, "--overlay", "--cutout", "--json", "--size", 32
+    )
+    assert code == 0
+    assert "12 masks" in printed
+    assert {p.name for p in out.iterdir()} == {
+        *(f"{i:05d}.png" for i in range(12)),
+        "overlay.mp4",
+        "cutout",
+        "masks.json",
+        "contact_sheet.png",
+        "report.json",
+        ".vosops",
+    }
+
+
+def test_events_are_told(vosops, tmp_path, mask, out):
+    boxes = [{**b, 2: BOXES[0][2]} if t < 5 else {1: b[1]} for t, b in enumerate(BOXES)]
+    clip = write_folder(tmp_path / "f", [picture(b) for b in boxes])
+    code, printed = vosops(clip, "--mask", mask, "--out", out)
+    assert code == 0
+    assert "object 2 lost at frame 5" in printed
+
+
+def test_several_masks(vosops, clip, tmp_path, out):
+    first = write_mask(tmp_path / "a.png", truth({1: BOXES[3][1]}))
+    second = write_mask(tmp_path / "b.png", truth({2: BOXES[6][2]}))
+    code, _ = vosops(clip, "--mask", f"3={first}", "--mask", f"00006={second}", "--out", out)
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [f["frame"] for f in report["frames"] if f["given"]] == [3, 6]
+
+
+def test_a_folder_in_use(vosops, clip, mask, out):
+    arguments = (clip, "--mask", mask, "--out", out)
+    assert vosops(*arguments)[0] == 0
+    code, printed = vosops(*arguments)
+    assert code == 2
+    assert "--resume" in error_line(printed) and "--overwrite" in error_line(printed)
+    assert vosops(*arguments, "--resume")[0] == 0
+    assert vosops(*arguments, "--overwrite")[0] == 0
+    code, printed = vosops(*arguments, "--resume", "--size", 64)
+    assert code == 2
+    assert "--size was 480, is 64" in error_line(printed)
+    assert "exclude each other" in error_line(vosops(*arguments, "--resume", "--overwrite")[1])
+
+
+class TestBadInput:
+    def wrong(self, vosops, out, *arguments, code=2):
+        got, printed = vosops(*arguments, "--out", out)
+        assert got == code
+        assert not out.exists(), "nothing may be written"
+        return error_line(printed)
+
+    def test_no_mask(self, vosops, clip, out):
+        assert "--mask" in self.wrong(vosops, out, clip)
+
+    def test_mask_of_another_size(self, vosops, clip, tmp_path, out):
+        small = write_mask(tmp_path / "s.png", truth(BOXES[0])[:20])
+        assert "is 64x20, but the frames are 64x48" in self.wrong(vosops, out, clip, "--mask", small)
+
+    def test_mask_with_no_object(self, vosops, clip, tmp_path, out):
+        empty = write_mask(tmp_path / "e.png", truth({}))
+        assert "shows no object" in self.wrong(vosops, out, clip, "--mask", empty)
+
+    def test_absent_input_and_empty_folder(self, vosops, tmp_path, mask, out):
+        assert "does not exist" in self.wrong(vosops, out, tmp_path / "absent.mp4", "--mask", mask)
+        (tmp_path / "empty").mkdir()
+        assert "holds no image" in self.wrong(vosops, out, tmp_path / "empty", "--mask", mask)
+
+    def test_unreadable_video(self, vosops, tmp_path, mask, out):
+        (tmp_path / "v.mp4").write_bytes(b"rubbish" * 100)
+        assert "cannot be opened" in self.wrong(vosops, out, tmp_path / "v.mp4", "--mask", mask)
+
+    def test_sizes_devices_and_dtypes(self, vosops, clip, mask, out):
+        def wrong(*options):
+            return self.wrong(vosops, out, clip, "--mask", mask, *options)
+
+        assert "--size" in wrong("--size", "0")
+        assert "--device cuda:77" in wrong("--device", "cuda:77")
+        assert "--dtype" in wrong("--dtype", "int8")
+        assert "no frame to process" in wrong("--start", "12")
+        assert "--fps" in wrong("--fps", "0")
+
+    def test_model_and_backbone(self, real_vosops, clip, mask, out):
+        arguments = (clip, "--mask", mask)
+        assert "--model nothing" in self.wrong(real_vosops, out, *arguments, "--model", "nothing")
+        assert "nothing.pth does not exist" in self.wrong(
+            real_vosops, out, *arguments, "--weights", "nothing.pth"
+        )
+        line = self.wrong(real_vosops, out, *arguments, "--backbone", "nothing", code=1)
+        assert "nothing" in line
+
+    def test_options_of_data_sets(self, vosops, clip, mask, out):
+        line = self.wrong(vosops, out, clip, "--mask", mask, "--sequence", "bear")
+        assert "root of a data set" in line
+
+    def test_typer_missing(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "typer", None)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert exit.value.code == 1
+        assert "pip install 'vosops[" in capsys.readouterr().err
+
+
+def test_a_truncated_video(vosops, tmp_path, out):
+    import numpy as np
+
+    noise = np.random.default_rng(0).integers(0, 255, (30, 96, 128, 3), dtype=np.uint8)
+    video = write_video(tmp_path / "v.mp4", list(noise), movflags="faststart", lossless=False)
+    labels = np.zeros((96, 128), np.uint8)
+    labels[:20] = 1
+    mask = write_mask(tmp_path / "m.png", labels)
+    code, printed = vosops(cut(video, 0.6), "--mask", mask, "--out", out, "--overlay")
+    assert code == 1
+    assert "truncated" in error_line(printed)
+    assert (out / "overlay.mp4").exists() and (out / "0000005.png").exists()
+
+
+def test_a_data_set(vosops, tmp_path, out):
+    root = tmp_path / "davis"
+    for name in ("bear", "cow"):
+        write_folder(root / "JPEGImages" / "480p" / name, [picture(b) for b in BOXES])
+        write_mask(root / "Annotations" / "480p" / name / "00000.png", truth(BOXES[0]))
+    code, printed = vosops(root, "--out", out)
+    assert code == 0
+    assert "bear" in printed and "cow" in printed
+    assert (out / "bear" / "00011.png").exists() and (out / "cow" / "00011.png").exists()
+
+
+SLOW_RUN = """
+import sys, time
+from tests.inference.clips import ColourTracker
+import vosops.inference.job as job
+from vosops import cli
+
+class Slow(ColourTracker):
+    def step(self, *args, **options):
+        time.sleep(0.1)
+        return super().step(*args, **options)
+
+job.make_tracker = lambda *args, **options: Slow()
+cli.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent another way there")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(vosops, clip, mask, out, tmp_path, number):
+    arguments = [clip, "--mask", mask, "--out", out, "--device", "cpu", "--size", 32]
+    command = [sys.executable, "-c", SLOW_RUN, "segment", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "00002.png").exists():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "--resume" in error_line(printed)
+    assert not (out / "00011.png").exists()
+    assert vosops(*arguments, "--resume")[0] == 0
+    whole = tmp_path / "whole"
+    assert vosops(*[whole if a == out else a for a in arguments])[0] == 0
+    for index in range(12):
+        assert (out / f"{index:05d}.png").read_bytes() == (whole / f"{index:05d}.png").read_bytes()
