@@ -29,6 +29,9 @@ SIZE = (480, 854)
 
 OBJECTS = {1: "astronaut", 2: "space shuttle", 3: "cup of coffee"}
 
+COLOURS = {1: (0, 150, 255), 2: (255, 70, 200), 3: (130, 230, 50)}
+"""Colours of the objects in written masks, far from their own."""
+
 JPEG_QUALITY = 95
 OUTLINE_SUBSAMPLES = 4
 CURVE_STEPS = 8
@@ -207,9 +210,13 @@ def write_clip(clip: DemoClip, root: Path, name: str = "demo") -> tuple[Path, Pa
     frames, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
     for folder in (frames, masks):
         folder.mkdir(parents=True, exist_ok=True)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    palette[list(COLOURS)] = list(COLOURS.values())
     for t, (frame, labels) in enumerate(clip):
         Pillow.fromarray(frame).save(frames / f"{t:05d}.jpg", quality=JPEG_QUALITY)
-        Pillow.fromarray(labels).save(masks / f"{t:05d}.png")
+        mask = Pillow.fromarray(labels)
+        mask.putpalette(palette.tobytes())
+        mask.save(masks / f"{t:05d}.png")
     return frames, masks
 
 

@@ -1,0 +1,98 @@
+"""Every contender computes what the op computes: distances, gradients, and the work that is counted."""
+
+import itertools
+
+import pytest
+import torch
+
+from vosops import reference
+from vosops.benchmarking import BENCHMARKS, Case, Inputs
+from vosops.benchmarking.runner import _compare
+
+CPU = torch.device("cpu")
+PEERS = {"faiss flat": "faiss", "KeOps": "pykeops"}
+CONTENDERS = [
+    pytest.param(op, v, id=f"{op}-{v.name}")
+    for op, benchmark in BENCHMARKS.items()
+    for v in benchmark.variants
+    if v.name != "torch.compile"
+]
+CASES = {
+    "bands": Case("bands", 17, 23, objects=3, radius=4),
+    "disk": Case("disk", 20, 19, objects=1, radius=3, coverage=0.1),
+}
+
+
+def expected(op, inputs):
+    """The op's definition in plain PyTorch."""
+    window = {"radius": inputs.radius} if op == "local_matching" else {}
+    return getattr(reference, op)(inputs.query, inputs.key, inputs.mask, **window)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+@pytest.mark.parametrize(("op", "variant"), CONTENDERS)
+def test_contenders_compute_the_same_distances(op, variant, case):
+    if variant.package:
+        pytest.importorskip(variant.package, reason=f"{variant.name} needs {variant.package}")
+    inputs = variant.prepare(Inputs.of(case, CPU))
+    found = variant.formulation(inputs.query, inputs.key, inputs.mask, inputs.radius)
+    torch.testing.assert_close(found, expected(op, inputs), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("op", "variant"), [p for p in CONTENDERS if p.values[1].differentiable])
+def test_contenders_compute_the_same_gradients(op, variant):
+    inputs = variant.prepare(Inputs.of(CASES["bands"], CPU))
+    gradients = []
+    for function in (lambda q, k: variant.formulation(q, k, inputs.mask, inputs.radius), None):
+        query, key = (t.clone().requires_grad_() for t in (inputs.query, inputs.key))
+        if function is None:
+            window = {"radius": inputs.radius} if op == "local_matching" else {}
+            output = getattr(reference, op)(query, key, inputs.mask, **window)
+        else:
+            output = function(query, key)
+        gradients.append(torch.autograd.grad(output, (query, key), inputs.weight))
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+@pytest.mark.parametrize("op", BENCHMARKS)
+def test_useful_operations_are_counted_pair_by_pair(op, case):
+    inputs = Inputs.of(case, CPU)
+    belongs = inputs.mask[0].any(0)
+    pixels = list(itertools.product(range(case.height), range(case.width)))
+    near = case.radius if op == "local_matching" else max(case.height, case.width)
+    pairs = sum(
+        bool(belongs[ky, kx]) and abs(ky - qy) <= near and abs(kx - qx) <= near
+        for (ky, kx), (qy, qx) in itertools.product(pixels, pixels)
+    )
+    assert BENCHMARKS[op].flops(inputs) == 2 * inputs.query.shape[1] * pairs
+
+
+def test_embeddings_are_told_apart_by_the_normalised_distance():
+    """Otherwise comparing results would prove nothing: tanh(d / 2) is 1 for every large d."""
+    inputs = Inputs.of(CASES["bands"], CPU)
+    for op in BENCHMARKS:
+        found = expected(op, inputs)
+        near = found[found < 1]  # 1 is an object outside of the window
+        assert near.min() > 0.1 and near.max() < 0.99
+
+
+def test_the_masks_cover_what_the_case_says():
+    assert Inputs.of(CASES["bands"], CPU).mask.sum() == 17 * 23
+    disk = Inputs.of(Case("disk", 120, 214, objects=1, coverage=0.05), CPU).mask
+    assert disk.float().mean() == pytest.approx(0.05, rel=0.02)
+
+
+def test_results_that_differ_in_one_pixel_are_not_the_same():
+    from vosops.benchmarking import DisagreementError
+
+    a = torch.rand(1, 2, 5, 5)
+    b = a.clone()
+    b[0, 1, 2, 3] += 1e-3
+    _compare("vosops", [a], "other", [a.clone()], torch.float32)
+    with pytest.raises(DisagreementError, match="other and vosops disagree in 1 of 50 distances"):
+        _compare("vosops", [a], "other", [b], torch.float32)
+    b[0, 0, 0, 0] = torch.nan
+    with pytest.raises(DisagreementError, match="2 of 50"):
+        _compare("vosops", [a], "other", [b], torch.float32)

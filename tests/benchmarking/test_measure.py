@@ -1,0 +1,61 @@
+"""The measuring itself: turns, memory, ceilings."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from vosops.benchmarking.arithmetic import Arithmetic
+from vosops.benchmarking.measure import Ceilings, Clock, Timing, interleave, peak_bytes
+
+
+def test_functions_take_turns():
+    order = []
+    functions = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    timings = interleave(functions, Clock(), rounds=3, least=1, budget=10)
+    assert "".join(order) == "ababab"
+    assert {name: len(t.runs) for name, t in timings.items()} == {"a": 3, "b": 3}
+
+
+def test_a_slow_function_runs_less_often_but_at_least_as_often_as_asked():
+    functions = {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
+    timings = interleave(functions, Clock(threads=2), rounds=6, least=2, budget=0.01)
+    assert len(timings["slow"].runs) == 2
+    assert len(timings["fast"].runs) == 6
+    assert timings["slow"].best >= 0.02
+
+
+def test_one_thread_is_timed_in_cpu_time():
+    assert Clock(threads=1).seconds(lambda: time.sleep(0.05)) < 0.02
+    assert Clock(threads=2).seconds(lambda: time.sleep(0.05)) >= 0.05
+
+
+def test_the_median_is_not_moved_by_an_outlier():
+    timing = Timing((1.0, 2.0, 100.0))
+    assert (timing.median, timing.best) == (2.0, 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_memory_counts_what_was_freed_again():
+    def allocate():
+        torch.ones(25_000_000)  # 100 MB, freed at once
+
+    peak = peak_bytes(allocate, torch.device("cpu"))
+    assert 95e6 < peak < 130e6
+    assert peak_bytes(lambda: None, torch.device("cpu")) < 20e6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_arithmetic_loop_does_the_work_it_claims(threads):
+    """No loop in C is slower than a gigaflop a second, and no core does a teraflop in float32."""
+    clock = Clock(threads=threads)
+    arithmetic = Arithmetic(clock, torch.float32)
+    rate = arithmetic.flops / min(clock.seconds(arithmetic) for _ in range(3))
+    assert 1e9 < rate < 1e12 * threads
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+    ceilings = Ceilings(flops=100.0, bytes=10.0, arithmetic_by="")
+    assert ceilings.floor(1000, 10) == 10
+    assert ceilings.floor(1000, 1000) == 100

@@ -1,0 +1,91 @@
+"""Shows results: tables for a terminal, and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vosops.benchmarking.runner import Result
+
+OURS, THEIRS = "#d62728", "#7f7f7f"
+
+
+def tables(results: Sequence[Result]) -> list[Table]:
+    """A table per case: time, speed-up of vosops, share of the machine's peak, memory."""
+    from rich.table import Table
+
+    shown = []
+    for result in results:
+        table = Table(
+            title=f"{result.op} {result.case.name}: {result.case.title}",
+            title_justify="left",
+            caption=_caption(result),
+            caption_justify="left",
+        )
+        table.add_column("")
+        for column in ("median ms", "best ms", "vosops is", "share of peak", "peak MB"):
+            table.add_column(column, justify="right")
+        for v in result.variants:
+            table.add_row(
+                v.name,
+                f"{v.median * 1e3:.1f}",
+                f"{v.best * 1e3:.1f}",
+                f"{v.speedup:.2f}x" if v is not result.variants[0] else "",
+                f"{v.share:.0%}",
+                "?" if v.peak is None else f"{v.peak / 1e6:.1f}",
+                style="bold" if v is result.variants[0] else "",
+            )
+        shown.append(table)
+    return shown
+
+
+def _caption(result: Result) -> str:
+    ceilings = result.ceilings
+    lines = [
+        f"{result.flops / 1e9:.2f} GFLOP, {result.clock}, {result.threads} thread{'s' * (result.threads > 1)}; peak "
+        f"{ceilings.flops / 1e9:.0f} GFLOP/s by {ceilings.arithmetic_by}, {ceilings.bytes / 1e9:.0f} GB/s"
+    ]
+    lines += [f"{name} left out: {reason}" for name, reason in result.left_out.items()]
+    goals = [
+        f"{name} {reached:.2f} of {goal:g} {'met' if met else 'MISSED'}"
+        for name, (goal, reached, met) in result.goals().items()
+    ]
+    lines += [f"goals: {'; '.join(goals)}"] if goals else []
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    """Bars of time and memory for each case, on logarithmic scales; the format is that of the file's name.
+
+    Raises:
+        ImportError: matplotlib is not installed (`pip install 'vosops[bench]'`).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("matplotlib is not installed: pip install 'vosops[bench]'") from None
+
+    heights = [0.9 + 0.28 * len(result.variants) for result in results]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    rows = figure.subplots(len(results), 2, squeeze=False, height_ratios=heights)
+    for axes, result in zip(rows, results, strict=True):
+        names = [v.name for v in result.variants][::-1]
+        colours = [THEIRS] * (len(names) - 1) + [OURS]
+        milliseconds = [v.median * 1e3 for v in result.variants][::-1]
+        megabytes = [(v.peak or 0) / 1e6 for v in result.variants][::-1]
+        panels = ((axes[0], milliseconds, "ms"), (axes[1], megabytes, "MB above the inputs"))
+        for axis, values, unit in panels:
+            bars = axis.barh(names, values, color=colours, height=0.7)
+            axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+            axis.set_xscale("log")
+            axis.margins(x=0.15)
+            axis.tick_params(labelsize=8)
+            axis.set_xlabel(unit, fontsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[1].set_yticklabels([])
+        axes[0].set_title(f"{result.op}: {result.case.title}", fontsize=9, loc="left")
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,250 @@
+"""Runs a case: the same inputs for all, their results compared, then timed in turn."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vosops
+from vosops.benchmarking import global_matching, local_matching
+from vosops.benchmarking.arithmetic import Arithmetic
+from vosops.benchmarking.cases import Benchmark, Case, Inputs, Variant
+from vosops.benchmarking.measure import Ceilings, Clock, Timing, bandwidth, interleave, peak_bytes
+
+BENCHMARKS: dict[str, Benchmark] = {b.op: b for b in (local_matching.BENCHMARK, global_matching.BENCHMARK)}
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
+"""How far two formulations may be apart, in normalised distances and relative to the largest gradient."""
+
+BACKWARD_TOLERANCE_FACTOR = 10
+"""Gradients may be this much further apart: they are sums over pixels."""
+
+MISMATCHED_SHARE = 1e-3
+"""Share of gradient entries that may differ: where two pixels are equally near, either may be chosen."""
+
+CEILING = "arithmetic"
+
+
+class DisagreementError(RuntimeError):
+    """A contender computes something else."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: `rounds` of all, `least` of those over `budget` seconds."""
+
+    rounds: int = 9
+    least: int = 3
+    budget: float = 5.0
+
+
+FULL, QUICK = Effort(), Effort(rounds=5, least=2, budget=1.0)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """One contender: its runs in seconds, peak bytes above the inputs, first (compiling) call, speed-up."""
+
+    name: str
+    median: float
+    best: float
+    runs: tuple[float, ...]
+    first_call: float
+    peak: int | None
+    speedup: float
+    """Of vosops over it: its median over that of vosops."""
+    share: float
+    """Its share of what the machine can do at most: the floor over its median."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case, measured."""
+
+    op: str
+    case: Case
+    variants: tuple[VariantResult, ...]
+    left_out: dict[str, str]
+    flops: float
+    bytes: float
+    ceilings: Ceilings
+    clock: str
+    threads: int
+
+    def goals(self) -> dict[str, tuple[float, float, bool]]:
+        """What was aimed at: name -> (goal, reached, whether that meets it)."""
+        ours, *others = self.variants
+        found = {
+            f"x {v.name}": (self.case.goals[v.name], v.speedup) for v in others if v.name in self.case.goals
+        }
+        if self.case.goal_share is not None:
+            found["share of peak"] = (self.case.goal_share, ours.share)
+        result = {name: (goal, reached, reached >= goal) for name, (goal, reached) in found.items()}
+        if self.case.goal_memory is not None and ours.peak is not None:
+            result["MB"] = (self.case.goal_memory / 1e6, ours.peak / 1e6, ours.peak <= self.case.goal_memory)
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "case": self.case.name,
+            "title": self.case.title,
+            "clock": self.clock,
+            "threads": self.threads,
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "ceilings": asdict(self.ceilings),
+            "variants": [asdict(v) for v in self.variants],
+            "left_out": self.left_out,
+            "goals": {k: {"goal": g, "reached": r, "met": m} for k, (g, r, m) in self.goals().items()},
+        }
+
+
+def run_case(
+    benchmark: Benchmark,
+    case: Case,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    dtype: torch.dtype | None = None,
+    effort: Effort = FULL,
+) -> Result:
+    """Compares the contenders' results, then times them in turn, and measures their memory.
+
+    Args:
+        benchmark: the op.
+        case: the size.
+        device: "cpu" or "cuda".
+        threads: of the CPU, where the case does not say.
+        dtype: instead of the case's own.
+        effort: how long to measure.
+
+    Raises:
+        DisagreementError: a contender's result differs from that of vosops.
+    """
+    case = case if dtype is None else replace(case, dtype=dtype)
+    clock = Clock(device, case.threads or threads)
+    with _threads(clock.threads):
+        inputs = Inputs.of(case, clock.device)
+        variants, left_out = _contenders(benchmark, case, clock)
+        calls = {v.name: v.call(inputs, case.backward) for v in variants}
+        first_calls = {}
+        expected: list[Tensor] | None = None
+        for name, call in calls.items():
+            start = time.perf_counter()
+            outputs = call()
+            first_calls[name] = time.perf_counter() - start
+            if expected is None:
+                expected = outputs
+            _compare(benchmark.variants[0].name, expected, name, outputs, case.dtype)
+            del outputs
+        peaks = {name: peak_bytes(call, clock.device) for name, call in calls.items()}
+        arithmetic = Arithmetic(clock, case.dtype)
+        arithmetic()
+        timed: dict[str, Callable[[], Any]] = {CEILING: arithmetic, **calls}
+        timings = interleave(timed, clock, rounds=effort.rounds, least=effort.least, budget=effort.budget)
+        ceilings = Ceilings(arithmetic.flops / timings.pop(CEILING).best, bandwidth(clock), arithmetic.by)
+        flops, moved = _work(benchmark, case, inputs)
+    ours = timings[benchmark.variants[0].name].median
+    floor = ceilings.floor(flops, moved)
+    results = [
+        _result(name, timing, first_calls[name], peaks[name], ours, floor) for name, timing in timings.items()
+    ]
+    return Result(
+        benchmark.op, case, tuple(results), left_out, flops, moved, ceilings, clock.kind, clock.threads
+    )
+
+
+def _result(
+    name: str, timing: Timing, first_call: float, peak: int | None, ours: float, floor: float
+) -> VariantResult:
+    return VariantResult(
+        name,
+        timing.median,
+        timing.best,
+        timing.runs,
+        first_call,
+        peak,
+        speedup=timing.median / ours,
+        share=floor / timing.median,
+    )
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What was measured on: processor, device, versions."""
+    from vosops import info
+
+    facts = info.collect()
+    return {
+        "processor": facts["cpu"]["processor"],
+        "capability": facts["cpu"]["library"],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "vosops": vosops.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "build": facts["build"],
+    }
+
+
+def _contenders(benchmark: Benchmark, case: Case, clock: Clock) -> tuple[list[Variant], dict[str, str]]:
+    """Who can run, and why the others cannot."""
+    left_out = dict(case.left_out)
+    variants = []
+    for variant in benchmark.contenders(case):
+        if case.backward and not variant.differentiable:
+            left_out[variant.name] = "has no gradients"
+        elif clock.on_gpu and not variant.gpu:
+            left_out[variant.name] = "runs on the CPU only"
+        elif variant.package is not None and importlib.util.find_spec(variant.package) is None:
+            left_out[variant.name] = f"{variant.package} is not installed"
+        else:
+            variants.append(variant)
+    return variants, left_out
+
+
+def _compare(
+    first: str, expected: list[Tensor], name: str, outputs: list[Tensor], dtype: torch.dtype
+) -> None:
+    """DisagreementError unless both computed the same."""
+    for i, (a, b) in enumerate(zip(expected, outputs, strict=True)):
+        tolerance = TOLERANCE[dtype] * (BACKWARD_TOLERANCE_FACTOR * float(a.abs().max()) if i else 1)
+        different = ((a.float() - b.float()).abs() > tolerance) | b.isnan()
+        allowed = MISMATCHED_SHARE * different.numel() if i else 0
+        if int(different.sum()) > allowed:
+            what = "distances" if i == 0 else "gradients"
+            worst = float((a.float() - b.float()).abs().max())
+            raise DisagreementError(
+                f"{name} and {first} disagree in {int(different.sum())} of {different.numel()} {what}, by up to "
+                f"{worst:.2g} where {tolerance:.2g} is allowed"
+            )
+
+
+def _work(benchmark: Benchmark, case: Case, inputs: Inputs) -> tuple[float, float]:
+    """Operations and bytes without which the case cannot be done: each tensor read or written once."""
+    flops = benchmark.flops(inputs)
+    embeddings = inputs.query.nbytes + inputs.key.nbytes
+    output = 4 * inputs.mask.numel()
+    moved = embeddings + inputs.mask.nbytes + output
+    if case.backward:
+        channels = inputs.query.shape[1]
+        flops += 4.0 * channels * inputs.mask.numel()
+        moved += embeddings * 2 + output
+    return flops, moved
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

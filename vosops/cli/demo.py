@@ -1,0 +1,163 @@
+"""`vosops demo`: render a clip with exact masks, segment it, score it, and compare fused and naive ops."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vosops.data import DemoClip
+    from vosops.metrics import Report
+
+MASKS, CLIP, REPORT = "masks", "clip", "demo.json"
+ASPECT = 854 / 480
+COMPARED_FRAMES = 4
+"""Frames that both kinds of ops segment to be compared: the first is given, the others are timed."""
+
+BACKENDS = {"vosops": None, "naive": "reference"}
+"""The two kinds of ops, and what `vosops.use_backend` calls them."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `app`."""
+    app.command(name="demo")(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("vosops-demo"),
+    frames: Annotated[int, typer.Option(min=3, help="Frames of the clip.")] = 60,
+    size: Annotated[int, typer.Option(min=64, help="Height of the clip; its width follows.")] = 480,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
+    ] = None,
+    naive: Annotated[
+        bool, typer.Option("--naive/--no-naive", help="Measure the same model on naive PyTorch ops too.")
+    ] = True,
+) -> None:
+    """Render a clip with three objects, segment it from its first mask, and show how good and how fast that was.
+
+    Writes the clip (in DAVIS' layout), the masks, an overlay video, a contact sheet and demo.json into --out.
+    """
+    from rich.console import Console
+
+    from vosops.data import DemoClip, write_clip
+    from vosops.inference.drawing_pass import OVERLAY, Outputs
+    from vosops.inference.job import Job, Settings
+    from vosops.inference.masks import CONTACT_SHEET
+    from vosops.metrics import evaluate
+
+    console = Console()
+    with console.status("rendering the clip"):
+        try:
+            clip = DemoClip(frames, (size, round(size * ASPECT)))
+        except ImportError as error:
+            typer.echo(f"vosops demo: {error}", err=True)
+            raise typer.Exit(1) from None
+        images, truth = write_clip(clip, out / CLIP)
+    first = sorted(truth.iterdir())[0]
+    with console.status(f"segmenting {len(clip)} frames of {clip.size[1]}x{clip.size[0]}"):
+        job = Job(
+            out=out / MASKS,
+            mode="overwrite",
+            settings=Settings(device=device, size=size),
+            outputs=Outputs(overlay=True),
+        )
+        summary = job.video(images, [str(first)])
+    with console.status("scoring the masks"):
+        scores = evaluate(out / MASKS, truth)
+    console.print(score_table(scores))
+    console.print(f"{summary.frames} frames in {summary.seconds:.1f} s")
+    report: dict[str, Any] = {
+        "frames": summary.frames,
+        "size": clip.size,
+        "seconds": summary.seconds,
+        "scores": scores.summary(),
+        "objects": scores.table(),
+    }
+    if naive:
+        with console.status("comparing with naive PyTorch ops"):
+            measured = [measure(clip, name, device) for name in BACKENDS]
+        console.print(comparison_table(measured))
+        report["comparison"] = [asdict(m) for m in measured]
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    for name in (f"{MASKS}/{CONTACT_SHEET}", f"{MASKS}/{OVERLAY}", REPORT):
+        console.print(f"wrote {out / name}")
+
+
+def score_table(report: Report) -> Table:
+    """J&F, J and F of each object, and their means."""
+    from rich.table import Table
+
+    from vosops.data.demo_clip import OBJECTS
+
+    table = Table("object")
+    for column in ("J&F", "J", "F"):
+        table.add_column(column, justify="right")
+    rows = [(OBJECTS[score.object_id], score.row(), "") for score in report.objects]
+    for name, row, style in [*rows, ("mean", report.summary(), "bold")]:
+        table.add_row(name, *(f"{row[f'{column}-Mean']:.3f}" for column in ("J&F", "J", "F")), style=style)
+    return table
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kind of ops: seconds for each frame after the first, peak bytes beyond those in use before."""
+
+    ops: str
+    seconds: list[float]
+    peak: int | None
+
+    @property
+    def per_frame(self) -> float:
+        """Mean seconds a frame."""
+        return sum(self.seconds) / len(self.seconds)
+
+
+def measure(clip: DemoClip, ops: str, device: str | None) -> Measured:
+    """Segments the first frames of the clip on one kind of ops."""
+    import vosops
+    from vosops.benchmarking.measure import peak_bytes
+    from vosops.inference.models import find_device
+
+    given = [clip[t] for t in range(min(COMPARED_FRAMES, len(clip)))]
+    images, mask = [image for image, _ in given], given[0][1]
+    times: list[float] = []
+
+    def run() -> None:
+        with vosops.use_backend(BACKENDS[ops]):
+            times.extend(_seconds_of(vosops.segment(images, mask, device=device, size=clip.size[0])))
+
+    peak = peak_bytes(run, find_device(device))
+    return Measured(ops, times[1:], peak)
+
+
+def _seconds_of(items: Iterator[Any]) -> Iterator[float]:
+    """How long each item takes to come."""
+    start = time.perf_counter()
+    for _ in items:
+        yield time.perf_counter() - start
+        start = time.perf_counter()
+
+
+def comparison_table(measured: list[Measured]) -> Table:
+    """Time and memory of each kind of ops, and the ratios."""
+    from rich.table import Table
+
+    ours = measured[0]
+    table = Table("the same model on")
+    for column in ("ms a frame", "", "peak MB", ""):
+        table.add_column(column, justify="right")
+    for m in measured:
+        slower = f"{m.per_frame / ours.per_frame:.1f}x" if m is not ours else ""
+        larger = f"{m.peak / ours.peak:.1f}x" if m is not ours and m.peak and ours.peak else ""
+        memory = "?" if m.peak is None else f"{m.peak / 1e6:.0f}"
+        table.add_row(f"{m.ops} ops", f"{m.per_frame * 1e3:.0f}", slower, memory, larger)
+    return table
