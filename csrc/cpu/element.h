@@ -1,0 +1,81 @@
+// How channels enter a dot product: one by one, or as pairs of bfloat16 where the processor multiplies those.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/strided.h"
+#include "cpu/vec.h"
+
+namespace vosops::cpu {
+
+// An element is one channel, in the accumulator's type.
+template <class V>
+struct FloatElement {
+  using Lanes = V;
+  static constexpr int kChannels = 1;  // channels in one element
+  static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
+    return V::fma(q, k, sum);
+  }
+  static typename V::T squared_difference(typename V::T q, typename V::T k) { return (q - k) * (q - k); }
+};
+
+#if defined(__AVX512BF16__)
+// An element is two bfloat16 channels side by side in 32 bits.
+template <class V>
+struct Bf16PairElement {
+  using Lanes = V;
+  static constexpr int kChannels = 2;
+  static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
+    return bf16_dot(q, k, sum);
+  }
+  static float squared_difference(float q, float k) {
+    uint32_t a, b;
+    std::memcpy(&a, &q, 4);
+    std::memcpy(&b, &k, 4);
+    const float low = half_of(a << 16) - half_of(b << 16);
+    const float high = half_of(a & 0xffff0000u) - half_of(b & 0xffff0000u);
+    return low * low + high * high;
+  }
+
+ private:
+  static float half_of(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+};
+#endif
+
+template <class E>
+constexpr int64_t elements_of(int64_t channels) {
+  return (channels + E::kChannels - 1) / E::kChannels;
+}
+
+// Packs element `element` of `count` pixels to out[0 .. count) and adds its square to norm[0 .. count).
+// Pixel x lies at base + offset(x).
+template <class E, class S, class Offset>
+void pack_element(const S* base, const Offset& offset, int64_t channel_stride, int64_t channels,
+                  int64_t element, int64_t count, typename E::Lanes::T* out, typename E::Lanes::T* norm) {
+  using T = typename E::Lanes::T;
+  if constexpr (E::kChannels == 1) {
+    const S* source = base + element * channel_stride;
+    for (int64_t x = 0; x < count; ++x) {
+      const T value = widen(source[offset(x)]);
+      out[x] = value;
+      norm[x] += value * value;
+    }
+  } else {
+    const S* source = base + 2 * element * channel_stride;
+    const bool has_second = 2 * element + 1 < channels;
+    for (int64_t x = 0; x < count; ++x) {
+      const S low = source[offset(x)];
+      const S high = has_second ? source[offset(x) + channel_stride] : S(0.f);
+      const uint32_t pair = static_cast<uint32_t>(low.x) | static_cast<uint32_t>(high.x) << 16;
+      std::memcpy(&out[x], &pair, 4);
+      norm[x] += widen(low) * widen(low) + widen(high) * widen(high);
+    }
+  }
+}
+
+}  // namespace vosops::cpu

@@ -1,0 +1,72 @@
+// The matrix products of every CPU op: register tiles over packed panels.
+//
+// A lane panel holds kLanePanel pixels side by side, element by element: (elements, kLanePanel). A key panel
+// holds kKeyPanel pixels alike: (elements, kKeyPanel). multiply() computes their kKeyPanel x kLanePanel dot
+// products in registers: per element it loads the lanes once and broadcasts each key, kKeyPanel x
+// kTileRegisters FMAs for kTileRegisters + kKeyPanel loads. What happens to the products (a running best, a
+// softmax, a store) is the caller's epilogue, inlined, so that they need never reach memory. A lane panel of
+// some hundred channels stays in the first-level cache while key panels stream past it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/element.h"
+#include "cpu/vec.h"
+
+namespace vosops::cpu {
+
+constexpr int kTileRegisters = 2;                     // registers of lanes in a tile
+constexpr int kKeyPanel = kRegisters == 32 ? 12 : 6;  // keys in a tile
+template <class V>
+constexpr int kLanePanel = kTileRegisters * V::kLanes;  // pixels in a lane panel
+
+// A tile of sums: [key][register of lanes].
+template <class E>
+using TileSums = typename E::Lanes::Reg[kKeyPanel][kTileRegisters];
+
+// sums[j][r] = start(j, r) + sum over elements of lanes[e][r] * keys[e][j]; then finish(sums).
+template <class E, class Start, class Finish>
+[[gnu::always_inline]] inline void multiply(const typename E::Lanes::T* lanes,
+                                            const typename E::Lanes::T* keys, int64_t elements,
+                                            const Start& start, const Finish& finish) {
+  using V = typename E::Lanes;
+  TileSums<E> sums;
+#pragma GCC unroll 16
+  for (int j = 0; j < kKeyPanel; ++j) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = start(j, r);
+  }
+  for (int64_t e = 0; e < elements; ++e) {
+    typename V::Reg q[kTileRegisters];
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRegisters; ++r) q[r] = V::load(lanes + r * V::kLanes);
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeyPanel; ++j) {
+      typename V::Reg key = V::set1(keys[j]);
+      V::pin(key);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
+    }
+    lanes += kLanePanel<V>;
+    keys += kKeyPanel;
+  }
+  finish(sums);
+}
+
+// Packs `count` pixels at base + offsets[i] into columns of a panel `stride` wide and zeroes the columns
+// after them; norm[0 .. stride) becomes the squared length of each column.
+template <class E, class S>
+void pack_panel(const S* base, const int64_t* offsets, int64_t count, int64_t channel_stride,
+                int64_t channels, int64_t stride, typename E::Lanes::T* panel, typename E::Lanes::T* norm) {
+  using T = typename E::Lanes::T;
+  std::fill_n(norm, stride, T{0});
+  for (int64_t e = 0; e < elements_of<E>(channels); ++e) {
+    pack_element<E>(
+        base, [offsets](int64_t x) { return offsets[x]; }, channel_stride, channels, e, count, panel, norm);
+    std::fill(panel + count, panel + stride, T{0});
+    panel += stride;
+  }
+}
+
+}  // namespace vosops::cpu
