@@ -21,7 +21,8 @@ CUDA_SOURCES = ROOT / "csrc/cuda"
 HOST_ONLY = {"version.cu"}  # asks the CUDA runtime for its version
 MAX_JOBS = 2
 
-COMMON = ["-std=c++20", "-O2", "-g1", "-fPIC", "-ftls-model=initial-exec", "-Wall", "-Wextra", "-Werror"]
+COMMON = ["-std=c++20", "-O2", "-g1", "-fPIC", "-ftls-model=initial-exec", "-fvisibility=hidden", "-Wall"]
+COMMON += ["-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS = {
     # The calls of __tsan_* and __ubsan_* go to emulator.cpp: the sanitizers' own libraries are not linked.
     "checked": ["-fsanitize=thread,alignment", "-Wno-tsan"],

@@ -1,0 +1,292 @@
+// What local and global matching share around their inner loops.
+//
+// pack:    the strided, channel-major input becomes rows of contiguous channels (a row per pixel, zeros behind the last
+//          channel), so that inner loops copy 16 bytes at a time and know no strides; NaN and infinity become zeros there
+//          and live on in one number per pixel: half the squared norm of a key (+inf: it never wins), the state of a query.
+// select:  the ops' own kernels minimise |k|^2 / 2 - q.k and keep a Candidate per slot and query.
+// finish:  recomputes the distance of each chosen pixel as sum (q - k)^2 and writes both outputs.
+//
+// Bytes: pack reads and writes each input once (a copy of both inputs in all), finish reads two rows per slot and query.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/checks.h"
+#include "dtypes.cuh"
+#include "launch.cuh"
+
+namespace vosops::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+constexpr int kObjectsPerWord = 32;
+constexpr int64_t kMostPixels = (int64_t{1} << 31) - 1;  // of one batch element: flat indices are 32 bits in kernels
+
+template <class A>
+__host__ __device__ constexpr A ceil_div(A a, A b) {
+  return (a + b - 1) / b;
+}
+
+// ---- Candidates: the order of (score, index) as the order of one integer; the least is the best ----
+using Candidate = unsigned long long;
+constexpr Candidate kNoCandidate = ~0ull;
+
+// Floats in their order, -inf first. Zero must be positive, NaN must not come.
+__device__ __forceinline__ uint32_t ordered(float score) {
+  const uint32_t bits = __float_as_uint(score);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ Candidate candidate(uint32_t ordered_score, uint32_t index) {
+  return Candidate{ordered_score} << 32 | index;
+}
+
+// ---- Pack ----
+// A frame or several: (N, C, T, H, W) of any strides.
+template <class S>
+struct Pixels {
+  const S* data;
+  int64_t batch_stride, channel_stride, frame_stride, y_stride, x_stride;
+  int channels, frames, height, width;
+
+  __host__ __device__ int64_t count() const { return int64_t{frames} * height * width; }
+  __host__ __device__ int64_t offset(int64_t n, int64_t pixel) const {
+    const int64_t row = pixel / width;
+    return n * batch_stride + row / height * frame_stride + row % height * y_stride + pixel % width * x_stride;
+  }
+};
+
+template <class S>
+Pixels<S> pixels(const Tensor& tensor) {
+  const bool frames = tensor.dim() == 5;
+  const int y = frames ? 3 : 2;
+  return {static_cast<const S*>(tensor.const_data_ptr()),
+          tensor.stride(0),
+          tensor.stride(1),
+          frames ? tensor.stride(2) : 0,
+          tensor.stride(y),
+          tensor.stride(y + 1),
+          int(tensor.size(1)),
+          frames ? int(tensor.size(2)) : 1,
+          int(tensor.size(y)),
+          int(tensor.size(y + 1))};
+}
+
+// Rows of pixels, and what belongs to each pixel.
+template <class E>
+struct Rows {
+  E* rows;            // [N][count][row_channels]
+  float* half_norm;   // [N][count], of keys: |k|^2 / 2, +inf if k is not finite
+  float* state;       // [N][count], of queries: 0, +inf (skip it) or NaN (it has a NaN channel)
+  unsigned* objects;  // [N][words][count], of the keys of local matching: the objects that a pixel belongs to
+  int64_t count;
+  int row_channels;
+};
+
+constexpr int kRowGranule = 16;  // channels of a row are padded to a multiple of this
+constexpr int kPackPixels = 32, kPackChannels = 64, kPackThreads = 256, kPackLanes = kPackThreads / kPackPixels;
+
+struct PackSmem {
+  float tile[kPackPixels][kPackChannels + 1];
+};
+
+// A block packs 32 pixels, 64 channels at a time. `mask` is the query mask (N, 1, H, W), the object masks (N, O, H, W),
+// or absent (data null).
+template <class S, class E>
+__global__ __launch_bounds__(kPackThreads) void pack_kernel(Pixels<S> source, Pixels<bool> mask, Rows<E> out) {
+  DYNAMIC_SHARED(PackSmem, s);
+  const int64_t count = source.count(), tiles = ceil_div(count, int64_t{kPackPixels});
+  const int64_t n = blockIdx.x / tiles, first = blockIdx.x % tiles * kPackPixels;
+  const bool channels_innermost = source.channel_stride == 1;
+  const int own = int(threadIdx.x) / kPackLanes, own_lane = int(threadIdx.x) % kPackLanes;
+  float square = 0;
+  bool infinite = false, undefined = false;
+  for (int start = 0; start < out.row_channels; start += kPackChannels) {
+    for (int i = int(threadIdx.x); i < kPackPixels * kPackChannels; i += kPackThreads) {
+      const int pixel = channels_innermost ? i / kPackChannels : i % kPackPixels;
+      const int channel = channels_innermost ? i % kPackChannels : i / kPackPixels;
+      const bool inside = first + pixel < count && start + channel < source.channels;
+      s.tile[pixel][channel] =
+          inside ? to_float(source.data[source.offset(n, first + pixel) + (start + channel) * source.channel_stride])
+                 : 0.f;
+    }
+    __syncthreads();
+    for (int channel = own_lane; channel < kPackChannels; channel += kPackLanes) {
+      const float x = s.tile[own][channel];
+      infinite |= !is_finite(x);
+      undefined |= x != x;
+      square += is_finite(x) ? x * x : 0.f;
+    }
+    const int columns = min(kPackChannels, out.row_channels - start);
+    for (int i = int(threadIdx.x); i < kPackPixels * columns; i += kPackThreads) {
+      const int pixel = i / columns, channel = i % columns;
+      const float x = s.tile[pixel][channel];
+      if (first + pixel < count)
+        out.rows[(n * count + first + pixel) * out.row_channels + start + channel] =
+            from_float<E>(is_finite(x) ? x : 0.f);
+    }
+    __syncthreads();
+  }
+  for (int bits = 1; bits < kPackLanes; bits *= 2) square += __shfl_xor_sync(kAllLanes, square, bits);
+  const unsigned group = (1u << kPackLanes) - 1;
+  const int shift = int(threadIdx.x) % kWarp / kPackLanes * kPackLanes;
+  infinite = __ballot_sync(kAllLanes, infinite) >> shift & group;
+  undefined = __ballot_sync(kAllLanes, undefined) >> shift & group;
+  const int64_t pixel = first + own;
+  if (pixel >= count) return;
+  if (out.half_norm && own_lane == 0) out.half_norm[n * count + pixel] = infinite ? INFINITY : 0.5f * square;
+  if (out.state && own_lane == 0) {
+    const bool skipped = mask.data && !mask.data[mask.offset(n, pixel)];
+    out.state[n * count + pixel] = skipped ? INFINITY : undefined ? NAN : infinite ? INFINITY : 0.f;
+  }
+  if (out.objects) {
+    const int words = ceil_div(mask.channels, kObjectsPerWord);
+    for (int word = own_lane; word < words; word += kPackLanes) {
+      unsigned bits = 0;
+      const int last = min(mask.channels - word * kObjectsPerWord, kObjectsPerWord);
+      for (int o = 0; o < last; ++o)
+        bits |= unsigned(mask.data[mask.offset(n, pixel) + (word * kObjectsPerWord + o) * mask.channel_stride]) << o;
+      out.objects[(n * words + word) * count + pixel] = bits;
+    }
+  }
+}
+
+// The memory behind Rows: freed with this object (in stream order, as torch does).
+struct PackedRows {
+  Tensor rows, per_pixel, objects;
+};
+
+enum class Side { kQuery, kKey, kKeyWithObjects };
+
+template <class S, class E>
+Rows<E> pack(const Tensor& tensor, const Tensor* mask, Side side, ScalarType row_type, Stream stream, PackedRows& memory) {
+  const Pixels<S> source = pixels<S>(tensor);
+  const int64_t batch = tensor.size(0), count = source.count();
+  STD_TORCH_CHECK(count <= kMostPixels, "a batch element is limited to 2^31 - 1 pixels");
+  Rows<E> out{};
+  out.count = count;
+  out.row_channels = ceil_div(source.channels, kRowGranule) * kRowGranule;
+  memory.rows = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, count, out.row_channels}, row_type);
+  memory.per_pixel = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, count}, ScalarType::Float);
+  out.rows = static_cast<E*>(memory.rows.mutable_data_ptr());
+  auto* numbers = static_cast<float*>(memory.per_pixel.mutable_data_ptr());
+  (side == Side::kQuery ? out.state : out.half_norm) = numbers;
+  if (side == Side::kKeyWithObjects) {
+    const int64_t words = ceil_div(mask->size(1), int64_t{kObjectsPerWord});
+    memory.objects = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, words, count}, ScalarType::Int);
+    out.objects = static_cast<unsigned*>(memory.objects.mutable_data_ptr());
+  }
+  const int64_t blocks = batch * ceil_div(count, int64_t{kPackPixels});
+  STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
+  LAUNCH((pack_kernel<S, E>), dim3(unsigned(blocks)), dim3(kPackThreads), sizeof(PackSmem), stream, source,
+         mask ? pixels<bool>(*mask) : Pixels<bool>{}, out);
+  return out;
+}
+
+// ---- Finish ----
+enum class Slots { kRings, kNeighbors };
+
+constexpr int kFinishLanes = 8, kFinishThreads = 256;
+
+__device__ __forceinline__ bool closer(float d, int64_t i, float than_d, int64_t than_i) {
+  return d < than_d || (d == than_d && i >= 0 && i < than_i);
+}
+
+// Eight lanes per object and query. Rings: a slot that an inner ring beats takes its pixel. Neighbours: sorted again, since the
+// recomputed distances may differ in their last bits.
+template <class E>
+__global__ __launch_bounds__(kFinishThreads) void finish_kernel(const Candidate* best, Rows<E> query, Rows<E> key,
+                                                                int64_t batch, int objects, int slots, Slots kind,
+                                                                float* distance, int64_t* index) {
+  const int lane = int(threadIdx.x) % kFinishLanes;
+  const int64_t group = (int64_t{blockIdx.x} * kFinishThreads + threadIdx.x) / kFinishLanes;
+  const bool live = group < batch * objects * query.count;
+  const int64_t p = live ? group % query.count : 0, image = live ? group / query.count : 0, n = image / objects;
+  const float state = query.state[n * query.count + p];
+  const E* q = query.rows + (n * query.count + p) * query.row_channels;
+  float best_d = INFINITY;
+  int64_t best_i = -1;
+  for (int slot = 0; slot < slots; ++slot) {
+    const int64_t at = (image * slots + slot) * query.count + p;
+    const Candidate c = live && state == 0 ? best[at] : kNoCandidate;
+    int64_t i = c == kNoCandidate ? -1 : int64_t(c & 0xffffffffu);
+    float d = 0;
+    if (i >= 0) {
+      const E* k = key.rows + (n * key.count + i) * key.row_channels;
+      for (int first = lane * Vector<E>::kSize; first < key.row_channels; first += kFinishLanes * Vector<E>::kSize) {
+        const auto a = *reinterpret_cast<const Vector<E>*>(q + first);
+        const auto b = *reinterpret_cast<const Vector<E>*>(k + first);
+#pragma unroll
+        for (int j = 0; j < Vector<E>::kSize; ++j) {
+          const float difference = to_float(a.values[j]) - to_float(b.values[j]);
+          d += difference * difference;
+        }
+      }
+    }
+    for (int bits = 1; bits < kFinishLanes; bits *= 2) d += __shfl_xor_sync(kAllLanes, d, bits);
+    if (i < 0 || !(d < INFINITY)) {
+      d = state == state ? INFINITY : NAN;
+      i = -1;
+    }
+    if (!live || lane != 0) continue;
+    int64_t to = at;
+    if (kind == Slots::kRings) {
+      if (slot > 0 && closer(best_d, best_i, d, i)) {
+        d = best_d;
+        i = best_i;
+      }
+      best_d = d;
+      best_i = i;
+    } else {
+      for (; to >= query.count && to - query.count >= image * slots * query.count; to -= query.count) {
+        const int64_t before = to - query.count;
+        if (!closer(d, i, distance[before], index[before])) break;
+        distance[to] = distance[before];
+        index[to] = index[before];
+      }
+    }
+    distance[to] = d;
+    index[to] = i;
+  }
+}
+
+template <class E>
+void finish(const Candidate* best, const Rows<E>& query, const Rows<E>& key, int64_t batch, int objects, int slots,
+            Slots kind, Tensor& distance, Tensor& index, Stream stream) {
+  const int64_t blocks = ceil_div(batch * objects * query.count * kFinishLanes, int64_t{kFinishThreads});
+  STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
+  LAUNCH(finish_kernel<E>, dim3(unsigned(blocks)), dim3(kFinishThreads), 0, stream, best, query, key, batch, objects,
+         slots, kind, distance.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
+}
+
+// ---- Hosts ----
+enum class Precision { kIeee, kTf32, kTf32x3 };
+
+inline Precision parse_precision(std::string_view name) {
+  if (name == "ieee") return Precision::kIeee;
+  if (name == "tf32") return Precision::kTf32;
+  STD_TORCH_CHECK(name == "tf32x3", "precision must be ieee, tf32 or tf32x3, got ", std::string(name));
+  return Precision::kTf32x3;
+}
+
+// Calls f with a value of the tensor's element type.
+template <class F>
+void dispatch(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(half{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, "the CUDA kernels take float32, float16 and bfloat16 only");
+  }
+}
+
+}  // namespace vosops::cuda
