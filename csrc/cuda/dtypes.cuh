@@ -37,6 +37,8 @@ struct alignas(kVectorBytes) Vector {
   T values[kSize];
 };
 
-__device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+__device__ __forceinline__ bool is_finite(float x) {
+  return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;
+}
 
 }  // namespace vosops::cuda

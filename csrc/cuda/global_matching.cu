@@ -1,13 +1,15 @@
-// Global matching on the GPU: for every query pixel and object the nearest key pixels of the object in all reference frames.
+// Global matching on the GPU: for every query pixel and object the nearest key pixels of the object in all
+// reference frames.
 //
-// The key pixels of each object are listed first (count, then place, in ascending order), so that inner loops have no mask.
-// fma_kernel (float32, IEEE): a matrix product with a minimum behind it. A block owns 128 queries and walks a share of the tiles
-// of 128 listed keys, object after object; each of its 256 threads holds 8 x 8 scores in registers. Queries and keys come 8
-// channels at a time through a double buffer filled by cp.async, 12 KB a stage; the pitch of 12 floats keeps 16-byte reads free
-// of bank conflicts. A tile moves 8 KB a chunk from the second-level cache for 131 K FMAs, 1024 cycles: FMAs bound it.
-// The best of each thread's queries waits in shared memory, and goes by atomicMin (any order gives the same result) to global
-// memory when the object changes. With several neighbours the scores of a tile go through shared memory, and two threads per
-// query keep sorted lists, which merge_kernel joins.
+// The key pixels of each object are listed first (count, then place, in ascending order), so that inner loops
+// have no mask. fma_kernel (float32, IEEE): a matrix product with a minimum behind it. A block owns 128
+// queries and walks a share of the tiles of 128 listed keys, object after object; each of its 256 threads
+// holds 8 x 8 scores in registers. Queries and keys come 8 channels at a time through a double buffer filled
+// by cp.async, 12 KB a stage; the pitch of 12 floats keeps 16-byte reads free of bank conflicts. A tile moves
+// 8 KB a chunk from the second-level cache for 131 K FMAs, 1024 cycles: FMAs bound it. The best of each
+// thread's queries waits in shared memory, and goes by atomicMin (any order gives the same result) to global
+// memory when the object changes. With several neighbours the scores of a tile go through shared memory, and
+// two threads per query keep sorted lists, which merge_kernel joins.
 #include <algorithm>
 #include <tuple>
 
@@ -69,8 +71,8 @@ __global__ __launch_bounds__(kListThreads) void count_kernel(Pixels<bool> mask, 
   if (threadIdx.x == 0) counts[blockIdx.x] = total;
 }
 
-__global__ __launch_bounds__(kListThreads) void place_kernel(Pixels<bool> mask, int segments, const int* counts,
-                                                             int* pixels, int* sizes) {
+__global__ __launch_bounds__(kListThreads) void place_kernel(Pixels<bool> mask, int segments,
+                                                             const int* counts, int* pixels, int* sizes) {
   DYNAMIC_SHARED(ListSmem, s);
   const int64_t image = blockIdx.x / segments;
   const int segment = int(blockIdx.x % segments);
@@ -93,7 +95,9 @@ Lists list_members(const Tensor& mask, Stream stream, ListMemory& memory) {
   const int64_t images = mask.size(0) * mask.size(1), count = view.count();
   const int64_t segments = ceil_div(std::max<int64_t>(count, 1), int64_t{kSegment});
   STD_TORCH_CHECK(images * segments <= kMostPixels, "too many pixels in all masks");
-  const auto integers = [&](int64_t size) { return torch::stable::new_empty(mask, std::vector<int64_t>{size}, ScalarType::Int); };
+  const auto integers = [&](int64_t size) {
+    return torch::stable::new_empty(mask, std::vector<int64_t>{size}, ScalarType::Int);
+  };
   memory = {integers(images * segments), integers(images * count), integers(images)};
   int* counts = memory.counts.mutable_data_ptr<int>();
   int* listed = memory.pixels.mutable_data_ptr<int>();
@@ -115,7 +119,8 @@ struct Problem {
   Candidate* lists;  // several: [N * objects][queries][splits * kListsPerSplit][neighbors], each sorted
 };
 
-// What a block works on: queries from `first_query` of batch element n, and key tiles [begin, end) of all objects' tiles.
+// What a block works on: queries from `first_query` of batch element n, and key tiles [begin, end) of all
+// objects' tiles.
 struct Share {
   int n, split;
   int64_t first_query, begin, end;
@@ -128,7 +133,8 @@ struct Share {
     first_query = block % tiles * kTileQueries;
     n = int(block / tiles);
     int64_t total = 0;
-    for (int o = 0; o < problem.objects; ++o) total += ceil_div(lists.sizes[n * problem.objects + o], kTileKeys);
+    for (int o = 0; o < problem.objects; ++o)
+      total += ceil_div(lists.sizes[n * problem.objects + o], kTileKeys);
     begin = total * split / problem.splits;
     end = total * (split + 1) / problem.splits;
   }
@@ -143,8 +149,9 @@ __device__ Candidate insert(Candidate* list, int size, Candidate c) {
 }
 
 // Joins the sorted lists of a query: thread per image and query.
-__global__ __launch_bounds__(kThreads) void merge_kernel(const Candidate* lists, int64_t images, int64_t queries,
-                                                         int lists_per_query, int neighbors, Candidate* best) {
+__global__ __launch_bounds__(kThreads) void merge_kernel(const Candidate* lists, int64_t images,
+                                                         int64_t queries, int lists_per_query, int neighbors,
+                                                         Candidate* best) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= images * queries) return;
   const Candidate* mine = lists + at * lists_per_query * neighbors;
@@ -160,9 +167,11 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(const Candidate* lists,
 
 // ---- float32 FMA kernel ----
 namespace fma {
-constexpr int kSide = 16, kPerThread = 8;  // 16 x 16 threads hold 8 x 8 scores each: query 16 i + ty, key 16 j + tx
+constexpr int kSide = 16,
+              kPerThread = 8;  // 16 x 16 threads hold 8 x 8 scores each: query 16 i + ty, key 16 j + tx
 constexpr int kChunk = 8, kPitch = kChunk + 4, kVectors = kChunk / 4;
-static_assert(kSide * kPerThread == kTileQueries && kSide * kPerThread == kTileKeys && kSide * kSide == kThreads);
+static_assert(kSide * kPerThread == kTileQueries && kSide * kPerThread == kTileKeys &&
+              kSide * kSide == kThreads);
 
 struct Smem {
   alignas(16) float queries[2][kTileQueries][kPitch];
@@ -176,8 +185,8 @@ struct ScoresSmem : Smem {
 };
 
 template <bool kOneNeighbor>
-__global__ __launch_bounds__(kThreads, kOneNeighbor ? 2 : 1) void kernel(Rows<float> query, Rows<float> key, Lists lists,
-                                                                        Problem problem) {
+__global__ __launch_bounds__(kThreads, kOneNeighbor ? 2 : 1) void kernel(Rows<float> query, Rows<float> key,
+                                                                         Lists lists, Problem problem) {
   using Shared = std::conditional_t<kOneNeighbor, Smem, ScoresSmem>;
   DYNAMIC_SHARED(Shared, s);
   const int thread = int(threadIdx.x), tx = thread % kSide, ty = thread / kSide;
@@ -202,7 +211,9 @@ __global__ __launch_bounds__(kThreads, kOneNeighbor ? 2 : 1) void kernel(Rows<fl
     } else {
       const int list = share.split * kListsPerSplit + thread / kTileQueries;
       if (wanted)
-        own_list = problem.lists + ((image * query.count + own_query) * problem.splits * kListsPerSplit + list) * problem.neighbors;
+        own_list =
+            problem.lists +
+            ((image * query.count + own_query) * problem.splits * kListsPerSplit + list) * problem.neighbors;
     }
 
     for (int64_t t = first; t < last; ++t) {
@@ -247,7 +258,8 @@ __global__ __launch_bounds__(kThreads, kOneNeighbor ? 2 : 1) void kernel(Rows<fl
             const float4 k = *reinterpret_cast<const float4*>(&s.keys[chunk % 2][kSide * j + tx][4 * v]);
 #pragma unroll
             for (int i = 0; i < kPerThread; ++i)
-              dot[i][j] = fmaf(q[i].w, k.w, fmaf(q[i].z, k.z, fmaf(q[i].y, k.y, fmaf(q[i].x, k.x, dot[i][j]))));
+              dot[i][j] =
+                  fmaf(q[i].w, k.w, fmaf(q[i].z, k.z, fmaf(q[i].y, k.y, fmaf(q[i].x, k.x, dot[i][j]))));
           }
         }
       }
@@ -289,25 +301,27 @@ __global__ __launch_bounds__(kThreads, kOneNeighbor ? 2 : 1) void kernel(Rows<fl
         Candidate c = s.best[i][thread];
         for (int bits = 1; bits < kSide; bits *= 2) c = min(c, __shfl_xor_sync(kAllLanes, c, bits));
         const int64_t q = share.first_query + kSide * i + ty;
-        if (tx == 0 && q < query.count && c != kNoCandidate) atomicMin(problem.best + image * query.count + q, c);
+        if (tx == 0 && q < query.count && c != kNoCandidate)
+          atomicMin(problem.best + image * query.count + q, c);
       }
     }
   }
 }
 
 template <bool kOneNeighbor>
-void select(const Rows<float>& query, const Rows<float>& key, const Lists& lists, const Problem& problem, int64_t blocks,
-            Stream stream) {
-  LAUNCH(kernel<kOneNeighbor>, dim3(unsigned(blocks)), dim3(kThreads), kOneNeighbor ? sizeof(Smem) : sizeof(ScoresSmem),
-         stream, query, key, lists, problem);
+void select(const Rows<float>& query, const Rows<float>& key, const Lists& lists, const Problem& problem,
+            int64_t blocks, Stream stream) {
+  LAUNCH(kernel<kOneNeighbor>, dim3(unsigned(blocks)), dim3(kThreads),
+         kOneNeighbor ? sizeof(Smem) : sizeof(ScoresSmem), stream, query, key, lists, problem);
 }
 }  // namespace fma
 
 constexpr int kBlocksPerMultiprocessor = 4;  // of one neighbour: enough to even out the objects' sizes
 constexpr int kMostSplits = 64;
 
-std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& key, const Tensor& mask, int64_t neighbors,
-                                           const std::optional<Tensor>& query_mask, std::string_view precision) {
+std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& key, const Tensor& mask,
+                                           int64_t neighbors, const std::optional<Tensor>& query_mask,
+                                           std::string_view precision) {
   check_shape("query", query, {kAnySize, kAnySize, kAnySize, kAnySize});
   const int64_t batch = query.size(0), height = query.size(2), width = query.size(3);
   check_shape("key", key, {batch, query.size(1), kAnySize, kAnySize, kAnySize});
@@ -335,14 +349,16 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
   const Lists lists = list_members(mask, stream, list_memory);
 
   const int64_t tiles = batch * ceil_div(queries, int64_t{kTileQueries});
-  const int64_t blocks_wanted = int64_t{device_limits().multiprocessors} * (neighbors == 1 ? kBlocksPerMultiprocessor : 1);
+  const int64_t blocks_wanted =
+      int64_t{device_limits().multiprocessors} * (neighbors == 1 ? kBlocksPerMultiprocessor : 1);
   Problem problem{};
   problem.objects = int(objects);
   problem.neighbors = int(neighbors);
   problem.splits = int(std::clamp<int64_t>(ceil_div(blocks_wanted, tiles), 1, kMostSplits));
   STD_TORCH_CHECK(tiles * problem.splits <= kMostPixels && images <= kMostPixels, "too many pixels in all");
   const auto candidates = [&](std::vector<int64_t> sizes) {
-    return torch::stable::fill_(torch::stable::new_empty(query, sizes, ScalarType::Long), -1);  // kNoCandidate
+    return torch::stable::fill_(torch::stable::new_empty(query, sizes, ScalarType::Long),
+                                -1);  // kNoCandidate
   };
   Tensor best = candidates(shape), parts;
   problem.best = static_cast<Candidate*>(best.mutable_data_ptr());
@@ -353,13 +369,17 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
   dispatch(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
     PackedRows query_memory, key_memory;
-    const auto q = pack<S, float>(query, wanted ? &*wanted : nullptr, Side::kQuery, ScalarType::Float, stream, query_memory);
+    const auto q = pack<S, float>(query, wanted ? &*wanted : nullptr, Side::kQuery, ScalarType::Float, stream,
+                                  query_memory);
     const auto k = pack<S, float>(key, nullptr, Side::kKey, ScalarType::Float, stream, key_memory);
-    (neighbors == 1 ? fma::select<true> : fma::select<false>)(q, k, lists, problem, tiles * problem.splits, stream);
+    (neighbors == 1 ? fma::select<true> : fma::select<false>)(q, k, lists, problem, tiles * problem.splits,
+                                                              stream);
     if (neighbors > 1)
-      LAUNCH(merge_kernel, dim3(unsigned(ceil_div(images * queries, int64_t{kThreads}))), dim3(kThreads), 0, stream,
-             problem.lists, images, queries, problem.splits * kListsPerSplit, problem.neighbors, problem.best);
-    finish(problem.best, q, k, batch, problem.objects, problem.neighbors, Slots::kNeighbors, distance, index, stream);
+      LAUNCH(merge_kernel, dim3(unsigned(ceil_div(images * queries, int64_t{kThreads}))), dim3(kThreads), 0,
+             stream, problem.lists, images, queries, problem.splits * kListsPerSplit, problem.neighbors,
+             problem.best);
+    finish(problem.best, q, k, batch, problem.objects, problem.neighbors, Slots::kNeighbors, distance, index,
+           stream);
   });
   return {distance, index};
 }
@@ -367,4 +387,6 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
 }  // namespace
 }  // namespace vosops::cuda
 
-VOSOPS_CUDA_LIBRARY(m) { m.impl("global_matching", TORCH_BOX(&vosops::cuda::global_matching)); }
+VOSOPS_CUDA_LIBRARY(m) {
+  m.impl("global_matching", TORCH_BOX(&vosops::cuda::global_matching));
+}

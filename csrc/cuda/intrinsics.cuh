@@ -1,5 +1,6 @@
-// The only file with inline PTX. Each instruction has a plain C++ twin that the emulator runs: the fragment layouts are
-// those of the PTX manual (matrix fragments for mma.m16n8k8 and mma.m16n8k16, ldmatrix), with g = lane / 4, t = lane % 4.
+// The only file with inline PTX. Each instruction has a plain C++ twin that the emulator runs: the fragment
+// layouts are those of the PTX manual (matrix fragments for mma.m16n8k8 and mma.m16n8k16, ldmatrix), with g =
+// lane / 4, t = lane % 4.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 }
 #endif
 
-// ---- cp.async: copies Bytes (4, 8 or 16) to shared memory; `source_bytes` of them are read, the rest become zero ----
+// ---- cp.async: copies Bytes (4, 8 or 16) to shared memory; `source_bytes` of them are read, the rest become
+// zero ----
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int source_bytes = Bytes) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
@@ -25,8 +27,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                  "r"(source_bytes)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes),
-                 "r"(source_bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(Bytes), "r"(source_bytes)
                  : "memory");
 #else
   emulator::copy_async(shared, global, Bytes, unsigned(source_bytes));
@@ -42,8 +44,8 @@ __device__ __forceinline__ void copy_async_commit() {
 #endif
 }
 
-// Waits until at most GroupsInFlight of this thread's newest groups are under way. A barrier must follow before other
-// threads may read what was copied.
+// Waits until at most GroupsInFlight of this thread's newest groups are under way. A barrier must follow
+// before other threads may read what was copied.
 template <int GroupsInFlight>
 __device__ __forceinline__ void copy_async_wait() {
 #ifdef __CUDACC__
@@ -62,7 +64,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[Count], cons
 #ifdef __CUDACC__
   const unsigned address = shared_address(row);
   if constexpr (Count == 1 && !Transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(address) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(registers[0])
+                 : "r"(address)
+                 : "memory");
   else if constexpr (Count == 1)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
                  : "=r"(registers[0])
@@ -116,9 +121,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[Count], cons
 
 // ---- mma.sync: c += a * b, a 16 x K by rows, b K x 8 by columns, c 16 x 8 in float32 ----
 // c[0], c[1]: row g, columns 2t, 2t + 1; c[2], c[3]: row g + 8.
-// 16-bit types, K = 16: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8); b[0] (2t, g), b[1] (2t + 8, g),
+// 16-bit types, K = 16: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8); b[0] (2t, g),
+// b[1] (2t + 8, g),
 //   each register holding that element and its neighbour in k.
-// float (as TF32: the low 13 bits are not read), K = 8: a[0] (g, t), a[1] (g + 8, t), a[2] (g, t + 4), a[3] (g + 8, t + 4);
+// float (as TF32: the low 13 bits are not read), K = 8: a[0] (g, t), a[1] (g + 8, t), a[2] (g, t + 4), a[3]
+// (g + 8, t + 4);
 //   b[0] (t, g), b[1] (t + 4, g).
 #ifndef __CUDACC__
 namespace twin {
@@ -166,22 +173,26 @@ struct Multiply {
 #endif
 
 template <class T>
-__device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16> || std::is_same_v<T, float>);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, half>)
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else if constexpr (std::is_same_v<T, bfloat16>)
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
     asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else

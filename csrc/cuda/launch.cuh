@@ -2,7 +2,8 @@
 //   LAUNCH((kernel<128, float>), grid, block, shared_bytes, stream, arguments...);
 //   DYNAMIC_SHARED(Smem, s);            in the kernel: Smem& s, the block's only shared memory
 //   VOSOPS_CUDA_LIBRARY(m) { m.impl("op", TORCH_BOX(&op)); }
-//   DeviceScope device(tensor);         makes the tensor's device current; device.stream() is its current stream
+//   DeviceScope device(tensor);         makes the tensor's device current; device.stream() is its current
+//   stream
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -45,8 +46,8 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
-            Arguments&&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            Stream stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > kSharedBytesWithoutOptIn)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
@@ -63,7 +64,8 @@ struct DeviceLimits {
 inline DeviceLimits device_limits() {
   int device = 0, multiprocessors = 0, shared_bytes = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
   return {multiprocessors, size_t(shared_bytes)};
@@ -88,7 +90,8 @@ class DeviceScope {
 
 #else
 
-#define DYNAMIC_SHARED(Struct, name) Struct& name = *static_cast<Struct*>(emulator::shared_memory(sizeof(Struct)))
+#define DYNAMIC_SHARED(Struct, name) \
+  Struct& name = *static_cast<Struct*>(emulator::shared_memory(sizeof(Struct)))
 
 #define VOSOPS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(vosops_emulated, CPU, m)
 
@@ -97,8 +100,8 @@ namespace vosops::cuda {
 using Stream = void*;
 
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
-            Arguments&&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            Stream stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   emulator::launch(name, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
@@ -108,7 +111,9 @@ struct DeviceLimits {
   size_t shared_bytes;
 };
 
-inline DeviceLimits device_limits() { return {2, emulator::shared_limit()}; }
+inline DeviceLimits device_limits() {
+  return {2, emulator::shared_limit()};
+}
 
 class DeviceScope {
  public:

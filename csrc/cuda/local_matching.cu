@@ -1,12 +1,15 @@
-// Local matching on the GPU: for every query pixel and object the nearest key pixel of the object within a window.
+// Local matching on the GPU: for every query pixel and object the nearest key pixel of the object within a
+// window.
 //
-// fma_kernel (float32, IEEE): a block owns 8 x 4 queries of one phase of the dilation (all pixels that share y % dilation and
-// x % dilation form an image of their own, with dilation 1). A warp owns a query row, its lanes are 32 vertical shifts, and a
-// thread holds the scores of 4 queries times 16 horizontal shifts in registers: 19 key pixels and 4 query pixels are read from
-// shared memory for 64 FMAs a channel. Keys (39 x 19 pixels) and queries come 8 channels at a time through a double buffer
-// filled by cp.async, 37 KB a stage; the pitch of 12 floats keeps 16-byte reads free of bank conflicts. For a radius of 15 the
-// block moves 6.2 KB a channel for 31 K useful FMAs, 240 cycles: FMAs and shared-memory reads bound it, not bytes.
-// Windows without any object's pixel are skipped. The best of a query lives in global memory, touched by one lane only.
+// fma_kernel (float32, IEEE): a block owns 8 x 4 queries of one phase of the dilation (all pixels that share
+// y % dilation and x % dilation form an image of their own, with dilation 1). A warp owns a query row, its
+// lanes are 32 vertical shifts, and a thread holds the scores of 4 queries times 16 horizontal shifts in
+// registers: 19 key pixels and 4 query pixels are read from shared memory for 64 FMAs a channel. Keys (39 x
+// 19 pixels) and queries come 8 channels at a time through a double buffer filled by cp.async, 37 KB a stage;
+// the pitch of 12 floats keeps 16-byte reads free of bank conflicts. For a radius of 15 the block moves 6.2
+// KB a channel for 31 K useful FMAs, 240 cycles: FMAs and shared-memory reads bound it, not bytes. Windows
+// without any object's pixel are skipped. The best of a query lives in global memory, touched by one lane
+// only.
 #include <algorithm>
 #include <tuple>
 
@@ -39,7 +42,9 @@ struct Phase {
     width = ceil_div(window.width - x, window.dilation);
     first = y * window.width + x;
   }
-  __device__ bool contains(int y, int x) const { return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width); }
+  __device__ bool contains(int y, int x) const {
+    return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width);
+  }
   __device__ int pixel(int y, int x) const { return first + (y * window.width + x) * window.dilation; }
 };
 
@@ -64,8 +69,8 @@ __device__ unsigned shifts_within(int radius, int dx0, int dy) {
   return abs(dy) <= radius && first <= last ? (2u << last) - (1u << first) : 0;
 }
 
-__global__ __launch_bounds__(kThreads, 2) void kernel(Rows<float> query, Rows<float> key, Window window, int tiles_y,
-                                                      int tiles_x, Candidate* best) {
+__global__ __launch_bounds__(kThreads, 2) void kernel(Rows<float> query, Rows<float> key, Window window,
+                                                      int tiles_y, int tiles_x, Candidate* best) {
   DYNAMIC_SHARED(Smem, s);
   const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   int64_t block = blockIdx.x;
@@ -127,8 +132,8 @@ __global__ __launch_bounds__(kThreads, 2) void kernel(Rows<float> query, Rows<fl
             const bool inside = image.contains(y, x);
             const float* rows = is_key ? key.rows : query.rows;
             const int64_t row = inside ? n * key.count + image.pixel(y, x) : 0;
-            copy_async<16>(&s.rows[chunk % 2][pixel][i % kVectors * 4], rows + row * key.row_channels + channel,
-                           inside ? 16 : 0);
+            copy_async<16>(&s.rows[chunk % 2][pixel][i % kVectors * 4],
+                           rows + row * key.row_channels + channel, inside ? 16 : 0);
           }
           copy_async_commit();
         };
@@ -149,12 +154,14 @@ __global__ __launch_bounds__(kThreads, 2) void kernel(Rows<float> query, Rows<fl
               q[i] = *reinterpret_cast<const float4*>(&rows[kKeys + warp * kTileX + i][4 * v]);
 #pragma unroll
             for (int column = 0; column < kColumns; ++column) {
-              const float4 k = *reinterpret_cast<const float4*>(&rows[(warp + lane) * kColumns + column][4 * v]);
+              const float4 k =
+                  *reinterpret_cast<const float4*>(&rows[(warp + lane) * kColumns + column][4 * v]);
 #pragma unroll
               for (int i = 0; i < kTileX; ++i) {
                 const int j = column - i;
                 if (j < 0 || j >= kShiftsX) continue;
-                dot[i][j] = fmaf(q[i].w, k.w, fmaf(q[i].z, k.z, fmaf(q[i].y, k.y, fmaf(q[i].x, k.x, dot[i][j]))));
+                dot[i][j] =
+                    fmaf(q[i].w, k.w, fmaf(q[i].z, k.z, fmaf(q[i].y, k.y, fmaf(q[i].x, k.x, dot[i][j]))));
               }
             }
           }
@@ -170,7 +177,8 @@ __global__ __launch_bounds__(kThreads, 2) void kernel(Rows<float> query, Rows<fl
         for (int i = 0; i < kTileX; ++i)
 #pragma unroll
           for (int j = 0; j < kShiftsX; ++j)
-            dot[i][j] = s.half_norm[key_row * kColumns + i + j] - dot[i][j] + 0.f;  // the score; never negative zero
+            dot[i][j] =
+                s.half_norm[key_row * kColumns + i + j] - dot[i][j] + 0.f;  // the score; never negative zero
         for (; present; present &= present - 1) {
           const int bit = __ffs(int(present)) - 1, object = word * kObjectsPerWord + bit;
           unsigned members = 0;  // the columns of the lane's key row that belong to the object
@@ -210,19 +218,21 @@ __global__ __launch_bounds__(kThreads, 2) void kernel(Rows<float> query, Rows<fl
   }
 }
 
-void select(const Rows<float>& query, const Rows<float>& key, const Window& window, int64_t batch, Candidate* best,
-            Stream stream) {
+void select(const Rows<float>& query, const Rows<float>& key, const Window& window, int64_t batch,
+            Candidate* best, Stream stream) {
   const int tiles_y = ceil_div(ceil_div(window.height, window.dilation), kTileY);
   const int tiles_x = ceil_div(ceil_div(window.width, window.dilation), kTileX);
   const int64_t blocks = batch * window.phases_y * window.phases_x * tiles_y * tiles_x;
   STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
-  LAUNCH(kernel, dim3(unsigned(blocks)), dim3(kThreads), sizeof(Smem), stream, query, key, window, tiles_y, tiles_x, best);
+  LAUNCH(kernel, dim3(unsigned(blocks)), dim3(kThreads), sizeof(Smem), stream, query, key, window, tiles_y,
+         tiles_x, best);
 }
 }  // namespace fma
 
 std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key, const Tensor& mask,
                                           torch::headeronly::IntHeaderOnlyArrayRef radius, int64_t dilation,
-                                          const std::optional<Tensor>& query_mask, std::string_view precision) {
+                                          const std::optional<Tensor>& query_mask,
+                                          std::string_view precision) {
   check_shape("query", query, {kAnySize, kAnySize, kAnySize, kAnySize});
   const int64_t batch = query.size(0), height = query.size(2), width = query.size(3);
   check_shape("key", key, {batch, query.size(1), height, width});
@@ -234,7 +244,8 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
     check_dtype("query_mask", *query_mask, ScalarType::Bool);
   }
   const int64_t rings = int64_t(radius.size());
-  STD_TORCH_CHECK(rings >= 1 && rings <= kMostRings, "radius must have 1 to ", std::to_string(kMostRings), " values");
+  STD_TORCH_CHECK(rings >= 1 && rings <= kMostRings, "radius must have 1 to ", std::to_string(kMostRings),
+                  " values");
   STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1");
   parse_precision(precision);
 
@@ -249,7 +260,8 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
   window.words = ceil_div(window.objects, kObjectsPerWord);
   window.rings = int(rings);
   for (int64_t i = 0; i < rings; ++i) {
-    STD_TORCH_CHECK(radius[i] >= 0 && (i == 0 || radius[i] > radius[i - 1]), "radius must be ascending and not negative");
+    STD_TORCH_CHECK(radius[i] >= 0 && (i == 0 || radius[i] > radius[i - 1]),
+                    "radius must be ascending and not negative");
     window.radius[i] = int(std::min(radius[i] / dilation, longest));
   }
 
@@ -267,7 +279,8 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
   dispatch(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
     PackedRows query_memory, key_memory;
-    const auto q = pack<S, float>(query, wanted ? &*wanted : nullptr, Side::kQuery, ScalarType::Float, stream, query_memory);
+    const auto q = pack<S, float>(query, wanted ? &*wanted : nullptr, Side::kQuery, ScalarType::Float, stream,
+                                  query_memory);
     const auto k = pack<S, float>(key, &mask, Side::kKeyWithObjects, ScalarType::Float, stream, key_memory);
     fma::select(q, k, window, batch, candidates, stream);
     finish(candidates, q, k, batch, window.objects, window.rings, Slots::kRings, distance, index, stream);
@@ -278,4 +291,6 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
 }  // namespace
 }  // namespace vosops::cuda
 
-VOSOPS_CUDA_LIBRARY(m) { m.impl("local_matching", TORCH_BOX(&vosops::cuda::local_matching)); }
+VOSOPS_CUDA_LIBRARY(m) {
+  m.impl("local_matching", TORCH_BOX(&vosops::cuda::local_matching));
+}

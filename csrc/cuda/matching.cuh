@@ -1,12 +1,15 @@
 // What local and global matching share around their inner loops.
 //
-// pack:    the strided, channel-major input becomes rows of contiguous channels (a row per pixel, zeros behind the last
-//          channel), so that inner loops copy 16 bytes at a time and know no strides; NaN and infinity become zeros there
-//          and live on in one number per pixel: half the squared norm of a key (+inf: it never wins), the state of a query.
+// pack:    the strided, channel-major input becomes rows of contiguous channels (a row per pixel, zeros
+// behind the last
+//          channel), so that inner loops copy 16 bytes at a time and know no strides; NaN and infinity become
+//          zeros there and live on in one number per pixel: half the squared norm of a key (+inf: it never
+//          wins), the state of a query.
 // select:  the ops' own kernels minimise |k|^2 / 2 - q.k and keep a Candidate per slot and query.
 // finish:  recomputes the distance of each chosen pixel as sum (q - k)^2 and writes both outputs.
 //
-// Bytes: pack reads and writes each input once (a copy of both inputs in all), finish reads two rows per slot and query.
+// Bytes: pack reads and writes each input once (a copy of both inputs in all), finish reads two rows per slot
+// and query.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,7 +29,8 @@ namespace vosops::cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kObjectsPerWord = 32;
-constexpr int64_t kMostPixels = (int64_t{1} << 31) - 1;  // of one batch element: flat indices are 32 bits in kernels
+constexpr int64_t kMostPixels =
+    (int64_t{1} << 31) - 1;  // of one batch element: flat indices are 32 bits in kernels
 
 template <class A>
 __host__ __device__ constexpr A ceil_div(A a, A b) {
@@ -56,8 +60,9 @@ struct Pixels {
 
   __host__ __device__ int64_t count() const { return int64_t{frames} * height * width; }
   __host__ __device__ int64_t offset(int64_t n, int64_t pixel) const {
-    const int64_t row = pixel / width;
-    return n * batch_stride + row / height * frame_stride + row % height * y_stride + pixel % width * x_stride;
+    const unsigned row = unsigned(pixel) / unsigned(width), x = unsigned(pixel) % unsigned(width);
+    return n * batch_stride + row / unsigned(height) * frame_stride + row % unsigned(height) * y_stride +
+           x * x_stride;
   }
 };
 
@@ -89,31 +94,37 @@ struct Rows {
 };
 
 constexpr int kRowGranule = 16;  // channels of a row are padded to a multiple of this
-constexpr int kPackPixels = 32, kPackChannels = 64, kPackThreads = 256, kPackLanes = kPackThreads / kPackPixels;
+constexpr int kPackPixels = 32, kPackChannels = 64, kPackThreads = 256,
+              kPackLanes = kPackThreads / kPackPixels;
 
 struct PackSmem {
+  int64_t offset[kPackPixels];
   float tile[kPackPixels][kPackChannels + 1];
 };
 
-// A block packs 32 pixels, 64 channels at a time. `mask` is the query mask (N, 1, H, W), the object masks (N, O, H, W),
-// or absent (data null).
+// A block packs 32 pixels, 64 channels at a time. `mask` is the query mask (N, 1, H, W), the object masks (N,
+// O, H, W), or absent (data null).
 template <class S, class E>
-__global__ __launch_bounds__(kPackThreads) void pack_kernel(Pixels<S> source, Pixels<bool> mask, Rows<E> out) {
+__global__ __launch_bounds__(kPackThreads) void pack_kernel(Pixels<S> source, Pixels<bool> mask,
+                                                            Rows<E> out) {
   DYNAMIC_SHARED(PackSmem, s);
-  const int64_t count = source.count(), tiles = ceil_div(count, int64_t{kPackPixels});
-  const int64_t n = blockIdx.x / tiles, first = blockIdx.x % tiles * kPackPixels;
+  const int64_t count = source.count();
+  const unsigned tiles = unsigned(ceil_div(count, int64_t{kPackPixels}));
+  const int64_t n = blockIdx.x / tiles, first = blockIdx.x % tiles * int64_t{kPackPixels};
   const bool channels_innermost = source.channel_stride == 1;
   const int own = int(threadIdx.x) / kPackLanes, own_lane = int(threadIdx.x) % kPackLanes;
   float square = 0;
   bool infinite = false, undefined = false;
+  if (threadIdx.x < kPackPixels)
+    s.offset[threadIdx.x] = source.offset(n, min(first + int64_t{threadIdx.x}, count - 1));
+  __syncthreads();
   for (int start = 0; start < out.row_channels; start += kPackChannels) {
     for (int i = int(threadIdx.x); i < kPackPixels * kPackChannels; i += kPackThreads) {
       const int pixel = channels_innermost ? i / kPackChannels : i % kPackPixels;
       const int channel = channels_innermost ? i % kPackChannels : i / kPackPixels;
       const bool inside = first + pixel < count && start + channel < source.channels;
       s.tile[pixel][channel] =
-          inside ? to_float(source.data[source.offset(n, first + pixel) + (start + channel) * source.channel_stride])
-                 : 0.f;
+          inside ? to_float(source.data[s.offset[pixel] + (start + channel) * source.channel_stride]) : 0.f;
     }
     __syncthreads();
     for (int channel = own_lane; channel < kPackChannels; channel += kPackLanes) {
@@ -150,7 +161,9 @@ __global__ __launch_bounds__(kPackThreads) void pack_kernel(Pixels<S> source, Pi
       unsigned bits = 0;
       const int last = min(mask.channels - word * kObjectsPerWord, kObjectsPerWord);
       for (int o = 0; o < last; ++o)
-        bits |= unsigned(mask.data[mask.offset(n, pixel) + (word * kObjectsPerWord + o) * mask.channel_stride]) << o;
+        bits |=
+            unsigned(mask.data[mask.offset(n, pixel) + (word * kObjectsPerWord + o) * mask.channel_stride])
+            << o;
       out.objects[(n * words + word) * count + pixel] = bits;
     }
   }
@@ -164,21 +177,24 @@ struct PackedRows {
 enum class Side { kQuery, kKey, kKeyWithObjects };
 
 template <class S, class E>
-Rows<E> pack(const Tensor& tensor, const Tensor* mask, Side side, ScalarType row_type, Stream stream, PackedRows& memory) {
+Rows<E> pack(const Tensor& tensor, const Tensor* mask, Side side, ScalarType row_type, Stream stream,
+             PackedRows& memory) {
   const Pixels<S> source = pixels<S>(tensor);
   const int64_t batch = tensor.size(0), count = source.count();
   STD_TORCH_CHECK(count <= kMostPixels, "a batch element is limited to 2^31 - 1 pixels");
   Rows<E> out{};
   out.count = count;
   out.row_channels = ceil_div(source.channels, kRowGranule) * kRowGranule;
-  memory.rows = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, count, out.row_channels}, row_type);
+  memory.rows =
+      torch::stable::new_empty(tensor, std::vector<int64_t>{batch, count, out.row_channels}, row_type);
   memory.per_pixel = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, count}, ScalarType::Float);
   out.rows = static_cast<E*>(memory.rows.mutable_data_ptr());
   auto* numbers = static_cast<float*>(memory.per_pixel.mutable_data_ptr());
   (side == Side::kQuery ? out.state : out.half_norm) = numbers;
   if (side == Side::kKeyWithObjects) {
     const int64_t words = ceil_div(mask->size(1), int64_t{kObjectsPerWord});
-    memory.objects = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, words, count}, ScalarType::Int);
+    memory.objects =
+        torch::stable::new_empty(tensor, std::vector<int64_t>{batch, words, count}, ScalarType::Int);
     out.objects = static_cast<unsigned*>(memory.objects.mutable_data_ptr());
   }
   const int64_t blocks = batch * ceil_div(count, int64_t{kPackPixels});
@@ -197,16 +213,18 @@ __device__ __forceinline__ bool closer(float d, int64_t i, float than_d, int64_t
   return d < than_d || (d == than_d && i >= 0 && i < than_i);
 }
 
-// Eight lanes per object and query. Rings: a slot that an inner ring beats takes its pixel. Neighbours: sorted again, since the
-// recomputed distances may differ in their last bits.
+// Eight lanes per object and query. Rings: a slot that an inner ring beats takes its pixel. Neighbours:
+// sorted again, since the recomputed distances may differ in their last bits.
 template <class E>
-__global__ __launch_bounds__(kFinishThreads) void finish_kernel(const Candidate* best, Rows<E> query, Rows<E> key,
-                                                                int64_t batch, int objects, int slots, Slots kind,
-                                                                float* distance, int64_t* index) {
+__global__ __launch_bounds__(kFinishThreads) void finish_kernel(const Candidate* best, Rows<E> query,
+                                                                Rows<E> key, int64_t batch, int objects,
+                                                                int slots, Slots kind, float* distance,
+                                                                int64_t* index) {
   const int lane = int(threadIdx.x) % kFinishLanes;
   const int64_t group = (int64_t{blockIdx.x} * kFinishThreads + threadIdx.x) / kFinishLanes;
   const bool live = group < batch * objects * query.count;
-  const int64_t p = live ? group % query.count : 0, image = live ? group / query.count : 0, n = image / objects;
+  const int64_t p = live ? group % query.count : 0, image = live ? group / query.count : 0,
+                n = image / objects;
   const float state = query.state[n * query.count + p];
   const E* q = query.rows + (n * query.count + p) * query.row_channels;
   float best_d = INFINITY;
@@ -218,7 +236,8 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const Candidate*
     float d = 0;
     if (i >= 0) {
       const E* k = key.rows + (n * key.count + i) * key.row_channels;
-      for (int first = lane * Vector<E>::kSize; first < key.row_channels; first += kFinishLanes * Vector<E>::kSize) {
+      for (int first = lane * Vector<E>::kSize; first < key.row_channels;
+           first += kFinishLanes * Vector<E>::kSize) {
         const auto a = *reinterpret_cast<const Vector<E>*>(q + first);
         const auto b = *reinterpret_cast<const Vector<E>*>(k + first);
 #pragma unroll
@@ -256,12 +275,12 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(const Candidate*
 }
 
 template <class E>
-void finish(const Candidate* best, const Rows<E>& query, const Rows<E>& key, int64_t batch, int objects, int slots,
-            Slots kind, Tensor& distance, Tensor& index, Stream stream) {
+void finish(const Candidate* best, const Rows<E>& query, const Rows<E>& key, int64_t batch, int objects,
+            int slots, Slots kind, Tensor& distance, Tensor& index, Stream stream) {
   const int64_t blocks = ceil_div(batch * objects * query.count * kFinishLanes, int64_t{kFinishThreads});
   STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
-  LAUNCH(finish_kernel<E>, dim3(unsigned(blocks)), dim3(kFinishThreads), 0, stream, best, query, key, batch, objects,
-         slots, kind, distance.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
+  LAUNCH(finish_kernel<E>, dim3(unsigned(blocks)), dim3(kFinishThreads), 0, stream, best, query, key, batch,
+         objects, slots, kind, distance.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
 }
 
 // ---- Hosts ----

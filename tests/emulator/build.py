@@ -107,6 +107,13 @@ def build_library(mode: str = "checked") -> Path:
     return compile_and_link([*sources, ROOT / "csrc/ops.cpp"], mode, "libvosops_emulated", flags, ["-shared"])
 
 
+def load_emulated_ops() -> None:
+    """Make `torch.ops.vosops_emulated` available; the environment variable VOSOPS_EMULATOR_MODE chooses the build."""
+    import torch
+
+    torch.ops.load_library(str(build_library(os.environ.get("VOSOPS_EMULATOR_MODE", "checked"))))
+
+
 def build_cases(mode: str = "checked") -> Path:
     """The program of the emulator's own tests."""
     return compile_and_link([HERE / "cases.cu"], mode, "cases", [], [])

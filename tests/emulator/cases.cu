@@ -1,5 +1,5 @@
-// Kernels with one planted fault each, and their correct twins: `cases NAME` runs one and prints "ok" or the fault.
-// Built by test_emulator.py, which says what each must print.
+// Kernels with one planted fault each, and their correct twins: `cases NAME` runs one and prints "ok" or the
+// fault. Built by test_emulator.py, which says what each must print.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -12,7 +12,8 @@
 
 #define LAUNCH(kernel, grid, block, shared_bytes, ...) \
   emulator::launch(#kernel, kernel, grid, block, shared_bytes, nullptr, __VA_ARGS__)
-#define DYNAMIC_SHARED(Struct, name) Struct& name = *static_cast<Struct*>(emulator::shared_memory(sizeof(Struct)))
+#define DYNAMIC_SHARED(Struct, name) \
+  Struct& name = *static_cast<Struct*>(emulator::shared_memory(sizeof(Struct)))
 
 using vosops::cuda::bfloat16;
 using vosops::cuda::copy_async;
@@ -111,9 +112,13 @@ __global__ void write_everywhere(float* out, int count) {
   if (i < count) out[i] = 1;
 }
 
-__global__ void global_race(float* out) { out[threadIdx.x / 2] = 1; }
+__global__ void global_race(float* out) {
+  out[threadIdx.x / 2] = 1;
+}
 
-__global__ void block_race(float* out) { out[threadIdx.x] = float(blockIdx.x); }
+__global__ void block_race(float* out) {
+  out[threadIdx.x] = float(blockIdx.x);
+}
 
 __global__ void misaligned(const float* x, float4* out) {
   out[threadIdx.x] = *reinterpret_cast<const float4*>(x + 1 + 4 * threadIdx.x);
@@ -182,7 +187,8 @@ void shuffle_case() {
     const int lane = i % 32;
     const int* mine = out.data() + 12 * i;
     require(mine[0] == 5 && mine[1] == (lane ^ 16), "__shfl_sync, __shfl_xor_sync");
-    require(mine[2] == (lane < 29 ? lane + 3 : lane) && mine[3] == (lane < 3 ? lane : lane - 3), "__shfl_down, _up");
+    require(mine[2] == (lane < 29 ? lane + 3 : lane) && mine[3] == (lane < 3 ? lane : lane - 3),
+            "__shfl_down, _up");
     require(mine[4] == lane / 8 * 8 + 1, "__shfl_sync with a width");
     require(unsigned(mine[5]) == 0x49249249u && unsigned(mine[6]) == 0xffu << lane / 8 * 8, "ballot, match");
     require(mine[7] == 4 && mine[8] == 496, "reductions");
@@ -233,7 +239,8 @@ void multiply_case() {
     }
 }
 
-// The same product with the fragments loaded by ldmatrix: A by rows, B either by columns (plain) or by rows (transposed).
+// The same product with the fragments loaded by ldmatrix: A by rows, B either by columns (plain) or by rows
+// (transposed).
 struct Tiles {
   alignas(16) bfloat16 a[16][16], b_columns[8][16], b_rows[16][8];
 };
@@ -302,11 +309,13 @@ int main(int argc, char** argv) {
       {"stale_read", [&] { simple(stale_read, 2, 64, out.data()); }},
       {"shared_overflow", [&] { simple(shared_overflow, 1, 256, out.data(), 256); }},
       {"shared_in_bounds", [&] { simple(shared_overflow, 1, 256, out.data(), 0); }},
-      {"global_in_bounds", [] {
+      {"global_in_bounds",
+       [] {
          std::vector<float> small(200);
          simple(write_everywhere, 1, 256, small.data(), 200);
        }},
-      {"global_overflow", [] {
+      {"global_overflow",
+       [] {
          std::vector<float> small(200);
          simple(write_everywhere, 1, 256, small.data(), 201);
        }},
@@ -325,8 +334,7 @@ int main(int argc, char** argv) {
        }},
       {"never_waits", [&] { simple(never_waits, 1, 32, x.data()); }},
       {"block_too_large", [&] { simple(write_everywhere, 1, 1025, out.data(), 0); }},
-      {"grid_too_large",
-       [&] { LAUNCH(write_everywhere, dim3(1, 65536), dim3(1), 0, out.data(), 0); }},
+      {"grid_too_large", [&] { LAUNCH(write_everywhere, dim3(1, 65536), dim3(1), 0, out.data(), 0); }},
       {"shared_164k", [&] { LAUNCH(write_everywhere, dim3(1), dim3(1), 164 << 10, out.data(), 0); }},
       {"shuffles", shuffle_case},
       {"mma_float16", multiply_case<vosops::cuda::half, 16>},

@@ -1,4 +1,5 @@
-// The scheduler of emulator.h and its checks. Never compiled with -fsanitize=thread: the kernels are, and their calls of
+// The scheduler of emulator.h and its checks. Never compiled with -fsanitize=thread: the kernels are, and
+// their calls of
 // __tsan_read4 and its siblings arrive here, at the end of the file.
 #include "emulator.h"
 
@@ -41,7 +42,8 @@ constexpr unsigned kMaxThreads = 1024;
 struct Context {
   void* stack_pointer;
 };
-// Pushes the callee-saved registers, stores the stack pointer in *save, and continues where `load` was stored.
+// Pushes the callee-saved registers, stores the stack pointer in *save, and continues where `load` was
+// stored.
 extern "C" void emulator_switch(void** save, void* load);
 asm(R"(
 .text
@@ -66,12 +68,14 @@ emulator_switch:
 )");
 void prepare(Context& context, char* stack, void (*entry)()) {
   auto* top = reinterpret_cast<void**>(stack + kStackBytes);
-  *--top = nullptr;                           // what `entry` would return to; keeps its stack pointer 8 past a multiple of 16
-  *--top = reinterpret_cast<void*>(entry);    // what emulator_switch returns to
+  *--top = nullptr;  // what `entry` would return to; keeps its stack pointer 8 past a multiple of 16
+  *--top = reinterpret_cast<void*>(entry);  // what emulator_switch returns to
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   context.stack_pointer = top;
 }
-void switch_context(Context& from, Context& to) { emulator_switch(&from.stack_pointer, to.stack_pointer); }
+void switch_context(Context& from, Context& to) {
+  emulator_switch(&from.stack_pointer, to.stack_pointer);
+}
 #else
 using Context = ucontext_t;
 void prepare(Context& context, char* stack, void (*entry)()) {
@@ -81,7 +85,9 @@ void prepare(Context& context, char* stack, void (*entry)()) {
   context.uc_link = nullptr;
   makecontext(&context, entry, 0);
 }
-void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+void switch_context(Context& from, Context& to) {
+  swapcontext(&from, &to);
+}
 #endif
 
 enum class State { kReady, kAtBarrier, kAtCollective, kDone };
@@ -134,7 +140,9 @@ const void* scheduler_stack;
 size_t scheduler_stack_size;
 #endif
 
-Thread& self() { return *static_cast<Thread*>(running); }
+Thread& self() {
+  return *static_cast<Thread*>(running);
+}
 
 void to_scheduler(bool finished = false) {
   Thread& me = self();
@@ -164,8 +172,8 @@ void to_thread(Thread& thread) {
 
 std::string where(const ThreadView& t) {
   char text[160];
-  snprintf(text, sizeof text, "block (%u,%u,%u) thread (%u,%u,%u)", t.block_index.x, t.block_index.y, t.block_index.z,
-           t.thread_index.x, t.thread_index.y, t.thread_index.z);
+  snprintf(text, sizeof text, "block (%u,%u,%u) thread (%u,%u,%u)", t.block_index.x, t.block_index.y,
+           t.block_index.z, t.thread_index.x, t.thread_index.y, t.thread_index.z);
   return text;
 }
 
@@ -202,8 +210,9 @@ std::string describe(const Thread& t) {
 }
 
 // ---- The shadow: who touched each byte last ----
-// Two accesses of one byte, not both reads and not both atomic, are a race if no barrier lies between them. Epochs count
-// the block barriers and the blocks of all launches, warp epochs the __syncwarp()s that every live lane of the warp joins.
+// Two accesses of one byte, not both reads and not both atomic, are a race if no barrier lies between them.
+// Epochs count the block barriers and the blocks of all launches, warp epochs the __syncwarp()s that every
+// live lane of the warp joins.
 constexpr uint16_t kAtomic = 0x8000, kManyWarps = 0x4000, kManyLanes = 0x2000, kWarpShift = 5;
 struct Mark {
   uint32_t epoch = 0;
@@ -277,7 +286,8 @@ Cell& global_cell(uintptr_t address) {
 bool ordered(const Mark& mark, unsigned warp) {
   if (mark.epoch != epoch) return true;
   if (mark.thread & kManyWarps) return false;
-  return unsigned(mark.thread & (kMaxThreads - 1)) >> kWarpShift == warp && mark.warp_epoch != warp_epochs[warp];
+  return unsigned(mark.thread & (kMaxThreads - 1)) >> kWarpShift == warp &&
+         mark.warp_epoch != warp_epochs[warp];
 }
 
 void check(uintptr_t address, size_t bytes, Access access, const void* code) {
@@ -288,13 +298,15 @@ void check(uintptr_t address, size_t bytes, Access access, const void* code) {
   if (!in_shared) {
     if (address - reinterpret_cast<uintptr_t>(stacks) < kStackBytes * kMaxThreads) return;
     if (shared_size && offset + kGuardBytes < shared_size + 2 * kGuardBytes) {
-      report("bounds", code, "access out of bounds of shared memory: byte " + std::to_string(ptrdiff_t(offset)) + " of " +
-                                 std::to_string(shared_size));
+      report("bounds", code,
+             "access out of bounds of shared memory: byte " + std::to_string(ptrdiff_t(offset)) + " of " +
+                 std::to_string(shared_size));
       return;
     }
   } else if (offset + bytes > shared_size) {
-    report("bounds", code, "access past the end of shared memory: bytes " + std::to_string(offset) + " to " +
-                               std::to_string(offset + bytes) + " of " + std::to_string(shared_size));
+    report("bounds", code,
+           "access past the end of shared memory: bytes " + std::to_string(offset) + " to " +
+               std::to_string(offset + bytes) + " of " + std::to_string(shared_size));
     bytes = shared_size - offset;
   }
   const auto name = [&](size_t i) {
@@ -302,7 +314,8 @@ void check(uintptr_t address, size_t bytes, Access access, const void* code) {
   };
   const auto other = [](const Mark& m) {
     if (m.thread & kManyWarps) return std::string("several warps");
-    if (m.thread & kManyLanes) return "several lanes of warp " + std::to_string((m.thread & 1023) >> kWarpShift);
+    if (m.thread & kManyLanes)
+      return "several lanes of warp " + std::to_string((m.thread & 1023) >> kWarpShift);
     return "thread " + std::to_string(m.thread & 1023);
   };
   for (size_t i = 0; i < bytes; ++i) {
@@ -310,8 +323,9 @@ void check(uintptr_t address, size_t bytes, Access access, const void* code) {
     const bool atomic = access == Access::kAtomic && (cell.write.thread & kAtomic);
     const bool own_write = (cell.write.thread & ~kAtomic) == slot;
     if (cell.pending) {
-      report("pending", code, name(i) + " is touched while a cp.async of thread " + std::to_string(cell.pending - 1) +
-                                  " to it is under way");
+      report("pending", code,
+             name(i) + " is touched while a cp.async of thread " + std::to_string(cell.pending - 1) +
+                 " to it is under way");
       cell.pending = 0;
     }
     if (in_shared && access != Access::kWrite && cell.write.epoch < block_epoch)
@@ -324,12 +338,14 @@ void check(uintptr_t address, size_t bytes, Access access, const void* code) {
     if (access == Access::kRead) {
       Mark mark{epoch, uint16_t(slot), warp_epochs[warp]};
       if (!ordered(cell.read, warp) && cell.read.thread != slot) {
-        bool same_warp = !(cell.read.thread & kManyWarps) && unsigned(cell.read.thread & 1023) >> kWarpShift == warp;
+        bool same_warp =
+            !(cell.read.thread & kManyWarps) && unsigned(cell.read.thread & 1023) >> kWarpShift == warp;
         mark.thread = same_warp ? uint16_t(kManyLanes | warp << kWarpShift) : kManyWarps;
       } else if (cell.read.epoch == epoch && (cell.read.thread & kManyWarps)) {
         mark.thread = kManyWarps;
       }
-      if (cell.read.epoch >= launch_epoch && cell.read.epoch < block_epoch) cell.read_by_blocks = launch_epoch;
+      if (cell.read.epoch >= launch_epoch && cell.read.epoch < block_epoch)
+        cell.read_by_blocks = launch_epoch;
       cell.read = mark;
     } else {
       if (!race && !ordered(cell.read, warp) && cell.read.thread != slot)
@@ -372,7 +388,8 @@ void run_warps(unsigned count, std::vector<unsigned>& warps) {
   }
 }
 
-// All threads wait or have ended: lets the block pass its barrier, or says who is missing. False once all have ended.
+// All threads wait or have ended: lets the block pass its barrier, or says who is missing. False once all
+// have ended.
 bool release_barrier(unsigned count) {
   unsigned done = 0;
   const Thread* first = nullptr;
@@ -385,12 +402,14 @@ bool release_barrier(unsigned count) {
         unsigned slot = i / kWarpSize * kWarpSize + lane;
         if (!(t.mask >> lane & 1)) continue;
         if (slot >= count) {
-          failure = where(t) + " " + describe(t) + ", which names lane " + std::to_string(lane) + ", but the block ends before it";
+          failure = where(t) + " " + describe(t) + ", which names lane " + std::to_string(lane) +
+                    ", but the block ends before it";
           return false;
         }
         const Thread& peer = *threads[slot];
         if (peer.state != State::kAtCollective || peer.combine != t.combine || peer.mask != t.mask) {
-          failure = "divergent warp: " + where(t) + " " + describe(t) + ", but its lane " + std::to_string(lane) + " " + describe(peer);
+          failure = "divergent warp: " + where(t) + " " + describe(t) + ", but its lane " +
+                    std::to_string(lane) + " " + describe(peer);
           return false;
         }
       }
@@ -402,7 +421,8 @@ bool release_barrier(unsigned count) {
   for (unsigned i = 0; i < count; ++i) {
     Thread& t = *threads[i];
     if (t.state != State::kAtBarrier || t.line != first->line) {
-      failure = "divergent barrier: " + where(*first) + " " + describe(*first) + ", but " + where(t) + " " + describe(t);
+      failure = "divergent barrier: " + where(*first) + " " + describe(*first) + ", but " + where(t) + " " +
+                describe(t);
       return false;
     }
   }
@@ -419,7 +439,8 @@ void allocate(unsigned count) {
                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (stacks == MAP_FAILED) throw std::bad_alloc();
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
-    for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStackBytes, page, PROT_NONE);  // overflow faults
+    for (unsigned i = 0; i < kMaxThreads; ++i)
+      mprotect(stacks + i * kStackBytes, page, PROT_NONE);  // overflow faults
   }
   while (threads.size() < count) {
     threads.push_back(std::make_unique<Thread>());
@@ -429,7 +450,8 @@ void allocate(unsigned count) {
 
 void run_block(dim3 grid, dim3 block, uint3 index, unsigned count, size_t shared_bytes) {
 #ifdef __SANITIZE_ADDRESS__
-  std::unique_ptr<char, decltype(&free)> storage(static_cast<char*>(aligned_alloc(1024, shared_bytes ? shared_bytes : 1024)), free);
+  std::unique_ptr<char, decltype(&free)> storage(
+      static_cast<char*>(aligned_alloc(1024, shared_bytes ? shared_bytes : 1024)), free);
   shared = storage.get();  // the sanitizer guards its ends
 #else
   shared_storage.resize(shared_bytes + 2 * kGuardBytes + 1024);
@@ -477,21 +499,26 @@ Limits limits() {
 std::string bad_configuration(dim3 grid, dim3 block, size_t shared_bytes) {
   const Limits limit = limits();
   const auto reject = [&](const char* what, size_t value, size_t most) {
-    return std::string(what) + " " + std::to_string(value) + " is over the limit of " + std::to_string(most) + " of " + limit.name;
+    return std::string(what) + " " + std::to_string(value) + " is over the limit of " + std::to_string(most) +
+           " of " + limit.name;
   };
-  if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z) return "a grid or block without threads";
-  if (size_t(block.x) * block.y * block.z > kMaxThreads) return reject("block size", size_t(block.x) * block.y * block.z, kMaxThreads);
+  if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z)
+    return "a grid or block without threads";
+  if (size_t(block.x) * block.y * block.z > kMaxThreads)
+    return reject("block size", size_t(block.x) * block.y * block.z, kMaxThreads);
   if (block.z > 64) return reject("block.z", block.z, 64);
   if (grid.x > 0x7fffffff) return reject("grid.x", grid.x, 0x7fffffff);
   if (grid.y > 65535) return reject("grid.y", grid.y, 65535);
   if (grid.z > 65535) return reject("grid.z", grid.z, 65535);
-  if (shared_bytes > limit.shared_bytes) return reject("dynamic shared memory", shared_bytes, limit.shared_bytes);
+  if (shared_bytes > limit.shared_bytes)
+    return reject("dynamic shared memory", shared_bytes, limit.shared_bytes);
   return "";
 }
 
 }  // namespace
 
-void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* context) {
+void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*),
+         const void* context) {
   std::lock_guard lock(machine_mutex);
   if (auto problem = bad_configuration(grid, block, shared_bytes); !problem.empty())
     throw Fault(std::string(name) + ": invalid launch: " + problem);
@@ -516,7 +543,9 @@ void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*ca
   }
   for (size_t i = 0; i < blocks && failure.empty(); ++i) {
     const size_t b = shuffled ? order[i] : i;
-    run_block(grid, block, {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)}, count, shared_bytes);
+    run_block(grid, block,
+              {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)}, count,
+              shared_bytes);
   }
   shared = nullptr;
   shared_size = 0;
@@ -526,13 +555,15 @@ void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*ca
   if (!reports.empty()) {
     text += (failure.empty() ? "" : "\n") + std::to_string(report_count) + " faults";
     for (const auto& r : reports)
-      text += "\n  " + std::string(r.kind) + ": " + r.text + source_line(r.code) + " (" + std::to_string(r.count) + " times)";
+      text += "\n  " + std::string(r.kind) + ": " + r.text + source_line(r.code) + " (" +
+              std::to_string(r.count) + " times)";
   }
   throw Fault(text);
 }
 
 void* shared_memory(size_t bytes) {
-  if (bytes > shared_size) fail("a struct of %zu bytes in %zu bytes of dynamic shared memory", bytes, shared_size);
+  if (bytes > shared_size)
+    fail("a struct of %zu bytes in %zu bytes of dynamic shared memory", bytes, shared_size);
   return shared;
 }
 
@@ -540,7 +571,9 @@ bool is_shared(const volatile void* address) {
   return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(shared) < shared_size;
 }
 
-size_t shared_limit() { return limits().shared_bytes; }
+size_t shared_limit() {
+  return limits().shared_bytes;
+}
 
 int block_reduce(int predicate, int line) {
   Thread& me = self();
@@ -551,7 +584,9 @@ int block_reduce(int predicate, int line) {
   return barrier_count;
 }
 
-void block_barrier(int line) { block_reduce(0, line); }
+void block_barrier(int line) {
+  block_reduce(0, line);
+}
 
 void warp_collective(unsigned mask, const char* name, void* argument, Combine combine, bool orders_memory) {
   Thread& me = self();
@@ -586,7 +621,8 @@ void warp_collective(unsigned mask, const char* name, void* argument, Combine co
 }
 
 void touch(const volatile void* address, size_t bytes, Access access) {
-  if (checked && running) check(reinterpret_cast<uintptr_t>(address), bytes, access, __builtin_return_address(0));
+  if (checked && running)
+    check(reinterpret_cast<uintptr_t>(address), bytes, access, __builtin_return_address(0));
 }
 
 void fail(const char* format, ...) {
@@ -608,7 +644,8 @@ void copy_async(void* destination, const void* global, unsigned bytes, unsigned 
   if (reinterpret_cast<uintptr_t>(destination) % bytes) fail("cp.async to a misaligned address");
   if (source_bytes && reinterpret_cast<uintptr_t>(global) % bytes) fail("cp.async from a misaligned address");
   const size_t offset = size_t(static_cast<char*>(destination) - shared);
-  if (offset + bytes > shared_size) fail("cp.async to byte %zd of %zu of shared memory", ptrdiff_t(offset), shared_size);
+  if (offset + bytes > shared_size)
+    fail("cp.async to byte %zd of %zu of shared memory", ptrdiff_t(offset), shared_size);
   touch(destination, bytes, Access::kWrite);
   std::memset(destination, 0xff, bytes);
   if (checked)
@@ -616,7 +653,9 @@ void copy_async(void* destination, const void* global, unsigned bytes, unsigned 
   me.copies.push_back({destination, global, bytes, source_bytes, me.group});
 }
 
-void copy_async_commit() { ++self().group; }
+void copy_async_commit() {
+  ++self().group;
+}
 
 void copy_async_wait(unsigned groups_in_flight) {
   Thread& me = self();
@@ -647,58 +686,80 @@ inline void hook(const void* address, size_t bytes, emulator::Access access, con
 }
 }  // namespace
 #define CODE __builtin_return_address(0)
-#define ACCESS_HOOKS(n)                                                                                                    \
-  extern "C" void __tsan_read##n(void* p) { hook(p, n, emulator::Access::kRead, CODE); }                                   \
-  extern "C" void __tsan_write##n(void* p) { hook(p, n, emulator::Access::kWrite, CODE); }                                 \
-  extern "C" void __tsan_unaligned_read##n(void* p) { hook(p, n, emulator::Access::kRead, CODE); }                         \
-  extern "C" void __tsan_unaligned_write##n(void* p) { hook(p, n, emulator::Access::kWrite, CODE); }                       \
-  extern "C" void __tsan_volatile_read##n(void* p) { hook(p, n, emulator::Access::kRead, CODE); }                          \
-  extern "C" void __tsan_volatile_write##n(void* p) { hook(p, n, emulator::Access::kWrite, CODE); }
-ACCESS_HOOKS(1) ACCESS_HOOKS(2) ACCESS_HOOKS(4) ACCESS_HOOKS(8) ACCESS_HOOKS(16)
-extern "C" {
-void __tsan_init() { emulator::checked = true; }
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
-void __tsan_read_range(void* p, size_t n) { hook(p, n, emulator::Access::kRead, CODE); }
-void __tsan_write_range(void* p, size_t n) { hook(p, n, emulator::Access::kWrite, CODE); }
-void __tsan_atomic_thread_fence(int) {}
-void __tsan_atomic_signal_fence(int) {}
+#define ACCESS_HOOKS(n)                                \
+  extern "C" void __tsan_read##n(void* p) {            \
+    hook(p, n, emulator::Access::kRead, CODE);         \
+  }                                                    \
+  extern "C" void __tsan_write##n(void* p) {           \
+    hook(p, n, emulator::Access::kWrite, CODE);        \
+  }                                                    \
+  extern "C" void __tsan_unaligned_read##n(void* p) {  \
+    hook(p, n, emulator::Access::kRead, CODE);         \
+  }                                                    \
+  extern "C" void __tsan_unaligned_write##n(void* p) { \
+    hook(p, n, emulator::Access::kWrite, CODE);        \
+  }                                                    \
+  extern "C" void __tsan_volatile_read##n(void* p) {   \
+    hook(p, n, emulator::Access::kRead, CODE);         \
+  }                                                    \
+  extern "C" void __tsan_volatile_write##n(void* p) {  \
+    hook(p, n, emulator::Access::kWrite, CODE);        \
+  }
+ACCESS_HOOKS(1) ACCESS_HOOKS(2) ACCESS_HOOKS(4) ACCESS_HOOKS(8) ACCESS_HOOKS(16) extern "C" {
+  void __tsan_init() {
+    emulator::checked = true;
+  }
+  void __tsan_func_entry(void*) {}
+  void __tsan_func_exit() {}
+  void __tsan_vptr_update(void**, void*) {}
+  void __tsan_vptr_read(void**) {}
+  void __tsan_read_range(void* p, size_t n) {
+    hook(p, n, emulator::Access::kRead, CODE);
+  }
+  void __tsan_write_range(void* p, size_t n) {
+    hook(p, n, emulator::Access::kWrite, CODE);
+  }
+  void __tsan_atomic_thread_fence(int) {}
+  void __tsan_atomic_signal_fence(int) {}
 }
 // Host code (shared_ptr) uses these; kernels use the atomics of emulator.h.
-#define ATOMIC_HOOKS(bits)                                                                                                 \
-  extern "C" uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* p, int) {                           \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                          \
-  }                                                                                                                        \
-  extern "C" void __tsan_atomic##bits##_store(volatile uint##bits##_t* p, uint##bits##_t v, int) {                        \
-    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                                             \
-  }                                                                                                                        \
-  extern "C" uint##bits##_t __tsan_atomic##bits##_exchange(volatile uint##bits##_t* p, uint##bits##_t v, int) {           \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                                   \
-  }                                                                                                                        \
-  extern "C" uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* p, uint##bits##_t v, int) {          \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                                    \
-  }                                                                                                                        \
-  extern "C" uint##bits##_t __tsan_atomic##bits##_fetch_sub(volatile uint##bits##_t* p, uint##bits##_t v, int) {          \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                                    \
-  }                                                                                                                        \
-  extern "C" bool __tsan_atomic##bits##_compare_exchange_strong(volatile uint##bits##_t* p, uint##bits##_t* e,            \
-                                                                uint##bits##_t v, int, int) {                             \
-    return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                               \
-  }                                                                                                                        \
-  extern "C" bool __tsan_atomic##bits##_compare_exchange_weak(volatile uint##bits##_t* p, uint##bits##_t* e,              \
-                                                              uint##bits##_t v, int, int) {                               \
-    return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                               \
+#define ATOMIC_HOOKS(bits)                                                                                   \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* p, int) {              \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                             \
+  }                                                                                                          \
+  extern "C" void __tsan_atomic##bits##_store(volatile uint##bits##_t* p, uint##bits##_t v, int) {           \
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                                \
+  }                                                                                                          \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_exchange(volatile uint##bits##_t* p, uint##bits##_t v,     \
+                                                           int) {                                            \
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                      \
+  }                                                                                                          \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* p, uint##bits##_t v,    \
+                                                            int) {                                           \
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                       \
+  }                                                                                                          \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_fetch_sub(volatile uint##bits##_t* p, uint##bits##_t v,    \
+                                                            int) {                                           \
+    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                       \
+  }                                                                                                          \
+  extern "C" bool __tsan_atomic##bits##_compare_exchange_strong(                                             \
+      volatile uint##bits##_t* p, uint##bits##_t* e, uint##bits##_t v, int, int) {                           \
+    return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
+  }                                                                                                          \
+  extern "C" bool __tsan_atomic##bits##_compare_exchange_weak(volatile uint##bits##_t* p, uint##bits##_t* e, \
+                                                              uint##bits##_t v, int, int) {                  \
+    return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
   }
-ATOMIC_HOOKS(8) ATOMIC_HOOKS(16) ATOMIC_HOOKS(32) ATOMIC_HOOKS(64)
+ATOMIC_HOOKS(8)
+ATOMIC_HOOKS(16) ATOMIC_HOOKS(32) ATOMIC_HOOKS(64)
 
-// -fsanitize=alignment: a misaligned vector access is an error on the GPU.
-struct SourceLocation {
+    // -fsanitize=alignment: a misaligned vector access is an error on the GPU.
+    struct SourceLocation {
   const char* file;
   uint32_t line, column;
 };
 extern "C" void __ubsan_handle_type_mismatch_v1(SourceLocation* location, uintptr_t address) {
   if (emulator::running)
-    emulator::fail("misaligned access of address %zx at %s:%u", size_t(address), location->file, location->line);
+    emulator::fail("misaligned access of address %zx at %s:%u", size_t(address), location->file,
+                   location->line);
 }

@@ -1,5 +1,6 @@
 // CUDA's language and library, as far as csrc/cuda needs it, for a plain C++ compiler: see README.md.
-// Every thread of a block is a fibre; this header is what kernels see, emulator.cpp is the scheduler and the checks.
+// Every thread of a block is a fibre; this header is what kernels see, emulator.cpp is the scheduler and the
+// checks.
 #pragma once
 
 #include <bit>
@@ -49,12 +50,24 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
+inline int4 make_int4(int x, int y, int z, int w) {
+  return {x, y, z, w};
+}
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
 
 namespace emulator {
 
@@ -75,8 +88,9 @@ struct ThreadView {
 };
 extern __thread ThreadView* running;  // null outside kernels
 
-// Runs `call(context)` in every thread of the grid. Throws Fault for a bad configuration, a divergent barrier or,
-// in a checked build, any race, unwritten read, access out of bounds or misaligned access of shared memory.
+// Runs `call(context)` in every thread of the grid. Throws Fault for a bad configuration, a divergent barrier
+// or, in a checked build, any race, unwritten read, access out of bounds or misaligned access of shared
+// memory.
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*),
          const void* context);
 
@@ -84,12 +98,15 @@ void* shared_memory(size_t bytes);
 void block_barrier(int line);
 int block_reduce(int predicate, int line);  // the number of threads of the block whose predicate is not 0
 
-// Waits until every lane of `mask` is here, then `combine` runs once with every lane's argument (null outside the mask).
+// Waits until every lane of `mask` is here, then `combine` runs once with every lane's argument (null outside
+// the mask).
 using Combine = void (*)(void* const* arguments, unsigned mask);
-void warp_collective(unsigned mask, const char* name, void* argument, Combine combine, bool orders_memory = false);
+void warp_collective(unsigned mask, const char* name, void* argument, Combine combine,
+                     bool orders_memory = false);
 
 enum class Access { kRead, kWrite, kAtomic };
-void touch(const volatile void* address, size_t bytes, Access access);  // tells the checks of an access made elsewhere
+void touch(const volatile void* address, size_t bytes,
+           Access access);  // tells the checks of an access made elsewhere
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // cp.async: recorded now, carried out by the wait.
@@ -101,13 +118,14 @@ bool is_shared(const volatile void* address);
 size_t shared_limit();  // bytes that a block of the emulated architecture may have
 
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
-            Arguments&&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            void*, Arguments&&... arguments) {
   struct Context {
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> parameters;
   } context{kernel, {std::forward<Arguments>(arguments)...}};
-  run(name, grid, block, shared_bytes,
+  run(
+      name, grid, block, shared_bytes,
       [](const void* c) {
         const auto& k = *static_cast<const Context*>(c);
         std::apply(k.kernel, k.parameters);
@@ -126,7 +144,8 @@ T shuffle(unsigned mask, const char* name, T value, Source source) {
     for (unsigned i = 0; i < kWarpSize; ++i) {
       if (!(mask >> i & 1)) continue;
       auto* me = static_cast<Argument*>(lanes[i]);
-      if (!(mask >> me->source & 1)) fail("a shuffle reads lane %u, which its mask %08x leaves out", me->source, mask);
+      if (!(mask >> me->source & 1))
+        fail("a shuffle reads lane %u, which its mask %08x leaves out", me->source, mask);
       me->result = static_cast<Argument*>(lanes[me->source])->value;
     }
   });
@@ -166,7 +185,9 @@ template <class T, class Update>
 #define gridDim (emulator::running->grid_size)
 
 // ---- Barriers ----
-inline void __syncthreads(int line = __builtin_LINE()) { emulator::block_barrier(line); }
+inline void __syncthreads(int line = __builtin_LINE()) {
+  emulator::block_barrier(line);
+}
 inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
   return emulator::block_reduce(predicate, line);
 }
@@ -197,8 +218,9 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return emulator::shuffle(mask, "__shfl_down_sync", value,
-                           [=](unsigned me) { return me % width + delta < unsigned(width) ? me + delta : me; });
+  return emulator::shuffle(mask, "__shfl_down_sync", value, [=](unsigned me) {
+    return me % width + delta < unsigned(width) ? me + delta : me;
+  });
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
@@ -227,7 +249,8 @@ struct Matching {
   template <class T>
   unsigned operator()(const T* values, unsigned mask, unsigned lane) const {
     unsigned bits = 0;
-    for (unsigned i = 0; i < kWarpSize; ++i) bits |= unsigned((mask >> i & 1) && values[i] == values[lane]) << i;
+    for (unsigned i = 0; i < kWarpSize; ++i)
+      bits |= unsigned((mask >> i & 1) && values[i] == values[lane]) << i;
     return bits;
   }
 };
@@ -259,8 +282,12 @@ struct Union {
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return emulator::warp_reduce<int, unsigned>(mask, "__ballot_sync", predicate, emulator::Ballot{});
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline int __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, !predicate) == 0;
+}
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
   return emulator::warp_reduce<T, unsigned>(mask, "__match_any_sync", value, emulator::Matching{});
@@ -271,7 +298,8 @@ T __reduce_min_sync(unsigned mask, T value) {
 }
 template <class T>
 T __reduce_max_sync(unsigned mask, T value) {
-  return emulator::warp_reduce<T, T>(mask, "__reduce_max_sync", value, emulator::Folded<emulator::Greatest>{});
+  return emulator::warp_reduce<T, T>(mask, "__reduce_max_sync", value,
+                                     emulator::Folded<emulator::Greatest>{});
 }
 template <class T>
 T __reduce_add_sync(unsigned mask, T value) {
@@ -317,13 +345,27 @@ template <class T>
 constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
-inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline int __popc(unsigned x) {
+  return std::popcount(x);
+}
+inline int __clz(int x) {
+  return std::countl_zero(unsigned(x));
+}
+inline int __ffs(int x) {
+  return x ? std::countr_zero(unsigned(x)) + 1 : 0;
+}
+inline unsigned __float_as_uint(float x) {
+  return std::bit_cast<unsigned>(x);
+}
+inline float __uint_as_float(unsigned x) {
+  return std::bit_cast<float>(x);
+}
+inline float __int_as_float(int x) {
+  return std::bit_cast<float>(x);
+}
+inline int __float_as_int(float x) {
+  return std::bit_cast<int>(x);
+}
 template <class T>
 T __ldg(const T* address) {
   return *address;

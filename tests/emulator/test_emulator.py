@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import build  # noqa: E402
+from tests.emulator import build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux and g++")
 
