@@ -152,16 +152,15 @@ def tiled(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
     within = (within >= 0) & (within <= 2 * radius)
     window = torch.where(within[:, None, :, None] & within[None, :, None, :], 0.0, FAR).to(key.dtype)
     window = window.reshape(TILE * TILE, side * side)
-    tiles = []
+    tiles = query.new_empty(rows * columns, objects, TILE * TILE)
     for tile in range(rows * columns):
         y, x = tile // columns * TILE, tile % columns * TILE
         there = (..., slice(y, y + side), slice(x, x + side))
         keys = k[there].reshape(channels, side * side)
         distance = torch.addmm(window + key_norm[there].reshape(1, -1), q[tile], keys, alpha=-2)
-        tiles.append(
-            torch.stack([(distance + penalty[o][there].reshape(1, -1)).amin(1) for o in range(objects)])
-        )
-    nearest = torch.stack(tiles).view(rows, columns, objects, TILE, TILE).permute(2, 0, 3, 1, 4)
+        for o in range(objects):
+            tiles[tile, o] = (distance + penalty[o][there].reshape(1, -1)).amin(1)
+    nearest = tiles.view(rows, columns, objects, TILE, TILE).permute(2, 0, 3, 1, 4)
     nearest = nearest.reshape(1, objects, height + down, width + right)[..., :height, :width]
     return normalise((nearest + query.pow(2).sum(1, keepdim=True)).float())
 

@@ -199,6 +199,8 @@ class DemoClip(Sequence[tuple[Image, Image]]):
 def write_clip(clip: DemoClip, root: Path, name: str = "demo") -> tuple[Path, Path]:
     """Writes the clip as a dataset in DAVIS' layout, and returns the folders of its frames and of its masks.
 
+    Files of an earlier clip of that name are removed.
+
     Args:
         clip: what to write.
         root: the dataset; frames go to `root/JPEGImages/480p/name/00000.jpg`, masks to
@@ -210,6 +212,8 @@ def write_clip(clip: DemoClip, root: Path, name: str = "demo") -> tuple[Path, Pa
     frames, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
     for folder in (frames, masks):
         folder.mkdir(parents=True, exist_ok=True)
+        for earlier in folder.glob("[0-9][0-9][0-9][0-9][0-9].*"):
+            earlier.unlink()
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[list(COLOURS)] = list(COLOURS.values())
     for t, (frame, labels) in enumerate(clip):
