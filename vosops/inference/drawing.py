@@ -73,7 +73,7 @@ def overlay(image: Image, labels: Labels, table: npt.NDArray[np.uint8], binary: 
     shown = labels if binary else np.where(labels == IGNORE, 0, labels).astype(np.uint8)
     colours = table[shown]
     inside = shown > 0
-    result = image.copy()
+    result: Image = image.copy()
     tinted = image[inside] * (1 - OPACITY) + colours[inside] * OPACITY
     result[inside] = tinted.astype(np.uint8)
     edge = contours(shown, max(1, round(min(labels.shape) / _CONTOUR_SHARE)))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 OVERLAY = "overlay.mp4"
 COCO = "masks.json"
 CUTOUT_FOLDER = "cutout"
+_CAPTION_OBJECTS = 4
 _FOLDER_CLOCK = Fraction(1, 12_800)  # unit of time of an overlay made from a folder of frames
 
 
@@ -71,6 +72,7 @@ class DrawingPass:
         needed = indices if writer is not None else sorted({*on_sheet, *cutouts})
         if not needed:
             return
+        captions = {r.index: _caption(r) for r in self.record if r.index in on_sheet}
         table = colour_table(self.masks.palette, self.masks.binary)
         context: AbstractContextManager[object] = writer or nullcontext()
         self.progress.begin("draw", len(needed), 0)
@@ -85,7 +87,7 @@ class DrawingPass:
                         if writer is not None:
                             writer.write(picture, raw.time)
                         if raw.index in on_sheet:
-                            sheet.add(picture, names[raw.index])
+                            sheet.add(picture, captions[raw.index])
                     self.progress.advance()
                     if self.should_stop():
                         raise InterruptedRunError(
@@ -118,3 +120,12 @@ class DrawingPass:
 
     def _labels(self, name: str) -> Labels:
         return read_labels(self.out / f"{name}.png")[0]
+
+
+def _caption(record: FrameRecord) -> str:
+    """Return a frame's name and what is known of its objects, for the contact sheet."""
+    if record.given:
+        return f"{record.name}   given mask"
+    objects = [f"{i}: {c:.2f}" if record.areas[i] else f"{i}: -" for i, c in record.confidences.items()]
+    more = " ..." if len(objects) > _CAPTION_OBJECTS else ""
+    return f"{record.name}   {'  '.join(objects[:_CAPTION_OBJECTS])}{more}"

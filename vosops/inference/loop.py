@@ -204,6 +204,8 @@ class Propagation:
     def _segment(
         self, raw: RawFrame, image: Tensor, frame: Tensor, given: bool, last: bool
     ) -> SegmentedFrame:
+        import numpy as np
+
         probabilities = None
         if given:
             labels = self._apply_mask(raw.index, frame, last)
@@ -214,19 +216,19 @@ class Propagation:
             labels, best = labels.cpu(), best.cpu()
         self._started = True
         ids = list(self.tracker.object_ids)
-        pixels = labels.flatten().long()
-        areas = pixels.bincount(minlength=256)
-        sums = pixels.bincount(best.flatten().double(), minlength=256)
+        array = labels.numpy()
+        areas = np.bincount(array.ravel(), minlength=256)
+        sums = np.bincount(array.ravel(), weights=best.numpy().ravel(), minlength=256)
         outside = self.masks.outside
         return SegmentedFrame(
             index=raw.index,
             name=raw.name,
             time=float(raw.time),
             image=image,
-            labels=torch.from_numpy(self.masks.restore(labels.numpy())),
+            labels=torch.from_numpy(self.masks.restore(array)),
             object_ids=[outside(i) for i in ids],
             areas={outside(i): int(areas[i]) for i in ids},
-            confidences={outside(i): float(sums[i] / areas[i].clamp(min=1)) for i in ids},
+            confidences={outside(i): float(sums[i] / max(1, areas[i])) for i in ids},
             given=given,
             probabilities=self._full_probabilities(probabilities, labels, ids)
             if self.keep_probabilities

@@ -62,14 +62,12 @@ def to_labels(
     ``probabilities`` is (O+1, h, w), background first. Enlarged bilinearly one object at a time, so the
     memory is a few (H, W) maps, however many objects there are. Ties go to the first channel.
     """
-    values = torch.tensor([0, *object_ids], dtype=torch.uint8, device=probabilities.device)
     best = resize_probability(probabilities[0], size).clone()
     labels = torch.zeros(size, dtype=torch.uint8, device=probabilities.device)
-    for channel in range(1, len(values)):
-        probability = resize_probability(probabilities[channel], size)
-        better = probability > best
-        labels = torch.where(better, values[channel], labels)
-        best = torch.where(better, probability, best)
+    for object_id, small in zip(object_ids, probabilities[1:], strict=True):
+        probability = resize_probability(small, size)
+        labels.masked_fill_(probability > best, object_id)
+        torch.maximum(best, probability, out=best)
     return labels, best
 
 
