@@ -194,33 +194,34 @@ def tilings(
     *,
     many_queries: bool = False,
 ) -> list[Tiling]:
-    """The tilings to choose from, largest first; the last one always works.
+    """The tilings to choose from, largest first.
 
-    The queries of a tile stay in shared memory with all their channels where they and the stages' key tiles fit. Tiles of
-    128 queries or more pay where the accumulators leave room in the register file for two programs.
+    The queries of a tile stay in shared memory with all their channels where they and the stages' key tiles fit. Large tiles
+    read each key less often and spread a step's fixed instructions over more pairs; their limit is the registers. The last
+    tiling is for kernels that keep many results per query.
     """
     stored = max(1, -(-channels // MIN_CHANNELS)) * MIN_CHANNELS
-    if not uses_tensor_cores(dtype, precision):
-        return [Tiling(64, 64, stored, MIN_CHANNELS, {"num_warps": 4, "num_stages": 2})]
-    in_blocks = Tiling(64, 64, stored, 128 // dtype.itemsize, {"num_warps": 4, "num_stages": 3})
-    if precision == "tf32x3" and dtype == torch.float32:
-        return [in_blocks]
     block = power_of_two(stored)
-    shapes: list[tuple[int, dict[str, int]]] = [
-        (64, {"num_warps": 4, "num_stages": 3}),
-        (64, {"num_warps": 4, "num_stages": 2}),
+    shapes: list[tuple[int, int, dict[str, int]]] = [
+        (128, 64, {"num_warps": 8 if target.capability >= 10 else 4, "num_stages": 3}),
+        (64, 64, {"num_warps": 4, "num_stages": 3}),
+        (64, 64, {"num_warps": 4, "num_stages": 2}),
+        (64, 32, {"num_warps": 4, "num_stages": 2}),
     ]
-    if target.capability == 9:
-        shapes.insert(0, (128, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}))
-        if many_queries:
-            shapes.insert(0, (256, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}))
-    elif target.capability >= 10:
-        shapes.insert(0, (128, {"num_warps": 4, "num_stages": 3}))
-    return [
-        Tiling(queries, 64, stored, block, options)
-        for queries, options in shapes
-        if (queries + options["num_stages"] * 64) * block * dtype.itemsize <= STAGED_BYTES
-    ] or [in_blocks]
+    if many_queries and target.capability == 9:
+        shapes.insert(0, (256, 64, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}))
+    fitting = [
+        Tiling(queries, keys, stored, block, options)
+        for queries, keys, options in shapes
+        if (queries + options["num_stages"] * keys) * block * dtype.itemsize <= STAGED_BYTES
+    ]
+    if not uses_tensor_cores(dtype, precision):
+        block, stages = MIN_CHANNELS, 2
+    elif not fitting or (precision == "tf32x3" and dtype == torch.float32):
+        block, stages = 128 // dtype.itemsize, 3
+    else:
+        return fitting
+    return [Tiling(64, keys, stored, block, {"num_warps": 4, "num_stages": stages}) for keys in (64, 32)]
 
 
 def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:

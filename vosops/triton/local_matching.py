@@ -79,17 +79,17 @@ def launch_plan(
     exact: bool,
     processors: int,
 ) -> LaunchPlan:
-    """Take the first tiling that keeps the device busy; one of 64 queries where a program has several slots to keep."""
+    """Take the first tiling that keeps the device busy; for nested radii the one that leaves registers for their results."""
     batch, _, height, width = shape
     groups = -(-objects // max(1, MAX_SLOTS // len(radius)))
     group = -(-objects // groups)
     phases = dilation * dilation
     phase_height = -(-height // dilation)
     strips = -(-width // dilation // STRIP)
-    for tiling in candidates:
+    for tiling in candidates[-1:] if len(radius) > 1 else candidates[:-1] or candidates:
         tile_rows, key_rows = tiling.queries // STRIP, tiling.keys // STRIP
         tiles = phases * strips * -(-phase_height // tile_rows)
-        if tiles * batch * groups >= processors and (tiling.queries <= 64 or group * len(radius) == 1):
+        if tiles * batch * groups >= processors:
             break
     strip_height = -(-(phase_height + key_rows - 1) // tile_rows) * tile_rows
     reach = radius[-1] // dilation
@@ -211,6 +211,12 @@ def _pack(
 
 
 @triton.jit
+def within(offset, reach: tl.constexpr):
+    """Whether ``abs(offset) <= reach``, in one addition and one comparison."""
+    return (offset + reach).to(tl.uint32, bitcast=True) <= 2 * reach
+
+
+@triton.jit
 def _match(
     query,
     key,
@@ -264,7 +270,7 @@ def _match(
     query_rows = query + query_row[:, None] * CHANNELS
     query_tile = load_rows(query_rows, 0, CHANNELS, BLOCK_C)
     norm = tl.load(query_norm + query_row)
-    offset = row_offset(norm, EXACT)
+    norm_term = row_offset(norm, EXACT)
 
     first_y = tl.maximum(tile_y - REACH, 0)
     end_y = tl.minimum(tile_y + TILE_H + REACH, phase_height)
@@ -304,17 +310,17 @@ def _match(
         bias_rows = bias + n * objects * phase_rows + first_row + column
         key_bias = tl.load(bias_rows + first_object.to(tl.int64) * phase_rows)
         product = tile_dot(query_tile, query_rows, key_rows, CHANNELS, BLOCK_C, BLOCK_Q, BLOCK_K, PRECISION)
-        gap_y = tl.abs((key_y + column // STRIP)[None, :] - query_y[:, None])
-        gap_x = tl.abs((key_strip * STRIP + column % STRIP)[None, :] - query_x[:, None])
+        offset_y = (key_y + column // STRIP)[None, :] - query_y[:, None]
+        offset_x = (key_strip * STRIP + column % STRIP)[None, :] - query_x[:, None]
         for member in tl.static_range(GROUP):
             next_bias = key_bias
             if member + 1 < GROUP:
                 o = tl.minimum(first_object + member + 1, objects - 1).to(tl.int64)
                 next_bias = tl.load(bias_rows + o * phase_rows)
             for ring in tl.static_range(RINGS):
-                outside_y = tl.where(gap_y <= RADII[ring] // DILATION, offset[:, None], BIG)
-                outside_x = tl.where(gap_x <= RADII[ring] // DILATION, 0.0, BIG)
-                score = (key_bias[None, :] - 2.0 * product) + outside_y + outside_x
+                outside_y = tl.where(within(offset_y, RADII[ring] // DILATION), norm_term[:, None], BIG)
+                outside_x = tl.where(within(offset_x, RADII[ring] // DILATION), 0.0, BIG)
+                score = ((key_bias[None, :] + outside_x) - 2.0 * product) + outside_y
                 value, chosen = least(score, BLOCK_K, EXACT)
                 y = (key_y + chosen // STRIP) * DILATION + phase // DILATION
                 x = (key_strip * STRIP + chosen % STRIP) * DILATION + phase % DILATION

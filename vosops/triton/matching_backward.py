@@ -1,8 +1,8 @@
 """Gradients of the distances that the matching ops chose, the same on every run.
 
 ``_query_gradient`` gathers: a query's gradient is the sum over its slots. ``_key_gradient`` sums segments: a stable sort
-of the indices puts the entries that chose a key next to each other, in a fixed order, and one program per key and 64
-channels adds them up, 64 at a time. No atomics, and nothing of the size of queries times channels in between.
+of the indices puts the entries that chose a key next to each other, in a fixed order, and one program per key and
+128 channels adds them up, 16 at a time. No atomics, and nothing of the size of queries times channels in between.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ BLOCK_C = 32
 BLOCK_P = 64
 """Channels and queries of a program of ``_query_gradient``."""
 
-BLOCK_KEY_C = 64
-BLOCK_ENTRIES = 64
+BLOCK_KEY_C = 128
+BLOCK_ENTRIES = 16
 """Channels of a program of ``_key_gradient`` and entries that it adds at a time."""
 
 
@@ -126,7 +126,7 @@ def matching_backward(grad: Tensor, query: Tensor, key: Tensor, index: Tensor) -
     Returns:
         The gradients of query and key, contiguous and in their dtypes, accumulated in float32 in a fixed order.
 
-    Memory: 24 bytes per entry for the sort. A key chosen by many entries takes a step for every 64 of them.
+    Memory: 24 bytes per entry for the sort. A key chosen by many entries takes a step for every 16 of them.
     """
     if query.dtype not in SUPPORTED_DTYPES or key.dtype not in SUPPORTED_DTYPES:
         raise TypeError(
