@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .frames import Image
 
-_BACKWARD_BYTES = 256 << 20  # decoded frames held at once while reading backward
+_BACKWARD_BYTES = 128 << 20  # decoded frames held at once while reading backward
 _MIN_CHUNK = 8
 _RIFF_HEADER = 8
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
@@ -33,7 +33,7 @@ _ISO_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"
 class VideoFile(FrameSource):
     """A video file. Forward reading decodes from the start, so it never depends on where seeking lands.
 
-    Backward reading holds one chunk of at most 256 MiB of decoded frames: it seeks to the key frame
+    Backward reading holds one chunk of at most 128 MiB of decoded frames: it seeks to the key frame
     before the chunk by the presentation times seen on the way forward, and decodes up to the chunk's
     end; a file that cannot be sought that way is decoded from its start for every chunk. Nothing is
     written to disk. A file that ends early (a decoding error, or a container cut off before its stated
@@ -47,7 +47,7 @@ class VideoFile(FrameSource):
         self._times = array("q")  # presentation times of the first frames, while they ascend
         self._times_ascend = True
         with self._open() as container:
-            stream = container.streams.video[0]
+            stream = _video_stream(container)
             self.average_rate = stream.average_rate or stream.guessed_rate or DEFAULT_FPS
             self.time_base = stream.time_base or 1 / self.average_rate
             self.sample_aspect_ratio = stream.sample_aspect_ratio
@@ -69,7 +69,7 @@ class VideoFile(FrameSource):
         if target is None:
             return
         with self._open() as container:
-            for index, frame in enumerate(self._decode(container, container.streams.video[0])):
+            for index, frame in enumerate(self._decode(container, _video_stream(container))):
                 self._remember_time(index, frame.pts)
                 if index == target:
                     yield self._raw(index, frame)
@@ -90,7 +90,9 @@ class VideoFile(FrameSource):
         length = max(_MIN_CHUNK, _BACKWARD_BYTES // (height * width * 3))
         for start in range(0, len(indices), length):
             chunk = sorted(indices[start : start + length])
-            yield from reversed(self._read_chunk(chunk))
+            frames = self._read_chunk(chunk)
+            while frames:
+                yield frames.pop()
 
     def find(self, key: str) -> int | None:
         """Return the number that ``key`` is: a video's frames have no other names."""
@@ -111,7 +113,7 @@ class VideoFile(FrameSource):
         if not container.streams.video:
             container.close()
             raise InputError(f"{self.path} has no video stream")
-        container.streams.video[0].thread_type = "AUTO"
+        _video_stream(container).thread_type = "AUTO"
         return container
 
     def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -158,7 +160,7 @@ class VideoFile(FrameSource):
         wanted = set(indices)
         frames = []
         with self._open() as container:
-            stream = container.streams.video[0]
+            stream = _video_stream(container)
             try:
                 container.seek(self._times[indices[0]], stream=stream, backward=True, any_frame=False)
             except av.FFmpegError:  # this container cannot be sought
@@ -172,6 +174,12 @@ class VideoFile(FrameSource):
                 if index >= indices[-1]:
                     break
         return frames
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    """Return the main video stream, not a cover picture."""
+    stream: VideoStream = container.streams.best("video")  # type: ignore[assignment]
+    return stream
 
 
 def _upright(frame: VideoFrame) -> Image:
