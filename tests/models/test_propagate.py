@@ -139,15 +139,15 @@ def test_an_object_that_appears_later_is_tracked_from_then_on(how: str) -> None:
     if how == "step":
         out = model.step(frame, only_second, output="labels")
         assert torch.equal(out == 7, truth == 7)
-        assert jaccard(out, truth, 1) > 0.8, "the object that the labels leave out keeps its pixels"
+        assert jaccard(out, truth, 1) > 0.7, "the object that the labels leave out keeps its pixels"
     else:
         model.step(frame)
         model.add_objects(frame, only_second)
     assert model.object_ids == [1, 7]
     for frame, truth in with_second[4:]:
         labels = model.step(frame, output="labels")
-        assert jaccard(labels, truth, 1) > 0.8
-        assert jaccard(labels, truth, 7) > 0.8
+        assert jaccard(labels, truth, 1) > 0.7
+        assert jaccard(labels, truth, 7) > 0.7
 
 
 def test_an_object_that_vanishes_is_found_where_it_returns() -> None:
@@ -210,7 +210,7 @@ def test_a_removed_object_is_gone_and_the_other_stays() -> None:
     frame, truth = clip[2]
     labels = model.step(frame, output="labels")
     assert set(labels.unique().tolist()) == {0, 7}
-    assert jaccard(labels, truth, 7) > 0.8
+    assert jaccard(labels, truth, 7) > 0.7
     with pytest.raises(ValueError, match="object_id must be one of"):
         model.remove_object(1)
 
@@ -244,7 +244,7 @@ def test_a_state_of_other_options_is_refused() -> None:
     state = started().state_dict()
     with pytest.raises(ValueError, match="size"):
         Propagate(pretrained=False, size=64).load_state_dict(state)
-    del state["whitening"]
+    del state["embedding"]
     with pytest.raises(ValueError, match="state must have the keys"):
         make_model().load_state_dict(state)
 

@@ -96,9 +96,11 @@ class _InvertedResidual(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else self.expand(x)
+        y: Tensor = x if self.expand is None else self.expand(x)
         y = self.project(self.depthwise(y))
-        return y.add_(x) if self.residual else y
+        if self.residual:
+            y += x
+        return y
 
     def load(self, weights: dict[str, Tensor], prefix: str) -> None:
         if self.expand is not None:
@@ -141,6 +143,7 @@ class EfficientNetLite0(Backbone):
             block.load(weights, f"_blocks.{i}")
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Backbone`."""
         x = self.stem(image)
         stride8 = x
         for i, block in enumerate(self.blocks):
@@ -230,7 +233,8 @@ def create_backbone(name: str = "efficientnet_lite0", *, pretrained: bool = True
                 + repr(name)
             )
     backbone.requires_grad_(False)
-    return backbone.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    backbone.eval().to(memory_format=torch.channels_last)
+    return backbone
 
 
 def _seeded_init(module: nn.Module) -> None:

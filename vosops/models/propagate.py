@@ -1,41 +1,75 @@
 """Propagate: masks through a video by matching frozen features. No training, no download.
 
-Each cell of a coarse grid (stride 8) is compared with the cells of every object, and of the background, in the
-permanent frames (global matching: the mean of the nearest few) and in the previous frame (local matching: the nearest
-in a window). A softmax over the classes gives coarse probabilities; a guided filter brings them to the frame's edges.
-docs/models/propagate.md tells what was measured.
+Each cell of a coarse grid (stride 8) is compared with the cells of every object, and of the background, in
+the permanent frames (global matching: the mean of the nearest few) and in the previous frame (local matching:
+the nearest in a window). The features are whitened by the covariance within the classes. A linear classifier
+fitted to the permanent frames adds its score; a softmax over the classes gives coarse probabilities, which a
+guided filter brings to the frame's edges. docs/models/propagate.md tells what was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import vosops
-import vosops.reference
 from vosops.models.features import create_backbone
-from vosops.models.guided_filter import GuidedFilter
+from vosops.models.guided_filter import GuidedFilter, box_mean
 
 __all__ = ["Propagate"]
 
-STRIDE = 8  # of the grid of cells, in pixels of the computation
 SIZE_MULTIPLE = 16  # of the computation's height and width
 IGNORED = 255  # the label of pixels about which nothing is known
+CONTEXT_RADIUS = 1  # of the box over neighbouring cells that adds context to a cell's features
+CONTEXT_WEIGHT = 0.4  # of the context beside the cell's own features
+SHRINKAGE = 0.3  # of the covariance within the classes towards its mean variance, before whitening
+EMBEDDING_CHANNELS = 128  # what is kept of the whitened features
 NEIGHBORS = 5  # of global matching
 WINDOW = 8  # radius of local matching, in cells
 TEMPERATURE = 0.05  # of the softmax over the classes' cosine similarities
-LOCAL_WEIGHT = 0.35  # of the local similarity; the global one has the rest
+LOCAL_MARGIN = 0.25  # how much more similar the previous frame must be than the permanent ones to be believed
+LOCAL_SLOPE = 0.05  # of that choice, which is a sigmoid
+RIDGE = 0.01  # regularisation of the linear classifier
+FEWEST_CELLS = 3.0  # a class with fewer counts less in the classifier
+RECENT_WEIGHT = 1 / 3  # of the recent frames in the classifier, beside the permanent ones
+RECENT_RATE = 0.1  # of the running mean over the recent frames
+CONFIDENT = 0.6  # cells with a less probable class teach the classifier nothing
+CLASSIFIER_WEIGHT = 0.5  # of the classifier's score (-1 to 1) beside similarity / TEMPERATURE
 SEARCH_RADIUS = 12  # cells farther than this from every object are background without a look
 SEARCH_PROBABILITY = 0.3  # what makes a cell part of an object, for the search
-SHRINKAGE = 0.3  # of the covariance towards its mean variance, before whitening
 FILTER_RADIUS = 4  # of the guided filter, in pixels of the computation
 FILTER_EPS = 1e-3
+CERTAIN = 0.005  # cells whose objects are less probable than this need no filter
 ABSENT_DISTANCE = 4.0  # the largest squared distance of unit vectors: cosine -1
+
+_SAVED_TENSORS = (
+    "embedding",
+    "permanent_keys",
+    "permanent_moments",
+    "recent_moments",
+    "previous_keys",
+    "previous_probabilities",
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _full_precision(method: Callable[P, R]) -> Callable[P, R]:
+    """Turns autocast off for a method: only the backbone runs in reduced precision."""
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*args, **kwargs)
+
+    return run
 
 
 class Propagate:
@@ -54,7 +88,7 @@ class Propagate:
         *,
         weights: str | Path | None = None,
         pretrained: bool = True,
-        size: int = 480,
+        size: int = -1,
         device: str | torch.device = "cpu",
     ) -> None:
         if weights is not None:
@@ -73,12 +107,13 @@ class Propagate:
         """Forgets everything."""
         self.object_ids: list[int] = []
         self._frame_size: tuple[int, int] | None = None
-        self._permanent_features: list[Tensor] = []  # (C,h,w) each, not whitened
-        self._permanent_masks: list[Tensor] = []  # bool (O+1,h,w) each
-        self._whitening = torch.empty(0)
-        self._permanent_keys = torch.empty(0)  # (C,T,h,w), whitened
-        self._previous_features = torch.empty(0)
-        self._previous_keys = torch.empty(0)
+        self._permanent_features: list[Tensor] = []  # (C,h,w) each, as they come from the backbone
+        self._permanent_masks: list[Tensor] = []  # bool (O+1,h,w) each: a cell is of one class or of none
+        self._embedding = torch.empty(0)  # (D,C)
+        self._permanent_keys = torch.empty(0)  # (D,T,h,w), embedded
+        self._permanent_moments = torch.empty(0)  # (D+1+O+1,D+1), of the classifier
+        self._recent_moments = torch.empty(0)
+        self._previous_keys = torch.empty(0)  # (D,h,w)
         self._previous_probabilities = torch.empty(0)  # (O+1,h,w)
 
     @torch.no_grad()
@@ -90,7 +125,7 @@ class Propagate:
             raise ValueError("labels must hold at least one object, but are all background or unknown")
         self.reset()
         self._frame_size = (frame.shape[1], frame.shape[2])
-        features = self._features(self._resized(frame))
+        features = self._features(self._image(frame))
         background = torch.ones(1, *self._frame_size, device=self.device)
         self._learn(features, labels, background)
 
@@ -114,14 +149,16 @@ class Propagate:
         _check_frame(frame, self._frame_size)
         if output not in ("probs", "labels"):
             raise ValueError(f"output must be 'probs' or 'labels', but is {output!r}")
-        image = self._resized(frame)
+        image = self._image(frame)
         features = self._features(image)
-        probabilities = self._enlarge(self._match(features), image)
+        keys = self._embedded(features)
+        fine = self._enlarge(self._match(keys), image)
+        probabilities = _resized(fine, (frame.shape[1], frame.shape[2]))
         if labels is not None:
             _check_labels(labels, frame)
             probabilities = self._learn(features, labels, probabilities)
         elif not end:
-            self._remember(features, probabilities)
+            self._remember(keys, fine)
             if permanent:
                 self._keep(features, _hard(self._previous_probabilities))
         return probabilities if output == "probs" else self._to_labels(probabilities)
@@ -137,10 +174,8 @@ class Propagate:
             return
         _check_frame(frame, self._frame_size)
         _check_labels(labels, frame)
-        previous = functional.interpolate(
-            self._previous_probabilities[None], self._frame_size, mode="bilinear", align_corners=False
-        )[0]
-        self._learn(self._features(self._resized(frame)), labels, previous)
+        previous = _resized(self._previous_probabilities, (frame.shape[1], frame.shape[2]))
+        self._learn(self._features(self._image(frame)), labels, previous)
 
     @torch.no_grad()
     def remove_object(self, object_id: int) -> None:
@@ -151,6 +186,7 @@ class Propagate:
         self.object_ids.remove(object_id)
         self._permanent_masks = [_without(mask, channel) for mask in self._permanent_masks]
         self._previous_probabilities = _normalised(_without(self._previous_probabilities, channel))
+        self._restart_classifier()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
@@ -161,11 +197,7 @@ class Propagate:
             "frame_size": list(self._frame_size or ()),
             "permanent_features": list(self._permanent_features),
             "permanent_masks": list(self._permanent_masks),
-            "whitening": self._whitening,
-            "permanent_keys": self._permanent_keys,
-            "previous_features": self._previous_features,
-            "previous_keys": self._previous_keys,
-            "previous_probabilities": self._previous_probabilities,
+            **{name: getattr(self, f"_{name}") for name in _SAVED_TENSORS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,20 +214,14 @@ class Propagate:
         self._frame_size = tuple(state["frame_size"]) or None
         self._permanent_features = [x.to(self.device) for x in state["permanent_features"]]
         self._permanent_masks = [x.to(self.device) for x in state["permanent_masks"]]
-        for name in (
-            "whitening",
-            "permanent_keys",
-            "previous_features",
-            "previous_keys",
-            "previous_probabilities",
-        ):
+        for name in _SAVED_TENSORS:
             setattr(self, f"_{name}", state[name].to(self.device))
 
     def _check_started(self) -> None:
         if self._frame_size is None:
             raise RuntimeError("initialize must be called before the first step")
 
-    def _resized(self, frame: Tensor) -> Tensor:
+    def _image(self, frame: Tensor) -> Tensor:
         """The frame (3,H,W), float32 in [0, 1], at the size of the computation."""
         image = frame.to(self.device)
         image = image.float().div_(255) if image.dtype == torch.uint8 else image.float()
@@ -209,32 +235,50 @@ class Propagate:
         )[0]
 
     def _features(self, image: Tensor) -> Tensor:
-        """Image (3,H,W) -> (C,H/8,W/8): both maps of the backbone, each of unit length."""
-        fine, coarse = self.backbone(image[None])
-        fine, coarse = functional.normalize(fine, dim=1), functional.normalize(coarse, dim=1)
+        """Image (3,H,W) -> (C,H/8,W/8): both maps of the backbone, of unit length, and their context."""
+        fine, coarse = (functional.normalize(x.float(), dim=1) for x in self.backbone(image[None]))
         coarse = functional.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
-        return torch.cat([fine, coarse], 1)[0].contiguous()
+        cells = torch.cat([fine, coarse], 1)[0]
+        context = functional.normalize(box_mean(cells, CONTEXT_RADIUS), dim=0)
+        return torch.cat([cells, CONTEXT_WEIGHT * 2**0.5 * context])  # cells are of length 2**0.5
 
-    def _whitened(self, features: Tensor) -> Tensor:
-        """(C,...) -> (C,...) of unit length, with the covariance within the classes taken out."""
-        return functional.normalize(torch.tensordot(self._whitening, features, 1), dim=0)
+    @_full_precision
+    def _embedded(self, features: Tensor) -> Tensor:
+        """(C,...) -> unit vectors (D,...)."""
+        return functional.normalize(torch.tensordot(self._embedding, features, 1), dim=0)
 
+    @_full_precision
     def _keep(self, features: Tensor, masks: Tensor) -> None:
-        """Adds a permanent frame and fits the whitening to all of them."""
+        """Makes the latest frame a permanent one, and fits embedding and classifier to all of these."""
         self._permanent_features.append(features)
         self._permanent_masks.append(masks)
-        self._whitening = _whitening(self._permanent_features, self._permanent_masks)
-        self._permanent_keys = self._whitened(torch.stack(self._permanent_features, 1))
-        if self._previous_features.numel():
-            self._previous_keys = self._whitened(self._previous_features)
+        stacked = torch.stack(self._permanent_features, 1)
+        self._embedding = _embedding(stacked, self._all_masks())
+        self._permanent_keys = self._embedded(stacked)
+        self._previous_keys = self._permanent_keys[:, -1]
+        self._restart_classifier()
 
-    def _remember(self, features: Tensor, probabilities: Tensor) -> None:
-        """Makes this frame the previous one; probabilities (O+1,H,W) are averaged over the cells."""
-        self._previous_features = features
-        self._previous_keys = self._whitened(features)
-        self._previous_probabilities = functional.interpolate(
-            probabilities[None], features.shape[1:], mode="area"
-        )[0]
+    def _all_masks(self) -> Tensor:
+        """Bool (O+1,T,h,w): the classes of the permanent frames' cells."""
+        return torch.stack(self._permanent_masks, 1)
+
+    @_full_precision
+    def _restart_classifier(self) -> None:
+        """Fits the classifier to the permanent frames alone."""
+        classes = self._all_masks().flatten(1).float()
+        self._permanent_moments = _moments(self._permanent_keys.flatten(1), classes)
+        self._recent_moments = self._permanent_moments
+
+    @_full_precision
+    def _remember(self, keys: Tensor, probabilities: Tensor) -> None:
+        """Makes this frame the previous one, and a lesson for the classifier."""
+        self._previous_keys = keys
+        self._previous_probabilities = _cell_means(probabilities, (keys.shape[1], keys.shape[2]))
+        near = self._search_region()
+        shares = self._previous_probabilities[:, near]
+        confidence = ((shares.amax(0) - CONFIDENT) / (1 - CONFIDENT)).clamp(min=0)
+        moments = _moments(keys[:, near], shares * confidence)
+        self._recent_moments = torch.lerp(self._recent_moments, moments, RECENT_RATE)
 
     def _learn(self, features: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
         """Takes labels (H,W) as the truth where they say something -> the corrected probabilities (O+1,H,W).
@@ -260,10 +304,9 @@ class Propagate:
             here = labels == i
             probabilities.masked_fill_(here, 0)
             probabilities[1 + self.object_ids.index(i)].masked_fill_(here, 1)
-        self._previous_probabilities = functional.interpolate(
-            probabilities[None], features.shape[1:], mode="area"
-        )[0]
-        share_known = functional.interpolate(known[None, None].float(), features.shape[1:], mode="area")[0, 0]
+        cells = (features.shape[1], features.shape[2])
+        self._previous_probabilities = _cell_means(probabilities, cells)
+        share_known = _cell_means(known[None].float(), cells)[0]
         masks = _hard(self._previous_probabilities) & (share_known > 0.5)
         for i in ids:  # an object smaller than a cell has the cell that it covers most
             channel = 1 + self.object_ids.index(i)
@@ -272,42 +315,42 @@ class Propagate:
                 masks.view(masks.shape[0], -1)[:, cell] = False
                 masks.view(masks.shape[0], -1)[channel, cell] = True
         self._keep(features, masks)
-        self._previous_features = features
-        self._previous_keys = self._whitened(features)
         return probabilities
 
-    def _match(self, features: Tensor) -> Tensor:
-        """Features (C,h,w) -> coarse probabilities (O+1,h,w)."""
-        query = self._whitened(features)[None]
+    @_full_precision
+    def _match(self, query: Tensor) -> Tensor:
+        """The frame's keys (D,h,w) -> coarse probabilities (O+1,h,w)."""
         search = self._search_region()
         previous = _hard(self._previous_probabilities)
-        masks = torch.stack(self._permanent_masks, 1)[None]
-        to_permanent = vosops.reference.global_matching(
-            query,
+        to_permanent = vosops.global_matching(
+            query[None],
             self._permanent_keys[None],
-            masks,
+            self._all_masks()[None],
             neighbors=NEIGHBORS,
             normalize=False,
             query_mask=search[None],
         )
         to_previous = vosops.local_matching(
-            query,
+            query[None],
             self._previous_keys[None],
             previous[None],
             radius=WINDOW,
             normalize=False,
             query_mask=search[None],
         )
-        far = 1 - to_permanent[0].clamp(max=ABSENT_DISTANCE) / 2
-        near = 1 - to_previous[0].clamp(max=ABSENT_DISTANCE) / 2
-        # Local matching knows nothing of a lost object: the background's similarity, and the global difference.
+        far, near = _cosine(to_permanent[0]), _cosine(to_previous[0])
+        # A cell that the permanent frames do not explain follows what the previous frame says.
+        gain = near.amax(0) - far.amax(0)
+        local = torch.sigmoid((gain - LOCAL_MARGIN) / LOCAL_SLOPE)
+        # Local matching knows nothing of a lost object: it takes the background's, and the global difference.
         lost = ~previous.flatten(1).any(1)
         near = torch.where(lost[:, None, None], near[:1] + far - far[:1], near)
-        similarity = torch.lerp(far, near, LOCAL_WEIGHT)
-        probabilities = (similarity / TEMPERATURE).softmax(0)
-        background = torch.zeros_like(probabilities)
+        classifier = _ridge(torch.lerp(self._permanent_moments, self._recent_moments, RECENT_WEIGHT))
+        score = torch.tensordot(classifier[:, :-1], query, 1) + classifier[:, -1, None, None]
+        logits = torch.lerp(far, near, local) / TEMPERATURE + CLASSIFIER_WEIGHT * score
+        background = torch.zeros_like(logits)
         background[0] = 1
-        return torch.where(search, probabilities, background)
+        return torch.where(search, logits.softmax(0), background)
 
     def _search_region(self) -> Tensor:
         """bool (h,w): the cells near the objects, or all cells when one of the objects is lost."""
@@ -317,18 +360,29 @@ class Propagate:
         return near | ~objects.flatten(1).any(1).all()
 
     def _enlarge(self, coarse: Tensor, image: Tensor) -> Tensor:
-        """Coarse probabilities (O+1,h,w) -> (O+1,H,W) at the frame's size, along the image's edges."""
-        coarse = functional.interpolate(coarse[None], image.shape[1:], mode="bilinear", align_corners=False)[
-            0
-        ]
-        objects = coarse[1:]
-        objects = GuidedFilter(image, FILTER_RADIUS, FILTER_EPS)(objects)
-        objects = torch.cat([1 - objects.sum(0, keepdim=True), objects])
-        if objects.shape[1:] != self._frame_size:
-            objects = functional.interpolate(
-                objects[None], self._frame_size, mode="bilinear", align_corners=False
-            )[0]
-        return _normalised(objects.clamp_(0, 1))
+        """Coarse probabilities (O+1,h,w) -> (O+1,H,W) at the image's size, along its edges."""
+        fine = image.new_zeros(coarse.shape[0], *image.shape[1:])
+        fine[0] = 1
+        box = _bounding_box(coarse[0] < 1 - CERTAIN)
+        if box is None:
+            return fine
+        stride = image.shape[1] // coarse.shape[1]
+        margin = -(-2 * FILTER_RADIUS // stride) + 1  # in cells: what the filter sees, and the interpolation
+        rows, columns = (
+            slice(max(low - margin, 0), min(high + margin, size))
+            for (low, high), size in zip(box, coarse.shape[1:], strict=True)
+        )
+        inside = (
+            slice(None),
+            slice(rows.start * stride, rows.stop * stride),
+            slice(columns.start * stride, columns.stop * stride),
+        )
+        guide = image[inside]
+        objects = _resized(coarse[1:, rows, columns], (guide.shape[1], guide.shape[2]))
+        objects = GuidedFilter(guide, FILTER_RADIUS, FILTER_EPS)(objects)
+        classes = torch.cat([1 - objects.sum(0, keepdim=True), objects])
+        fine[inside] = _normalised(classes.clamp_(0, 1))
+        return fine
 
     def _to_labels(self, probabilities: Tensor) -> Tensor:
         """(O+1,H,W) -> (H,W) ids of the most probable class."""
@@ -337,20 +391,70 @@ class Propagate:
         return ids[probabilities.argmax(0)]
 
 
-def _whitening(features: list[Tensor], masks: list[Tensor]) -> Tensor:
-    """(C,C): the inverse square root of the mean covariance within the classes, shrunk towards a multiple of one."""
-    pixels = torch.stack(features, 1).flatten(1)
-    classes = torch.stack(masks, 1).flatten(1)
-    covariances = []
-    for members in classes:
-        own = pixels[:, members]
-        if own.shape[1] > 1:
-            covariances.append(torch.cov(own, correction=0))
-    channels = pixels.shape[0]
-    mean = torch.stack(covariances).mean(0) if covariances else torch.eye(channels, device=pixels.device)
-    shrunk = mean + SHRINKAGE * mean.diagonal().mean() * torch.eye(channels, device=pixels.device)
-    values, vectors = torch.linalg.eigh(shrunk)
-    return (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
+def _embedding(features: Tensor, masks: Tensor) -> Tensor:
+    """The linear map (D,C) that whitens features (C,T,h,w) within the classes of masks (O+1,T,h,w).
+
+    The covariance is the mean of the classes' own, shrunk towards a multiple of the identity. Of the whitened
+    channels the D principal ones are kept.
+    """
+    cells, classes = features.flatten(1), masks.flatten(1)
+    channels = cells.shape[0]
+    identity = torch.eye(channels, device=cells.device)
+    own = [cells[:, members] for members in classes]
+    covariances = [torch.cov(x, correction=0) for x in own if x.shape[1] > 1]
+    covariance = torch.stack(covariances).mean(0) if covariances else identity
+    values, vectors = torch.linalg.eigh(covariance + SHRINKAGE * covariance.diagonal().mean() * identity)
+    whitening = (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.T
+    white = functional.normalize(whitening @ cells, dim=0)
+    principal = torch.linalg.eigh(white @ white.T).eigenvectors[:, -EMBEDDING_CHANNELS:]
+    embedding: Tensor = principal.T @ whitening
+    return embedding
+
+
+def _moments(keys: Tensor, shares: Tensor) -> Tensor:
+    """What the classifier needs to know of cells, keys (D,n) with their shares (O+1,n) of the classes.
+
+    (D+1+O+1,D+1): the Gram matrix of [key; 1], then its products with the classes' targets, which are 1 on a class'
+    own cells and -1 on others. All classes weigh the same, whatever their size.
+    """
+    total = shares.sum(0)
+    weight = (shares / shares.sum(1, keepdim=True).clamp(min=FEWEST_CELLS)).sum(0) / len(shares)
+    targets = 2 * shares / total.clamp(min=1e-6) - 1
+    cells = torch.cat([keys, torch.ones_like(keys[:1])])
+    return torch.cat([cells, targets]) @ (cells * weight).T
+
+
+def _ridge(moments: Tensor) -> Tensor:
+    """The linear classifier (O+1,D+1), bias last, of :func:`_moments`."""
+    size = moments.shape[1]
+    identity = torch.eye(size, device=moments.device)
+    solution: Tensor = torch.linalg.solve(moments[:size] + RIDGE * identity, moments[size:].T)
+    return solution.T
+
+
+def _cosine(distance: Tensor) -> Tensor:
+    """The cosine of unit vectors at a squared distance; -1 where there is none (+inf)."""
+    return 1 - distance.clamp(max=ABSENT_DISTANCE) / 2
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear: (C,h,w) -> (C,*size)."""
+    if tuple(x.shape[1:]) == size:
+        return x
+    return functional.interpolate(x[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def _cell_means(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C,H,W) -> (C,*size): the mean over each cell."""
+    return functional.interpolate(x[None], size, mode="area")[0]
+
+
+def _bounding_box(mask: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The half-open ranges of rows and columns that hold what is true in mask (h,w); None if nothing is."""
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    if len(rows) == 0:
+        return None
+    return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
 
 
 def _hard(probabilities: Tensor) -> Tensor:
@@ -372,7 +476,7 @@ def _without(x: Tensor, channel: int) -> Tensor:
 
 
 def _ids_of(labels: Tensor) -> list[int]:
-    return [i for i in labels.unique().tolist() if i not in (0, IGNORED)]
+    return [i for i in torch.unique(labels).tolist() if i not in (0, IGNORED)]
 
 
 def _check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
