@@ -71,7 +71,10 @@ def tile_dot(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Dot products (BLOCK_Q, BLOCK_K) of packed rows. One block of channels: the query's is ``query_tile``, already loaded."""
+    """Dot products (BLOCK_Q, BLOCK_K) of packed rows, given as pointers.
+
+    If all channels fit one block, the query's is ``query_tile``, already loaded.
+    """
     acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     if BLOCK_C >= CHANNELS:
         acc = dot(query_tile, tl.trans(load_rows(key_rows, 0, CHANNELS, BLOCK_C)), acc, PRECISION)
@@ -86,8 +89,9 @@ def tile_dot(
 def least(score, BLOCK_K: tl.constexpr, EXACT: tl.constexpr):
     """The least score of each row and its column, the lowest among equals.
 
-    Unless EXACT, the column replaces the lowest bits of the score's mantissa: one bitwise operation and one minimum per pair instead of
-    a comparison and three selections, for a relative error of BLOCK_K * 2**-23. The scores must not be negative.
+    Unless EXACT, the column replaces the lowest bits of the score's mantissa: one bitwise operation and one minimum per
+    pair instead of a comparison and three selections, for a relative error of BLOCK_K * 2**-23. The scores must then not
+    be negative.
     """
     if EXACT:
         value, column = tl.min(score, axis=1, return_indices=True)
@@ -103,7 +107,10 @@ def least(score, BLOCK_K: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def row_offset(query_norm, EXACT: tl.constexpr):
-    """The query's term of the score. It orders nothing, but makes packed scores non-negative and relative to the distance."""
+    """The query's term of the score.
+
+    It orders nothing, but makes packed scores non-negative, and their error relative to the distance.
+    """
     if EXACT:
         offset = tl.zeros_like(query_norm)
     else:
@@ -125,8 +132,8 @@ def pack_rows(
 ):
     """Copy embeddings into rows of CHANNELS contiguous values and return their squared norms (float32).
 
-    offset (rows,) int64: of each pixel in ``source``; rows that are not ``inside`` are zero. packed (rows, 1): where each row
-    goes, if ``stored``.
+    offset (rows,) int64: of each pixel in ``source``; rows that are not ``inside`` are zero. packed (rows, 1): where
+    each row goes, if ``stored``.
     """
     norm = tl.zeros_like(offset).to(tl.float32)
     for c in range(0, CHANNELS, BLOCK_C):
@@ -157,7 +164,7 @@ def squared_distance(
 
 @dataclass(frozen=True)
 class Target:
-    """What the launch shapes depend on: the CUDA compute capability's first number (0: not CUDA), the multiprocessors."""
+    """What launch shapes depend on: the compute capability's first number (0: not CUDA) and the multiprocessors."""
 
     capability: int
     processors: int
@@ -196,9 +203,9 @@ def tilings(
 ) -> list[Tiling]:
     """The tilings to choose from, largest first.
 
-    The queries of a tile stay in shared memory with all their channels where they and the stages' key tiles fit. Large tiles
-    read each key less often and spread a step's fixed instructions over more pairs; their limit is the registers. The last
-    tiling is for kernels that keep many results per query.
+    The queries of a tile stay in shared memory with all their channels where they and the stages' key tiles fit. Large
+    tiles read each key less often and spread a step's fixed instructions over more pairs; their limit is the registers.
+    The last tiling is for kernels that keep many results per query.
     """
     stored = max(1, -(-channels // MIN_CHANNELS)) * MIN_CHANNELS
     block = power_of_two(stored)

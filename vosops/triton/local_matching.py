@@ -1,7 +1,7 @@
 """Local matching: for each query pixel and object, the nearest key pixel in a window around it.
 
-Two kernels. ``_pack`` copies both maps into strips of 8 columns: row by row, the 8 pixels of a row beside each other, the
-padded channels of a pixel contiguous. Any 8 x h block of a strip is then one contiguous piece of memory, read at full
+Two kernels. ``_pack`` copies both maps into strips of 8 columns: row by row, the 8 pixels of a row beside each other,
+the padded channels of a pixel contiguous. Any 8 x h block of a strip is then one contiguous piece of memory, read at full
 width whatever the strides of the input. With them it writes the query's norms (infinite where the query is not wanted),
 per object the key's norms (BIG where the key is not the object's), and per 8 x 8 block whether any object needs it.
 Pixels are dealt out by their coordinates modulo the dilation first, which makes every window dense.
@@ -79,7 +79,7 @@ def launch_plan(
     exact: bool,
     processors: int,
 ) -> LaunchPlan:
-    """Take the first tiling that keeps the device busy; for nested radii the one that leaves registers for their results."""
+    """Take the first tiling that keeps the device busy; for nested radii the smallest, which leaves most registers."""
     batch, _, height, width = shape
     groups = -(-objects // max(1, MAX_SLOTS // len(radius)))
     group = -(-objects // groups)
@@ -349,7 +349,7 @@ def _match(
             key_row = ((phase_strip + x // STRIP) * strip_height + y) * STRIP + x % STRIP
             key_rows = key + (n * phase_rows + key_row)[:, None] * CHANNELS
             value = squared_distance(query_rows, key_rows, found, BLOCK_Q, CHANNELS, 32)
-            nearer = found & (value < nearest)
+            nearer = found & ((value < nearest) | ((value == nearest) & (winner < nearest_index)))
             nearest = tl.where(nearer, value, nearest)
             nearest_index = tl.where(nearer, winner, nearest_index)
             o = first_object + member
@@ -384,7 +384,8 @@ def local_matching(
         A query pixel with a NaN has distance NaN and index -1; a key pixel with a NaN or an infinity never wins.
 
     Embeddings with a squared norm of 1e36 or more count as infinite. Memory: a copy of query and key with padded
-    channels, and 4 bytes per object and pixel. "tf32" truncates the operands in choosing the key, never in its distance.
+    channels, and 4 bytes per object and pixel. "tf32" truncates the operands in choosing the key, never in its
+    distance.
     """
     check_embeddings(query, key, precision)
     batch, channels, height, width = query.shape

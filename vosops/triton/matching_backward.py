@@ -1,7 +1,7 @@
 """Gradients of the distances that the matching ops chose, the same on every run.
 
-``_query_gradient`` gathers: a query's gradient is the sum over its slots. ``_key_gradient`` sums segments: a stable sort
-of the indices puts the entries that chose a key next to each other, in a fixed order, and one program per key and
+``_query_gradient`` gathers: a query's gradient is the sum over its slots. ``_key_gradient`` sums segments: a stable
+sort of the indices puts the entries that chose a key next to each other, in a fixed order, and one program per key and
 128 channels adds them up, 16 at a time. No atomics, and nothing of the size of queries times channels in between.
 """
 
@@ -93,7 +93,7 @@ def _key_gradient(
     BLOCK_C: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ):
-    """Grid (keys, blocks of channels, N); ``out`` (N, C, M) is contiguous, ``order`` (N, entries), ``bounds`` (N, M + 1)."""
+    """Grid (keys, blocks of channels, N); contiguous ``out`` (N, C, M), ``order`` (N, entries), ``bounds`` (N, M + 1)."""
     m = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     n = tl.program_id(2).to(tl.int64)

@@ -1,0 +1,71 @@
+"""Every Triton kernel, compiled ahead of time for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vosops.ops._registration import HAS_TRITON
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    """The report of all kernels on all targets, made by a process that compiles instead of interpreting."""
+    if not HAS_TRITON:
+        pytest.skip("needs triton")
+    table = tmp_path_factory.mktemp("report") / "table.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/triton_report.py"),
+        "--processes",
+        "2",
+        "--json",
+        str(table),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(table.read_text())["rows"]
+
+
+def label(row: dict) -> str:
+    return f"{row['case']} on {row['target']}"
+
+
+def test_nothing_is_spilled(rows):
+    assert [label(row) for row in rows if row["spill_bytes"]] == []
+
+
+def test_shared_memory_is_within_the_limit(rows):
+    assert [label(row) for row in rows if row["shared_bytes"] > SHARED_MEMORY[row["target"]]] == []
+
+
+def test_products_run_on_tensor_cores_except_in_ieee_float32(rows):
+    """mma.sync on sm_80, wgmma on sm_90, tcgen05 on sm_100: the report counts the target's own instruction."""
+    products = [row for row in rows if " match " in row["case"]]
+    assert products
+    wrong = [label(row) for row in products if bool(row["tensor_cores"]) == (" match ieee" in row["case"])]
+    assert wrong == []
+
+
+def test_half_precision_runs_two_programs_on_a_multiprocessor_of_an_h100(rows):
+    """The epilogue of one program runs beside the products of the other."""
+    half = [
+        row for row in rows if row["target"] == "sm_90" and ("bf16," in row["case"] or "fp16," in row["case"])
+    ]
+    assert half
+    assert [label(row) for row in half if row["occupancy"] < 2] == []
+
+
+def test_key_tiles_arrive_by_asynchronous_copies_of_16_bytes(rows):
+    pipelined = [row for row in rows if " match " in row["case"] and "neighbors" not in row["case"]]
+    assert [label(row) for row in pipelined if not row["async_copies"]] == []
