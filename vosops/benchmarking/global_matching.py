@@ -43,15 +43,16 @@ def pixels(embedding: Tensor) -> Tensor:
 
 
 def chunks(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """CFBI's global matching: the distance matrix in chunks of the query, masked and reduced for each object."""
-    reference, wrong = pixels(key), ~mask[0].flatten(1)
-    padding = wrong.to(key.dtype) * FAR
+    """CFBI's global matching: the distances of a chunk of queries, repeated and masked for every object."""
+    labelled = mask[0].any(0).flatten()
+    reference, wrong = pixels(key)[labelled], ~mask[0].flatten(1)[:, labelled]
+    padding = wrong.to(key.dtype)[None] * FAR
     norms = reference.pow(2).sum(1)
     parts = []
     for part in pixels(query).chunk(CHUNKS):
         distance = part.pow(2).sum(1, keepdim=True) + norms - 2 * part @ reference.t()
-        parts.append(torch.stack([(distance + row).min(1).values for row in padding]))
-    return normalise(torch.cat(parts, 1).view(mask.shape).float())
+        parts.append((distance[:, None] + padding).min(2).values)
+    return normalise(torch.cat(parts).t().reshape(mask.shape).float())
 
 
 def packed(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
