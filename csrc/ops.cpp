@@ -8,17 +8,22 @@ namespace {
 #ifndef VOSOPS_CAPABILITY
 #error "VOSOPS_CAPABILITY names the instruction set that this library is compiled for"
 #endif
-std::string cpu_capability() { return VOSOPS_CAPABILITY; }
+std::string cpu_capability() {
+  return VOSOPS_CAPABILITY;
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY(vosops, m) {
   m.def("cpu_capability() -> str");
   m.def("cuda_version() -> int");
+  m.def("peak_operations(int rounds) -> int");
+  m.def("peak_bf16_operations(int rounds) -> int");
   m.def(
       "local_matching(Tensor query, Tensor key, Tensor mask, int[] radius, int dilation, Tensor? query_mask, "
       "str precision) -> (Tensor distance, Tensor index)");
   m.def(
-      "global_matching(Tensor query, Tensor key, Tensor mask, int neighbors, Tensor? query_mask, str precision)"
+      "global_matching(Tensor query, Tensor key, Tensor mask, int neighbors, Tensor? query_mask, str "
+      "precision)"
       " -> (Tensor distance, Tensor index)");
   m.def(
       "matching_backward(Tensor grad, Tensor query, Tensor key, Tensor index) -> (Tensor grad_query, Tensor "

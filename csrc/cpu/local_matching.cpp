@@ -1,15 +1,15 @@
 // Local matching on the CPU, by direct correlation.
 //
-// A task owns a tile of up to kTileRows query rows (dilation apart) x one register of query columns. For every
-// key row in reach it computes the dot products of the tile with D neighbouring displacements at a time: rows x D
-// accumulators stay in registers over all channels, one unaligned key load serves every row of the tile.
-// The score |k|^2 - 2 q.k goes into a running minimum per object and ring (the pixels between two nested radii)
-// that lives in the first-level cache; the distance of the winner is computed again from q - k.
-// Work that nobody needs is left out: key rows and displacements under which no object has a pixel, tiles without
-// a wanted query, rows of a tile that a key row does not reach.
-// Bytes: the key is repacked once (padded rows, C x W each), the query tile by tile; no distance is ever stored.
-// Floor: 2 C operations per query pixel and in-image displacement at the FMA rate; the lanes waste at most
-// half a register of columns at the right border.
+// A task owns a tile of up to kTileRows query rows (dilation apart) x one register of query columns. For
+// every key row in reach it computes the dot products of the tile with D neighbouring displacements at a
+// time: rows x D accumulators stay in registers over all channels, one unaligned key load serves every row of
+// the tile. The score |k|^2 - 2 q.k goes into a running minimum per object and ring (the pixels between two
+// nested radii) that lives in the first-level cache; the distance of the winner is computed again from q - k.
+// Work that nobody needs is left out: key rows and displacements under which no object has a pixel, tiles
+// without a wanted query, rows of a tile that a key row does not reach. Bytes: the key is repacked once
+// (padded rows, C x W each), the query tile by tile; no distance is ever stored. Floor: 2 C operations per
+// query pixel and in-image displacement at the FMA rate; the lanes waste at most half a register of columns
+// at the right border.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -79,11 +80,11 @@ struct Bf16PairElement {
 };
 #endif
 
-// out[d][r] += sum over elements of query[e][r] * key[e][d * dilation ...], a register each.
+// The scores out[r][d] = norm[d * dilation] - 2 * sum over elements of query[e][r] * key[e][d * dilation].
 template <class E, int R, int D>
 [[gnu::noinline]] void correlate(const typename E::Lanes::T* query, const typename E::Lanes::T* key,
-                                 int64_t key_stride, int64_t dilation, int64_t elements,
-                                 typename E::Lanes::T* out) {
+                                 const typename E::Lanes::T* norm, int64_t key_stride, int64_t dilation,
+                                 int64_t elements, typename E::Lanes::T* out) {
   using V = typename E::Lanes;
   typename V::Reg sum[D][R] = {};
   for (int64_t e = 0; e < elements; ++e) {
@@ -102,8 +103,11 @@ template <class E, int R, int D>
   }
 #pragma GCC unroll 16
   for (int d = 0; d < D; ++d) {
+    const typename V::Reg k2 = V::load(norm + d * dilation);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) V::store(out + (d * R + r) * V::kLanes, sum[d][r]);
+    for (int r = 0; r < R; ++r) {
+      V::store(out + (r * D + d) * V::kLanes, V::fma(sum[d][r], V::set1(-2), k2));
+    }
   }
 }
 
@@ -130,9 +134,9 @@ CorrelateFn<E> correlate_for(int rows, int displacements) {
 
 struct Window {
   int64_t dilation;
-  int64_t steps_y, steps_x;   // displacements run over [-steps, steps] * dilation
-  int64_t reach;              // steps_x * dilation: the padding left of each packed key row
-  std::vector<int> ring;      // ring of a displacement of s steps, by s
+  int64_t steps_y, steps_x;  // displacements run over [-steps, steps] * dilation
+  int64_t reach;             // steps_x * dilation: the padding left of each packed key row
+  std::vector<int> ring;     // ring of a displacement of s steps, by s
   int rings;
 
   Window(const std::vector<int64_t>& radius, int64_t dilation_, int64_t height, int64_t width)
@@ -142,8 +146,8 @@ struct Window {
     steps_x = std::min(steps, (width - 1) / dilation);
     reach = steps_x * dilation;
     for (int64_t s = 0; s <= std::max(steps_y, steps_x); ++s) {
-      ring.push_back(static_cast<int>(std::lower_bound(radius.begin(), radius.end(), s * dilation) -
-                                      radius.begin()));
+      ring.push_back(
+          static_cast<int>(std::lower_bound(radius.begin(), radius.end(), s * dilation) - radius.begin()));
     }
   }
   int64_t steps_across() const { return 2 * steps_x + 1; }
@@ -157,13 +161,14 @@ class MaskBits {
     const int64_t width = mask.size(3);
     bits_.assign(static_cast<size_t>((objects_ + 1) * height_ * words_), 0);
     const bool* base = mask.const_data_ptr<bool>() + n * mask.stride(0);
+    const int64_t stride_o = mask.stride(1), stride_y = mask.stride(2), stride_x = mask.stride(3);
     for (int64_t o = 0; o < objects_; ++o) {
       for (int64_t y = 0; y < height_; ++y) {
-        const bool* row = base + o * mask.stride(1) + y * mask.stride(2);
+        const bool* row = base + o * stride_o + y * stride_y;
         uint64_t* object_row = &bits_[row_of(o, y)];
         uint64_t* any_row = &bits_[row_of(objects_, y)];
         for (int64_t x = 0; x < width; ++x) {
-          const uint64_t bit = row[x * mask.stride(3)] ? 1 : 0;
+          const uint64_t bit = row[x * stride_x] ? 1 : 0;
           object_row[(x + left) >> 6] |= bit << ((x + left) & 63);
         }
         for (int64_t w = 0; w < words_; ++w) any_row[w] |= object_row[w];
@@ -218,6 +223,13 @@ template <class E, class S>
 void pack_columns(const S* pixel, int64_t channel_stride, int64_t column_stride, int64_t channels,
                   int64_t element, int64_t count, typename E::Lanes::T* out, typename E::Lanes::T* norm) {
   using T = typename E::Lanes::T;
+  // Channels lie far apart: the hardware does not see the next one coming.
+  constexpr int64_t kAhead = 6;
+  const int64_t ahead = E::kChannels * (element + kAhead);
+  if (column_stride == 1 && ahead < channels) {
+    for (int64_t x = 0; x < count; x += 64 / sizeof(S))
+      __builtin_prefetch(pixel + ahead * channel_stride + x);
+  }
   if constexpr (E::kChannels == 1) {
     const S* source = pixel + element * channel_stride;
     for (int64_t x = 0; x < count; ++x) {
@@ -242,6 +254,7 @@ template <class E, class S>
 void pack_key(const Tensor& key, int64_t n, int64_t reach, PackedKey<typename E::Lanes::T>& packed) {
   using T = typename E::Lanes::T;
   const int64_t channels = key.size(1), height = key.size(2), width = key.size(3);
+  const int64_t stride_c = key.stride(1), stride_y = key.stride(2), stride_x = key.stride(3);
   const S* base = key.const_data_ptr<S>() + n * key.stride(0);
   torch::stable::parallel_for(0, height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
@@ -251,8 +264,8 @@ void pack_key(const Tensor& key, int64_t n, int64_t reach, PackedKey<typename E:
         T* row = packed.data.data() + (y * packed.elements + e) * packed.stride;
         std::fill_n(row, reach, T{0});
         std::fill_n(row + reach + width, packed.stride - reach - width, T{0});
-        pack_columns<E>(base + y * key.stride(2), key.stride(1), key.stride(3), channels, e, width,
-                        row + reach, norm + reach);
+        pack_columns<E>(base + y * stride_y, stride_c, stride_x, channels, e, width, row + reach,
+                        norm + reach);
       }
     }
   });
@@ -262,8 +275,8 @@ void pack_key(const Tensor& key, int64_t n, int64_t reach, PackedKey<typename E:
 template <class T>
 struct Problem {
   const Tensor& query;
-  const Tensor& query_mask;  // undefined where every query is wanted
-  bool has_query_mask;
+  const bool* query_mask;  // of element n; null where every query is wanted
+  int64_t query_mask_stride_y, query_mask_stride_x;
   int64_t n;
   const Window& window;
   const MaskBits& masks;
@@ -273,7 +286,7 @@ struct Problem {
   int64_t* index;  // alike
 };
 
-// One worker thread: the buffers of a tile, and the walk over its window.
+// One tile of queries: its running minima, and the walk over its window.
 template <class E, class S>
 class Tile {
   using V = typename E::Lanes;
@@ -288,37 +301,45 @@ class Tile {
         height_(problem.query.size(2)),
         width_(problem.query.size(3)),
         slots_(problem.objects * problem.window.rings),
-        query_(problem.key.elements * kTileRows * kLanes),
         best_(slots_ * kTileRows * kLanes),
         code_(slots_ * kTileRows * kLanes) {}
 
-  // Query rows y0 + r * dilation for r < rows, columns x0 .. x0 + kLanes (those inside the image).
-  void run(int64_t y0, int rows, int64_t x0) {
+  // Starts on query rows y0 + r * dilation for r < rows and columns x0 .. x0 + kLanes (those inside the
+  // image), packed as query (elements, kTileRows, kLanes); norm: |q|^2 of row r at norm + r * norm_stride.
+  void begin(int64_t y0, int rows, int64_t x0, const T* query, const T* norm, int64_t norm_stride) {
     y0_ = y0;
     rows_ = rows;
     x0_ = x0;
     columns_ = std::min<int64_t>(kLanes, width_ - x0);
-    if (!any_wanted()) return write_absent();
-    pack_query();
+    query_ = query;
+    norm_ = norm;
+    norm_stride_ = norm_stride;
+    any_wanted_ = any_wanted();
     std::fill_n(best_.data(), slots_ * kTileRows * kLanes, kAbsent);
     std::fill_n(code_.data(), slots_ * kTileRows * kLanes, Code{-1});
-    const Window& w = p_.window;
-    for (int64_t j = -w.steps_y; j < rows_ + w.steps_y; ++j) {
-      const int64_t key_y = y0_ + j * w.dilation;
-      if (key_y < 0 || key_y >= height_) continue;
-      const int first = static_cast<int>(std::max<int64_t>(0, j - w.steps_y));
-      const int last = static_cast<int>(std::min<int64_t>(rows_ - 1, j + w.steps_y));
-      match_row(key_y, j, first, last - first + 1);
+  }
+
+  // Matches with the key row that lies j steps below row 0 of the tile.
+  void match(int64_t j) {
+    if (!any_wanted_) return;
+    const int64_t key_y = y0_ + j * p_.window.dilation;
+    const int first = static_cast<int>(std::max<int64_t>(0, j - p_.window.steps_y));
+    const int last = static_cast<int>(std::min<int64_t>(rows_ - 1, j + p_.window.steps_y));
+    match_row(key_y, j, first, last - first + 1);
+  }
+
+  void finish() {
+    if (any_wanted_) {
+      write_matches();
+    } else {
+      write_absent();
     }
-    write_matches();
   }
 
  private:
   bool wanted(int r, int64_t lane) const {
-    if (!p_.has_query_mask) return true;
-    const Tensor& m = p_.query_mask;
-    return m.const_data_ptr<bool>()[p_.n * m.stride(0) + (y0_ + r * p_.window.dilation) * m.stride(1) +
-                                    (x0_ + lane) * m.stride(2)];
+    return p_.query_mask == nullptr || p_.query_mask[(y0_ + r * p_.window.dilation) * p_.query_mask_stride_y +
+                                                     (x0_ + lane) * p_.query_mask_stride_x];
   }
 
   bool any_wanted() const {
@@ -326,19 +347,6 @@ class Tile {
       for (int64_t lane = 0; lane < columns_; ++lane)
         if (wanted(r, lane)) return true;
     return false;
-  }
-
-  void pack_query() {
-    const Tensor& q = p_.query;
-    const S* base = q.const_data_ptr<S>() + p_.n * q.stride(0) + x0_ * q.stride(3);
-    std::fill_n(query_.data(), p_.key.elements * kTileRows * kLanes, T{0});
-    std::fill_n(norm_, kTileRows * kLanes, T{0});
-    for (int64_t e = 0; e < p_.key.elements; ++e) {
-      for (int r = 0; r < rows_; ++r) {
-        pack_columns<E>(base + (y0_ + r * p_.window.dilation) * q.stride(2), q.stride(1), q.stride(3), q.size(1),
-                        e, columns_, query_.data() + (e * kTileRows + r) * kLanes, norm_ + r * kLanes);
-      }
-    }
   }
 
   // Matches rows [first, first + rows) of the tile with key row key_y, which lies j steps below row 0.
@@ -363,28 +371,40 @@ class Tile {
     const int64_t x = x0_ + s * w.dilation;
     int64_t unused_first, unused_last;
     if (!p_.masks.needed(key_y, x, x + (count - 1) * w.dilation + kLanes, unused_first, unused_last)) return;
-    alignas(64) T dots[kTileRows * max_displacements(1) * kLanes];
-    correlate_for<E>(rows, count)(query_.data() + first * kLanes,
-                                  p_.key.data.data() + key_y * p_.key.elements * p_.key.stride + x,
-                                  p_.key.stride, w.dilation, p_.key.elements, dots);
-    const T* norm = p_.key.norm.data() + key_y * p_.key.stride + x;
+    alignas(64) T scores[kTileRows * max_displacements(1) * kLanes];
+    correlate_for<E>(rows, count)(
+        query_ + first * kLanes, p_.key.data.data() + key_y * p_.key.elements * p_.key.stride + x,
+        p_.key.norm.data() + key_y * p_.key.stride + x, p_.key.stride, w.dilation, p_.key.elements, scores);
     for (int64_t o = 0; o < p_.objects; ++o) {
-      for (int d = 0; d < count; ++d) {
-        const uint32_t lanes = p_.masks.lanes(o, key_y, x + d * w.dilation, kLanes);
-        if (lanes == 0) continue;
-        const typename V::Reg k2 = V::load(norm + d * w.dilation);
-        const int64_t across = std::abs(s + d - w.steps_x);
-        for (int i = 0; i < rows; ++i) {
-          const int r = first + i;
-          const int64_t down = j - r;
-          const int ring = w.ring[std::max(across, std::abs(down))];
-          const int64_t at = ((o * w.rings + ring) * kTileRows + r) * kLanes;
-          const typename V::Reg score =
-              V::fma(V::load(dots + (d * rows + i) * kLanes), V::set1(T{-2}), k2);
-          V::take_less(best_.data() + at, code_.data() + at, score, lanes,
-                       static_cast<Code>((down + w.steps_y) * w.steps_across() + s + d));
-        }
+      uint32_t lanes[max_displacements(1)], any = 0;
+      for (int d = 0; d < count; ++d) any |= lanes[d] = p_.masks.lanes(o, key_y, x + d * w.dilation, kLanes);
+      if (any == 0) continue;
+      for (int i = 0; i < rows; ++i) {
+        const int64_t down = j - first - i;
+        take_row(o, first + i, down, s, count, scores + i * count * kLanes, lanes);
       }
+    }
+  }
+
+  // Takes `count` scores of one row into the running minimum of object o; those of one ring stay in
+  // registers.
+  void take_row(int64_t o, int r, int64_t down, int64_t s, int count, const T* scores,
+                const uint32_t* lanes) {
+    const Window& w = p_.window;
+    const int64_t code0 = (down + w.steps_y) * w.steps_across() + s;
+    const int64_t rows_down = std::abs(down);
+    for (int d = 0; d < count;) {
+      const int ring = w.ring[std::max(std::abs(s + d - w.steps_x), rows_down)];
+      const int64_t at = ((o * w.rings + ring) * kTileRows + r) * kLanes;
+      typename V::Reg best = V::load(best_.data() + at);
+      typename V::CodeReg code = V::load_code(code_.data() + at);
+      do {
+        V::take_less(best, code, V::load(scores + d * kLanes), lanes[d], static_cast<Code>(code0 + d));
+        ++d;
+      } while (d < count &&
+               (w.rings == 1 || w.ring[std::max(std::abs(s + d - w.steps_x), rows_down)] == ring));
+      V::store(best_.data() + at, best);
+      V::store_code(code_.data() + at, code);
     }
   }
 
@@ -442,7 +462,7 @@ class Tile {
     }
     T distance[kLanes] = {};
     const T* key = p_.key.data.data();
-    const T* query = query_.data() + r * kLanes;
+    const T* query = query_ + r * kLanes;
     for (int64_t e = 0; e < p_.key.elements; ++e) {
       for (int lane = 0; lane < kLanes; ++lane)
         distance[lane] += E::squared_difference(query[lane], key[offset[lane]]);
@@ -452,7 +472,7 @@ class Tile {
     for (int64_t lane = 0; lane < columns_; ++lane) {
       const bool is_wanted = wanted(r, lane);
       const bool found = is_wanted && key_index[lane] >= 0 && distance[lane] < kAbsent;
-      const bool undefined = is_wanted && std::isnan(norm_[r * kLanes + lane]);
+      const bool undefined = is_wanted && std::isnan(norm_[r * norm_stride_ + lane]);
       write(slot, r, lane,
             undefined ? std::numeric_limits<T>::quiet_NaN()
             : found   ? distance[lane]
@@ -465,25 +485,102 @@ class Tile {
   const int64_t height_, width_, slots_;
   int64_t y0_ = 0, x0_ = 0, columns_ = 0;
   int rows_ = 0;
-  Workspace<T> query_;  // (elements, kTileRows, kLanes)
-  Workspace<T> best_;   // (objects, rings, kTileRows, kLanes): the best score within a ring
+  Workspace<T> best_;     // (objects, rings, kTileRows, kLanes): the best score within a ring
   Workspace<Code> code_;  // its displacement, -1 for none
-  alignas(64) T norm_[kTileRows * kLanes];  // |q|^2
+  bool any_wanted_ = false;
+  const T* query_ = nullptr;
+  const T* norm_ = nullptr;
+  int64_t norm_stride_ = 0;
 };
 
-// Runs every tile of one batch element. E is the element of a full register, H of half a one, which serves a
-// right border of few columns.
+// One worker thread: takes a band of kTileRows rows and up to kBandTiles registers of columns, packs its
+// queries tile by tile (a long run of each source row at a time, for the sake of the caches) and runs the
+// tiles. E is the element of a full register, H of half a one, which serves a right border of few columns.
 template <class E, class H, class S>
-void match_frame(const Tensor& query, const Tensor& key, const Tensor& mask, const Tensor& query_mask,
-                 bool has_query_mask, int64_t n, const Window& window,
+class Band {
+  using T = typename E::Lanes::T;
+  static constexpr int kLanes = E::Lanes::kLanes;
+  static constexpr int kHalf = H::Lanes::kLanes;
+  static constexpr int kBandTiles = 8;
+
+ public:
+  static constexpr int kColumns = kBandTiles * kLanes;
+
+  explicit Band(const Problem<T>& problem)
+      : p_(problem), half_(problem), packed_(problem.key.elements * kTileRows * kColumns) {
+    for (int i = 0; i < kBandTiles; ++i) tiles_.push_back(std::make_unique<Tile<E, S>>(problem));
+  }
+
+  // Key row by key row: each is read from memory once for all tiles of the band.
+  void run(int64_t y0, int rows, int64_t x0) {
+    const int64_t columns = std::min<int64_t>(kColumns, p_.query.size(3) - x0);
+    const bool half_border = columns % kLanes != 0 && columns % kLanes <= kHalf;
+    const int64_t full = columns / kLanes + (columns % kLanes != 0 && !half_border ? 1 : 0);
+    pack(y0, rows, x0, columns);
+    const auto each_tile = [&](const auto& act) {
+      for (int64_t i = 0; i < full; ++i) act(*tiles_[i], i * kLanes);
+      if (half_border) act(half_, full * kLanes);
+    };
+    each_tile([&](auto& tile, int64_t x) {
+      tile.begin(y0, rows, x0 + x, packed_.data() + x * p_.key.elements * kTileRows, norm_ + x, kColumns);
+    });
+    const Window& w = p_.window;
+    for (int64_t j = -w.steps_y; j < rows + w.steps_y; ++j) {
+      const int64_t key_y = y0 + j * w.dilation;
+      if (key_y < 0 || key_y >= p_.query.size(2)) continue;
+      each_tile([&](auto& tile, int64_t) { tile.match(j); });
+    }
+    each_tile([&](auto& tile, int64_t) { tile.finish(); });
+  }
+
+ private:
+  void pack(int64_t y0, int rows, int64_t x0, int64_t columns) {
+    const Tensor& q = p_.query;
+    const int64_t channels = q.size(1), stride_c = q.stride(1), stride_y = q.stride(2),
+                  stride_x = q.stride(3);
+    const S* base = q.const_data_ptr<S>() + p_.n * q.stride(0) + x0 * stride_x;
+    std::fill_n(norm_, kTileRows * kColumns, T{0});
+    alignas(64) T row[kColumns] = {};
+    for (int64_t e = 0; e < p_.key.elements; ++e) {
+      for (int r = 0; r < rows; ++r) {
+        pack_columns<E>(base + (y0 + r * p_.window.dilation) * stride_y, stride_c, stride_x, channels, e,
+                        columns, row, norm_ + r * kColumns);
+        for (int64_t x = 0; x < columns; x += kLanes) {
+          const int64_t lanes = columns - x <= kHalf ? kHalf : kLanes;
+          T* tile = packed_.data() + x * p_.key.elements * kTileRows;
+          std::copy_n(row + x, lanes, tile + (e * kTileRows + r) * lanes);
+        }
+      }
+    }
+  }
+
+  const Problem<T>& p_;
+  std::vector<std::unique_ptr<Tile<E, S>>> tiles_;
+  Tile<H, S> half_;
+  Workspace<T> packed_;                       // a tile after the other, each (elements, kTileRows, its lanes)
+  alignas(64) T norm_[kTileRows * kColumns];  // |q|^2
+};
+
+// Runs every band of one batch element.
+template <class E, class H, class S>
+void match_frame(const Tensor& query, const Tensor& key, const Tensor& mask,
+                 const std::optional<Tensor>& query_mask, int64_t n, const Window& window,
                  PackedKey<typename E::Lanes::T>& packed, typename E::Lanes::T* distance, int64_t* index) {
-  constexpr int kLanes = E::Lanes::kLanes;
-  constexpr int kHalf = H::Lanes::kLanes;
   const int64_t height = query.size(2), width = query.size(3), objects = mask.size(1);
   const MaskBits masks(mask, n, window.reach, packed.stride);
   pack_key<E, S>(key, n, window.reach, packed);
-  const Problem<typename E::Lanes::T> problem{query, query_mask, has_query_mask, n,        window,
-                                              masks, packed,     objects,        distance, index};
+  const Problem<typename E::Lanes::T> problem{
+      .query = query,
+      .query_mask = query_mask ? query_mask->const_data_ptr<bool>() + n * query_mask->stride(0) : nullptr,
+      .query_mask_stride_y = query_mask ? query_mask->stride(1) : 0,
+      .query_mask_stride_x = query_mask ? query_mask->stride(2) : 0,
+      .n = n,
+      .window = window,
+      .masks = masks,
+      .key = packed,
+      .objects = objects,
+      .distance = distance,
+      .index = index};
 
   struct RowTile {
     int64_t y;
@@ -496,26 +593,20 @@ void match_frame(const Tensor& query, const Tensor& key, const Tensor& mask, con
       row_tiles.push_back({y, static_cast<int>(rows)});
     }
   }
-  const int64_t column_tiles = (width + kLanes - 1) / kLanes;
-  const bool half_border = width % kLanes != 0 && width % kLanes <= kHalf;
-  parallel_tasks(static_cast<int64_t>(row_tiles.size()) * column_tiles, [&] {
-    return [&, tile = Tile<E, S>(problem), half = Tile<H, S>(problem)](int64_t task) mutable {
-      const RowTile& rows = row_tiles[task / column_tiles];
-      const int64_t column = task % column_tiles;
-      if (half_border && column == column_tiles - 1) {
-        half.run(rows.y, rows.rows, column * kLanes);
-      } else {
-        tile.run(rows.y, rows.rows, column * kLanes);
-      }
+  const int64_t columns = Band<E, H, S>::kColumns, bands = (width + columns - 1) / columns;
+  parallel_tasks(static_cast<int64_t>(row_tiles.size()) * bands, [&] {
+    return [&, band = Band<E, H, S>(problem)](int64_t task) mutable {
+      const RowTile& rows = row_tiles[task / bands];
+      band.run(rows.y, rows.rows, task % bands * columns);
     };
   });
 }
 
 // All batch elements with operands of E (H: half a register) read from tensors of S.
 template <class E, class H, class S>
-void match_batch(const Tensor& query, const Tensor& key, const Tensor& mask, const Tensor& query_mask,
-                 bool has_query_mask, const std::vector<int64_t>& radius, int64_t dilation, Tensor& distance,
-                 Tensor& index) {
+void match_batch(const Tensor& query, const Tensor& key, const Tensor& mask,
+                 const std::optional<Tensor>& query_mask, const std::vector<int64_t>& radius,
+                 int64_t dilation, Tensor& distance, Tensor& index) {
   using T = typename E::Lanes::T;
   constexpr int64_t kLanes = E::Lanes::kLanes;
   const int64_t channels = query.size(1), height = query.size(2), width = query.size(3);
@@ -526,8 +617,9 @@ void match_batch(const Tensor& query, const Tensor& key, const Tensor& mask, con
   PackedKey<T> packed(height, (channels + E::kChannels - 1) / E::kChannels, (lines | 1) * line);
   const int64_t frame = mask.size(1) * window.rings * height * width;
   for (int64_t n = 0; n < query.size(0); ++n) {
-    match_frame<E, H, S>(query, key, mask, query_mask, has_query_mask, n, window, packed,
-                         distance.mutable_data_ptr<T>() + n * frame, index.mutable_data_ptr<int64_t>() + n * frame);
+    match_frame<E, H, S>(query, key, mask, query_mask, n, window, packed,
+                         distance.mutable_data_ptr<T>() + n * frame,
+                         index.mutable_data_ptr<int64_t>() + n * frame);
   }
 }
 
@@ -559,8 +651,6 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
   Tensor index = torch::stable::new_empty(query, shape, ScalarType::Long);
   if (distance.numel() == 0) return {distance, index};
 
-  const Tensor& wanted = query_mask ? *query_mask : query;
-  const bool has_wanted = query_mask.has_value();
   dispatch_floating(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
     constexpr int kHalfBytes = kRegisterBytes > 16 ? kRegisterBytes / 2 : kRegisterBytes;
@@ -568,13 +658,13 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
     if constexpr (std::is_same_v<S, BFloat16>) {
       if (has_bf16_dot()) {
         return match_batch<Bf16PairElement<Vec<float, 64>>, Bf16PairElement<Vec<float, 32>>, S>(
-            query, key, mask, wanted, has_wanted, radii, dilation, distance, index);
+            query, key, mask, query_mask, radii, dilation, distance, index);
       }
     }
 #endif
     using T = Accumulator<S>;
     match_batch<FloatElement<Vec<T, kRegisterBytes>>, FloatElement<Vec<T, kHalfBytes>>, S>(
-        query, key, mask, wanted, has_wanted, radii, dilation, distance, index);
+        query, key, mask, query_mask, radii, dilation, distance, index);
   });
   return {distance, index};
 }

@@ -1,5 +1,5 @@
-// One register of lanes, the same few operations on every instruction set. Each CPU library is compiled from the
-// same sources with other flags; nothing here is shared between two of them.
+// One register of lanes, the same few operations on every instruction set. Each CPU library is compiled from
+// the same sources with other flags; nothing here is shared between two of them.
 #pragma once
 
 #include <cstdint>
@@ -39,31 +39,34 @@ struct Vec {
 #endif
   }
 
+  static CodeReg load_code(const Code* p) {
+    CodeReg r;
+    std::memcpy(&r, p, kBytes);
+    return r;
+  }
+  static void store_code(Code* p, CodeReg r) { std::memcpy(p, &r, kBytes); }
+
   // In every lane whose bit is set in `lanes` and whose value is below best: best = value, code = candidate.
   // A NaN is below nothing.
-  static void take_less(T* best, Code* code, Reg value, uint32_t lanes, Code candidate) {
-    const Reg old = load(best);
+  static void take_less(Reg& best, CodeReg& code, Reg value, uint32_t lanes, Code candidate) {
 #if defined(__AVX512VL__)
     if constexpr (sizeof(T) == 4 && kBytes == 64) {
-      const __mmask16 less = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(lanes), value, old, _CMP_LT_OQ);
-      _mm512_storeu_ps(best, _mm512_mask_mov_ps(old, less, value));
-      _mm512_mask_storeu_epi32(code, less, _mm512_set1_epi32(candidate));
+      const __mmask16 less = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(lanes), value, best, _CMP_LT_OQ);
+      best = _mm512_mask_mov_ps(best, less, value);
+      code = (CodeReg)_mm512_mask_set1_epi32((__m512i)code, less, candidate);
       return;
     } else if constexpr (sizeof(T) == 4 && kBytes == 32) {
-      const __mmask8 less = _mm256_mask_cmp_ps_mask(static_cast<__mmask8>(lanes), value, old, _CMP_LT_OQ);
-      _mm256_storeu_ps(best, _mm256_mask_mov_ps(old, less, value));
-      _mm256_mask_storeu_epi32(code, less, _mm256_set1_epi32(candidate));
+      const __mmask8 less = _mm256_mask_cmp_ps_mask(static_cast<__mmask8>(lanes), value, best, _CMP_LT_OQ);
+      best = _mm256_mask_mov_ps(best, less, value);
+      code = (CodeReg)_mm256_mask_set1_epi32((__m256i)code, less, candidate);
       return;
     }
 #endif
     CodeReg bit;
     for (int i = 0; i < kLanes; ++i) bit[i] = Code{1} << i;
-    const CodeReg less = (((static_cast<Code>(lanes) - CodeReg{}) & bit) != 0) & (value < old);
-    CodeReg old_code;
-    std::memcpy(&old_code, code, kBytes);
-    store(best, less ? value : old);
-    const CodeReg new_code = less ? (candidate - CodeReg{}) : old_code;
-    std::memcpy(code, &new_code, kBytes);
+    const CodeReg less = (((static_cast<Code>(lanes) - CodeReg{}) & bit) != 0) & (value < best);
+    best = less ? value : best;
+    code = less ? (candidate - CodeReg{}) : code;
   }
 };
 
@@ -84,7 +87,9 @@ constexpr int kRegisters = 16;
 // Two bfloat16 side by side in 32 bits, as the dot-product instruction takes them.
 #if defined(__AVX512BF16__)
 constexpr bool kCompiledBf16Dot = true;
-inline bool has_bf16_dot() { return __builtin_cpu_supports("avx512bf16"); }
+inline bool has_bf16_dot() {
+  return __builtin_cpu_supports("avx512bf16");
+}
 inline Vec<float, 64>::Reg bf16_dot(Vec<float, 64>::Reg a, Vec<float, 64>::Reg b, Vec<float, 64>::Reg sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
@@ -93,7 +98,9 @@ inline Vec<float, 32>::Reg bf16_dot(Vec<float, 32>::Reg a, Vec<float, 32>::Reg b
 }
 #else
 constexpr bool kCompiledBf16Dot = false;
-inline bool has_bf16_dot() { return false; }
+inline bool has_bf16_dot() {
+  return false;
+}
 #endif
 
 }  // namespace vosops::cpu

@@ -1,0 +1,64 @@
+# Two commands for everyone: `make demo` and `make test`. Both create their own environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# On a machine without a GPU one architecture is enough to check that the CUDA kernels compile.
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+export MAX_JOBS ?= 2
+
+.PHONY: demo test test-binaries lint format bench docs wheel asan cuda-report gpu-report clean
+
+demo: $(VENV)/ready
+	$(BIN)/vosops demo --out demo-output
+	@echo "Look at demo-output/masks/overlay.mp4 and demo-output/masks/contact_sheet.png"
+
+test: $(VENV)/ready
+	TRITON_INTERPRET=1 VOSOPS_TEST_EMULATED=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(VENV)/ready
+	$(BIN)/vosops bench local_matching --json benchmarks/results/local_matching_cpu.json
+	$(BIN)/vosops bench global_matching --json benchmarks/results/global_matching_cpu.json
+
+docs: $(VENV)/ready
+	$(BIN)/pip install -q "mkdocs-material>=9.5" "mkdocstrings[python]>=0.25"
+	$(BIN)/mkdocs build --strict
+
+# The wheel with every architecture; TORCH_CUDA_ARCH_LIST chooses fewer.
+wheel: $(VENV)/ready
+	$(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX") \
+	  $(BIN)/python -m build --wheel --no-isolation
+
+# The CPU libraries with AddressSanitizer and UBSan under the op tests, each instruction set.
+asan: $(VENV)/ready
+	$(BIN)/python tests/sanitized.py
+
+# What the compilers make of every GPU kernel: registers, spills, shared memory, tensor-core instructions.
+cuda-report: $(VENV)/ready
+	$(BIN)/python benchmarks/cuda_report.py --check benchmarks/results/cuda_report.json
+	$(BIN)/python benchmarks/triton_report.py
+
+gpu-report: $(VENV)/ready
+	$(BIN)/python benchmarks/gpu_report.py
+
+# An editable install with everything that developers need; build isolation would download torch again.
+$(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q torch torchvision numpy ninja pybind11 "setuptools>=77" wheel
+	$(BIN)/pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 || (tail -40 $(VENV)/build.log; false)
+	@grep -h "^ *vosops: built" $(VENV)/build.log || true
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info vosops/*.so site demo-output $(VENV)

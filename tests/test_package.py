@@ -1,0 +1,105 @@
+"""What `import vosops` needs, what the build contains, and that the libraries keep to the stable ABI."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vosops
+from vosops import _library
+
+FOLDER = Path(vosops.__file__).parent
+LIBRARIES = sorted(FOLDER.glob("libvosops_*.so"))
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_import_needs_torch_alone():
+    blocked = "typer rich PIL av torchvision timm safetensors scipy matplotlib skimage hypothesis triton"
+    code = f"""
+import sys
+for name in {blocked.split()!r}:
+    sys.modules[name] = None
+import vosops, torch
+frame, mask = torch.rand(1, 4, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
+assert vosops.local_matching(frame, frame, mask, radius=2).abs().max() == 0
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_brings_neither_models_nor_commands():
+    code = "import sys, vosops; print(*[m for m in sys.modules if m.startswith('vosops.')])"
+    modules = run(code).stdout.split()
+    assert not [m for m in modules if re.match(r"vosops\.(models|inference|cli|metrics|data)", m)]
+
+
+def test_one_cpu_library_is_loaded():
+    assert torch.ops.vosops.cpu_capability() == _library.CPU_CAPABILITY
+    assert {f"libvosops_cpu_{name}.so" for name in ("baseline",)} <= {path.name for path in LIBRARIES}
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_capability_can_be_chosen(capability):
+    if not (FOLDER / f"libvosops_cpu_{capability}.so").exists():
+        pytest.skip(f"this build has no {capability} library")
+    supported = torch.backends.cpu.get_cpu_capability()
+    if capability not in {"AVX512": "baseline avx2 avx512", "AVX2": "baseline avx2"}.get(supported, "baseline"):
+        pytest.skip(f"the processor ({supported}) does not run {capability}")
+    code = "import vosops, torch; print(torch.ops.vosops.cpu_capability())"
+    assert run(code, VOSOPS_CPU_CAPABILITY=capability).stdout.strip() == capability
+
+
+def test_unknown_capability_is_refused():
+    result = run("import vosops", VOSOPS_CPU_CAPABILITY="sse9")
+    assert "VOSOPS_CPU_CAPABILITY must be one of avx512, avx2, baseline, got 'sse9'" in result.stderr
+
+
+def test_cuda_library_loads_where_torch_has_cuda():
+    if not (FOLDER / "libvosops_cuda.so").exists():
+        pytest.skip("this build left the CUDA library out")
+    if torch.version.cuda is None:
+        assert _library.CUDA_REASONS == ("this build of torch has no CUDA",)
+    else:
+        assert _library.CUDA_REASONS == ()
+        assert torch.ops.vosops.cuda_version() >= 12000
+
+
+def undefined_symbols(library: Path) -> set[str]:
+    listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    return {line.split()[-1] for line in listing.stdout.splitlines()}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None or shutil.which("g++") is None, reason="needs nm and g++")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_libraries_use_no_symbol_newer_than_torch_2_10(library, tmp_path):
+    # What the headers declare for target 2.10 is what torch 2.10 offers.
+    source = tmp_path / "shims.cpp"
+    source.write_text("#include <torch/csrc/stable/library.h>\n#include <torch/csrc/stable/ops.h>\n")
+    include = Path(torch.__file__).parent / "include"
+    command = ["g++", "-std=c++20", "-E", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-DUSE_CUDA", f"-I{include}", f"-I{include}/torch/csrc/api/include", str(source)]
+    declared = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    offered = set(re.findall(r"\b(?:aoti_torch|torch)_\w+", declared))
+    symbols = {name.split("@")[0] for name in undefined_symbols(library)}
+    shims = {name for name in symbols if re.match(r"(aoti_)?torch_", name)}
+    assert shims <= offered, f"not in torch 2.10: {sorted(shims - offered)}"
+    torch_cpp = {name for name in symbols if re.search(r"^_Z.*(2at|3c10|5torch)", name)}
+    assert not torch_cpp, f"C++ symbols of torch are not ABI stable: {sorted(torch_cpp)}"
+
+
+def test_build_information():
+    module = pytest.importorskip("vosops._C", reason="vosops._C was built for another Python")
+    info = module.build_info()
+    assert info["summary"].startswith("built cpu_") and info["compiler"]
