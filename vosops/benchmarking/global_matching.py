@@ -143,7 +143,7 @@ BENCHMARK = Benchmark(
             60,
             107,
             objects=3,
-            goals={"faiss flat": 1.3, "packed per object": 1.3, "CFBI chunks": 9},
+            goals={"faiss flat": 1.3, "packed per object": 1.3},
             goal_memory=20 * MB,
             quick=True,
         ),

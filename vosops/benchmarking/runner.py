@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ class Result:
     ceilings: Ceilings
     clock: str
     threads: int
+    load: float | None
+    """The machine's load average when the case began: above the number of cores, others were at work too."""
 
     def goals(self) -> dict[str, tuple[float, float, bool]]:
         """What was aimed at: name -> (goal, reached, whether that meets it)."""
@@ -99,6 +102,7 @@ class Result:
             "title": self.case.title,
             "clock": self.clock,
             "threads": self.threads,
+            "load": self.load,
             "flops": self.flops,
             "bytes": self.bytes,
             "ceilings": asdict(self.ceilings),
@@ -132,6 +136,7 @@ def run_case(
     """
     case = case if dtype is None else replace(case, dtype=dtype)
     clock = Clock(device, case.threads or threads)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with _threads(clock.threads):
         inputs = Inputs.of(case, clock.device)
         variants, left_out = _contenders(benchmark, case, clock)
@@ -159,7 +164,7 @@ def run_case(
         _result(name, timing, first_calls[name], peaks[name], ours, floor) for name, timing in timings.items()
     ]
     return Result(
-        benchmark.op, case, tuple(results), left_out, flops, moved, ceilings, clock.kind, clock.threads
+        benchmark.op, case, tuple(results), left_out, flops, moved, ceilings, clock.kind, clock.threads, load
     )
 
 
