@@ -140,6 +140,7 @@ def cases(target: str) -> Iterator[Case]:
         maps = {"query": data, "key": data, "mask": "*u8", "query_mask": "*u8", "packed_query": data}
         maps |= {"packed_key": data, "query_norm": "*fp32"}
         packing = {"CHANNELS": 112, "BLOCK_C": local_matching.PACK_CHANNELS, "HAS_QUERY_MASK": False}
+        packing |= {"query_w": 1, "key_w": 1, "mask_w": 1}
         yield Case(
             f"local pack {label}",
             local_matching._pack,
@@ -158,7 +159,7 @@ def cases(target: str) -> Iterator[Case]:
         shape = {
             "ROWS": global_matching.MERGE_ROWS,
             "CHANNELS": 112,
-            "BLOCK_C": global_matching.PACK_CHANNELS,
+            "BLOCK_C": global_matching.MERGE_CHANNELS,
         }
         yield Case(
             f"global merge {label}",

@@ -7,6 +7,7 @@ is finite: excluded pairs get BIG added, so that no infinity or NaN enters an ad
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,14 @@ ROW_SHIFT = tl.constexpr(1.0 + 2.0**-16)
 MIN_CHANNELS = 16
 """Channels are padded with zeros to a multiple of this, the depth of one half-precision tensor-core step."""
 
-STAGED_BYTES = 112 * 1024
-"""Shared memory that one program may use: two programs fit an H100's multiprocessor."""
+STAGED_BYTES = {0: 64 * 1024, 9: 112 * 1024}
+"""Shared memory that tiles may take, by compute capability: all that AMD has, half of what an H100 has ..."""
+
+STAGED_BYTES_ELSEWHERE = 96 * 1024
+"""... and what every other GPU with tensor cores for bfloat16 has."""
+
+MAX_GRID = 65535
+"""Programs that CUDA launches along the second and third axis."""
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,8 +97,8 @@ def least(score, BLOCK_K: tl.constexpr, EXACT: tl.constexpr):
     """The least score of each row and its column, the lowest among equals.
 
     Unless EXACT, the column replaces the lowest bits of the score's mantissa: one bitwise operation and one minimum per
-    pair instead of a comparison and three selections, for a relative error of BLOCK_K * 2**-23. The scores must then not
-    be negative.
+    pair instead of a comparison and three selections, for a relative error of BLOCK_K * 2**-23. The scores must then
+    not be negative.
     """
     if EXACT:
         value, column = tl.min(score, axis=1, return_indices=True)
@@ -209,6 +216,7 @@ def tilings(
     """
     stored = max(1, -(-channels // MIN_CHANNELS)) * MIN_CHANNELS
     block = power_of_two(stored)
+    staged = STAGED_BYTES.get(target.capability, STAGED_BYTES_ELSEWHERE)
     shapes: list[tuple[int, int, dict[str, int]]] = [
         (128, 64, {"num_warps": 8 if target.capability >= 10 else 4, "num_stages": 3}),
         (64, 64, {"num_warps": 4, "num_stages": 3}),
@@ -220,7 +228,7 @@ def tilings(
     fitting = [
         Tiling(queries, keys, stored, block, options)
         for queries, keys, options in shapes
-        if (queries + options["num_stages"] * keys) * block * dtype.itemsize <= STAGED_BYTES
+        if (queries + options["num_stages"] * keys) * block * dtype.itemsize <= staged
     ]
     if not uses_tensor_cores(dtype, precision):
         block, stages = MIN_CHANNELS, 2
@@ -241,7 +249,7 @@ def is_exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision != "tf32"
 
 
-def check_embeddings(query: Tensor, key: Tensor, precision: str) -> None:
+def check_inputs(query: Tensor, key: Tensor, mask: Tensor, precision: str) -> None:
     """Raise TypeError or ValueError for what the kernels cannot take."""
     if query.dtype not in SUPPORTED_DTYPES or key.dtype != query.dtype:
         raise TypeError(
@@ -250,8 +258,11 @@ def check_embeddings(query: Tensor, key: Tensor, precision: str) -> None:
         )
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if key[0, 0].numel() >= 2**31 if key.shape[0] and key.shape[1] else False:
-        raise ValueError(f"key must have fewer than 2**31 pixels, got shape {tuple(key.shape)}")
+    for name, tensor in (("query", query), ("key", key)):
+        if math.prod(tensor.shape[2:]) >= 2**30:
+            raise ValueError(f"{name} must have fewer than 2**30 pixels, got shape {tuple(tensor.shape)}")
+    if mask.shape[0] * mask.shape[1] > MAX_GRID:
+        raise ValueError(f"mask must have at most {MAX_GRID} N * O maps, got shape {tuple(mask.shape)}")
 
 
 def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 Four kernels. ``_pack`` copies query and key into rows of padded channels and writes their norms, and counts the pixels
 of each object in each block of keys. ``_list_members`` writes, per object, the indices of its pixels in ascending
-order, so that the inner loop has no mask and no work on other objects' pixels; the host never learns how many there are.
+order, so that the inner loop has no mask and no work on other objects' pixels; the host never knows how many.
 ``_match``: a program owns 256 queries, held in shared memory, and a share of one object's list; it gathers 64 keys a
 step, multiplies (256 x 64 x 128 for half precision and 100 channels) and keeps the least score per query. ``_merge``
 takes the least of the shares and computes its distance anew from the two embeddings.
@@ -24,7 +24,7 @@ from vosops.triton._common import (
     BIG,
     NORM_LIMIT,
     Tiling,
-    check_embeddings,
+    check_inputs,
     is_exact,
     launch_on,
     least,
@@ -41,7 +41,7 @@ from vosops.triton._common import (
 PACK_ROWS = 64
 """Pixels that a program packs or lists."""
 
-PACK_CHANNELS = 32
+PACK_CHANNELS = 64
 """Channels that the packing kernel moves at a time."""
 
 SHARE = 4096
@@ -50,7 +50,8 @@ SHARE = 4096
 MAX_SHARES = 16
 
 MERGE_ROWS = 32
-"""Queries that a program merges."""
+MERGE_CHANNELS = 32
+"""Queries that a program merges, and channels that it compares at a time."""
 
 
 @triton.jit
@@ -382,7 +383,7 @@ def global_matching(
     With more than one neighbor a step repeats its selection while any of its queries finds a nearer key.
     "tf32" truncates the operands in choosing the keys, never in their distance.
     """
-    check_embeddings(query, key, precision)
+    check_inputs(query, key, mask, precision)
     batch, channels, height, width = query.shape
     frames, key_height, key_width = key.shape[2:]
     objects = mask.shape[1]
@@ -439,7 +440,7 @@ def global_matching(
             *wanted_strides,
             ROWS=PACK_ROWS,
             CHANNELS=tiling.channels,
-            BLOCK_C=PACK_CHANNELS,
+            BLOCK_C=min(PACK_CHANNELS, power_of_two(channels)),
             HAS_QUERY_MASK=query_mask is not None,
             num_warps=4,
         )
@@ -493,7 +494,7 @@ def global_matching(
             CHOICES=power_of_two(choices),
             ROWS=MERGE_ROWS,
             CHANNELS=tiling.channels,
-            BLOCK_C=PACK_CHANNELS,
+            BLOCK_C=MERGE_CHANNELS,
             num_warps=4,
         )
     if neighbors == 1:

@@ -1,10 +1,10 @@
 """Local matching: for each query pixel and object, the nearest key pixel in a window around it.
 
 Two kernels. ``_pack`` copies both maps into strips of 8 columns: row by row, the 8 pixels of a row beside each other,
-the padded channels of a pixel contiguous. Any 8 x h block of a strip is then one contiguous piece of memory, read at full
-width whatever the strides of the input. With them it writes the query's norms (infinite where the query is not wanted),
-per object the key's norms (BIG where the key is not the object's), and per 8 x 8 block whether any object needs it.
-Pixels are dealt out by their coordinates modulo the dilation first, which makes every window dense.
+the padded channels of a pixel contiguous. Any 8 x h block of a strip is then one contiguous piece of memory, read at
+full width whatever the strides of the input. With them it writes the query's norms (infinite where the query is not
+wanted), per object the key's norms (BIG where the key is not the object's), and per 8 x 8 block whether any object
+needs it. Pixels are dealt out by their coordinates modulo the dilation first, which makes every window dense.
 
 ``_match``: a program owns 8 x 16 queries, held in shared memory, and up to 8 object-radius pairs. It walks over the
 8 x 8 key blocks of its window that an object needs, multiplies the two tiles (128 x 64 x 128 for half precision and 100
@@ -29,7 +29,7 @@ from vosops.triton._common import (
     BIG,
     NORM_LIMIT,
     Tiling,
-    check_embeddings,
+    check_inputs,
     is_exact,
     launch_on,
     least,
@@ -52,7 +52,7 @@ MAX_SLOTS = 8
 MAX_WINDOW_BLOCKS = 4096
 """Windows of more blocks are walked in full instead of the part that objects need."""
 
-PACK_CHANNELS = 32
+PACK_CHANNELS = 64
 """Channels that the packing kernel moves at a time."""
 
 
@@ -246,7 +246,8 @@ def _match(
 ):
     """Grid (query tiles, N, groups of GROUP objects). WINDOW_Y 0: do not look which blocks are needed.
 
-    Coordinates are those of the phase, pixels that share their coordinates modulo DILATION, up to the final conversion.
+    The middle rows of tiles, which have the most to do, come first. Coordinates are those of the phase, the pixels that
+    share their coordinates modulo DILATION, up to the final conversion.
     """
     RINGS: tl.constexpr = len(RADII)
     REACH: tl.constexpr = RADII[RINGS - 1] // DILATION
@@ -257,9 +258,10 @@ def _match(
     first_object = tl.program_id(2) * GROUP
     phase_height = (H + DILATION - 1) // DILATION
     tiles_y = (phase_height + TILE_H - 1) // TILE_H
-    tile_y = tl.program_id(0) % tiles_y * TILE_H
-    strip = tl.program_id(0) // tiles_y % strips
-    phase = tl.program_id(0) // tiles_y // strips
+    strip = tl.program_id(0) % strips
+    phase = tl.program_id(0) // strips % (DILATION * DILATION)
+    rank = tl.program_id(0) // strips // (DILATION * DILATION)
+    tile_y = (tiles_y // 2 + tl.where(rank % 2 == 0, rank // 2, -(rank + 1) // 2)) * TILE_H
     phase_rows = DILATION * DILATION * strips * strip_height * STRIP
     phase_strip = phase * strips
 
@@ -387,7 +389,7 @@ def local_matching(
     channels, and 4 bytes per object and pixel. "tf32" truncates the operands in choosing the key, never in its
     distance.
     """
-    check_embeddings(query, key, precision)
+    check_inputs(query, key, mask, precision)
     batch, channels, height, width = query.shape
     objects, rings = mask.shape[1], len(radius)
     shape = (batch, objects, rings, height, width)
@@ -440,7 +442,7 @@ def local_matching(
             DILATION=dilation,
             STRIP=STRIP,
             CHANNELS=launch.constants["CHANNELS"],
-            BLOCK_C=PACK_CHANNELS,
+            BLOCK_C=min(PACK_CHANNELS, power_of_two(channels)),
             HAS_QUERY_MASK=query_mask is not None,
             num_warps=4,
         )

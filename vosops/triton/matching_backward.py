@@ -93,7 +93,7 @@ def _key_gradient(
     BLOCK_C: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ):
-    """Grid (keys, blocks of channels, N); contiguous ``out`` (N, C, M), ``order`` (N, entries), ``bounds`` (N, M + 1)."""
+    """Grid (keys, blocks of channels, N). Contiguous: out (N, C, M), order (N, entries), bounds (N, M + 1)."""
     m = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     n = tl.program_id(2).to(tl.int64)
