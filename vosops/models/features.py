@@ -48,7 +48,11 @@ class Backbone(nn.Module):
 
 
 class _SameConv(nn.Module):
-    """A convolution with TensorFlow's "SAME" padding and its batch norm folded in, ReLU6 after it where asked."""
+    """A convolution with TensorFlow's "SAME" padding and its batch norm folded in, ReLU6 after it where asked.
+
+    With stride 2 and an even input, SAME pads one pixel less on the left than on the right. A kernel with a row and
+    a column of zeros in front does the same with symmetric padding, without a padded copy of the input.
+    """
 
     def __init__(
         self,
@@ -60,19 +64,14 @@ class _SameConv(nn.Module):
         relu: bool = True,
     ) -> None:
         super().__init__()
+        self.zeros = stride - 1
         groups = inputs if depthwise else 1
-        # With an even input, SAME pads the left by (kernel - stride) // 2 and the right by what is left.
-        left = max(kernel - stride, 0) // 2
-        right = max(kernel - stride, 0) - left
-        self.pad = (left, right, left, right) if left != right else None
         self.conv = nn.Conv2d(
-            inputs, outputs, kernel, stride, padding=0 if self.pad else left, groups=groups, bias=True
+            inputs, outputs, kernel + self.zeros, stride, padding=kernel // 2, groups=groups, bias=True
         )
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pad is not None:
-            x = functional.pad(x, self.pad)
         x = self.conv(x)
         return functional.relu6(x, inplace=True) if self.relu else x
 
@@ -81,7 +80,8 @@ class _SameConv(nn.Module):
         scale = weights[f"{norm}.weight"] * (weights[f"{norm}.running_var"] + eps).rsqrt()
         bias = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
         with torch.no_grad():
-            self.conv.weight.copy_(weights[f"{conv}.weight"] * scale.view(-1, 1, 1, 1))
+            kernel = weights[f"{conv}.weight"] * scale.view(-1, 1, 1, 1)
+            self.conv.weight.copy_(functional.pad(kernel, (self.zeros, 0, self.zeros, 0)))
             assert self.conv.bias is not None
             self.conv.bias.copy_(bias)
 

@@ -1,8 +1,8 @@
 """Propagate: masks through a video by matching frozen features. No training, no download.
 
 Each cell of a coarse grid (stride 8) is compared with the cells of every object, and of the background, in
-the permanent frames (global matching: the mean of the nearest few) and in the previous frame (local matching:
-the nearest in a window). The features are whitened by the covariance within the classes. A linear classifier
+the permanent frames (global matching: the mean of the nearest few) and in recent frames (local matching: the
+nearest in a window). The features are whitened by the covariance within the classes. A linear classifier
 fitted to the permanent frames adds its score; a softmax over the classes gives coarse probabilities, which a
 guided filter brings to the frame's edges. docs/models/propagate.md tells what was measured.
 """
@@ -31,9 +31,9 @@ CONTEXT_WEIGHT = 0.4  # of the context beside the cell's own features
 SHRINKAGE = 0.3  # of the covariance within the classes towards its mean variance, before whitening
 EMBEDDING_CHANNELS = 128  # what is kept of the whitened features
 NEIGHBORS = 5  # of global matching
-WINDOW = 8  # radius of local matching, in cells
+WINDOWS = {1: 8, 3: 14}  # radius of local matching in cells, for each age of a recent frame
 TEMPERATURE = 0.05  # of the softmax over the classes' cosine similarities
-LOCAL_MARGIN = 0.25  # how much more similar the previous frame must be than the permanent ones to be believed
+LOCAL_MARGIN = 0.25  # how much more similar the recent frames must be than the permanent ones to be believed
 LOCAL_SLOPE = 0.05  # of that choice, which is a sigmoid
 RIDGE = 0.01  # regularisation of the linear classifier
 FEWEST_CELLS = 3.0  # a class with fewer counts less in the classifier
@@ -48,13 +48,12 @@ FILTER_EPS = 1e-3
 CERTAIN = 0.005  # cells whose objects are less probable than this need no filter
 ABSENT_DISTANCE = 4.0  # the largest squared distance of unit vectors: cosine -1
 
+_SAVED_LISTS = ("permanent_features", "permanent_masks", "recent_keys", "recent_probabilities")
 _SAVED_TENSORS = (
     "embedding",
     "permanent_keys",
     "permanent_moments",
     "recent_moments",
-    "previous_keys",
-    "previous_probabilities",
 )
 
 P = ParamSpec("P")
@@ -113,8 +112,8 @@ class Propagate:
         self._permanent_keys = torch.empty(0)  # (D,T,h,w), embedded
         self._permanent_moments = torch.empty(0)  # (D+1+O+1,D+1), of the classifier
         self._recent_moments = torch.empty(0)
-        self._previous_keys = torch.empty(0)  # (D,h,w)
-        self._previous_probabilities = torch.empty(0)  # (O+1,h,w)
+        self._recent_keys: list[Tensor] = []  # (D,h,w) each, the latest last
+        self._recent_probabilities: list[Tensor] = []  # (O+1,h,w) each
 
     @torch.no_grad()
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
@@ -160,7 +159,7 @@ class Propagate:
         elif not end:
             self._remember(keys, fine)
             if permanent:
-                self._keep(features, _hard(self._previous_probabilities))
+                self._keep(features, _hard(self._recent_probabilities[-1]), self._recent_probabilities[-1])
         return probabilities if output == "probs" else self._to_labels(probabilities)
 
     @torch.no_grad()
@@ -174,7 +173,7 @@ class Propagate:
             return
         _check_frame(frame, self._frame_size)
         _check_labels(labels, frame)
-        previous = _resized(self._previous_probabilities, (frame.shape[1], frame.shape[2]))
+        previous = _resized(self._recent_probabilities[-1], (frame.shape[1], frame.shape[2]))
         self._learn(self._features(self._image(frame)), labels, previous)
 
     @torch.no_grad()
@@ -185,7 +184,7 @@ class Propagate:
         channel = 1 + self.object_ids.index(object_id)
         self.object_ids.remove(object_id)
         self._permanent_masks = [_without(mask, channel) for mask in self._permanent_masks]
-        self._previous_probabilities = _normalised(_without(self._previous_probabilities, channel))
+        self._recent_probabilities = [_normalised(_without(x, channel)) for x in self._recent_probabilities]
         self._restart_classifier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,8 +194,7 @@ class Propagate:
             "size": self.size,
             "object_ids": list(self.object_ids),
             "frame_size": list(self._frame_size or ()),
-            "permanent_features": list(self._permanent_features),
-            "permanent_masks": list(self._permanent_masks),
+            **{name: list(getattr(self, f"_{name}")) for name in _SAVED_LISTS},
             **{name: getattr(self, f"_{name}") for name in _SAVED_TENSORS},
         }
 
@@ -212,8 +210,8 @@ class Propagate:
                 )
         self.object_ids = list(state["object_ids"])
         self._frame_size = tuple(state["frame_size"]) or None
-        self._permanent_features = [x.to(self.device) for x in state["permanent_features"]]
-        self._permanent_masks = [x.to(self.device) for x in state["permanent_masks"]]
+        for name in _SAVED_LISTS:
+            setattr(self, f"_{name}", [x.to(self.device) for x in state[name]])
         for name in _SAVED_TENSORS:
             setattr(self, f"_{name}", state[name].to(self.device))
 
@@ -248,14 +246,17 @@ class Propagate:
         return functional.normalize(torch.tensordot(self._embedding, features, 1), dim=0)
 
     @_full_precision
-    def _keep(self, features: Tensor, masks: Tensor) -> None:
-        """Makes the latest frame a permanent one, and fits embedding and classifier to all of these."""
+    def _keep(self, features: Tensor, masks: Tensor, probabilities: Tensor) -> None:
+        """Makes the latest frame a permanent one, fits embedding and classifier to all of these, and starts anew.
+
+        masks: bool (O+1,h,w), what is sure; probabilities: (O+1,h,w).
+        """
         self._permanent_features.append(features)
         self._permanent_masks.append(masks)
         stacked = torch.stack(self._permanent_features, 1)
         self._embedding = _embedding(stacked, self._all_masks())
         self._permanent_keys = self._embedded(stacked)
-        self._previous_keys = self._permanent_keys[:, -1]
+        self._recent_keys, self._recent_probabilities = [self._permanent_keys[:, -1]], [probabilities]
         self._restart_classifier()
 
     def _all_masks(self) -> Tensor:
@@ -271,11 +272,12 @@ class Propagate:
 
     @_full_precision
     def _remember(self, keys: Tensor, probabilities: Tensor) -> None:
-        """Makes this frame the previous one, and a lesson for the classifier."""
-        self._previous_keys = keys
-        self._previous_probabilities = _cell_means(probabilities, (keys.shape[1], keys.shape[2]))
+        """Makes this frame the latest of the recent ones, and a lesson for the classifier."""
+        means = _cell_means(probabilities, (keys.shape[1], keys.shape[2]))
+        self._recent_keys = [*self._recent_keys, keys][-max(WINDOWS) :]
+        self._recent_probabilities = [*self._recent_probabilities, means][-max(WINDOWS) :]
         near = self._search_region()
-        shares = self._previous_probabilities[:, near]
+        shares = means[:, near]
         confidence = ((shares.amax(0) - CONFIDENT) / (1 - CONFIDENT)).clamp(min=0)
         moments = _moments(keys[:, near], shares * confidence)
         self._recent_moments = torch.lerp(self._recent_moments, moments, RECENT_RATE)
@@ -305,24 +307,23 @@ class Propagate:
             probabilities.masked_fill_(here, 0)
             probabilities[1 + self.object_ids.index(i)].masked_fill_(here, 1)
         cells = (features.shape[1], features.shape[2])
-        self._previous_probabilities = _cell_means(probabilities, cells)
+        means = _cell_means(probabilities, cells)
         share_known = _cell_means(known[None].float(), cells)[0]
-        masks = _hard(self._previous_probabilities) & (share_known > 0.5)
+        masks = _hard(means) & (share_known > 0.5)
         for i in ids:  # an object smaller than a cell has the cell that it covers most
             channel = 1 + self.object_ids.index(i)
             if not masks[channel].any():
-                cell = int(self._previous_probabilities[channel].argmax())
+                cell = int(means[channel].argmax())
                 masks.view(masks.shape[0], -1)[:, cell] = False
                 masks.view(masks.shape[0], -1)[channel, cell] = True
-        self._keep(features, masks)
+        self._keep(features, masks, means)
         return probabilities
 
     @_full_precision
     def _match(self, query: Tensor) -> Tensor:
         """The frame's keys (D,h,w) -> coarse probabilities (O+1,h,w)."""
         search = self._search_region()
-        previous = _hard(self._previous_probabilities)
-        to_permanent = vosops.global_matching(
+        permanent = vosops.global_matching(
             query[None],
             self._permanent_keys[None],
             self._all_masks()[None],
@@ -330,20 +331,25 @@ class Propagate:
             normalize=False,
             query_mask=search[None],
         )
-        to_previous = vosops.local_matching(
-            query[None],
-            self._previous_keys[None],
-            previous[None],
-            radius=WINDOW,
-            normalize=False,
-            query_mask=search[None],
-        )
-        far, near = _cosine(to_permanent[0]), _cosine(to_previous[0])
-        # A cell that the permanent frames do not explain follows what the previous frame says.
+        recent = [
+            vosops.local_matching(
+                query[None],
+                self._recent_keys[-age][None],
+                _hard(self._recent_probabilities[-age])[None],
+                radius=radius,
+                normalize=False,
+                query_mask=search[None],
+            )
+            for age, radius in WINDOWS.items()
+            if age <= len(self._recent_keys)
+        ]
+        far = _cosine(permanent[0])
+        near = torch.stack([_cosine(distance[0]) for distance in recent]).mean(0)
+        # A cell that the permanent frames do not explain follows what the recent ones say.
         gain = near.amax(0) - far.amax(0)
         local = torch.sigmoid((gain - LOCAL_MARGIN) / LOCAL_SLOPE)
-        # Local matching knows nothing of a lost object: it takes the background's, and the global difference.
-        lost = ~previous.flatten(1).any(1)
+        # Local matching knows nothing of a lost object, which takes the background's, and the global difference.
+        lost = ~_hard(self._recent_probabilities[-1]).flatten(1).any(1)
         near = torch.where(lost[:, None, None], near[:1] + far - far[:1], near)
         classifier = _ridge(torch.lerp(self._permanent_moments, self._recent_moments, RECENT_WEIGHT))
         score = torch.tensordot(classifier[:, :-1], query, 1) + classifier[:, -1, None, None]
@@ -354,10 +360,12 @@ class Propagate:
 
     def _search_region(self) -> Tensor:
         """bool (h,w): the cells near the objects, or all cells when one of the objects is lost."""
-        objects = self._previous_probabilities[1:] > SEARCH_PROBABILITY
+        objects = self._recent_probabilities[-1][1:] > SEARCH_PROBABILITY
+        near = objects.any(0)[None].float()
         window = 2 * SEARCH_RADIUS + 1
-        near = functional.max_pool2d(objects.any(0)[None].float(), window, 1, SEARCH_RADIUS)[0] > 0
-        return near | ~objects.flatten(1).any(1).all()
+        for kernel, padding in (((window, 1), (SEARCH_RADIUS, 0)), ((1, window), (0, SEARCH_RADIUS))):
+            near = functional.max_pool2d(near, kernel, 1, padding)
+        return (near[0] > 0) | ~objects.flatten(1).any(1).all()
 
     def _enlarge(self, coarse: Tensor, image: Tensor) -> Tensor:
         """Coarse probabilities (O+1,h,w) -> (O+1,H,W) at the image's size, along its edges."""
