@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vosops.inference.errors import InputError
+from vosops.inference.masks import read_labels
 from vosops.metrics.davis import IGNORED, ObjectScore, compare_masks, scored_frames
 
 FRAMES_PER_TASK = 8
@@ -121,25 +123,6 @@ def evaluate(
     return Report(tuple(objects), protocol)
 
 
-def read_labels(path: Path) -> NDArray[np.uint8]:
-    """A label map (H, W) from a palette, grey or black-and-white image; grey stored as RGB is understood."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            labels = np.asarray(image.convert("L") if image.mode == "1" else image)
-    except (OSError, SyntaxError) as error:
-        raise EvaluationError(f"{path}: cannot be read as an image ({error})") from None
-    if labels.ndim == 3:
-        grey = labels[..., 0]
-        if labels.shape[2] >= 3 and any((labels[..., c] != grey).any() for c in (1, 2)):
-            raise EvaluationError(f"{path}: expected a label map (palette or grey PNG); got a colour picture")
-        labels = grey
-    if labels.size and labels.max() > IGNORED:
-        raise EvaluationError(f"{path}: expected labels of at most {IGNORED}; got {labels.max()}")
-    return labels.astype(np.uint8, copy=False)
-
-
 # --- which files ---
 
 
@@ -220,12 +203,20 @@ def _plan(name: str, predictions: Path, ground_truth: Path, merge: bool, keep_en
     if absent:
         raise EvaluationError(f"{predictions}: no prediction for frame {_listing(absent)}")
     for stem in stems:
-        ids = _values(read_labels(ground_truth / f"{stem}.png"))
+        ids = _values(_read(ground_truth / f"{stem}.png"))
         if ids:
             labels = _Labels.BINARY if ids == {IGNORED} else _Labels.MERGED if merge else _Labels.OBJECTS
             ids = ids - {IGNORED} if labels is _Labels.OBJECTS else {MERGED_OBJECT}
             return _Plan(name, predictions, ground_truth, frames, frozenset(ids), labels)
     raise EvaluationError(f"{ground_truth}: no frame holds an object")
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    """A label map (H, W)."""
+    try:
+        return read_labels(path)[0]
+    except InputError as error:
+        raise EvaluationError(str(error)) from None
 
 
 def _values(labels: NDArray[np.uint8]) -> set[int]:
@@ -294,7 +285,7 @@ def _score_frames(plan: _Plan, frames: Sequence[str], ignore_void: bool) -> list
 def _score_frame(plan: _Plan, frame: str, ignore_void: bool) -> _Frame:
     """J and F of each object of one frame; errors name the file."""
     file = plan.predictions / f"{frame}.png"
-    predicted, true = read_labels(file), read_labels(plan.ground_truth / f"{frame}.png")
+    predicted, true = _read(file), _read(plan.ground_truth / f"{frame}.png")
     if predicted.shape != true.shape:
         expected, got = (f"{width}x{height}" for height, width in (true.shape, predicted.shape))
         raise EvaluationError(f"{file}: expected {expected} pixels as in the ground truth; got {got}")
