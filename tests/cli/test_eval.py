@@ -78,6 +78,14 @@ def test_sequences_are_separated_by_commas(run, folders):
     assert "no ground truth for other" in result.stderr
 
 
+def test_sequences_may_come_from_a_text_file(run, folders):
+    (folders / "val.txt").write_text("clip\n\n")
+    assert run(folders / "pred", folders / "true", "--sequence", folders / "val.txt").exit_code == 0
+    result = run(folders / "pred", folders / "true", "--sequence", folders / "test.txt")
+    assert result.exit_code == 1
+    assert "No such file" in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_what_is_missing_is_said_in_one_line(run, folders):
     (folders / "pred" / "clip" / "00003.png").unlink()
     result = run(folders / "pred", folders / "true")

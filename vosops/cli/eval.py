@@ -39,7 +39,11 @@ def evaluate(
     ],
     sequences: Annotated[
         list[str] | None,
-        typer.Option("--sequences", "-s", help="Score only these: names separated by commas; repeatable."),
+        typer.Option(
+            "--sequences",
+            "--sequence",
+            help="Score only these: names separated by commas, or a text file of names. Repeatable.",
+        ),
     ] = None,
     merge_objects: Annotated[
         bool, typer.Option("--merge-objects", help="Score all objects as one, as DAVIS 2016 does.")
@@ -63,12 +67,8 @@ def evaluate(
     """
     from vosops import metrics
 
-    names = (
-        [name.strip() for part in sequences for name in part.split(",") if name.strip()]
-        if sequences
-        else None
-    )
     try:
+        names = [name for part in sequences for name in sequence_names(part)] if sequences else None
         report = metrics.evaluate(
             predictions,
             ground_truth,
@@ -89,6 +89,12 @@ def evaluate(
     from rich.console import Console
 
     Console().print(table(report))
+
+
+def sequence_names(option: str) -> list[str]:
+    """The names in one --sequences: the lines of a text file, or names separated by commas."""
+    listed = Path(option).read_text().split() if option.endswith(".txt") else option.split(",")
+    return [name.strip() for name in listed if name.strip()]
 
 
 def print_csv(report: Report) -> None:
