@@ -81,6 +81,11 @@ def cases(target: str) -> Iterator[Case]:
     from vosops.triton import _common, global_matching, local_matching, matching_backward
 
     chip = _common.Target(NVIDIA.get(target, 0) // 10, 132)
+    precisions = [
+        (label, dtype, precision)
+        for label, dtype, precision in PRECISIONS
+        if _common.product_precision(precision, chip) == precision
+    ]
 
     def local(
         name: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], objects: int, radius: tuple
@@ -102,10 +107,10 @@ def cases(target: str) -> Iterator[Case]:
         kernel = local_matching._match
         return Case(f"local match {name}", kernel, pointers, plan.constants, plan.options, tensor_cores)
 
-    for label, dtype, precision in PRECISIONS:
+    for label, dtype, precision in precisions:
         yield local(f"{label}, C=100, radius 15", dtype, precision, FRAME, 1, (15,))
     yield local("bf16, C=100, radius 15, 3 objects", torch.bfloat16, "ieee", FRAME, 3, (15,))
-    for label, dtype, precision in (PRECISIONS[0], PRECISIONS[2], PRECISIONS[4]):
+    for label, dtype, precision in precisions[::2]:
         yield local(f"{label}, C=100, 6 radii", dtype, precision, (1, 100, 60, 107), 3, (2, 4, 6, 8, 10, 12))
     yield local("bf16, C=256, radius 15", torch.bfloat16, "ieee", (1, 256, 120, 214), 1, (15,))
     yield local("bf16, C=512, radius 15", torch.bfloat16, "ieee", (1, 512, 120, 214), 1, (15,))
@@ -127,7 +132,7 @@ def cases(target: str) -> Iterator[Case]:
             f"global match {name}", global_matching._match, pointers, constants, options, tensor_cores
         )
 
-    for label, dtype, precision in PRECISIONS:
+    for label, dtype, precision in precisions:
         yield over_all(f"{label}, C=100", dtype, precision, 100, 1)
     yield over_all("bf16, C=256", torch.bfloat16, "ieee", 256, 1)
     yield over_all("bf16, C=100, 4 neighbors", torch.bfloat16, "ieee", 100, 4)
@@ -152,7 +157,7 @@ def cases(target: str) -> Iterator[Case]:
             f"global pack {label}",
             global_matching._pack,
             maps | {"key_norm": "*fp32", "counts": "*i32"},
-            packing | {"ROWS": global_matching.PACK_ROWS},
+            packing | {"ROWS": global_matching.PACK_ROWS, "FLAT_QUERY": True, "FLAT_KEY": True},
             four_warps,
         )
         outcome = {"scores": "*fp32", "candidates": "*i32", "distance": "*fp32", "index": "*i64"}

@@ -179,6 +179,18 @@ class TestGlobalLists:
         assert distance[:, :, :, 2, 3].isnan().all() and distance.isposinf().sum() == 2 * 19
 
 
+def test_pixels_at_equal_distances_are_recognised():
+    frames = torch.empty(2, 3, 4, 5, 6)
+    assert global_matching.is_flat(frames)
+    assert global_matching.is_flat(frames.to(memory_format=torch.channels_last_3d))
+    assert global_matching.is_flat(frames[:, :, 1:3])
+    assert global_matching.is_flat(frames[..., :1])
+    assert not global_matching.is_flat(frames[..., 1:])
+    assert not global_matching.is_flat(frames[:, :, :, ::2])
+    assert not global_matching.is_flat(frames.transpose(-1, -2))
+    assert not global_matching.is_flat(frames[:, :, :, :1])
+
+
 class TestScores:
     @pytest.mark.parametrize("dtype", LOW)
     @pytest.mark.parametrize("shift", [0.0, 30.0])

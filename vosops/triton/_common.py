@@ -244,6 +244,11 @@ def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
     return dtype != torch.float32 or precision != "ieee"
 
 
+def product_precision(precision: str, target: Target) -> str:
+    """The precision of the products where ``precision`` is allowed: IEEE where Triton offers no TF32."""
+    return precision if target.capability >= 8 else "ieee"
+
+
 def is_exact(dtype: torch.dtype, precision: str) -> bool:
     """Whether the nearest key is chosen by the full score, not by one that gave bits to the key's position."""
     return dtype == torch.float32 and precision != "tf32"

@@ -31,6 +31,7 @@ from vosops.triton._common import (
     load_rows,
     pack_rows,
     power_of_two,
+    product_precision,
     row_offset,
     squared_distance,
     target_of,
@@ -95,8 +96,13 @@ def _pack(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HAS_QUERY_MASK: tl.constexpr,
+    FLAT_QUERY: tl.constexpr,
+    FLAT_KEY: tl.constexpr,
 ):
-    """Grid (blocks of ROWS pixels, N): first the query's blocks, then the key's."""
+    """Grid (blocks of ROWS pixels, N): first the query's blocks, then the key's.
+
+    FLAT: pixels lie at equal distances, so that the compiler sees which ones are neighbours in memory.
+    """
     block = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64)
     if block < query_blocks:
@@ -105,9 +111,10 @@ def _pack(
         y = (pixel // query_width).to(tl.int64)
         x = (pixel % query_width).to(tl.int64)
         row = n * query_pixels + pixel
+        offset = pixel.to(tl.int64) * query_w if FLAT_QUERY else y * query_h + x * query_w
         norm = pack_rows(
             query + n * query_n,
-            y * query_h + x * query_w,
+            offset,
             inside,
             query_c,
             packed_query + row[:, None] * CHANNELS,
@@ -130,9 +137,10 @@ def _pack(
         y = (pixel // key_width % key_height).to(tl.int64)
         x = (pixel % key_width).to(tl.int64)
         row = n * key_pixels + pixel
+        offset = pixel.to(tl.int64) * key_w if FLAT_KEY else t * key_t + y * key_h + x * key_w
         norm = pack_rows(
             key + n * key_n,
-            t * key_t + y * key_h + x * key_w,
+            offset,
             inside,
             key_c,
             packed_key + row[:, None] * CHANNELS,
@@ -334,6 +342,16 @@ def _merge(
         tl.store(index + out, tl.where(found, winner, -1).to(tl.int64), mask=inside)
 
 
+def is_flat(tensor: Tensor) -> bool:
+    """Whether the pixels of a (N, C, ...) tensor lie at equal distances, as in contiguous and channels_last ones."""
+    expected = tensor.stride(-1)
+    for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def match_constants(
     tiling: Tiling, neighbors: int, key_pixels: int, precision: str, *, exact: bool
 ) -> dict[str, Any]:
@@ -395,6 +413,7 @@ def global_matching(
 
     query_pixels, key_pixels = height * width, frames * key_height * key_width
     target = target_of(query)
+    precision = product_precision(precision, target)
     exact = is_exact(query.dtype, precision)
     tiling = tilings(channels, query.dtype, precision, target, many_queries=neighbors == 1)[0]
     query_blocks = triton.cdiv(query_pixels, PACK_ROWS)
@@ -442,6 +461,8 @@ def global_matching(
             CHANNELS=tiling.channels,
             BLOCK_C=min(PACK_CHANNELS, power_of_two(channels)),
             HAS_QUERY_MASK=query_mask is not None,
+            FLAT_QUERY=is_flat(query),
+            FLAT_KEY=is_flat(key),
             num_warps=4,
         )
         cumulative = counts.cumsum(1, dtype=torch.int32)

@@ -36,6 +36,7 @@ from vosops.triton._common import (
     load_rows,
     pack_rows,
     power_of_two,
+    product_precision,
     row_offset,
     squared_distance,
     target_of,
@@ -399,6 +400,7 @@ def local_matching(
         return distance, index
 
     target = target_of(query)
+    precision = product_precision(precision, target)
     launch = launch_plan(
         query.shape,
         objects,
