@@ -306,6 +306,26 @@ def test_a_frame_that_is_all_object_works() -> None:
     assert (model.step(frame, output="labels") == 1).float().mean() > 0.9
 
 
+def test_autocast_reduces_only_the_features() -> None:
+    clip = list(moving(4))
+    model = make_tracker()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.initialize(*clip[0])
+        for frame, truth in clip[1:]:
+            probabilities = model.step(frame)
+            assert probabilities.dtype == torch.float32
+            assert jaccard(probabilities.argmax(0), truth, 1) > 0.8
+
+
+def test_results_may_be_changed_by_the_caller() -> None:
+    clip = list(moving(3))
+    one, other = started(), started()
+    with torch.inference_mode():
+        one.step(clip[1][0]).zero_()
+        other.step(clip[1][0])
+    assert torch.equal(one.step(clip[2][0]), other.step(clip[2][0]))
+
+
 def test_reset_forgets_everything() -> None:
     model = started()
     model.reset()
