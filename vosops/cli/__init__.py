@@ -52,7 +52,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped at once; --resume goes on from the last checkpoint", _INTERRUPTED)
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name not in ("numpy", "rich", "typer"):
             raise
         _fail(f"{error.name} is not installed: pip install 'vosops[video]'", 1)
 

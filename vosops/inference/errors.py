@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # no quotas on Windows
+
 
 class VosopsError(Exception):
     """Something went wrong while running; the message is one line that says what to do."""
@@ -42,7 +44,7 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             advice = "the disk is full; free some space and run the same command with --resume"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             advice = "no permission to write there; choose another --out"

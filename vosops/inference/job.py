@@ -20,16 +20,12 @@ from .frames import DEFAULT_FPS, FrameSource
 from .loop import Propagation, frame_range
 from .masks import GivenMask, MaskSet, find_masks
 from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
-from .progress import NoProgress, Progress
+from .progress import NoProgress, Progress, never
 from .report import REPORT
 from .run import Mode, Run, Summary, prepare_folder
 
 if TYPE_CHECKING:
     from vosops.models import Tracker
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Job:
     outputs: Outputs = field(default_factory=Outputs)
     fps: Fraction = DEFAULT_FPS
     progress: Progress = field(default_factory=NoProgress)
-    should_stop: Callable[[], bool] = _never
+    should_stop: Callable[[], bool] = never
 
     def video(self, path: Path, mask_specs: Sequence[str]) -> Summary:
         """Segment a video file or a folder of frames, with masks as ``--mask`` gives them."""

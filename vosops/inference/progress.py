@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 
+def never() -> bool:
+    """Do not ask a run to stop."""
+    return False
+
+
 class Progress(Protocol):
     """Is told of stages and of each frame done."""
 

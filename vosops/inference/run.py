@@ -16,17 +16,13 @@ from .files import PART_SUFFIX
 from .frames import FrameSource
 from .loop import Propagation
 from .masks import CONTACT_SHEET, MaskSet, write_labels
-from .progress import NoProgress, Progress
+from .progress import NoProgress, Progress, never
 from .report import REPORT, FrameRecord, write_report
 from .usage import peak_memory
 
 _MIB = 1 << 20
 
 Mode = Literal["new", "resume", "overwrite"]
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Run:
     arguments: dict[str, Any]
     outputs: Outputs = field(default_factory=Outputs)
     progress: Progress = field(default_factory=NoProgress)
-    should_stop: Callable[[], bool] = _never
+    should_stop: Callable[[], bool] = never
 
     def __post_init__(self) -> None:
         self.state = RunState(self.out)
