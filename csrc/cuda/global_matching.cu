@@ -2,19 +2,24 @@
 // reference frames.
 //
 // The key pixels of each object are listed first (count, then place, in ascending order), so that inner loops
-// have no mask. fma_kernel (float32, IEEE): a matrix product with a minimum behind it. A block owns 128
-// queries and walks a share of the tiles of 128 listed keys, object after object; each of its 256 threads
-// holds 8 x 8 scores in registers. Queries and keys come 8 channels at a time through a double buffer filled
-// by cp.async, 12 KB a stage; the pitch of 12 floats keeps 16-byte reads free of bank conflicts. A tile moves
-// 8 KB a chunk from the second-level cache for 131 K FMAs, 1024 cycles: FMAs bound it. The best of each
-// thread's queries waits in shared memory, and goes by atomicMin (any order gives the same result) to global
-// memory when the object changes. With several neighbours the scores of a tile go through shared memory, and
-// two threads per query keep sorted lists, which merge_kernel joins.
+// have no mask: a matrix product of queries and listed keys with a minimum behind it. A block owns a tile of
+// queries and walks a share of the tiles of 128 listed keys, object after object; the best of a query goes to
+// global memory by atomicMin (any order gives the same result) when the object changes. With several
+// neighbours, two sorted lists per query and block are kept and joined at the end.
+//
+// tensor::kernel (16-bit inputs; float32 as TF32 or split into two TF32 numbers): 256 queries x 128 keys, a
+// warp holds 64 x 64 scores in 128 registers. The queries stay in shared memory, keys come by cp.async
+// through three stages, rows gathered by list. C = 100, bf16: 61 + 92 KB of shared memory, one block a
+// multiprocessor; a tile moves 29 KB for 3.7 M multiply-adds, 2900 cycles at the rate of mma.sync: 10 bytes a
+// cycle. 8 ldmatrix feed 32 mma, so shared memory is busy 62 % of that time. Only the comparison of a warp's
+// maxima with the best so far remains behind the product (180 instructions for 224 mma). fma::kernel
+// (float32, IEEE): 128 queries x 128 keys, 8 x 8 scores a thread, queries and keys 8 channels at a time
+// through a double buffer; the pitch of 12 floats keeps 16-byte reads free of bank conflicts. FMAs bound it.
 #include <algorithm>
 #include <tuple>
 
-#include "intrinsics.cuh"
 #include "matching.cuh"
+#include "tensor_core.cuh"
 
 namespace vosops::cuda {
 namespace {
@@ -110,8 +115,8 @@ Lists list_members(const Tensor& mask, Stream stream, ListMemory& memory) {
 }
 
 // ---- What the product kernels share ----
-constexpr int kTileQueries = 128, kTileKeys = 128, kThreads = 256;
-constexpr int kListsPerSplit = kThreads / kTileQueries;
+constexpr int kTileKeys = 128, kThreads = 256;
+constexpr int kListsPerSplit = 2;
 
 struct Problem {
   int objects, neighbors, splits;
@@ -125,12 +130,12 @@ struct Share {
   int n, split;
   int64_t first_query, begin, end;
 
-  __device__ Share(const Problem& problem, const Lists& lists, int64_t queries) {
-    const int64_t tiles = ceil_div(queries, int64_t{kTileQueries});
-    int64_t block = blockIdx.x;
-    split = int(block % problem.splits);
-    block /= problem.splits;
-    first_query = block % tiles * kTileQueries;
+  __device__ Share(const Problem& problem, const Lists& lists, int64_t queries, int tile_queries) {
+    const unsigned tiles = unsigned(ceil_div(queries, int64_t{tile_queries}));
+    unsigned block = blockIdx.x;
+    split = int(block % unsigned(problem.splits));
+    block /= unsigned(problem.splits);
+    first_query = int64_t{block % tiles} * tile_queries;
     n = int(block / tiles);
     int64_t total = 0;
     for (int o = 0; o < problem.objects; ++o)
@@ -167,6 +172,8 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(const Candidate* lists,
 
 // ---- float32 FMA kernel ----
 namespace fma {
+constexpr int kTileQueries = 128;
+static_assert(kListsPerSplit == kThreads / kTileQueries);
 constexpr int kSide = 16,
               kPerThread = 8;  // 16 x 16 threads hold 8 x 8 scores each: query 16 i + ty, key 16 j + tx
 constexpr int kChunk = 8, kPitch = kChunk + 4, kVectors = kChunk / 4;
@@ -178,6 +185,8 @@ struct Smem {
   alignas(16) float keys[2][kTileKeys][kPitch];
   int pixel[kTileKeys];
   float half_norm[kTileKeys];
+};
+struct BestSmem : Smem {
   Candidate best[kPerThread][kThreads];  // each thread's own
 };
 struct ScoresSmem : Smem {
@@ -187,10 +196,10 @@ struct ScoresSmem : Smem {
 template <bool kOneNeighbor>
 __global__ __launch_bounds__(kThreads, kOneNeighbor ? 2 : 1) void kernel(Rows<float> query, Rows<float> key,
                                                                          Lists lists, Problem problem) {
-  using Shared = std::conditional_t<kOneNeighbor, Smem, ScoresSmem>;
+  using Shared = std::conditional_t<kOneNeighbor, BestSmem, ScoresSmem>;
   DYNAMIC_SHARED(Shared, s);
   const int thread = int(threadIdx.x), tx = thread % kSide, ty = thread / kSide;
-  const Share share(problem, lists, query.count);
+  const Share share(problem, lists, query.count, kTileQueries);
   const int64_t own_query = share.first_query + thread % kTileQueries;  // whose list this thread keeps
   const bool wanted = own_query < query.count && query.state[share.n * query.count + own_query] == 0;
   if (!__syncthreads_or(wanted)) return;
@@ -312,9 +321,241 @@ template <bool kOneNeighbor>
 void select(const Rows<float>& query, const Rows<float>& key, const Lists& lists, const Problem& problem,
             int64_t blocks, Stream stream) {
   LAUNCH(kernel<kOneNeighbor>, dim3(unsigned(blocks)), dim3(kThreads),
-         kOneNeighbor ? sizeof(Smem) : sizeof(ScoresSmem), stream, query, key, lists, problem);
+         kOneNeighbor ? sizeof(BestSmem) : sizeof(ScoresSmem), stream, query, key, lists, problem);
 }
 }  // namespace fma
+
+// ---- tensor-core kernel ----
+namespace tensor {
+constexpr int kWarpsM = 4, kWarpsN = 2;
+constexpr int kTilesM = 4, kTilesN = 8;  // of 16 queries and of 8 keys: a warp holds 64 x 64 scores
+constexpr int kTileQueries = kWarpsM * kTilesM * 16;
+constexpr int kStages = 3;
+constexpr int kNumbers = 4;  // tiles whose pixels and norms are kept: those in flight, and the one at work
+static_assert(kWarpsM * kWarpsN * kWarp == kThreads && kWarpsN * kTilesN * 8 == kTileKeys);
+static_assert(kListsPerSplit == kWarpsN);
+
+template <int kSteps, int kRows>
+struct alignas(16) Chunk {
+  unsigned char rows[kRows][kRowPitch<kSteps>];
+};
+struct Numbers {
+  int pixel[kTileKeys];  // -1 behind the object's last key
+  float half_norm[kTileKeys];
+};
+template <int kSteps, bool kResident>
+struct Smem {
+  // The queries come with every chunk of keys unless they stay (behind the struct, one chunk after the
+  // other).
+  Chunk<kSteps, kTileKeys + (kResident ? 0 : kTileQueries)> stages[kStages];
+  Numbers numbers[kNumbers];
+  Candidate worst[kWarpsN][kTileQueries];  // that a query still keeps: its best, or the last of its list
+};
+template <int kSteps, bool kResident>
+constexpr size_t shared_bytes(int chunks) {
+  return sizeof(Smem<kSteps, kResident>) + (kResident ? chunks * sizeof(Chunk<kSteps, kTileQueries>) : 0);
+}
+
+template <class T, int kSteps, bool kResident, Arithmetic kArithmetic>
+__global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key, Lists lists,
+                                                      Problem problem, int chunks) {
+  using Shared = Smem<kSteps, kResident>;
+  DYNAMIC_SHARED(Shared, s);
+  auto* resident = reinterpret_cast<Chunk<kSteps, kTileQueries>*>(&s + 1);
+  const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int g = lane / 4,
+            t = lane %
+                4;  // of the fragments: this lane has queries g, g + 8 and keys 2t, 2t + 1 of each tile
+  const int warp_m = warp / kWarpsN * kTilesM * 16, warp_n = warp % kWarpsN * kTilesN * 8;
+  const Share share(problem, lists, query.count, kTileQueries);
+  const int64_t own_query = share.first_query + thread;
+  if (share.begin == share.end) return;
+  if (!__syncthreads_or(own_query < query.count && query.state[share.n * query.count + own_query] == 0))
+    return;
+
+  const int row_bytes = key.row_channels * int(sizeof(T));
+  constexpr int kVectors = kSteps * kStepBytes / kVectorBytes;
+  // Copies a chunk of a row, by `threads` neighbouring threads.
+  const auto copy = [&](unsigned char* to, const T* rows, int64_t row, int chunk, int part, int threads) {
+    const auto* from = reinterpret_cast<const unsigned char*>(rows) + row * row_bytes;
+    for (int v = part; v < kVectors; v += threads) {
+      const int at = (chunk * kVectors + v) * kVectorBytes;
+      copy_async<16>(to + v * kVectorBytes, from + (at < row_bytes ? at : 0),
+                     at < row_bytes ? kVectorBytes : 0);
+    }
+  };
+  const auto copy_queries = [&](unsigned char (*to)[kRowPitch<kSteps>], int chunk) {
+    for (int row = thread / 2; row < kTileQueries; row += kThreads / 2)
+      copy(to[row], query.rows, share.n * query.count + min(share.first_query + row, query.count - 1), chunk,
+           thread % 2, 2);
+  };
+  if constexpr (kResident)
+    for (int chunk = 0; chunk < chunks; ++chunk) copy_queries(resident[chunk].rows, chunk);
+
+  int64_t tile = 0;  // number of the object's first tile
+  for (int object = 0; object < problem.objects; ++object) {
+    const int64_t image = int64_t{share.n} * problem.objects + object;
+    const int size = lists.sizes[image];
+    const int object_tiles = ceil_div(size, kTileKeys);
+    const int first = int(max(share.begin, tile) - tile),
+              last = int(min(share.end, tile + object_tiles) - tile);
+    tile += object_tiles;
+    if (first >= last) continue;
+
+    __syncthreads();  // everyone is done with the previous object
+    for (int i = 0; i < kWarpsN; ++i) s.worst[i][thread] = kNoCandidate;
+
+    // Two threads copy a key's row. The number of the pixel is looked up one stage before it is needed.
+    const int own_key = thread / 2;
+    const auto look_up = [&](int t) {
+      const int at = t * kTileKeys + own_key;
+      return t < last && at < size ? lists.pixels[image * key.count + at] : -1;
+    };
+    int ahead_tile = first, ahead_chunk = 0, ahead_pixel = look_up(first);
+    const auto stage = [&](int number) {
+      if (ahead_tile < last) {
+        auto& to = s.stages[number % kStages];
+        copy(to.rows[own_key], key.rows, share.n * key.count + max(ahead_pixel, 0), ahead_chunk, thread % 2,
+             2);
+        if constexpr (!kResident) copy_queries(to.rows + kTileKeys, ahead_chunk);
+        if (ahead_chunk == 0 && thread % 2 == 0) {
+          auto& numbers = s.numbers[ahead_tile % kNumbers];
+          numbers.pixel[own_key] = ahead_pixel;
+          copy_async<4>(&numbers.half_norm[own_key],
+                        key.half_norm + share.n * key.count + max(ahead_pixel, 0));
+        }
+        if (++ahead_chunk == chunks) {
+          ahead_chunk = 0;
+          ahead_pixel = look_up(++ahead_tile);
+        }
+      }
+      copy_async_commit();
+    };
+
+    for (int number = 0; number < kStages - 1; ++number) stage(number);
+    float c[kTilesM][kTilesN][4];  // q.k - |k|^2 / 2: the greatest wins
+    for (int now = first, chunk = 0, number = 0; now < last; ++number) {
+      copy_async_wait<kStages - 2>();
+      __syncthreads();
+      stage(number + kStages - 1);
+      const auto& numbers = s.numbers[now % kNumbers];
+      if (chunk == 0) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+          const int column = warp_n + 8 * j + 2 * t;
+          const int2 pixel = *reinterpret_cast<const int2*>(&numbers.pixel[column]);
+          const float2 half_norm = *reinterpret_cast<const float2*>(&numbers.half_norm[column]);
+#pragma unroll
+          for (int m = 0; m < kTilesM; ++m) {
+            c[m][j][0] = c[m][j][2] = pixel.x < 0 ? -INFINITY : -half_norm.x;
+            c[m][j][1] = c[m][j][3] = pixel.y < 0 ? -INFINITY : -half_norm.y;
+          }
+        }
+      }
+
+      const auto& in = s.stages[number % kStages];
+      const auto* query_rows = kResident ? resident[chunk].rows : in.rows + kTileKeys;
+#pragma unroll(kArithmetic == Arithmetic::kSplit ? 1 : kSteps)
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t a[kTilesM][4], a_low[kTilesM][4] = {};
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          load_matrices<4>(a[m], query_rows[warp_m + 16 * m + lane % 16] + k * kStepBytes + lane / 16 * 16);
+          prepare<T, kArithmetic>(a[m], a_low[m]);
+        }
+#pragma unroll
+        for (int pair = 0; pair < kTilesN; pair += 2) {
+          uint32_t loaded[4];
+          load_matrices<4>(loaded, in.rows[warp_n + 8 * pair + lane % 8 + lane / 16 * 8] + k * kStepBytes +
+                                       lane / 8 % 2 * 16);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            uint32_t b[2] = {loaded[2 * j], loaded[2 * j + 1]}, b_low[2] = {};
+            prepare<T, kArithmetic>(b, b_low);
+#pragma unroll
+            for (int m = 0; m < kTilesM; ++m) step<T, kArithmetic>(c[m][pair + j], a[m], a_low[m], b, b_low);
+          }
+        }
+      }
+      if (++chunk < chunks) continue;
+      chunk = 0;
+
+      // Where a query's greatest value beats what it still keeps, the four lanes that share it take turns.
+#pragma unroll
+      for (int q = 0; q < 2 * kTilesM; ++q) {
+        float greatest = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) greatest = fmaxf(greatest, c[q / 2][j][q % 2 * 2 + e]);
+        const int row = warp_m + q / 2 * 16 + q % 2 * 8 + g;
+        Candidate& worst = s.worst[warp % kWarpsN][row];
+        const bool better = greatest > -INFINITY && ordered(0.f - greatest) <= uint32_t(worst >> 32);
+        if (!__any_sync(kAllLanes, better)) continue;
+        __syncwarp();
+        const int64_t at = share.first_query + row;
+        Candidate* list =
+            problem.neighbors == 1 || at >= query.count
+                ? nullptr
+                : problem.lists + ((image * query.count + at) * problem.splits * kListsPerSplit +
+                                   share.split * kListsPerSplit + warp % kWarpsN) *
+                                      problem.neighbors;
+        for (int turn = 0; turn < 4; ++turn) {
+          if (better && t == turn) {
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const float value = c[q / 2][j][q % 2 * 2 + e];
+                if (!(value > -INFINITY)) continue;
+                const Candidate found =
+                    candidate(ordered(0.f - value), uint32_t(numbers.pixel[warp_n + 8 * j + 2 * t + e]));
+                if (found < worst) worst = list ? insert(list, problem.neighbors, found) : found;
+              }
+          }
+          __syncwarp();
+        }
+      }
+      ++now;
+    }
+    copy_async_wait<0>();
+
+    __syncthreads();
+    if (problem.neighbors == 1 && own_query < query.count) {
+      Candidate least = s.worst[0][thread];
+      for (int i = 1; i < kWarpsN; ++i) least = min(least, s.worst[i][thread]);
+      if (least != kNoCandidate) atomicMin(problem.best + image * query.count + own_query, least);
+    }
+  }
+}
+
+template <class T, int kSteps, bool kResident, Arithmetic kArithmetic>
+bool select(const Rows<T>& query, const Rows<T>& key, const Lists& lists, const Problem& problem,
+            int64_t blocks, Stream stream) {
+  const int chunks = ceil_div(key.row_channels * int(sizeof(T)) / kStepBytes, kSteps);
+  const size_t bytes = shared_bytes<kSteps, kResident>(chunks);
+  if (bytes > device_limits().shared_bytes) return false;
+  LAUNCH((kernel<T, kSteps, kResident, kArithmetic>), dim3(unsigned(blocks)), dim3(kThreads), bytes, stream,
+         query, key, lists, problem, chunks);
+  return true;
+}
+
+// The fewest chunks that leave the queries room to stay; else chunks of which any device holds three with
+// their queries.
+template <class T, Arithmetic kArithmetic>
+void select(const Rows<T>& query, const Rows<T>& key, const Lists& lists, const Problem& problem,
+            int64_t blocks, Stream stream) {
+  const int steps = key.row_channels * int(sizeof(T)) / kStepBytes;
+  const bool sevens = ceil_div(steps, 7) == ceil_div(steps, 8);
+  if (steps > 4 && sevens && select<T, 7, true, kArithmetic>(query, key, lists, problem, blocks, stream))
+    return;
+  if (steps > 4 && !sevens && select<T, 8, true, kArithmetic>(query, key, lists, problem, blocks, stream))
+    return;
+  if (select<T, 4, true, kArithmetic>(query, key, lists, problem, blocks, stream)) return;
+  STD_TORCH_CHECK((select<T, 2, false, kArithmetic>(query, key, lists, problem, blocks, stream)),
+                  "the device has too little shared memory");
+}
+}  // namespace tensor
 
 constexpr int kBlocksPerMultiprocessor = 4;  // of one neighbour: enough to even out the objects' sizes
 constexpr int kMostSplits = 64;
@@ -333,7 +574,7 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
     check_dtype("query_mask", *query_mask, ScalarType::Bool);
   }
   STD_TORCH_CHECK(neighbors >= 1 && neighbors <= kMostPixels, "neighbors must be at least 1");
-  parse_precision(precision);
+  const Precision arithmetic = parse_precision(precision);
 
   const int64_t objects = mask.size(1), queries = height * width, images = batch * objects;
   const std::vector<int64_t> shape{batch, objects, neighbors, height, width};
@@ -348,7 +589,8 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
   ListMemory list_memory;
   const Lists lists = list_members(mask, stream, list_memory);
 
-  const int64_t tiles = batch * ceil_div(queries, int64_t{kTileQueries});
+  const bool by_fma = query.scalar_type() == ScalarType::Float && arithmetic == Precision::kIeee;
+  const int64_t tiles = batch * ceil_div(queries, int64_t{by_fma ? fma::kTileQueries : tensor::kTileQueries});
   const int64_t blocks_wanted =
       int64_t{device_limits().multiprocessors} * (neighbors == 1 ? kBlocksPerMultiprocessor : 1);
   Problem problem{};
@@ -369,11 +611,20 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
   dispatch(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
     PackedRows query_memory, key_memory;
-    const auto q = pack<S, float>(query, wanted ? &*wanted : nullptr, Side::kQuery, ScalarType::Float, stream,
-                                  query_memory);
-    const auto k = pack<S, float>(key, nullptr, Side::kKey, ScalarType::Float, stream, key_memory);
-    (neighbors == 1 ? fma::select<true> : fma::select<false>)(q, k, lists, problem, tiles * problem.splits,
-                                                              stream);
+    const ScalarType type = query.scalar_type();
+    const auto q = pack<S, S>(query, wanted ? &*wanted : nullptr, Side::kQuery, type, stream, query_memory);
+    const auto k = pack<S, S>(key, nullptr, Side::kKey, type, stream, key_memory);
+    const int64_t blocks = tiles * problem.splits;
+    if constexpr (std::is_same_v<S, float>) {
+      if (by_fma)
+        (neighbors == 1 ? fma::select<true> : fma::select<false>)(q, k, lists, problem, blocks, stream);
+      else if (arithmetic == Precision::kTf32)
+        tensor::select<S, Arithmetic::kPlain>(q, k, lists, problem, blocks, stream);
+      else
+        tensor::select<S, Arithmetic::kSplit>(q, k, lists, problem, blocks, stream);
+    } else {
+      tensor::select<S, Arithmetic::kPlain>(q, k, lists, problem, blocks, stream);
+    }
     if (neighbors > 1)
       LAUNCH(merge_kernel, dim3(unsigned(ceil_div(images * queries, int64_t{kThreads}))), dim3(kThreads), 0,
              stream, problem.lists, images, queries, problem.splits * kListsPerSplit, problem.neighbors,

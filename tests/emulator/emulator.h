@@ -354,6 +354,7 @@ inline int __clz(int x) {
 inline int __ffs(int x) {
   return x ? std::countr_zero(unsigned(x)) + 1 : 0;
 }
+inline int __ffsll(long long x) { return x ? std::countr_zero((unsigned long long)(x)) + 1 : 0; }
 inline unsigned __float_as_uint(float x) {
   return std::bit_cast<unsigned>(x);
 }
