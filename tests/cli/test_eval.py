@@ -40,7 +40,7 @@ def test_the_table_shows_every_object_and_the_means(run, folders):
     result = run(folders / "pred", folders / "true")
     assert result.exit_code == 0
     rows = [line for line in result.stdout.splitlines() if "clip" in line]
-    assert [row.split()[3] for row in rows] == ["1", "2", "mean"]
+    assert [row.split()[1] for row in rows] == ["1", "2", "mean"]
     assert "0.500" in rows[0] and "1.000" in rows[1] and "0.750" in rows[2]
 
 

@@ -67,7 +67,7 @@ def demo(
         job = Job(
             out=out / MASKS,
             mode="overwrite",
-            settings=Settings(device=device, size=size),
+            settings=Settings(device=device, size=short_side(clip)),
             outputs=Outputs(overlay=True),
         )
         summary = job.video(images, [str(first)])
@@ -90,6 +90,13 @@ def demo(
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     for name in (f"{MASKS}/{CONTACT_SHEET}", f"{MASKS}/{OVERLAY}", REPORT):
         console.print(f"wrote {out / name}")
+
+
+def short_side(clip: DemoClip) -> int:
+    """The size of the computation: the clip's own, up to that of `vosops segment`."""
+    from vosops.inference.models import DEFAULT_SIZE
+
+    return min(clip.size[0], DEFAULT_SIZE)
 
 
 def score_table(report: Report) -> Table:
@@ -133,7 +140,7 @@ def measure(clip: DemoClip, ops: str, device: str | None) -> Measured:
 
     def run() -> None:
         with vosops.use_backend(BACKENDS[ops]):
-            times.extend(_seconds_of(vosops.segment(images, mask, device=device, size=clip.size[0])))
+            times.extend(_seconds_of(vosops.segment(images, mask, device=device, size=short_side(clip))))
 
     peak = peak_bytes(run, find_device(device))
     return Measured(ops, times[1:], peak)

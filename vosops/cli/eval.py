@@ -108,9 +108,10 @@ def print_csv(report: Report) -> None:
 
 def table(report: Report) -> Table:
     """One row per object; a row of means under each sequence of several objects, and one under all."""
+    from rich import box
     from rich.table import Table
 
-    result = Table()
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     result.add_column("sequence", overflow="fold")
     result.add_column("object", justify="right")
     for column in COLUMNS:
