@@ -1,10 +1,12 @@
 """What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, instructions.
 
     python benchmarks/triton_report.py                              the table as Markdown
-    python benchmarks/triton_report.py --json table.json            and as JSON
+    python benchmarks/triton_report.py --write table.json           and as JSON, to be committed
+    python benchmarks/triton_report.py --check table.json           fail where the committed table says something else
     python benchmarks/triton_report.py --targets sm_90 gfx942       other targets (gfx942: only that it compiles)
 
-The kernels are compiled ahead of time with the launch shapes that the ops would choose on the target.
+The kernels are compiled ahead of time with the launch shapes that the ops would choose on the target. A spilled
+register fails the report. The committed table holds for one version of Triton; with another nothing is compared.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ def cases(target: str) -> Iterator[Case]:
     yield over_all("bf16, C=100, 4 neighbors", torch.bfloat16, "ieee", 100, 4)
     yield over_all("ieee, C=100, 4 neighbors", torch.float32, "ieee", 100, 4)
 
-    four_warps = {"num_warps": 4}
+    four_warps = _common.compile_options(4)
     for dtype in (torch.bfloat16, torch.float32):
         data = POINTER[dtype]
         label = data[1:]
@@ -194,7 +196,7 @@ def cases(target: str) -> Iterator[Case]:
         {"mask": "*u8", "key_norm": "*fp32", "counts": "*i32", "cumulative": "*i32", "members": "*i32"}
         | {"member_norm": "*fp32"},
         {"ROWS": global_matching.PACK_ROWS},
-        {"num_warps": 2},
+        _common.compile_options(2),
     )
 
 
@@ -275,6 +277,27 @@ def to_markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def differences(table: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Where two tables disagree on the targets of the first, in words; nothing for different versions of Triton."""
+    if table["triton"] != committed["triton"]:
+        return []
+    before = {(row["case"], row["target"]): row for row in committed["rows"]}
+    now = {(row["case"], row["target"]): row for row in table["rows"]}
+    targets = {target for _, target in now}
+    found = []
+    for key in sorted(now.keys() | {key for key in before if key[1] in targets}):
+        old, new = before.get(key), now.get(key)
+        if old is None or new is None:
+            found.append(f"{key[0]} on {key[1]}: only in the {'new' if old is None else 'committed'} table")
+            continue
+        found += [
+            f"{key[0]} on {key[1]}: {name} {old[name]} -> {new[name]}"
+            for name in new
+            if old[name] != new[name]
+        ]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -282,18 +305,26 @@ def main() -> None:
     parser.add_argument(
         "--targets", nargs="+", default=list(NVIDIA), help="sm_80, sm_90, sm_100 or an AMD name"
     )
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--write", type=Path, metavar="JSON", help="also write the table here")
+    parser.add_argument("--check", type=Path, metavar="JSON", help="the table to compare with")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("triton_report.py compiles, so TRITON_INTERPRET must not be set")
-    rows = report(arguments.targets, arguments.processes)
-    if arguments.json:
-        import triton
+    import triton
 
-        table = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+    rows = report(arguments.targets, arguments.processes)
     print(to_markdown(rows))
+    table = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+    if arguments.write:
+        arguments.write.write_text(json.dumps(table, indent=1) + "\n")
+    problems = [
+        f"{row.case} on {row.target}: {row.spill_bytes} bytes spilled" for row in rows if row.spill_bytes
+    ]
+    if arguments.check:
+        problems += differences(table, json.loads(arguments.check.read_text()))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

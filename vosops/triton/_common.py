@@ -189,6 +189,11 @@ def target_of(tensor: Tensor) -> Target:
     return Target(properties.major if torch.version.hip is None else 0, properties.multi_processor_count)
 
 
+def compile_options(warps: int, **more: int) -> dict[str, int]:
+    """Options for Triton's compiler. Fused multiply-adds are asked for, since the default depends on its version."""
+    return {"num_warps": warps, "enable_fp_fusion": True, **more}
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a kernel cuts its work: queries and keys of a tile, channels stored and of a block, compiler options."""
@@ -218,13 +223,13 @@ def tilings(
     block = power_of_two(stored)
     staged = STAGED_BYTES.get(target.capability, STAGED_BYTES_ELSEWHERE)
     shapes: list[tuple[int, int, dict[str, int]]] = [
-        (128, 64, {"num_warps": 8 if target.capability >= 10 else 4, "num_stages": 3}),
-        (64, 64, {"num_warps": 4, "num_stages": 3}),
-        (64, 64, {"num_warps": 4, "num_stages": 2}),
-        (64, 32, {"num_warps": 4, "num_stages": 2}),
+        (128, 64, compile_options(8 if target.capability >= 10 else 4, num_stages=3)),
+        (64, 64, compile_options(4, num_stages=3)),
+        (64, 64, compile_options(4, num_stages=2)),
+        (64, 32, compile_options(4, num_stages=2)),
     ]
     if many_queries and target.capability == 9:
-        shapes.insert(0, (256, 64, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}))
+        shapes.insert(0, (256, 64, compile_options(8, num_stages=3, maxnreg=128)))
     fitting = [
         Tiling(queries, keys, stored, block, options)
         for queries, keys, options in shapes
@@ -236,7 +241,7 @@ def tilings(
         block, stages = 128 // dtype.itemsize, 3
     else:
         return fitting
-    return [Tiling(64, keys, stored, block, {"num_warps": 4, "num_stages": stages}) for keys in (64, 32)]
+    return [Tiling(64, keys, stored, block, compile_options(4, num_stages=stages)) for keys in (64, 32)]
 
 
 def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:

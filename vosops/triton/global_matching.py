@@ -25,6 +25,7 @@ from vosops.triton._common import (
     NORM_LIMIT,
     Tiling,
     check_inputs,
+    compile_options,
     is_exact,
     launch_on,
     least,
@@ -463,7 +464,7 @@ def global_matching(
             HAS_QUERY_MASK=query_mask is not None,
             FLAT_QUERY=is_flat(query),
             FLAT_KEY=is_flat(key),
-            num_warps=4,
+            **compile_options(4),
         )
         cumulative = counts.cumsum(1, dtype=torch.int32)
         _list_members[(key_blocks, items)](
@@ -480,7 +481,7 @@ def global_matching(
             key_blocks,
             *mask.stride(),
             ROWS=PACK_ROWS,
-            num_warps=2,
+            **compile_options(2),
         )
         _match[(triton.cdiv(query_pixels, tiling.queries), shares, items)](
             packed_query,
@@ -516,7 +517,7 @@ def global_matching(
             ROWS=MERGE_ROWS,
             CHANNELS=tiling.channels,
             BLOCK_C=MERGE_CHANNELS,
-            num_warps=4,
+            **compile_options(4),
         )
     if neighbors == 1:
         return distance, index

@@ -30,6 +30,7 @@ from vosops.triton._common import (
     NORM_LIMIT,
     Tiling,
     check_inputs,
+    compile_options,
     is_exact,
     launch_on,
     least,
@@ -446,7 +447,7 @@ def local_matching(
             CHANNELS=launch.constants["CHANNELS"],
             BLOCK_C=min(PACK_CHANNELS, power_of_two(channels)),
             HAS_QUERY_MASK=query_mask is not None,
-            num_warps=4,
+            **compile_options(4),
         )
         _match[(launch.tiles, batch, launch.groups)](
             packed_query,

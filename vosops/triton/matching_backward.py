@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vosops.triton._common import SUPPORTED_DTYPES, launch_on
+from vosops.triton._common import SUPPORTED_DTYPES, compile_options, launch_on
 
 BLOCK_C = 32
 BLOCK_P = 64
@@ -159,7 +159,7 @@ def matching_backward(grad: Tensor, query: Tensor, key: Tensor, index: Tensor) -
             *index.stride(),
             BLOCK_C=BLOCK_C,
             BLOCK_P=BLOCK_P,
-            num_warps=4,
+            **compile_options(4),
         )
         _key_gradient[(keys, triton.cdiv(channels, BLOCK_KEY_C), batch)](
             grad,
@@ -177,6 +177,6 @@ def matching_backward(grad: Tensor, query: Tensor, key: Tensor, index: Tensor) -
             *key.stride(),
             BLOCK_C=BLOCK_KEY_C,
             BLOCK_ENTRIES=BLOCK_ENTRIES,
-            num_warps=4,
+            **compile_options(4),
         )
     return grad_query, grad_key
