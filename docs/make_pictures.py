@@ -1,0 +1,150 @@
+"""Makes the pictures of the documentation from the demonstration clip: `python docs/make_pictures.py [RUN]`.
+
+Needs `pip install 'vosops[demo]' matplotlib`, and for demo.png the folder that `vosops demo --out RUN`
+wrote (by default that of `make demo`). Writes docs/images/*.png.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+import vosops
+from vosops.data import DemoClip
+from vosops.data.demo_clip import COLOURS
+from vosops.inference.drawing import overlay
+from vosops.models.features import create_backbone
+
+matplotlib.use("Agg")
+
+IMAGES = Path(__file__).parent / "images"
+DEMO = Path(__file__).parents[1] / "demo-output"
+"""What `make demo` writes."""
+
+SIZE = (960, 1712)
+"""Of the rendered frames; embeddings of stride 8 then have 120 x 214 pixels, as FEELVOS' have at 480p."""
+
+STRIDE = 8
+NAMES = ("background", "astronaut", "shuttle", "cup")
+LOCAL_FRAMES, RADIUS = (14, 18), 15
+GLOBAL_FRAMES = (0, 45)
+DEMO_FRAMES = (0, 20, 31, 45)
+DEMO_WIDTH = 440
+COLOUR_TABLE = np.zeros((256, 3), np.uint8)
+COLOUR_TABLE[list(COLOURS)] = list(COLOURS.values())
+POINT = "#ffffff"
+ABSENT_GREY = "0.82"
+PALETTE_SIZE = 192
+
+
+def embed(frame: np.ndarray) -> Tensor:
+    """(H,W,3) uint8 -> (1,C,H/8,W/8) unit vectors: ImageNet features of two strides, side by side."""
+    image = torch.from_numpy(frame).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        fine, coarse = (F.normalize(m, dim=1) for m in create_backbone()(image))
+    coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
+    return F.normalize(torch.cat([fine, coarse], 1), dim=1)
+
+
+def shrink(labels: np.ndarray) -> Tensor:
+    """Labels (H,W) at the embedding's size, (1,H/8,W/8)."""
+    return torch.from_numpy(labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].copy())[None]
+
+
+def matching_picture(name: str, frames: tuple[int, int], radius: int | None) -> None:
+    """The two frames, the nearest object of each query pixel, and below them the distance to each object."""
+    clip = DemoClip(size=SIZE)
+    (key_frame, key_labels), (query_frame, _) = (clip[t] for t in frames)
+    query, key, labels = embed(query_frame), embed(key_frame), shrink(key_labels)
+    if radius is None:
+        distance = vosops.global_matching(query, key, labels, num_objects=len(NAMES), normalize=False)[0]
+    else:
+        distance = vosops.local_matching(
+            query, key, labels, num_objects=len(NAMES), radius=radius, normalize=False
+        )[0]
+    nearest = distance.argmin(0).to(torch.uint8).repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)
+
+    figure, axes = plt.subplots(2, 4, figsize=(12, 3.9), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    (first, second, third, scale), maps = axes
+    first.imshow(overlay(key_frame, key_labels, COLOUR_TABLE, binary=False))
+    first.set_title(f"key: frame {frames[0]} and its mask", fontsize=10)
+    second.imshow(query_frame)
+    second.set_title(f"query: frame {frames[1]}", fontsize=10)
+    third.imshow(overlay(query_frame, nearest.numpy(), COLOUR_TABLE, binary=False))
+    third.set_title("object with the least distance", fontsize=10)
+    if radius is not None:
+        y, x = 0.5 * SIZE[0], 0.36 * SIZE[1]
+        side = 2 * radius * STRIDE
+        first.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, fill=False, color=POINT, lw=1.5))
+        first.plot(x, y, "+", color=POINT, ms=6)
+        first.text(x, y - side / 2 - 14, "window", color=POINT, fontsize=8, ha="center", va="bottom")
+        second.plot(x, y, "+", color=POINT, ms=8, mew=1.5)
+        second.text(x, y - 40, "p", color=POINT, fontsize=9, ha="center", va="bottom")
+    top = float(distance[distance.isfinite()].quantile(0.98))
+    colours = matplotlib.colormaps["viridis_r"].copy()
+    colours.set_bad(ABSENT_GREY)
+    for axis, values, title in zip(maps, distance, NAMES, strict=True):
+        shown = axis.imshow(np.ma.masked_invalid(values.numpy()), cmap=colours, vmin=0, vmax=top)
+        axis.set_title(f"distance to: {title}", fontsize=10)
+    scale.set_aspect("auto")
+    bar = figure.colorbar(
+        shown, cax=scale.inset_axes([0.06, 0.62, 0.88, 0.09]), orientation="horizontal", extend="max"
+    )
+    bar.set_label("squared distance (near is yellow)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    if radius is not None:
+        scale.add_patch(Rectangle((0.06, 0.1), 0.1, 0.14, color=ABSENT_GREY, transform=scale.transAxes))
+        scale.text(0.2, 0.17, "no pixel of the object in the window:\n+inf (1 when normalised)", fontsize=8,
+                   va="center", transform=scale.transAxes)  # fmt: skip
+    figure.savefig(IMAGES / name, dpi=78)
+    plt.close(figure)
+    compress(IMAGES / name)
+
+
+def demo_picture(name: str, run: Path) -> None:
+    """Frames of the clip with the masks that `vosops demo --out RUN` found from the first one."""
+    tiles = []
+    for t in DEMO_FRAMES:
+        with Image.open(run / f"clip/JPEGImages/480p/demo/{t:05d}.jpg") as image:
+            frame = np.asarray(image)
+        with Image.open(run / f"masks/{t:05d}.png") as image:
+            labels = np.asarray(image)
+        picture = Image.fromarray(overlay(frame, labels, COLOUR_TABLE, binary=False))
+        height = round(DEMO_WIDTH * picture.height / picture.width)
+        tiles.append(np.asarray(picture.resize((DEMO_WIDTH, height), Image.Resampling.LANCZOS)))
+    gap = np.full((tiles[0].shape[0], 4, 3), 255, np.uint8)
+    top, bottom = (np.hstack([tiles[i], gap, tiles[i + 1]]) for i in (0, 2))
+    sheet = np.vstack([top, np.full((4, top.shape[1], 3), 255, np.uint8), bottom])
+    Image.fromarray(sheet).save(IMAGES / name)
+    compress(IMAGES / name)
+
+
+def compress(file: Path) -> None:
+    """Rewrites a PNG with a small palette of its own."""
+    with Image.open(file) as image:
+        image.convert("RGB").quantize(PALETTE_SIZE, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(exist_ok=True)
+    matching_picture("local_matching.png", LOCAL_FRAMES, RADIUS)
+    matching_picture("global_matching.png", GLOBAL_FRAMES, None)
+    run = Path(sys.argv[1]) if len(sys.argv) > 1 else DEMO
+    if run.exists():
+        demo_picture("demo.png", run)
+    else:
+        print(f"demo.png left as it is: there is no {run}; `make demo` writes it")
