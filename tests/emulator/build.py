@@ -26,7 +26,7 @@ COMMON += ["-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS = {
     # The calls of __tsan_* and __ubsan_* go to emulator.cpp: the sanitizers' own libraries are not linked.
     "checked": ["-fsanitize=thread,alignment", "-Wno-tsan"],
-    "address": ["-fsanitize=address"],
+    "address": ["-fsanitize=address", "-O1"],
     "plain": [],
 }
 LINK_FLAGS = {"checked": [], "address": ["-fsanitize=address"], "plain": []}

@@ -450,8 +450,9 @@ void allocate(unsigned count) {
 
 void run_block(dim3 grid, dim3 block, uint3 index, unsigned count, size_t shared_bytes) {
 #ifdef __SANITIZE_ADDRESS__
-  std::unique_ptr<char, decltype(&free)> storage(
-      static_cast<char*>(aligned_alloc(1024, shared_bytes ? shared_bytes : 1024)), free);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, std::max<size_t>(shared_bytes, 1))) throw std::bad_alloc();
+  std::unique_ptr<char, decltype(&free)> storage(static_cast<char*>(memory), free);
   shared = storage.get();  // the sanitizer guards its ends
 #else
   shared_storage.resize(shared_bytes + 2 * kGuardBytes + 1024);
@@ -751,7 +752,8 @@ ACCESS_HOOKS(1) ACCESS_HOOKS(2) ACCESS_HOOKS(4) ACCESS_HOOKS(8) ACCESS_HOOKS(16)
     return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
   }
 ATOMIC_HOOKS(8)
-ATOMIC_HOOKS(16) ATOMIC_HOOKS(32) ATOMIC_HOOKS(64)
+ATOMIC_HOOKS(16)
+ATOMIC_HOOKS(32) ATOMIC_HOOKS(64)
 
     // -fsanitize=alignment: a misaligned vector access is an error on the GPU.
     struct SourceLocation {

@@ -1,0 +1,188 @@
+"""The CUDA kernels' own corners on the emulator; tests/ops runs the specification of the ops on it.
+
+Embeddings are small integers, so that every arithmetic is exact and the outputs equal the reference's bit by bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.emulator.build import compiler, load_emulated_ops
+from vosops.reference.global_matching import global_matching_core
+from vosops.reference.local_matching import local_matching_core
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux and g++")
+
+FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+
+# (N,C,H,W), objects, radius, dilation, dtype, precision: each reaches a part of a kernel that ordinary sizes do not
+LOCAL_CASES = {
+    "fma: two groups of 32 vertical shifts": ((1, 8, 40, 9), 2, [18], 1, FLOAT, "ieee"),
+    "fma: more than 32 objects": ((1, 4, 3, 3), 35, [4], 1, FLOAT, "ieee"),
+    "tensor: channels in two chunks": ((1, 300, 6, 11), 2, [2, 5], 1, HALF, "ieee"),
+    "tensor: TF32 in two chunks": ((1, 100, 5, 33), 2, [3], 1, FLOAT, "tf32"),
+    "tensor: split TF32 in two chunks": ((1, 100, 5, 33), 2, [3], 1, FLOAT, "tf32x3"),
+    "tensor: seven and eight steps": ((1, 121, 4, 9), 1, [2], 1, BFLOAT, "ieee"),
+    "tensor: key rows in several spans": ((1, 17, 5, 90), 1, [40], 1, BFLOAT, "ieee"),
+    "tensor: key rows in several batches": ((1, 4, 90, 8), 1, [40], 1, HALF, "ieee"),
+    "tensor: more than 32 objects": ((1, 4, 3, 3), 35, [4], 1, HALF, "ieee"),
+    "tensor: objects in several passes": ((1, 4, 3, 5), 9, [0, 1, 2, 3, 4], 1, HALF, "ieee"),
+    "tensor: phases of the dilation": ((2, 5, 11, 19), 2, [3, 7], 3, BFLOAT, "ieee"),
+}
+
+# (N,C,H,W), (T,H2,W2), objects, neighbours, dtype, precision
+GLOBAL_CASES = {
+    "fma: many tiles of keys": ((1, 9, 12, 15), (3, 20, 21), 3, 1, FLOAT, "ieee"),
+    "fma: sorted lists": ((2, 5, 5, 7), (2, 15, 16), 2, 5, FLOAT, "ieee"),
+    "tensor: many tiles of keys": ((1, 9, 12, 25), (3, 20, 21), 3, 1, HALF, "ieee"),
+    "tensor: sorted lists": ((2, 5, 5, 7), (2, 15, 16), 2, 5, BFLOAT, "ieee"),
+    "tensor: fewer keys than neighbours": ((1, 3, 4, 4), (1, 3, 3), 2, 20, HALF, "ieee"),
+    "tensor: seven steps": ((1, 100, 6, 7), (1, 11, 13), 2, 1, BFLOAT, "ieee"),
+    "tensor: eight steps": ((1, 250, 6, 7), (1, 11, 13), 2, 1, HALF, "ieee"),
+    "tensor: queries that do not stay": ((1, 600, 3, 9), (1, 11, 13), 2, 2, BFLOAT, "ieee"),
+    "tensor: TF32": ((1, 100, 6, 7), (1, 11, 13), 2, 1, FLOAT, "tf32"),
+    "tensor: split TF32": ((1, 100, 6, 7), (1, 11, 13), 2, 2, FLOAT, "tf32x3"),
+}
+
+
+@pytest.fixture(autouse=True)
+def emulated() -> None:
+    load_emulated_ops()
+    torch.manual_seed(0)
+
+
+def integers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def local_inputs(case: str):
+    shape, objects, radius, dilation, dtype, precision = LOCAL_CASES[case]
+    mask = torch.rand(shape[0], objects, *shape[2:]) < 0.4
+    wanted = torch.rand(shape[0], *shape[2:]) < 0.8
+    return integers(shape, dtype), integers(shape, dtype), mask, radius, dilation, wanted, precision
+
+
+def global_inputs(case: str):
+    shape, pixels, objects, neighbors, dtype, precision = GLOBAL_CASES[case]
+    query, key = integers(shape, dtype), integers((*shape[:2], *pixels), dtype)
+    mask = torch.rand(shape[0], objects, *pixels) < 0.4
+    return query, key, mask, neighbors, torch.rand(shape[0], *shape[2:]) < 0.8, precision
+
+
+def assert_same(outputs: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    torch.testing.assert_close(outputs[0], expected[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(outputs[1], expected[1])
+
+
+@pytest.mark.parametrize("case", LOCAL_CASES)
+def test_local_matching(case: str) -> None:
+    inputs = local_inputs(case)
+    assert_same(torch.ops.vosops_emulated.local_matching(*inputs), local_matching_core(*inputs[:-1]))
+
+
+@pytest.mark.parametrize("case", GLOBAL_CASES)
+def test_global_matching(case: str) -> None:
+    inputs = global_inputs(case)
+    assert_same(torch.ops.vosops_emulated.global_matching(*inputs), global_matching_core(*inputs[:-1]))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_reduced_precision_is_the_one_that_was_asked_for(precision: str) -> None:
+    """1 + 2^-12 is nearer to 1.5 than to 0.5; TF32 rounds it to 1 and takes the first pixel."""
+    query = torch.full((1, 1, 1, 2), 1 + 2**-12)
+    key = torch.tensor([0.5, 1.5]).view(1, 1, 1, 1, 2)
+    mask = torch.ones(1, 1, 1, 1, 2, dtype=torch.bool)
+    _, index = torch.ops.vosops_emulated.global_matching(query, key, mask, 1, None, precision)
+    _, local = torch.ops.vosops_emulated.local_matching(
+        query, key[:, :, 0], mask[:, :, 0], [1], 1, None, precision
+    )
+    wanted = 0 if precision == "tf32" else 1
+    assert index.unique().tolist() == local.unique().tolist() == [wanted]
+
+
+@pytest.mark.parametrize("architecture", ["80", "86", "90"])
+@pytest.mark.parametrize(
+    "case", ["tensor: seven steps", "tensor: eight steps", "tensor: TF32", "fma: sorted lists"]
+)
+def test_shared_memory_fits_every_architecture(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, case: str
+) -> None:
+    monkeypatch.setenv("VOSOPS_EMULATOR_ARCH", architecture)
+    test_global_matching(case)
+
+
+def backward_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One key that most queries choose: its segment crosses many chunks."""
+    index = torch.randint(-1, 40, (2, 2, 300))
+    index[torch.rand(index.shape) < 0.7] = 17
+    grad = torch.randn(2, 2, 300).masked_fill(index < 0, torch.nan)
+    return grad, torch.randn(2, 5, 300), torch.randn(2, 5, 40), index
+
+
+def test_backward_of_a_popular_key() -> None:
+    grad, query, key, index = backward_inputs()
+    outputs = torch.ops.vosops_emulated.matching_backward(grad, query, key, index)
+    q, k = query.double().requires_grad_(), key.double().requires_grad_()
+    chosen = k.gather(2, index.clamp(min=0).flatten(1)[:, None].expand(-1, 5, -1)).view(2, 5, 2, 300)
+    distance = (q[:, :, None] - chosen).square().sum(1)
+    expected = torch.autograd.grad(distance, (q, k), grad.double().masked_fill(index < 0, 0))
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = torch.ops.vosops_emulated
+    calls = [
+        lambda: ops.local_matching(*local),
+        lambda: ops.global_matching(*across),
+        lambda: ops.matching_backward(*backward),
+    ]
+    local, across = local_inputs("tensor: phases of the dilation"), global_inputs("tensor: sorted lists")
+    backward = backward_inputs()
+    in_order = [call() for call in calls]
+    for seed in ("1", "2"):
+        monkeypatch.setenv("VOSOPS_EMULATOR_SHUFFLE", seed)
+        for call, first in zip(calls, in_order, strict=True):
+            assert_same(call(), first)
+
+
+def test_no_access_out_of_bounds() -> None:
+    """The same cases under AddressSanitizer, in a process that preloads it."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to find libasan.so")
+    runtime = subprocess.run(
+        [compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "VOSOPS_EMULATOR_MODE": "address",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.emulator.test_ops"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout == f"{len(LOCAL_CASES) + len(GLOBAL_CASES) + 1} cases\n"
+
+
+if __name__ == "__main__":
+    load_emulated_ops()
+    for name in LOCAL_CASES:
+        test_local_matching(name)
+    for name in GLOBAL_CASES:
+        test_global_matching(name)
+    test_backward_of_a_popular_key()
+    print(len(LOCAL_CASES) + len(GLOBAL_CASES) + 1, "cases")
