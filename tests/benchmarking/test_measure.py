@@ -1,5 +1,6 @@
 """The measuring itself: turns, memory, ceilings."""
 
+import os
 import sys
 import time
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from vosops.benchmarking.arithmetic import Arithmetic
+from vosops.benchmarking.cases import CHANNELS, Case
+from vosops.benchmarking.fresh import run_fresh
 from vosops.benchmarking.measure import Ceilings, Clock, Timing, interleave, peak_bytes
 
 
@@ -48,7 +51,7 @@ def test_peak_memory_counts_what_was_freed_again():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_arithmetic_loop_does_the_work_it_claims(threads):
-    """No loop in C is slower than a gigaflop a second, and no core does a teraflop in float32."""
+    """No such loop is slower than a gigaflop a second, and no core does a teraflop in float32."""
     clock = Clock(threads=threads)
     arithmetic = Arithmetic(clock, torch.float32)
     rate = arithmetic.flops / min(clock.seconds(arithmetic) for _ in range(3))
@@ -59,3 +62,23 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
     ceilings = Ceilings(flops=100.0, bytes=10.0, arithmetic_by="")
     assert ceilings.floor(1000, 10) == 10
     assert ceilings.floor(1000, 1000) == 100
+
+
+def test_a_fresh_process_returns_the_result_and_its_errors():
+    assert run_fresh("math", "hypot", 3.0, 4.0) == 5.0
+    assert run_fresh("os", "getpid") != os.getpid()
+    with pytest.raises(RuntimeError, match=r"math.sqrt failed in a process of its own: ValueError"):
+        run_fresh("math", "sqrt", -1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_memory_counts_buffers_that_an_op_keeps():
+    """On a first call, so that the buffers are not there yet: unfolding 25 windows takes far more than the op."""
+    case = Case("small", 60, 107, objects=1, radius=2)
+    ours, unfold = (first_call_peak_of("local_matching", name, case) for name in ("vosops", "unfold"))
+    assert unfold > 25 * 4 * CHANNELS * 60 * 107
+    assert ours < unfold / 3
+
+
+def first_call_peak_of(op, name, case):
+    return run_fresh("vosops.benchmarking.runner", "first_call_peak", op, name, case, 1)

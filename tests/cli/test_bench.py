@@ -30,6 +30,7 @@ def run(monkeypatch):
     tiny = dataclasses.replace(BENCHMARKS["local_matching"], cases=(QUICK, TRAINING))
     monkeypatch.setitem(BENCHMARKS, "local_matching", tiny)
     monkeypatch.setattr(runner, "bandwidth", lambda clock: 1e10)
+    monkeypatch.setattr(runner, "_peak", lambda *_: 1_000_000)
     app = typer.Typer()
     app.callback()(lambda: None)
     bench_command.register(app)

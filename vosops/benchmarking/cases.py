@@ -125,6 +125,7 @@ class Variant:
         gpu: whether it runs on a GPU.
         prepare: what is done to the inputs before the clock starts.
         special: runs only in the cases that name it.
+        compiles: whether its first call of a size compiles.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Variant:
     gpu: bool = True
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
     special: bool = False
+    compiles: bool = False
 
     def call(self, inputs: Inputs, backward: bool) -> Callable[[], list[Tensor]]:
         """The function to time: the distances, and with `backward` the gradients of query and key as well."""

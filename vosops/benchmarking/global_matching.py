@@ -1,8 +1,8 @@
 """Contenders and cases of global_matching.
 
 The formulations are written anew in the manner of the code that is in use: CFBI's chunks of the full distance
-matrix, the reference pixels of each object packed first, and exact nearest-neighbour packages. They take one frame
-(N = 1).
+matrix, the reference pixels of each object packed first, and exact nearest-neighbour packages. They take one
+frame (N = 1).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ BENCHMARK = Benchmark(
         Variant("vosops", fused),
         Variant("CFBI chunks", chunks),
         Variant("packed per object", packed),
-        Variant("torch.compile", compiled),
+        Variant("torch.compile", compiled, compiles=True),
         Variant("faiss flat", faiss_flat, differentiable=False, package="faiss", gpu=False),
         Variant("KeOps", keops, differentiable=False, package="pykeops"),
         Variant("vosops float32", fused, prepare=Inputs.in_float32, special=True),

@@ -1,7 +1,8 @@
 """Contenders and cases of local_matching.
 
-The formulations are written anew in the manner of the code that is in use: a loop over the window's offsets and
-an unfold as in CFBI, a running minimum, and a product of tiles with their surroundings. They take one frame (N = 1).
+The formulations are written anew in the manner of the code that is in use: a loop over the window's offsets
+and an unfold as in CFBI, a running minimum, and a product of tiles with their surroundings. They take one
+frame (N = 1).
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ BENCHMARK = Benchmark(
         Variant("CFBI loop", loop),
         Variant("unfold", unfold),
         Variant("running minimum", running_minimum),
-        Variant("torch.compile", compiled),
+        Variant("torch.compile", compiled, compiles=True),
         Variant("tiled GEMM", tiled),
         Variant("vosops float32", fused, prepare=Inputs.in_float32, special=True),
         Variant("vosops, one thread", fused_by_one_thread, special=True),

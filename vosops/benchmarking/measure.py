@@ -22,8 +22,8 @@ L2_FLUSH_BYTES = 1 << 28
 class Clock:
     """The clock that suits the device and the number of threads, and that many threads for torch.
 
-    One CPU thread is timed in CPU time of the process, which other programs on the machine disturb least; more
-    threads in wall time; a GPU by events, with its caches emptied before each run.
+    One CPU thread is timed in CPU time of the process, which other programs on the machine disturb least;
+    more threads in wall time; a GPU by events, with its caches emptied before each run.
     """
 
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
@@ -50,7 +50,8 @@ class Clock:
     @staticmethod
     def _gpu_seconds(function: Callable[[], Any]) -> float:
         torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event
+        start, stop = event(enable_timing=True), event(enable_timing=True)
         start.record()
         function()
         stop.record()
@@ -99,8 +100,8 @@ def interleave(
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
     """The memory that a call uses at its peak beyond what was in use before it; None where that is unknown.
 
-    On the CPU it is the resident memory of the process (Linux only), the pages that a call touches: freed ones are
-    handed back to the system before. On a GPU it is what PyTorch allocates there.
+    On the CPU it is the resident memory of the process (Linux only), the pages that a call touches: freed
+    ones are handed back to the system before. On a GPU it is what PyTorch allocates there.
     """
     gc.collect()
     if device.type == "cuda":
@@ -133,8 +134,8 @@ def _resident(field: str) -> int:
 class Ceilings:
     """What the machine can do at most, measured: operations a second, and bytes a second from main memory.
 
-    `arithmetic_by` says how the first was measured: by a bare loop of multiply-adds, or, where there is no C
-    compiler or on a GPU, by a large matrix product.
+    `arithmetic_by` says how the first was measured: by a bare loop of multiply-adds, or, where there is no
+    compiled library or on a GPU, by a large matrix product.
     """
 
     flops: float

@@ -18,6 +18,7 @@ import vosops
 from vosops.benchmarking import global_matching, local_matching
 from vosops.benchmarking.arithmetic import Arithmetic
 from vosops.benchmarking.cases import Benchmark, Case, Inputs, Variant
+from vosops.benchmarking.fresh import run_fresh
 from vosops.benchmarking.measure import Ceilings, Clock, Timing, bandwidth, interleave, peak_bytes
 
 BENCHMARKS: dict[str, Benchmark] = {b.op: b for b in (local_matching.BENCHMARK, global_matching.BENCHMARK)}
@@ -32,6 +33,9 @@ MISMATCHED_SHARE = 1e-3
 """Share of gradient entries that may differ: where two pixels are equally near, either may be chosen."""
 
 CEILING = "arithmetic"
+
+WARM_UP_SIDE = 8
+"""Side of the feature map of the small call before memory is measured."""
 
 
 class DisagreementError(RuntimeError):
@@ -121,7 +125,7 @@ def run_case(
     dtype: torch.dtype | None = None,
     effort: Effort = FULL,
 ) -> Result:
-    """Compares the contenders' results, then times them in turn, and measures their memory.
+    """Compares the contenders' results, measures their memory, then times them in turn.
 
     Args:
         benchmark: the op.
@@ -151,7 +155,7 @@ def run_case(
                 expected = outputs
             _compare(benchmark.variants[0].name, expected, name, outputs, case.dtype)
             del outputs
-        peaks = {name: peak_bytes(call, clock.device) for name, call in calls.items()}
+        peaks = {name: _peak(benchmark, case, name, clock) for name in calls}
         arithmetic = Arithmetic(clock, case.dtype)
         arithmetic()
         timed: dict[str, Callable[[], Any]] = {CEILING: arithmetic, **calls}
@@ -213,6 +217,37 @@ def _contenders(benchmark: Benchmark, case: Case, clock: Clock) -> tuple[list[Va
         else:
             variants.append(variant)
     return variants, left_out
+
+
+def _peak(benchmark: Benchmark, case: Case, variant: str, clock: Clock) -> int | None:
+    """The peak memory of a contender; of the CPU in a process of its own."""
+    if clock.on_gpu:
+        call = next(v for v in benchmark.variants if v.name == variant).call(
+            Inputs.of(case, clock.device), case.backward
+        )
+        call()
+        return peak_bytes(call, clock.device)
+    arguments = (benchmark.op, variant, case, clock.threads)
+    peak: int | None = run_fresh(__name__, "first_call_peak", *arguments)
+    return peak
+
+
+def first_call_peak(op: str, name: str, case: Case, threads: int) -> int | None:
+    """The peak memory of a contender's first call of a case, after a small call that loads code.
+
+    What the call keeps for later calls counts too. Compiled code is called once before: compiling does not
+    count.
+    """
+    torch.set_num_threads(threads)
+    variant = next(v for v in BENCHMARKS[op].variants if v.name == name)
+    cpu = torch.device("cpu")
+    call = variant.call(Inputs.of(case, cpu), case.backward)
+    if variant.compiles:
+        call()
+    else:
+        small = replace(case, height=WARM_UP_SIDE, width=WARM_UP_SIDE, radius=min(case.radius, 1))
+        variant.call(Inputs.of(small, cpu), case.backward)()
+    return peak_bytes(call, cpu)
 
 
 def _compare(

@@ -48,6 +48,7 @@ def demo(
     """
     from rich.console import Console
 
+    from vosops.benchmarking.fresh import run_fresh
     from vosops.data import DemoClip, write_clip
     from vosops.inference.drawing_pass import OVERLAY, Outputs
     from vosops.inference.job import Job, Settings
@@ -84,7 +85,7 @@ def demo(
     }
     if naive:
         with console.status("comparing with naive PyTorch ops"):
-            measured = [measure(clip, name, device) for name in BACKENDS]
+            measured = [run_fresh(__name__, "measure", frames, clip.size, name, device) for name in BACKENDS]
         console.print(comparison_table(measured))
         report["comparison"] = [asdict(m) for m in measured]
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -128,12 +129,14 @@ class Measured:
         return sum(self.seconds) / len(self.seconds)
 
 
-def measure(clip: DemoClip, ops: str, device: str | None) -> Measured:
-    """Segments the first frames of the clip on one kind of ops."""
+def measure(frames: int, size: tuple[int, int], ops: str, device: str | None) -> Measured:
+    """Segments the first frames of the clip on one kind of ops; for a process of its own."""
     import vosops
     from vosops.benchmarking.measure import peak_bytes
+    from vosops.data import DemoClip
     from vosops.inference.models import find_device
 
+    clip = DemoClip(frames, size)
     given = [clip[t] for t in range(min(COMPARED_FRAMES, len(clip)))]
     images, mask = [image for image, _ in given], given[0][1]
     times: list[float] = []
