@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 export MAX_JOBS ?= 2
 
-.PHONY: demo test test-binaries lint format bench docs wheel asan cuda-report gpu-report clean
+.PHONY: demo test test-binaries lint format bench docs wheel asan cuda-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
@@ -47,9 +47,6 @@ asan: $(VENV)/ready
 cuda-report: $(VENV)/ready
 	$(BIN)/python benchmarks/cuda_report.py --check benchmarks/results/cuda_report.json
 	$(BIN)/python benchmarks/triton_report.py
-
-gpu-report: $(VENV)/ready
-	$(BIN)/python benchmarks/gpu_report.py
 
 # An editable install with everything that developers need; build isolation would download torch again.
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)

@@ -25,7 +25,12 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("sm_80", "sm_90a", "sm_100")
-INSTRUCTIONS = {"HMMA": r"\bHMMA\b", "HGMMA": r"\bHGMMA\b", "LDGSTS": r"\bLDGSTS\b", "128-bit loads": r"LD[GS]\S*\.128"}
+INSTRUCTIONS = {
+    "HMMA": r"\bHMMA\b",
+    "HGMMA": r"\bHGMMA\b",
+    "LDGSTS": r"\bLDGSTS\b",
+    "128-bit loads": r"LD[GS]\S*\.128",
+}
 
 
 def tool(name: str) -> Path:
@@ -41,8 +46,16 @@ def compile_source(source: Path, target: str, folder: Path) -> Path:
     cubin = folder / f"{source.stem}.{target}.cubin"
     command = ["nvcc", "-cubin", f"-arch={target}", "-O3", "-std=c++20", "--Werror", "all-warnings"]
     command += ["--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY", f"-I{ROOT / 'csrc'}"]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}", f"-I{include}/torch/csrc/api/include"]
-    command += ["-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+    command += [
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{include}",
+        f"-I{include}/torch/csrc/api/include",
+    ]
+    command += [
+        "-D__CUDA_NO_HALF_OPERATORS__",
+        "-D__CUDA_NO_HALF_CONVERSIONS__",
+        "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    ]
     result = subprocess.run([*command, "-o", str(cubin), str(source)], capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"{source.name} does not compile for {target}:\n{result.stderr}")
@@ -62,7 +75,9 @@ def examine(cubin: Path) -> dict[str, dict[str, Any]]:
     usage = subprocess.run(
         [tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    assembly = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    assembly = subprocess.run(
+        [tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
+    ).stdout
     bodies = dict(re.findall(r"\.text\.(\S+):\n(.*?)(?=\n\s*\.section|\Z)", assembly, re.S))
     rows = {}
     for mangled, figures in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
@@ -112,7 +127,9 @@ def main() -> None:
     arguments = parser.parse_args()
     table = report(arguments.targets)
     print(to_markdown(table))
-    spilled = [f"{target} {name}" for target, rows in table.items() for name, row in rows.items() if row["spills"]]
+    spilled = [
+        f"{target} {name}" for target, rows in table.items() for name, row in rows.items() if row["spills"]
+    ]
     if spilled:
         sys.exit(f"registers are spilled by {', '.join(spilled)}")
     if arguments.write:
@@ -126,7 +143,9 @@ def main() -> None:
             if committed.get(target, {}).get(name) != table[target].get(name)
         ]
         if changed:
-            sys.exit(f"{arguments.check} says something else (--write it if that is meant):\n" + "\n".join(changed))
+            sys.exit(
+                f"{arguments.check} says something else (--write it if that is meant):\n" + "\n".join(changed)
+            )
 
 
 if __name__ == "__main__":

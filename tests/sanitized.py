@@ -15,7 +15,16 @@ BUILD = ROOT / "build" / "sanitized"
 
 def main() -> None:
     environment = {**os.environ, "VOSOPS_SANITIZE": "1", "VOSOPS_CUDA": "0"}
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(BUILD), "--build-lib", str(BUILD / "lib")]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "--build-base",
+        str(BUILD),
+        "--build-lib",
+        str(BUILD / "lib"),
+    ]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     library = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

@@ -6,6 +6,7 @@ VOSOPS_CPU_CAPABILITY names (baseline, avx2 or avx512). The CUDA library is load
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -53,20 +54,28 @@ def _load_cuda() -> tuple[str, ...]:
     return ()
 
 
-CPU_CAPABILITY, CPU_REASONS = _load_cpu()
-CUDA_REASONS = _load_cuda()
+def driver_version() -> int | None:
+    """The newest CUDA that the driver supports, 1000 * major + 10 * minor; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return version.value if status == 0 else None
 
 
-def cuda_driver_reasons() -> list[str]:
-    """Why the loaded CUDA library cannot run on this machine's driver."""
-    if CUDA_REASONS:
-        return list(CUDA_REASONS)
-    if not torch.cuda.is_available():
-        return ["torch finds no CUDA device"]
+def _driver_reasons() -> tuple[str, ...]:
+    """Why this machine's driver cannot run the loaded CUDA library; none if it can."""
     compiled: int = torch.ops.vosops.cuda_version()
-    driver: int = torch._C._cuda_getDriverVersion()
+    driver = driver_version()
+    if driver is None:
+        return ("no CUDA driver on this machine",)
     if driver // 1000 < compiled // 1000:
-        return [
-            f"the driver supports CUDA {driver // 1000}, the library was compiled with {compiled // 1000}"
-        ]
-    return []
+        return (f"the driver supports CUDA {driver // 1000}, the library was compiled with {compiled // 1000}",)
+    return ()
+
+
+CPU_CAPABILITY, CPU_REASONS = _load_cpu()
+_UNLOADED = _load_cuda()
+CUDA_LOADED = not _UNLOADED
+CUDA_REASONS = _UNLOADED or _driver_reasons()  # why the CUDA library cannot serve

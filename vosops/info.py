@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -53,7 +52,7 @@ def collect() -> dict[str, Any]:
             "library_missing": list(_library.CPU_REASONS),
         },
         "gpus": _gpus(),
-        "cuda_library_missing": _library.cuda_driver_reasons(),
+        "cuda_library_missing": _library.CUDA_REASONS,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "ops": {op: {device: _explain(op, device) for device in ("cpu", "cuda")} for op in vosops.list_ops()},
     }
@@ -104,7 +103,7 @@ def _line(name: str, value: str) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    driver = driver_version()
+    driver = _library.driver_version()
     return {
         "vosops": vosops.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -113,16 +112,6 @@ def _versions() -> dict[str, str | None]:
         "CUDA of torch": torch.version.cuda,
         "CUDA of driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else None,
     }
-
-
-def driver_version() -> int | None:
-    """The newest CUDA that the driver supports, 1000 * major + 10 * minor; None without a driver."""
-    version = ctypes.c_int()
-    try:
-        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
-    return version.value if status == 0 else None
 
 
 def _version(package: str) -> str | None:

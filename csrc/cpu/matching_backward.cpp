@@ -1,9 +1,9 @@
 // Backward of local and global matching on the CPU.
 //
-// A task owns one channel plane of one batch element: it gathers the matched key values of every query pixel and
-// scatters their gradients, in a fixed order, so that the result is deterministic without a sort.
-// Bytes: the plane of query and key and their gradients stay in the second-level cache; grad and index are
-// streamed once per channel.
+// A task owns one channel plane of one batch element: it gathers the matched key values of every query pixel
+// and scatters their gradients, in a fixed order, so that the result is deterministic without a sort. Bytes:
+// the plane of query and key and their gradients stay in the second-level cache; grad and index are streamed
+// once per channel.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

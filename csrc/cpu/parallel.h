@@ -12,9 +12,9 @@
 
 namespace vosops::cpu {
 
-// Calls make_worker() once per thread and its result with every task number in [0, tasks), whichever thread is
-// free taking the next one. Tasks must write to separate places; then the result does not depend on the number
-// of threads.
+// Calls make_worker() once per thread and its result with every task number in [0, tasks), whichever thread
+// is free taking the next one. Tasks must write to separate places; then the result does not depend on the
+// number of threads.
 template <class MakeWorker>
 void parallel_tasks(int64_t tasks, const MakeWorker& make_worker) {
   if (tasks <= 0) return;
@@ -28,8 +28,8 @@ void parallel_tasks(int64_t tasks, const MakeWorker& make_worker) {
   });
 }
 
-// A 64-byte aligned buffer of T, uninitialised. Fresh pages cost more than the copies that fill them, so up to
-// kRetainedBytes of released buffers are kept for the next call.
+// A 64-byte aligned buffer of T, uninitialised. Fresh pages cost more than the copies that fill them, so up
+// to kRetainedBytes of released buffers are kept for the next call.
 template <class T>
 class Workspace {
  public:

@@ -5,7 +5,11 @@
 #include <cstdint>
 
 namespace {
-int64_t cuda_version() { return CUDART_VERSION; }
+int64_t cuda_version() {
+  return CUDART_VERSION;
+}
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vosops, CompositeExplicitAutograd, m) { m.impl("cuda_version", TORCH_BOX(&cuda_version)); }
+STABLE_TORCH_LIBRARY_IMPL(vosops, CompositeExplicitAutograd, m) {
+  m.impl("cuda_version", TORCH_BOX(&cuda_version));
+}

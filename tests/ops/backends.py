@@ -52,7 +52,7 @@ def reason_not(backend: Backend) -> str | None:
         return "torch finds no CUDA device"
     if backend is TRITON:
         return "TRITON_INTERPRET=1 is set" if TRITON_INTERPRETED else None
-    return "; ".join(_library.cuda_driver_reasons()) or None
+    return "; ".join(_library.CUDA_REASONS) or None
 
 
 def load(backend: Backend) -> Backend:

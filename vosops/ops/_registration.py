@@ -57,7 +57,7 @@ def cpp_reasons_not(tensor: Tensor) -> list[str]:
     if tensor.device.type == "cpu":
         return list(_library.CPU_REASONS)
     if tensor.device.type == "cuda":
-        reasons = _library.cuda_driver_reasons()
+        reasons = list(_library.CUDA_REASONS)
         if tensor.dtype == torch.float64:
             reasons.append("float64 is computed on the CPU and by the reference only")
         return reasons

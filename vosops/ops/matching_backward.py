@@ -59,7 +59,7 @@ def _derivative_by(op: str) -> Any:
 def _difference(query: Tensor, key: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """query (N,C,P) minus the matched key pixels -> (N,C,S,P)."""
     slots = index.clamp(min=0).flatten(1).unsqueeze(1).expand(-1, key.shape[1], -1)
-    matched = key.to(dtype).gather(2, slots).unflatten(2, tuple(index.shape[1:]))
+    matched: Tensor = key.to(dtype).gather(2, slots).unflatten(2, tuple(index.shape[1:]))
     return query.to(dtype).unsqueeze(2) - matched
 
 
