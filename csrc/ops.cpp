@@ -28,6 +28,29 @@ STABLE_TORCH_LIBRARY(vosops, m) {
   m.def(
       "matching_backward(Tensor grad, Tensor query, Tensor key, Tensor index) -> (Tensor grad_query, Tensor "
       "grad_key)");
+  m.def(
+      "memory_read(Tensor query, Tensor key, Tensor value, Tensor? shrinkage, Tensor? query_bias, Tensor? "
+      "key_bias,"
+      " float scale, str precision) -> (Tensor out, Tensor lse)");
+  m.def(
+      "memory_read_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor? shrinkage, Tensor? query_bias, Tensor? key_bias, float scale, str precision, Tensor out, "
+      "Tensor lse)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_shrinkage, "
+      "Tensor grad_query_bias, Tensor grad_key_bias)");
+  m.def(
+      "memory_usage(Tensor query, Tensor key, Tensor? shrinkage, Tensor? query_bias, Tensor? key_bias, float "
+      "scale,"
+      " str precision, Tensor lse) -> Tensor");
+  m.def(
+      "memory_select(Tensor query, Tensor key, Tensor? shrinkage, Tensor? query_bias, Tensor? key_bias, "
+      "float scale,"
+      " str precision, int top_k) -> (Tensor score, Tensor index)");
+  m.def("memory_gather(Tensor weight, Tensor index, Tensor value) -> Tensor");
+  m.def(
+      "memory_gather_backward(Tensor grad, Tensor weight, Tensor index, Tensor value) -> (Tensor "
+      "grad_weight, "
+      "Tensor grad_value)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vosops, CompositeExplicitAutograd, m) {

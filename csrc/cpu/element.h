@@ -29,6 +29,16 @@ struct Bf16PairElement {
   static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
     return bf16_dot(q, k, sum);
   }
+  static float pair(BFloat16 low, BFloat16 high) {
+    const uint32_t bits = static_cast<uint32_t>(low.x) | static_cast<uint32_t>(high.x) << 16;
+    float element;
+    std::memcpy(&element, &bits, 4);
+    return element;
+  }
+  // Two registers of float32, rounded to nearest even.
+  static typename V::Reg round_pair(typename V::Reg low, typename V::Reg high) {
+    return (typename V::Reg)((rounded(low) >> 16) | (rounded(high) & 0xffff0000u));
+  }
   static float squared_difference(float q, float k) {
     uint32_t a, b;
     std::memcpy(&a, &q, 4);
@@ -39,6 +49,12 @@ struct Bf16PairElement {
   }
 
  private:
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(typename V::Reg))));
+  // The register with its upper halves rounded; its lower halves hold what was rounded away.
+  static Bits rounded(typename V::Reg value) {
+    const Bits bits = (Bits)value;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
   static float half_of(uint32_t bits) {
     float f;
     std::memcpy(&f, &bits, 4);
@@ -71,8 +87,7 @@ void pack_element(const S* base, const Offset& offset, int64_t channel_stride, i
     for (int64_t x = 0; x < count; ++x) {
       const S low = source[offset(x)];
       const S high = has_second ? source[offset(x) + channel_stride] : S(0.f);
-      const uint32_t pair = static_cast<uint32_t>(low.x) | static_cast<uint32_t>(high.x) << 16;
-      std::memcpy(&out[x], &pair, 4);
+      out[x] = E::pair(low, high);
       norm[x] += widen(low) * widen(low) + widen(high) * widen(high);
     }
   }

@@ -69,4 +69,45 @@ void pack_panel(const S* base, const int64_t* offsets, int64_t count, int64_t ch
   }
 }
 
+// A strided matrix of any floating dtype: entry (c, i) lies at data[c * channel_stride + i * pixel_stride].
+struct StridedMatrix {
+  const void* data;
+  ScalarType dtype;
+  int64_t channels, channel_stride, pixel_stride;
+
+  // The channels and pixels of the last two dimensions of `tensor`, behind the first ones at `offset`.
+  static StridedMatrix of(const Tensor& tensor, int64_t offset) {
+    const int64_t dim = tensor.dim();
+    return {static_cast<const char*>(tensor.const_data_ptr()) + offset * tensor.element_size(),
+            tensor.scalar_type(), tensor.size(dim - 2), tensor.stride(dim - 2), tensor.stride(dim - 1)};
+  }
+};
+
+// Packs pixels [begin, begin + count) of a matrix into columns of a panel `stride` wide, zeroing those after
+// them. An element of two channels reads bfloat16 only, an element of one channel every dtype.
+template <class E>
+void pack_pixels(const StridedMatrix& matrix, int64_t begin, int64_t count, int64_t stride,
+                 typename E::Lanes::T* panel) {
+  const auto pack = [&]<class S>(S) {
+    const S* base = static_cast<const S*>(matrix.data) + begin * matrix.pixel_stride;
+    for (int64_t e = 0; e < elements_of<E>(matrix.channels); ++e, panel += stride) {
+      const S* source = base + e * E::kChannels * matrix.channel_stride;
+      for (int64_t i = 0; i < count; ++i, source += matrix.pixel_stride) {
+        if constexpr (E::kChannels == 1) {
+          panel[i] = static_cast<typename E::Lanes::T>(widen(*source));
+        } else {
+          const bool has_second = 2 * e + 1 < matrix.channels;
+          panel[i] = E::pair(source[0], has_second ? source[matrix.channel_stride] : S(0.f));
+        }
+      }
+      std::fill(panel + count, panel + stride, typename E::Lanes::T{0});
+    }
+  };
+  if constexpr (E::kChannels == 2) {
+    pack(BFloat16{});
+  } else {
+    dispatch_floating(matrix.dtype, pack);
+  }
+}
+
 }  // namespace vosops::cpu

@@ -1,0 +1,700 @@
+// The memory read on the CPU: softmax over the memory in a streaming pass, two matrix products a block.
+//
+// The memory is taken in blocks of kMemoryBlock positions, packed once into key panels (scores) and channel
+// panels (values). For each block the lane panels of query pixels are shared out over the threads: scores
+// come out of the first product in registers, keep their running maximum per lane, become weights 2^(score -
+// maximum) in a tile of kMemoryBlock x kLanePanel that fits the second-level cache, and this tile is the lane
+// panel of the second product with the values, whose sums are scaled to the new maximum where they are
+// loaded. Bytes: the memory is read once per kAccumulatorBytes of sums; the affinity matrix never exists.
+// Floor: 2 (C + O Cv) operations per pair of query and memory position at the FMA rate.
+//
+// The backward pass recomputes the weights from the saved log-sum-exp. Per memory block, (1) each lane panel
+// computes weights A and score gradients dS = A (V^T G - D), adds K dS to its query gradient and stores A and
+// dS transposed; (2) each group of memory positions reduces them over all queries to the gradients of values
+// and keys. No two tasks write one place, so the result does not depend on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/gemm.h"
+#include "cpu/memory_scores.h"
+#include "cpu/parallel.h"
+#include "cpu/strided.h"
+#include "cpu/vec.h"
+#include "cpu/vec_math.h"
+
+namespace vosops::cpu {
+namespace {
+
+constexpr int64_t kAccumulatorBytes = 24 << 20;
+constexpr double kLog2E = 1.4426950408889634;
+
+// The channels of the values of all objects in groups of kKeyPanel that do not cross objects.
+struct ChannelPanel {
+  int64_t object, first, count;
+};
+
+std::vector<ChannelPanel> channel_panels(int64_t objects, int64_t channels) {
+  std::vector<ChannelPanel> panels;
+  for (int64_t o = 0; o < objects; ++o) {
+    for (int64_t c = 0; c < channels; c += kKeyPanel)
+      panels.push_back({o, c, std::min<int64_t>(kKeyPanel, channels - c)});
+  }
+  return panels;
+}
+
+// Rows (c, i) of one object of an (N, O, C, pixels) tensor, channels and pixels exchanged: "channels" run
+// over pixels [begin, begin + count), "pixels" over channels.
+StridedMatrix transposed(const Tensor& tensor, int64_t n, int64_t object, int64_t begin, int64_t count) {
+  StridedMatrix matrix =
+      StridedMatrix::of(tensor, n * tensor.stride(0) + object * tensor.stride(1) + begin * tensor.stride(3));
+  std::swap(matrix.channel_stride, matrix.pixel_stride);
+  matrix.channels = count;
+  return matrix;
+}
+
+template <class V>
+typename V::Reg greater(typename V::Reg a, typename V::Reg b) {
+  return a > b ? a : b;
+}
+
+// ---- Forward.
+
+// The running softmax of one lane panel.
+template <class V>
+struct Running {
+  using T = typename V::T;
+  alignas(64) T maximum[kLanePanel<V>], sum[kLanePanel<V>];
+
+  void clear() {
+    std::fill_n(maximum, kLanePanel<V>, std::numeric_limits<T>::lowest());
+    std::fill_n(sum, kLanePanel<V>, T{0});
+  }
+};
+
+// One worker thread: the tile of weights. E multiplies keys, F values.
+template <class E, class F>
+class Reader {
+  using V = typename E::Lanes;
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  static constexpr int kLanes = kLanePanel<V>;
+
+ public:
+  Reader() : tile_(kMemoryBlock * kLanes), pairs_(F::kChannels == 2 ? kMemoryBlock / 2 * kLanes : 0) {}
+
+  // Reads one packed block: value panel i at values + i * value_stride, sums of channel panel i (kKeyPanel,
+  // kLanes).
+  void read(const T* lanes, const T* query_bias, PackedMemory<E>& memory, const T* values,
+            int64_t value_stride, int64_t value_panels, Running<V>& running, T* sums) {
+    Reg maximum[kTileRegisters], rescale[kTileRegisters];
+    for (int r = 0; r < kTileRegisters; ++r) maximum[r] = V::load(running.maximum + r * V::kLanes);
+    for (int64_t i = 0; i < memory.panels(); ++i) {
+      T* rows = tile_.data() + i * kKeyPanel * kLanes;
+      memory.score(i, lanes, query_bias, [&](TileSums<E>& scores) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kKeyPanel; ++j) {
+#pragma GCC unroll 16
+          for (int r = 0; r < kTileRegisters; ++r) {
+            maximum[r] = greater<V>(scores[j][r], maximum[r]);
+            V::store(rows + j * kLanes + r * V::kLanes, scores[j][r]);
+          }
+        }
+      });
+    }
+    const int64_t rows = memory.panels() * kKeyPanel;
+    for (int r = 0; r < kTileRegisters; ++r) {
+      rescale[r] = exp2_of_negative<V>(V::load(running.maximum + r * V::kLanes) - maximum[r]);
+      Reg sum = V::load(running.sum + r * V::kLanes) * rescale[r];
+      for (int64_t m = 0; m < rows; ++m) {
+        T* weight = tile_.data() + m * kLanes + r * V::kLanes;
+        const Reg w = exp2_of_negative<V>(V::load(weight) - maximum[r]);
+        sum += w;
+        V::store(weight, w);
+      }
+      V::store(running.maximum + r * V::kLanes, maximum[r]);
+      V::store(running.sum + r * V::kLanes, sum);
+    }
+    const T* weights = as_elements(rows);
+    for (int64_t i = 0; i < value_panels; ++i) {
+      T* sum = sums + i * kKeyPanel * kLanes;
+      multiply<F>(
+          weights, values + i * value_stride, elements_of<F>(rows),
+          [&](int j, int r) { return V::load(sum + j * kLanes + r * V::kLanes) * rescale[r]; },
+          [&](const TileSums<F>& result) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kKeyPanel; ++j) {
+#pragma GCC unroll 16
+              for (int r = 0; r < kTileRegisters; ++r)
+                V::store(sum + j * kLanes + r * V::kLanes, result[j][r]);
+            }
+          });
+    }
+  }
+
+ private:
+  // The tile of weights as elements of F: itself, or rounded to pairs of bfloat16 (of two memory positions).
+  const T* as_elements(int64_t rows) {
+    if constexpr (F::kChannels == 1) {
+      return tile_.data();
+    } else {
+      for (int64_t m = 0; m < rows; m += 2) {
+        for (int i = 0; i < kLanes; i += V::kLanes) {
+          const T* low = tile_.data() + m * kLanes + i;
+          V::store(pairs_.data() + m / 2 * kLanes + i, F::round_pair(V::load(low), V::load(low + kLanes)));
+        }
+      }
+      return pairs_.data();
+    }
+  }
+
+  Workspace<T> tile_;   // (kMemoryBlock, kLanes): scores, then weights
+  Workspace<T> pairs_;  // (kMemoryBlock / 2, kLanes)
+};
+
+template <class E, class F>
+void read_element(const ScoreInputs& in, const Tensor& value, int64_t n, Tensor& out, Tensor& lse) {
+  using V = typename E::Lanes;
+  using T = typename V::T;
+  constexpr int64_t kLanes = kLanePanel<V>;
+  static_assert(kMemoryBlock % kKeyPanel == 0 && kMemoryBlock % kLanes == 0 && kMemoryBlock % 2 == 0);
+  const std::vector<ChannelPanel> channels = channel_panels(value.size(1), value.size(2));
+  const int64_t value_panels = static_cast<int64_t>(channels.size());
+  PackedQueries<E> queries(in, n);
+  PackedMemory<E> memory(in, n, static_cast<T>(kLog2E));
+  constexpr int64_t kValueStride = kMemoryBlock / F::kChannels * kKeyPanel;
+  Workspace<T> values(value_panels * kValueStride);
+
+  const int64_t sums_size = value_panels * kKeyPanel * kLanes;
+  const int64_t most = std::max<int64_t>(16, kAccumulatorBytes / std::max<int64_t>(1, sums_size * sizeof(T)));
+  const int64_t at_once = std::min(queries.panels, most);
+  Workspace<T> sums(at_once * sums_size);
+  std::vector<Running<V>> running(at_once);
+  for (int64_t first = 0; first < queries.panels; first += at_once) {
+    const int64_t panels = std::min(at_once, queries.panels - first);
+    parallel_each(panels, [&](int64_t i) {
+      running[i].clear();
+      std::fill_n(sums.data() + i * sums_size, sums_size, T{0});
+    });
+    for (int64_t begin = 0; begin < in.memory(); begin += kMemoryBlock) {
+      memory.start(begin, std::min(kMemoryBlock, in.memory() - begin));
+      parallel_each(memory.panels() + value_panels, [&](int64_t i) {
+        if (i < memory.panels()) return memory.pack_panel(i);
+        const ChannelPanel& panel = channels[i - memory.panels()];
+        StridedMatrix matrix = transposed(value, n, panel.object, begin, memory.count);
+        T* target = values.data() + (i - memory.panels()) * kValueStride;
+        pack_pixels<F>(matrix, panel.first, panel.count, kKeyPanel, target);
+        const int64_t used = elements_of<F>(memory.count) * kKeyPanel;
+        std::fill(target + used, target + memory.panels() * kKeyPanel / F::kChannels * kKeyPanel, T{0});
+      });
+      parallel_tasks(panels, [&] {
+        return [&, reader = Reader<E, F>()](int64_t i) mutable {
+          reader.read(queries.lanes(first + i),
+                      queries.has_bias ? queries.bias.data() + (first + i) * kLanes : nullptr, memory,
+                      values.data(), kValueStride, value_panels, running[i], sums.data() + i * sums_size);
+        };
+      });
+    }
+    T* lse_row = lse.mutable_data_ptr<T>() + n * in.queries();
+    dispatch_floating(out.scalar_type(), [&]<class S>(S) {
+      S* result = out.mutable_data_ptr<S>() + n * value.size(1) * value.size(2) * in.queries();
+      parallel_each(panels, [&](int64_t i) {
+        const int64_t p0 = (first + i) * kLanes, count = queries.count(first + i);
+        T inverse[kLanes];
+        for (int64_t p = 0; p < count; ++p) {
+          const T total = running[i].sum[p];
+          inverse[p] = total == 0 ? T{0} : 1 / total;
+          lse_row[p0 + p] = total == 0 ? -std::numeric_limits<T>::infinity()
+                                       : (running[i].maximum[p] + std::log2(total)) / static_cast<T>(kLog2E);
+        }
+        for (int64_t c = 0; c < value_panels; ++c) {
+          const ChannelPanel& panel = channels[c];
+          for (int64_t j = 0; j < panel.count; ++j) {
+            const T* sum = sums.data() + i * sums_size + (c * kKeyPanel + j) * kLanes;
+            S* row = result + (panel.object * value.size(2) + panel.first + j) * in.queries() + p0;
+            for (int64_t p = 0; p < count; ++p) row[p] = static_cast<S>(sum[p] * inverse[p]);
+          }
+        }
+      });
+    });
+  }
+}
+
+// Calls f(E, F): the elements of scores and of values of dtype `value`.
+template <class Function>
+void with_elements(const ScoreInputs& in, ScalarType value, const Function& f) {
+  with_score_element(in, [&]<class E>(E element) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<typename E::Lanes::T, float>) {
+      if (value == ScalarType::BFloat16 && has_bf16_dot())
+        return f(element, Bf16PairElement<Vec<float, 64>>{});
+    }
+#endif
+    f(element, FloatElement<typename E::Lanes>{});
+  });
+}
+
+void check_value(const ScoreInputs& in, const Tensor& value) {
+  check_shape("value", value, {in.batch(), kAnySize, kAnySize, in.memory()});
+  STD_TORCH_CHECK((value.scalar_type() == ScalarType::Double) == (in.key.scalar_type() == ScalarType::Double),
+                  "value must be float64 exactly where key is");
+}
+
+std::tuple<Tensor, Tensor> memory_read(const Tensor& query, const Tensor& key, const Tensor& value,
+                                       const std::optional<Tensor>& shrinkage,
+                                       const std::optional<Tensor>& query_bias,
+                                       const std::optional<Tensor>& key_bias, double scale,
+                                       std::string_view) {
+  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
+  check_scores(in);
+  check_value(in, value);
+  const ScalarType wide = accumulator_dtype(key.scalar_type());
+  Tensor out = torch::stable::new_empty(
+      value, std::vector<int64_t>{in.batch(), value.size(1), value.size(2), in.queries()});
+  Tensor lse = torch::stable::new_empty(query, std::vector<int64_t>{in.batch(), in.queries()}, wide);
+  with_elements(in, value.scalar_type(), [&]<class E, class F>(E, F) {
+    for (int64_t n = 0; n < in.batch(); ++n) read_element<E, F>(in, value, n, out, lse);
+  });
+  return {out, lse};
+}
+
+// ---- What the backward pass and the usage share: weights recomputed from the log-sum-exp.
+
+// The log-sum-exp of one batch element in powers of two, per lane; +inf, which makes every weight 0, where
+// there is no query or nothing was read.
+template <class E>
+struct PackedLse {
+  using T = typename E::Lanes::T;
+  Workspace<T> data;
+
+  PackedLse(const Tensor& lse, int64_t n, const PackedQueries<E>& queries)
+      : data(queries.panels * PackedQueries<E>::kLanes) {
+    const T* row = lse.const_data_ptr<T>() + n * lse.stride(0);
+    for (int64_t p = 0; p < queries.panels * PackedQueries<E>::kLanes; ++p) {
+      const T value = p < queries.queries ? row[p * lse.stride(1)] : -std::numeric_limits<T>::infinity();
+      data[p] = value == -std::numeric_limits<T>::infinity() ? -value : value * static_cast<T>(kLog2E);
+    }
+  }
+};
+
+// ---- Backward.
+
+// Gradients of one batch element; the tensors are (N, ...) and contiguous, undefined where there was no
+// input.
+struct Gradients {
+  Tensor query, key, value, shrinkage, query_bias, key_bias;
+};
+
+template <class E>
+class BackwardElement {
+  using V = typename E::Lanes;
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  static constexpr int64_t kLanes = kLanePanel<V>;
+
+ public:
+  BackwardElement(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out, const Tensor& grad_lse,
+                  const Tensor& out, const Tensor& lse, int64_t n, Gradients& gradients)
+      : in_(in),
+        value_(value),
+        grad_out_(grad_out),
+        n_(n),
+        gradients_(gradients),
+        values_(channel_panels(value.size(1), value.size(2))),
+        keys_(channel_panels(1, in.query.size(1))),
+        value_channels_(value.size(1) * value.size(2)),
+        queries_(in, n),
+        memory_(in, n, static_cast<T>(kLog2E)),
+        lse_(lse, n, queries_),
+        rows_(queries_.panels * kLanes),
+        grad_lanes_(queries_.panels * value_channels_ * kLanes),
+        grad_channels_(static_cast<int64_t>(values_.size()) * in.queries() * kKeyPanel),
+        query_channels_(static_cast<int64_t>(keys_.size()) * in.queries() * kKeyPanel),
+        base_(rows_),
+        query_sums_(queries_.panels * query_sum_size()),
+        bias_sums_(rows_),
+        value_keys_(kMemoryBlock * value_channels_),
+        key_channels_(static_cast<int64_t>(keys_.size()) * kMemoryBlock * kKeyPanel),
+        weights_(kMemoryBlock * rows_),
+        slopes_(kMemoryBlock * rows_) {
+    pack_gradients(out, grad_lse);
+  }
+
+  void run() {
+    for (int64_t begin = 0; begin < in_.memory(); begin += kMemoryBlock) {
+      memory_.start(begin, std::min(kMemoryBlock, in_.memory() - begin));
+      pack_memory();
+      parallel_tasks(queries_.panels, [&] {
+        return [&, weights = Workspace<T>(kMemoryBlock * kLanes),
+                slopes = Workspace<T>(kMemoryBlock * kLanes)](int64_t i) mutable {
+          differentiate(i, weights.data(), slopes.data());
+        };
+      });
+      const int64_t groups = panels_of(memory_.count, kLanes),
+                    value_panels = static_cast<int64_t>(values_.size());
+      parallel_tasks(groups * value_panels, [&] {
+        return [&](int64_t task) { write_value(task / value_panels, task % value_panels); };
+      });
+      parallel_tasks(groups, [&] {
+        return [&, sums = Workspace<T>(keys_.size() * kKeyPanel * kLanes)](int64_t group) mutable {
+          write_key(group, sums.data());
+        };
+      });
+    }
+    write_query();
+  }
+
+ private:
+  int64_t query_sum_size() const { return static_cast<int64_t>(keys_.size()) * kKeyPanel * kLanes; }
+
+  // The gradient as lane panels (dP) and as channel panels (dV), the queries as channel panels (dK), and
+  // D = sum over channels of out * grad_out - grad_lse.
+  void pack_gradients(const Tensor& out, const Tensor& grad_lse) {
+    const int64_t channels = value_.size(2), objects = value_.size(1), value_panels = values_.size();
+    const T* lse_row = grad_lse.const_data_ptr<T>() + n_ * grad_lse.stride(0);
+    parallel_each(queries_.panels, [&](int64_t i) {
+      T* base = base_.data() + i * kLanes;
+      T* lanes = grad_lanes_.data() + i * value_channels_ * kLanes;
+      Workspace<T> outs(channels * kLanes);
+      for (int64_t p = 0; p < kLanes; ++p)
+        base[p] = p < queries_.count(i) ? -lse_row[(i * kLanes + p) * grad_lse.stride(1)] : T{0};
+      for (int64_t o = 0; o < objects; ++o, lanes += channels * kLanes) {
+        pack_pixels<E>(StridedMatrix::of(grad_out_, n_ * grad_out_.stride(0) + o * grad_out_.stride(1)),
+                       i * kLanes, queries_.count(i), kLanes, lanes);
+        pack_pixels<E>(StridedMatrix::of(out, n_ * out.stride(0) + o * out.stride(1)), i * kLanes,
+                       queries_.count(i), kLanes, outs.data());
+        for (int64_t c = 0; c < channels * kLanes; ++c) base[c % kLanes] += lanes[c] * outs[c];
+      }
+      std::fill_n(query_sums_.data() + i * query_sum_size(), query_sum_size(), T{0});
+      std::fill_n(bias_sums_.data() + i * kLanes, kLanes, T{0});
+    });
+    StridedMatrix query = StridedMatrix::of(in_.query, n_ * in_.query.stride(0));
+    std::swap(query.channel_stride, query.pixel_stride);
+    query.channels = in_.queries();
+    const int64_t stride = in_.queries() * kKeyPanel;
+    parallel_each(value_panels + static_cast<int64_t>(keys_.size()), [&](int64_t i) {
+      if (i < value_panels) {
+        pack_pixels<E>(transposed(grad_out_, n_, values_[i].object, 0, in_.queries()), values_[i].first,
+                       values_[i].count, kKeyPanel, grad_channels_.data() + i * stride);
+      } else {
+        const ChannelPanel& panel = keys_[i - value_panels];
+        pack_pixels<E>(query, panel.first, panel.count, kKeyPanel,
+                       query_channels_.data() + (i - value_panels) * stride);
+      }
+    });
+  }
+
+  // The block's keys and values as key panels, and the keys times their shrinkage and scale as channel
+  // panels.
+  void pack_memory() {
+    parallel_each(memory_.panels(), [&](int64_t i) {
+      memory_.pack_panel(i);
+      T* values = value_keys_.data() + i * kKeyPanel * value_channels_;
+      const int64_t first = i * kKeyPanel, used = std::min<int64_t>(kKeyPanel, memory_.count - first);
+      for (int64_t o = 0; o < value_.size(1); ++o, values += value_.size(2) * kKeyPanel) {
+        pack_pixels<E>(StridedMatrix::of(value_, n_ * value_.stride(0) + o * value_.stride(1)),
+                       memory_.begin + first, used, kKeyPanel, values);
+      }
+      const T to_gradient = static_cast<T>(1 / kLog2E);  // the factors are in powers of two
+      for (int64_t panel = 0; panel < static_cast<int64_t>(keys_.size()); ++panel) {
+        T* target = key_channels_.data() + (panel * kMemoryBlock + first) * kKeyPanel;
+        for (int64_t m = 0; m < kKeyPanel; ++m) {
+          for (int64_t j = 0; j < kKeyPanel; ++j) {
+            const bool is_used = j < keys_[panel].count;
+            target[m * kKeyPanel + j] = is_used ? memory_.keys(i)[(keys_[panel].first + j) * kKeyPanel + m] *
+                                                      memory_.factor[first + m] * to_gradient
+                                                : T{0};
+          }
+        }
+      }
+    });
+  }
+
+  // Weights and score gradients of lane panel i with the block, its share of the query gradient, and both
+  // tiles transposed to (group of kLanes positions, query, position).
+  void differentiate(int64_t i, T* weights, T* slopes) {
+    const T* bias = queries_.has_bias ? queries_.bias.data() + i * kLanes : nullptr;
+    const T* lanes = grad_lanes_.data() + i * value_channels_ * kLanes;
+    Reg lse[kTileRegisters], base[kTileRegisters];
+    for (int r = 0; r < kTileRegisters; ++r) {
+      lse[r] = V::load(lse_.data.data() + i * kLanes + r * V::kLanes);
+      base[r] = V::load(base_.data() + i * kLanes + r * V::kLanes);
+    }
+    for (int64_t panel = 0; panel < memory_.panels(); ++panel) {
+      T* weight = weights + panel * kKeyPanel * kLanes;
+      T* slope = slopes + panel * kKeyPanel * kLanes;
+      memory_.score(panel, queries_.lanes(i), bias, [&](TileSums<E>& scores) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kKeyPanel; ++j)
+#pragma GCC unroll 16
+          for (int r = 0; r < kTileRegisters; ++r)
+            V::store(weight + j * kLanes + r * V::kLanes, exp2_of_negative<V>(scores[j][r] - lse[r]));
+      });
+      multiply<E>(
+          lanes, value_keys_.data() + panel * kKeyPanel * value_channels_, value_channels_,
+          [](int, int) { return Reg{}; },
+          [&](const TileSums<E>& sums) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kKeyPanel; ++j)
+#pragma GCC unroll 16
+              for (int r = 0; r < kTileRegisters; ++r) {
+                const int64_t at = j * kLanes + r * V::kLanes;
+                V::store(slope + at, V::load(weight + at) * (sums[j][r] - base[r]));
+              }
+          });
+    }
+    const int64_t rows = memory_.panels() * kKeyPanel;
+    T* sums = query_sums_.data() + i * query_sum_size();
+    for (size_t panel = 0; panel < keys_.size(); ++panel, sums += kKeyPanel * kLanes) {
+      multiply<E>(
+          slopes, key_channels_.data() + panel * kMemoryBlock * kKeyPanel, rows,
+          [&](int j, int r) { return V::load(sums + j * kLanes + r * V::kLanes); },
+          [&](const TileSums<E>& result) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kKeyPanel; ++j)
+#pragma GCC unroll 16
+              for (int r = 0; r < kTileRegisters; ++r)
+                V::store(sums + j * kLanes + r * V::kLanes, result[j][r]);
+          });
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const T shrinkage = memory_.slope[m] / static_cast<T>(kLog2E);
+      for (int64_t p = 0; p < kLanes; ++p) bias_sums_[i * kLanes + p] += shrinkage * slopes[m * kLanes + p];
+    }
+    transpose(weights, rows, i, weights_.data());
+    transpose(slopes, rows, i, slopes_.data());
+  }
+
+  void transpose(const T* tile, int64_t rows, int64_t i, T* target) const {
+    for (int64_t group = 0; group * kLanes < rows; ++group) {
+      const int64_t used = std::min(kLanes, rows - group * kLanes);
+      for (int64_t p = 0; p < kLanes; ++p) {
+        T* row = target + (group * rows_ + i * kLanes + p) * kLanes;
+        const T* column = tile + group * kLanes * kLanes + p;
+        for (int64_t m = 0; m < used; ++m) row[m] = column[m * kLanes];
+        std::fill(row + used, row + kLanes, T{0});
+      }
+    }
+  }
+
+  // Reduces `transposed` (queries, kLanes positions) with a channel panel over all queries.
+  template <class Finish>
+  void reduce(const T* transposed, const T* channels, const Finish& finish) {
+    multiply<E>(transposed, channels, in_.queries(), [](int, int) { return Reg{}; }, finish);
+  }
+
+  void write_value(int64_t group, int64_t panel) {
+    alignas(64) T sums[kKeyPanel * kLanes];
+    reduce(weights_.data() + group * rows_ * kLanes,
+           grad_channels_.data() + panel * in_.queries() * kKeyPanel, [&](const TileSums<E>& result) {
+#pragma GCC unroll 16
+             for (int j = 0; j < kKeyPanel; ++j)
+#pragma GCC unroll 16
+               for (int r = 0; r < kTileRegisters; ++r)
+                 V::store(sums + j * kLanes + r * V::kLanes, result[j][r]);
+           });
+    const ChannelPanel& channels = values_[panel];
+    write_columns(gradients_.value, n_ * value_channels_ + channels.object * value_.size(2) + channels.first,
+                  channels.count, group, sums);
+  }
+
+  // Writes `count` rows of sums to rows [row ...) of a (rows, M) gradient, at the positions of the group.
+  void write_columns(Tensor& gradient, int64_t row, int64_t count, int64_t group, const T* sums) {
+    const int64_t first = group * kLanes, used = std::min(kLanes, memory_.count - first);
+    dispatch_floating(gradient.scalar_type(), [&]<class S>(S) {
+      S* target = gradient.mutable_data_ptr<S>() + row * in_.memory() + memory_.begin + first;
+      for (int64_t c = 0; c < count; ++c, target += in_.memory())
+        for (int64_t m = 0; m < used; ++m) target[m] = static_cast<S>(sums[c * kLanes + m]);
+    });
+  }
+
+  // Gradients of key, shrinkage and key bias of one group of positions.
+  void write_key(int64_t group, T* sums) {
+    const T* slopes = slopes_.data() + group * rows_ * kLanes;
+    for (size_t panel = 0; panel < keys_.size(); ++panel) {
+      T* target = sums + panel * kKeyPanel * kLanes;
+      reduce(slopes, query_channels_.data() + panel * in_.queries() * kKeyPanel,
+             [&](const TileSums<E>& result) {
+#pragma GCC unroll 16
+               for (int j = 0; j < kKeyPanel; ++j)
+#pragma GCC unroll 16
+                 for (int r = 0; r < kTileRegisters; ++r)
+                   V::store(target + j * kLanes + r * V::kLanes, result[j][r]);
+             });
+    }
+    T total[kLanes] = {}, biased[kLanes] = {};
+    for (int64_t p = 0; p < in_.queries(); ++p) {
+      for (int64_t m = 0; m < kLanes; ++m) {
+        total[m] += slopes[p * kLanes + m];
+        biased[m] += slopes[p * kLanes + m] * queries_.bias[p];
+      }
+    }
+    const int64_t channels = in_.key.size(1), first = group * kLanes;
+    const T scale = static_cast<T>(in_.scale);
+    for (int64_t m = 0; m < std::min(kLanes, memory_.count - first); ++m) {
+      const T* key = memory_.keys((first + m) / kKeyPanel) + (first + m) % kKeyPanel;
+      const T factor = memory_.slope[first + m] / static_cast<T>(kLog2E) * scale;
+      T product = 0;
+      for (int64_t c = 0; c < in_.query.size(1); ++c) product += sums[c * kLanes + m] * key[c * kKeyPanel];
+      for (int64_t c = 0; c < channels; ++c) {
+        T& sum = sums[c * kLanes + m];
+        if (in_.squares()) sum += 2 * key[c * kKeyPanel] * sums[(channels + c) * kLanes + m];
+        sum *= factor;
+      }
+      biased[m] += product * scale;
+    }
+    write_columns(gradients_.key, n_ * channels, channels, group, sums);
+    if (in_.shrinkage) write_columns(gradients_.shrinkage, n_, 1, group, biased);
+    if (in_.key_bias) write_columns(gradients_.key_bias, n_, 1, group, total);
+  }
+
+  void write_query() {
+    const int64_t channels = in_.query.size(1);
+    dispatch_floating(gradients_.query.scalar_type(), [&]<class S>(S) {
+      S* target = gradients_.query.mutable_data_ptr<S>() + n_ * channels * in_.queries();
+      parallel_each(queries_.panels, [&](int64_t i) {
+        const T* sums = query_sums_.data() + i * query_sum_size();
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t p = 0; p < queries_.count(i); ++p)
+            target[c * in_.queries() + i * kLanes + p] = static_cast<S>(sums[c * kLanes + p]);
+      });
+    });
+    if (in_.query_bias) {
+      T* target = gradients_.query_bias.mutable_data_ptr<T>() + n_ * in_.queries();
+      for (int64_t p = 0; p < in_.queries(); ++p) target[p] = bias_sums_[p];
+    }
+  }
+
+  const ScoreInputs& in_;
+  const Tensor& value_;
+  const Tensor& grad_out_;
+  const int64_t n_;
+  Gradients& gradients_;
+  const std::vector<ChannelPanel> values_, keys_;
+  const int64_t value_channels_;
+  PackedQueries<E> queries_;
+  PackedMemory<E> memory_;
+  PackedLse<E> lse_;
+  const int64_t rows_;           // queries with those that fill the last lane panel
+  Workspace<T> grad_lanes_;      // (lane panel, O Cv, kLanes)
+  Workspace<T> grad_channels_;   // (channel panel of the values, P, kKeyPanel)
+  Workspace<T> query_channels_;  // (channel panel of the queries, P, kKeyPanel)
+  Workspace<T> base_;            // D, per query
+  Workspace<T> query_sums_;      // (lane panel, channels of the queries, kLanes)
+  Workspace<T> bias_sums_;       // per query
+  Workspace<T> value_keys_;      // (key panel, O Cv, kKeyPanel)
+  Workspace<T> key_channels_;    // (channel panel of the keys, kMemoryBlock, kKeyPanel)
+  Workspace<T> weights_;         // (group of positions, rows_, kLanes)
+  Workspace<T> slopes_;          // alike: the gradients of the scores
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
+    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const std::optional<Tensor>& shrinkage, const std::optional<Tensor>& query_bias,
+    const std::optional<Tensor>& key_bias, double scale, std::string_view, const Tensor& out,
+    const Tensor& lse) {
+  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
+  check_scores(in);
+  check_value(in, value);
+  const ScalarType wide = accumulator_dtype(key.scalar_type());
+  check_shape("grad_out", grad_out, {in.batch(), value.size(1), value.size(2), in.queries()});
+  check_shape("out", out, {in.batch(), value.size(1), value.size(2), in.queries()});
+  for (const Tensor* tensor : {&grad_lse, &lse}) {
+    check_shape("lse", *tensor, {in.batch(), in.queries()});
+    check_dtype("lse", *tensor, wide);
+  }
+  const auto vector = [&](const std::optional<Tensor>& input, int64_t size) {
+    const std::vector<int64_t> shape{in.batch(), input ? size : 0};
+    return torch::stable::new_empty(query, shape, wide);
+  };
+  Gradients gradients{torch::stable::new_empty(query, query.sizes()),
+                      torch::stable::new_empty(key, key.sizes()),
+                      torch::stable::new_empty(value, value.sizes()),
+                      vector(shrinkage, in.memory()),
+                      vector(query_bias, in.queries()),
+                      vector(key_bias, in.memory())};
+  const auto run = [&]<class E>(E) {
+    for (int64_t n = 0; n < in.batch(); ++n)
+      BackwardElement<E>(in, value, grad_out, grad_lse, out, lse, n, gradients).run();
+  };
+  wide == ScalarType::Double ? run(FloatElement<Vec<double, kRegisterBytes>>{})
+                             : run(FloatElement<Vec<float, kRegisterBytes>>{});
+  return {gradients.query,     gradients.key,        gradients.value,
+          gradients.shrinkage, gradients.query_bias, gradients.key_bias};
+}
+
+// ---- Usage: the sum of each memory position's weights over the queries.
+
+template <class E>
+void usage_of_element(const ScoreInputs& in, const Tensor& lse, int64_t n, typename E::Lanes::T* usage) {
+  using V = typename E::Lanes;
+  using T = typename V::T;
+  constexpr int64_t kLanes = kLanePanel<V>;
+  PackedQueries<E> queries(in, n);
+  PackedLse<E> lses(lse, n, queries);
+  parallel_tasks(panels_of(in.memory(), kMemoryBlock), [&] {
+    return [&, memory = std::make_unique<PackedMemory<E>>(in, n, static_cast<T>(kLog2E)),
+            sums = Workspace<T>(kMemoryBlock * V::kLanes)](int64_t block) mutable {
+      const int64_t begin = block * kMemoryBlock;
+      memory->start(begin, std::min(kMemoryBlock, in.memory() - begin));
+      for (int64_t i = 0; i < memory->panels(); ++i) memory->pack_panel(i);
+      std::fill_n(sums.data(), kMemoryBlock * V::kLanes, T{0});
+      for (int64_t p = 0; p < queries.panels; ++p) {
+        const T* bias = queries.has_bias ? queries.bias.data() + p * kLanes : nullptr;
+        for (int64_t i = 0; i < memory->panels(); ++i) {
+          T* rows = sums.data() + i * kKeyPanel * V::kLanes;
+          memory->score(i, queries.lanes(p), bias, [&](TileSums<E>& scores) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kKeyPanel; ++j) {
+              typename V::Reg sum = V::load(rows + j * V::kLanes);
+              for (int r = 0; r < kTileRegisters; ++r)
+                sum += exp2_of_negative<V>(scores[j][r] -
+                                           V::load(lses.data.data() + p * kLanes + r * V::kLanes));
+              V::store(rows + j * V::kLanes, sum);
+            }
+          });
+        }
+      }
+      for (int64_t m = 0; m < memory->count; ++m) {
+        T total = 0;
+        for (int i = 0; i < V::kLanes; ++i) total += sums[m * V::kLanes + i];
+        usage[begin + m] = total;
+      }
+    };
+  });
+}
+
+Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<Tensor>& shrinkage,
+                    const std::optional<Tensor>& query_bias, const std::optional<Tensor>& key_bias,
+                    double scale, std::string_view, const Tensor& lse) {
+  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
+  check_scores(in);
+  check_shape("lse", lse, {in.batch(), in.queries()});
+  check_dtype("lse", lse, accumulator_dtype(key.scalar_type()));
+  Tensor usage = torch::stable::new_empty(lse, std::vector<int64_t>{in.batch(), in.memory()});
+  with_score_element(in, [&]<class E>(E) {
+    using T = typename E::Lanes::T;
+    for (int64_t n = 0; n < in.batch(); ++n)
+      usage_of_element<E>(in, lse, n, usage.mutable_data_ptr<T>() + n * in.memory());
+  });
+  return usage;
+}
+
+}  // namespace
+}  // namespace vosops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(vosops, CPU, m) {
+  m.impl("memory_read", TORCH_BOX(&vosops::cpu::memory_read));
+  m.impl("memory_read_backward", TORCH_BOX(&vosops::cpu::memory_read_backward));
+  m.impl("memory_usage", TORCH_BOX(&vosops::cpu::memory_usage));
+}
