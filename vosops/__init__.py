@@ -3,17 +3,30 @@
 from typing import TYPE_CHECKING, Any
 
 from vosops.backends import explain, list_ops, use_backend
-from vosops.ops import global_matching, local_matching
+from vosops.ops import (
+    MemoryWeights,
+    global_matching,
+    local_matching,
+    memory_gather,
+    memory_read,
+    memory_select,
+    merge_reads,
+)
 
 if TYPE_CHECKING:
     from vosops.inference import segment
 
 __version__ = "0.1.0"
 __all__ = [
+    "MemoryWeights",
     "explain",
     "global_matching",
     "list_ops",
     "local_matching",
+    "memory_gather",
+    "memory_read",
+    "memory_select",
+    "merge_reads",
     "segment",
     "use_backend",
 ]

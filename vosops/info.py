@@ -158,15 +158,16 @@ def _explain(op: str, device: str) -> str:
     place = "cuda:0" if device == "cuda" else device
     try:
         with FakeTensorMode():
-            return vosops.explain(op, *_sample(place))
+            return vosops.explain(op, *_sample(op, place))
     except (RuntimeError, AssertionError) as error:
         return f"{op}: cannot tell: {str(error).splitlines()[0]}"
 
 
-def _sample(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments of the matching ops: two frames of embeddings and one object."""
+def _sample(op: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Two frames of embeddings, and one object (matching) or values (memory_read)."""
     frames = torch.empty(2, 1, 16, 8, 8, device=device)
-    return frames[0], frames[1], torch.empty(1, 1, 8, 8, dtype=torch.bool, device=device)
+    dtype = torch.float32 if op == "memory_read" else torch.bool
+    return frames[0], frames[1], torch.empty(1, 1, 8, 8, dtype=dtype, device=device)
 
 
 if __name__ == "__main__":

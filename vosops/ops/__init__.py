@@ -2,5 +2,14 @@
 
 from vosops.ops.global_matching import global_matching
 from vosops.ops.local_matching import local_matching
+from vosops.ops.memory_read import MemoryWeights, memory_gather, memory_read, memory_select, merge_reads
 
-__all__ = ["global_matching", "local_matching"]
+__all__ = [
+    "MemoryWeights",
+    "global_matching",
+    "local_matching",
+    "memory_gather",
+    "memory_read",
+    "memory_select",
+    "merge_reads",
+]

@@ -31,6 +31,8 @@ def register_pieces(
         size = info.batch_size
         folded = [_fold(arg, dim, size) for arg, dim in zip(args, in_dims, strict=True)]
         outputs = getattr(torch.ops.vosops, name)(*folded)
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (size, -1)), 0
         return tuple(out.unflatten(0, (size, -1)) for out in outputs), (0,) * len(outputs)
 
     torch.library.register_vmap(qualified, vmap)

@@ -1,0 +1,508 @@
+"""The memory read: what it computes, for every option, dtype, layout and order of derivative."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vosops
+from vosops import reference
+
+LIBRARY = pytest.mark.skipif(
+    not hasattr(torch.ops.vosops, "memory_read"), reason="the CPU library was not compiled"
+)
+OPTIONS = ("dot", "l2", "l2 shrinkage", "l2 selection", "l2 shrinkage selection", "dot bias valid shrinkage")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+SINGLE_AND_HALF = (torch.float32, torch.bfloat16, torch.float16)
+CORE_OPS = ("read", "read without vectors", "read_backward", "usage", "select", "gather", "gather_backward")
+
+pytestmark = LIBRARY
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def backend(request):
+    with vosops.use_backend(request.param):
+        yield request.param
+
+
+def make(option="dot", *, n=1, o=None, c=8, v=5, q=(3, 5), m=(2, 3, 4), dtype=torch.float32, seed=0):
+    """Arguments of a read: query, key, value, and the options named in `option`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    lead = (n, v) if o is None else (n, o, v)
+    tensors = [t.to(dtype) for t in (random(n, c, *q), random(n, c, *m), random(*lead, *m))]
+    options = {"similarity": option.split()[0]}
+    if "shrinkage" in option:
+        options["shrinkage"] = (1 + random(n, 1, *m).square()).to(dtype)
+    if "selection" in option:
+        options["selection"] = random(n, c, *q).sigmoid().to(dtype)
+    if "bias" in option:
+        options["bias"] = random(n, *m).to(dtype)
+    if "valid" in option:
+        options["valid"] = random(n, *m) > -0.5
+    return tensors, options
+
+
+def in_float64(tensors, options):
+    """The same problem in float64."""
+    wide = {
+        k: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for k, x in options.items()
+    }
+    return [t.double() for t in tensors], wide
+
+
+def assert_reads_like_reference(tensors, options, tolerance=None, **more):
+    ours = vosops.memory_read(*tensors, **options, **more, return_usage=True, return_lse=True)
+    wide, wide_options = in_float64(tensors, options)
+    theirs = reference.memory_read(*wide, **wide_options, **more, return_usage=True, return_lse=True)
+    assert ours[0].dtype == tensors[2].dtype
+    tolerance = tolerance or TOLERANCE[tensors[2].dtype]
+    for name, a, b in zip(("out", "usage", "lse"), ours, theirs, strict=True):
+        assert a.shape == b.shape, name
+        scale = max(1.0, b[b.isfinite()].abs().max().item() if b.isfinite().any() else 1.0)
+        torch.testing.assert_close(
+            a.double(), b, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_every_similarity_and_dtype(backend, option, dtype, top_k):
+    assert_reads_like_reference(*make(option, dtype=dtype, o=2), top_k=top_k)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_memory_longer_than_a_block_and_more_queries_than_a_panel(top_k):
+    assert_reads_like_reference(*make("l2 shrinkage selection", n=2, q=(70,), m=(700,), v=30), top_k=top_k)
+
+
+def test_many_channels_and_objects():
+    assert_reads_like_reference(*make(o=3, c=65, v=100, q=(33,), m=(301,)))
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize(
+    "sizes", [{"q": (1,), "m": (1,)}, {"c": 1, "v": 1}, {"o": 0}, {"n": 0}, {"m": (0,)}], ids=str
+)
+def test_smallest_sizes(sizes, top_k):
+    (query, key, value), options = make(**sizes)
+    out = vosops.memory_read(query, key, value, top_k=top_k)
+    assert out.shape == (*value.shape[: value.dim() - key.dim() + 2], *query.shape[2:])
+    if key.shape[2:].numel() == 0:
+        assert (out == 0).all()
+
+
+@given(
+    n=st.integers(1, 3), o=st.sampled_from([None, 1, 3]), c=st.integers(1, 40), v=st.integers(1, 30),
+    q=st.integers(1, 40), m=st.integers(1, 320), option=st.sampled_from(OPTIONS),
+    top_k=st.sampled_from([None, 1, 5, 400]), dtype=st.sampled_from(list(TOLERANCE)),
+    channel_last=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_random_problems(n, o, c, v, q, m, option, top_k, dtype, channel_last, seed):
+    tensors, options = make(option, n=n, o=o, c=c, v=v, q=(q,), m=(m,), dtype=dtype, seed=seed)
+    if channel_last:
+        tensors = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
+    if top_k is not None and dtype != torch.float64:
+        # Scores that differ in the last digit may change places at the k-th: compare what was chosen.
+        chosen, _ = vosops.memory_select(*tensors[:2], top_k, **options, return_usage=True)
+        assert ((chosen.indices >= 0) == (chosen.weights > 0)).float().mean() > 0.5
+        return
+    assert_reads_like_reference(tensors, options, top_k=top_k)
+
+
+# ---- Layouts, dtypes and batches.
+
+
+def test_any_stride_is_read_in_place():
+    (query, key, value), options = make("l2", o=2, m=(4, 6), q=(4, 5))
+    want = vosops.memory_read(query, key, value, **options)
+    strange = [t.mT.contiguous().mT for t in (query, key)] + [
+        value.movedim(2, -1).contiguous().movedim(-1, 2)
+    ]
+    assert torch.equal(vosops.memory_read(*strange, **options), want)
+    for top_k in (3,):
+        a, b = (vosops.memory_read(*args, top_k=top_k, **options) for args in ((query, key, value), strange))
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_of_one_broadcasts():
+    (query, key, value), options = make("l2 selection bias", n=3, q=(6,), m=(20,))
+    for one in (0, 1):
+        tensors = [t[:1] if i == one else t for i, t in enumerate((query, key, value))]
+        side = "selection" if one == 0 else "bias"
+        narrow = {k: x[:1] if k == side else x for k, x in options.items()}
+        whole = [t.expand(3, *t.shape[1:]) for t in tensors]
+        wide = {k: x.expand(3, *x.shape[1:]) if isinstance(x, torch.Tensor) else x for k, x in narrow.items()}
+        assert torch.equal(vosops.memory_read(*tensors, **narrow), vosops.memory_read(*whole, **wide))
+
+
+def test_values_of_a_batch_under_one_affinity_are_objects():
+    (query, key, _), options = make(q=(6,), m=(20,))
+    value = torch.randn(4, 5, 20)
+    out, usage, lse = vosops.memory_read(query, key, value, return_usage=True, return_lse=True, **options)
+    one_by_one = torch.cat([vosops.memory_read(query, key, v[None], **options) for v in value])
+    torch.testing.assert_close(out, one_by_one)
+    assert usage.shape == (4, 20) and lse.shape == (4, 6)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(SINGLE_AND_HALF, repeat=3)), ids=str)
+def test_mixed_dtypes(dtypes):
+    (query, key, value), _ = make(q=(7,), m=(30,), o=2)
+    tensors = [t.to(dtype) for t, dtype in zip((query, key, value), dtypes, strict=True)]
+    assert_reads_like_reference(tensors, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("option", ["l2", "l2 shrinkage", "l2 selection", "l2 shrinkage selection"])
+def test_half_precision_scores_of_long_keys(option, dtype):
+    """Scores of keys with entries up to 16 are within 1e-2 of float64 on the same rounded inputs."""
+    tensors, options = make(option, c=64, q=(40,), m=(300,), dtype=dtype)
+    tensors[0] = (tensors[0] * 16 / tensors[0].abs().max()).to(dtype)
+    tensors[1] = (tensors[1] * 16 / tensors[1].abs().max()).to(dtype)
+    chosen = vosops.memory_select(*tensors[:2], 30, **options)
+    wide, wide_options = in_float64(tensors, options)
+    theirs = vosops.memory_select(*wide[:2], 30, **wide_options)
+    torch.testing.assert_close(chosen.lse.double(), theirs.lse, rtol=0, atol=1e-2)
+    assert (chosen.indices == theirs.indices).float().mean() > 0.99
+
+
+# ---- Parts of a memory.
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_segments_equal_their_concatenation(option, top_k):
+    (query, key, value), options = make(option, o=2, q=(7,), m=(40,), dtype=torch.float64)
+    cuts = (slice(0, 11), slice(11, 12), slice(12, 40))
+    split = [[t[..., cut] for cut in cuts] for t in (key, value)]
+    parts = {
+        k: [x[..., cut] for cut in cuts] if k in ("shrinkage", "bias", "valid") else x
+        for k, x in options.items()
+    }
+    asked = {"top_k": top_k, "return_usage": True, "return_lse": True}
+    out, usage, lse = vosops.memory_read(query, *split, **parts, **asked)
+    want_out, want_usage, want_lse = vosops.memory_read(query, key, value, **options, **asked)
+    torch.testing.assert_close(out, want_out)
+    torch.testing.assert_close(lse, want_lse)
+    torch.testing.assert_close(torch.cat(usage, 1), want_usage)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_a_range_equals_the_slice(top_k, segmented):
+    (query, key, value), options = make("l2 shrinkage", q=(7,), m=(40,))
+    cut = slice(9, 31)
+    sliced = {k: x[..., cut] if k == "shrinkage" else x for k, x in options.items()}
+    want, want_usage = vosops.memory_read(
+        query, key[..., cut], value[..., cut], **sliced, top_k=top_k, return_usage=True
+    )
+    if segmented:
+        key, value = ([t[..., :15], t[..., 15:]] for t in (key, value))
+        options["shrinkage"] = [options["shrinkage"][..., :15], options["shrinkage"][..., 15:]]
+    out, usage = vosops.memory_read(
+        query, key, value, **options, valid=(9, 31), top_k=top_k, return_usage=True
+    )
+    usage = torch.cat(usage, 1) if segmented else usage
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(usage[:, cut], want_usage)
+    assert usage[:, :9].eq(0).all() and usage[:, 31:].eq(0).all()
+
+
+def test_nothing_valid_reads_zero(backend):
+    (query, key, value), _ = make()
+    nothing = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
+    for top_k in (None, 3):
+        out, usage, lse = vosops.memory_read(
+            query, key, value, valid=nothing, top_k=top_k, return_usage=True, return_lse=True
+        )
+        assert out.eq(0).all() and usage.eq(0).all() and lse.isneginf().all()
+
+
+def test_merged_reads_of_parts_equal_the_read_with_gradients():
+    (query, key, value), _ = make(o=2, q=(4,), m=(9,), dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+    cuts = (slice(0, 2), slice(2, 9))
+    parts = [vosops.memory_read(query, key[..., c], value[..., c], return_lse=True) for c in cuts]
+    merged = vosops.merge_reads(*zip(*parts, strict=True))
+    whole = vosops.memory_read(query, key, value, return_lse=True)
+    weights = [torch.randn_like(t) for t in whole]
+    torch.testing.assert_close(merged, whole)
+    torch.testing.assert_close(
+        torch.autograd.grad(merged, inputs, weights), torch.autograd.grad(whole, inputs, weights)
+    )
+
+
+# ---- Selection.
+
+
+def test_ties_go_to_the_first_position():
+    query, key = torch.ones(1, 4, 3), torch.ones(1, 4, 50)
+    assert (
+        vosops.memory_select(query, key, 6).indices == torch.arange(6, dtype=torch.int32)[None, :, None]
+    ).all()
+    split = [key[..., :20], key[..., 20:]]
+    assert (vosops.memory_select(query, split, 30).indices[0, :, 0] == torch.arange(30)).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 128])
+def test_select_then_gather_equals_the_fused_read(top_k):
+    (query, key, value), options = make("l2 shrinkage selection", o=2, q=(3, 4), m=(60,))
+    chosen = vosops.memory_select(query, key, top_k, **options)
+    assert chosen.indices.dtype == torch.int32 and chosen.weights.shape == (1, top_k, 3, 4)
+    torch.testing.assert_close(chosen.weights.sum(1), torch.ones(1, 3, 4))
+    fused = vosops.memory_read(query, key, value, top_k=top_k, **options)
+    assert torch.equal(vosops.memory_gather(chosen, value), fused)
+    split = [value[..., :7], value[..., 7:]]
+    torch.testing.assert_close(vosops.memory_gather(chosen, split), fused)
+
+
+def test_large_scores_do_not_overflow():
+    """exp without the maximum taken away would be inf above 88."""
+    (query, key, value), _ = make()
+    for top_k in (None, 3):
+        out = vosops.memory_read(query * 1e3, key * 10, value, top_k=top_k)
+        assert out.isfinite().all()
+
+
+# ---- Derivatives.
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("option", ["dot", "l2 shrinkage", "l2 shrinkage selection", "dot bias shrinkage"])
+def test_first_and_second_derivatives(option, top_k):
+    (query, key, value), options = make(option, o=2, c=3, v=2, q=(4,), m=(5,), dtype=torch.float64)
+    names = [k for k, x in options.items() if isinstance(x, torch.Tensor)]
+    inputs = [t.requires_grad_() for t in (query, key, value, *(options[k] for k in names))]
+
+    def read(query, key, value, *rest):
+        given = {**options, **dict(zip(names, rest, strict=True))}
+        return vosops.memory_read(query, key, value, top_k=top_k, return_lse=True, **given)
+
+    assert torch.autograd.gradcheck(read, inputs)
+    assert torch.autograd.gradgradcheck(read, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_over_several_blocks(dtype):
+    tensors, options = make("l2 shrinkage selection", n=2, o=2, c=20, v=30, q=(70,), m=(600,), dtype=dtype)
+    wide, wide_options = in_float64(tensors, options)
+    grads = []
+    cases = ((vosops.memory_read, tensors, options), (reference.memory_read, wide, wide_options))
+    for read, args, named in cases:
+        inputs = [t.requires_grad_() for t in (*args, named["shrinkage"], named["selection"])]
+        out = read(*args, **named)
+        torch.manual_seed(1)
+        grads.append(
+            torch.autograd.grad(out, inputs, torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+        )
+    for ours, theirs in zip(*grads, strict=True):
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    (query, key, value), options = make("l2 shrinkage", o=2, c=20, v=30, q=(200,), m=(700,))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+        out = vosops.memory_read(*inputs, **options)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_usage_is_not_differentiable_and_forward_mode_is_refused():
+    (query, key, value), _ = make()
+    _, usage = vosops.memory_read(query.requires_grad_(), key, value, return_usage=True)
+    assert not usage.requires_grad
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: vosops.memory_read(q, key, value), (query.detach(),), (query.detach(),))
+
+
+# ---- The registered ops.
+
+
+def core_inputs(option="l2 shrinkage", requires_grad=True):
+    (query, key, value), options = make(option, n=2, o=2, q=(5,), m=(7,), dtype=torch.float64)
+    tensors = [
+        query,
+        key,
+        value,
+        options["shrinkage"].squeeze(1),
+        torch.randn(2, 5).double(),
+        torch.randn(2, 7).double(),
+    ]
+    return [t.requires_grad_(requires_grad) for t in tensors]
+
+
+@pytest.mark.parametrize("op", CORE_OPS)
+def test_opcheck(op):
+    ops = torch.ops.vosops
+    query, key, value, *vectors = core_inputs(requires_grad=op != "usage")
+    settings_ = (0.4, "ieee")
+    out, lse = ops.memory_read(query, key, value, *vectors, *settings_)
+    score, index = ops.memory_select(query, key, *vectors, *settings_, 3)
+    weight, grad = score.detach().softmax(1).requires_grad_(), torch.randn_like(out).requires_grad_()
+    cases = {
+        "read": (ops.memory_read, (query, key, value, *vectors, *settings_)),
+        "read without vectors": (ops.memory_read, (query, key, value, None, None, None, *settings_)),
+        "read_backward": (
+            ops.memory_read_backward,
+            (
+                grad,
+                torch.randn_like(lse),
+                query,
+                key,
+                value,
+                *vectors,
+                *settings_,
+                out.detach(),
+                lse.detach(),
+            ),
+        ),
+        "usage": (ops.memory_usage, (query, key, *vectors, *settings_, lse)),
+        "select": (ops.memory_select, (query, key, *vectors, *settings_, 3)),
+        "gather": (ops.memory_gather, (weight, index, value)),
+        "gather_backward": (ops.memory_gather_backward, (grad, weight, index, value)),
+    }
+    torch.library.opcheck(*cases[op])
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_vmap_folds_into_the_batch(top_k):
+    query, key, value = torch.randn(3, 1, 4, 6), torch.randn(3, 1, 4, 9), torch.randn(1, 5, 9)
+    mapped = torch.vmap(lambda q, k: vosops.memory_read(q, k, value, top_k=top_k))(query, key)
+    one_by_one = [vosops.memory_read(q, k, value, top_k=top_k) for q, k in zip(query, key, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(one_by_one))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_compile_without_graph_breaks(top_k):
+    (query, key, value), options = make("l2 shrinkage selection", o=2)
+    query.requires_grad_()
+
+    def read(q):
+        return vosops.memory_read(q, key, value, top_k=top_k, return_usage=True, **options)
+
+    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(query), read(query), strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(f(query)[0].sum(), query) for f in (compiled, read)]
+    torch.testing.assert_close(*grads)
+
+
+def test_autocast_does_not_cast_down():
+    (query, key, value), options = make("l2 shrinkage")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = vosops.memory_read(query, key, value, **options)
+    assert torch.equal(cast, vosops.memory_read(query, key, value, **options))
+
+
+# ---- The originals.
+
+
+def test_golden_stm(golden):
+    for case in ("basic", "t1"):
+        data = golden("stm_memory_read.pt")[case]
+        inputs = [data[k].requires_grad_() for k in ("m_in", "m_out", "q_in", "q_out")]
+        m_in, m_out, q_in, q_out = inputs
+        out = torch.cat([vosops.memory_read(q_in, m_in, m_out), q_out], 1)
+        torch.testing.assert_close(out, data["out64"], rtol=0, atol=1e-5)
+        grads = torch.autograd.grad(out, inputs, data["grad_out"])
+        for name, grad in zip(("m_in", "m_out", "q_in", "q_out"), grads, strict=True):
+            torch.testing.assert_close(grad, data[f"grad_{name}"], rtol=1e-4, atol=1e-5)
+
+
+def test_golden_stcn(golden):
+    data = golden("stcn_affinity.pt")["basic"]
+    for top_k, name in ((data["top_k"], "readout"), (None, "readout_full")):
+        out = vosops.memory_read(data["qk"], data["mk"], data["mv"], similarity="l2", top_k=top_k)
+        torch.testing.assert_close(out, data[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 30])
+@pytest.mark.parametrize("name", ["l2", "shrink", "sel", "full"])
+def test_golden_xmem(golden, name, top_k):
+    data = golden("xmem_affinity.pt")["small"]
+    options = {"shrinkage": data["ms"]} if name in ("shrink", "full") else {}
+    options |= {"selection": data["qe"]} if name in ("sel", "full") else {}
+    out, usage = vosops.memory_read(
+        data["qk"], data["mk"], data["mv"], similarity="l2", top_k=top_k, return_usage=True, **options
+    )
+    torch.testing.assert_close(out, data[f"readout_{name}_top{top_k}"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(usage[:1], data[f"usage_{name}_top{top_k}"], rtol=0, atol=2e-5)
+
+
+def test_golden_xmem_training_gradients(golden):
+    data = golden("xmem_affinity.pt")["small"]
+    frames = data["train_grad_mk"].shape[2:]
+    size = data["train_grad_qk"].shape[2:]
+    inputs = [
+        data["qk"].view(1, -1, *size), data["mk"].view(1, -1, *frames), data["mv"].reshape(1, -1, 90),
+        data["ms"].view(1, 1, *frames), data["qe"].view(1, -1, *size),
+    ]  # fmt: skip
+    inputs = [t.requires_grad_() for t in inputs]
+    query, key, value, shrinkage, selection = inputs
+    out = vosops.memory_read(
+        query, key, value.unflatten(2, frames), similarity="l2", shrinkage=shrinkage, selection=selection
+    )
+    torch.testing.assert_close(out, data["train_out64"].float(), rtol=0, atol=1e-5)
+    grads = torch.autograd.grad(out, inputs, data["train_grad_out"].float())
+    for name, grad in zip(("qk", "mk", "mv", "ms", "qe"), grads, strict=True):
+        want = data[f"train_grad_{name}"].float()
+        torch.testing.assert_close(grad, want.view(grad.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_golden_mask_propagation(golden):
+    for data in golden("maskprop_reader.pt").values():
+        out = vosops.memory_read(data["qk"], data["mk"], data["mv"], top_k=data["top_k"], prior=data["km"])
+        torch.testing.assert_close(out, data["out"], rtol=0, atol=1e-5)
+
+
+# ---- Wrong input.
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query_key": torch.zeros(1, 7, 4)}, ValueError, "memory_key must have the channels"),
+        ({"query_key": torch.zeros(4, 8)}, ValueError, "query_key must have shape"),
+        ({"query_key": torch.zeros(1, 8, 4, dtype=torch.int64)}, TypeError, "query_key must be float32"),
+        ({"memory_key": "keys"}, TypeError, "memory_key must"),
+        ({"memory_value": torch.zeros(1, 5, 8)}, ValueError, "memory_value must have shape"),
+        (
+            {"memory_key": torch.zeros(2, 8, 9), "query_key": torch.zeros(3, 8, 4)},
+            ValueError,
+            "equal batches",
+        ),
+        ({"similarity": "cosine"}, ValueError, "similarity must be"),
+        ({"selection": torch.zeros(1, 8, 4)}, ValueError, "selection must be None"),
+        ({"shrinkage": torch.zeros(1, 9)}, ValueError, "shrinkage must have shape"),
+        ({"bias": torch.zeros(1, 8)}, ValueError, "bias must have shape"),
+        ({"valid": torch.zeros(1, 9)}, TypeError, "valid must be bool"),
+        ({"valid": (3, 1)}, ValueError, "valid must be a range"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1"),
+        ({"top_k": 2.0}, TypeError, "top_k must be an int"),
+        ({"precision": "half"}, ValueError, "precision must be"),
+        ({"memory_key": [torch.zeros(1, 8, 9)]}, ValueError, "memory_value must be a sequence"),
+    ],
+    ids=lambda v: str(v)[:30] if isinstance(v, str) else None,
+)
+def test_wrong_input_is_named(change, error, message):
+    good = {
+        "query_key": torch.zeros(1, 8, 4),
+        "memory_key": torch.zeros(1, 8, 9),
+        "memory_value": torch.zeros(1, 5, 9),
+    }
+    with pytest.raises(error, match=message):
+        vosops.memory_read(**{**good, **change})

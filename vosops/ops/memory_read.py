@@ -1,0 +1,823 @@
+"""The memory read: softmax attention over a memory of past frames (STM, STCN, XMem, Cutie), never holding it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vosops import _checks, backends
+from vosops.ops._registration import HAS_CPP, cpp_reasons_not, register_pieces, triton_reasons_not
+from vosops.reference.memory_read import (
+    gaussian_prior,
+    memory_gather_core,
+    memory_read_core,
+    memory_scores,
+    memory_select_core,
+    memory_usage_core,
+    softmax_over_memory,
+)
+
+SIMILARITIES = ("dot", "l2")
+_SQUARED_LENGTH_POSITIONS = 1 << 15  # memory positions whose squares are held at a time
+
+Segments = Tensor | Sequence[Tensor]
+ValueSegments = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
+Valid = Tensor | Sequence[Tensor] | tuple[int, int]
+
+
+class MemoryWeights(NamedTuple):
+    """The k best memory positions of each query, and what the read takes of each.
+
+    `indices` int32 (N,k,*Q) count the positions of all segments in order, -1 where fewer than k exist; `weights`
+    float32 (N,k,*Q), greatest first, sum to 1 (to 0 where there is none); `lse` float32 (N,*Q) is the logarithm
+    of the sum of the chosen exp(score).
+    """
+
+    indices: Tensor
+    weights: Tensor
+    lse: Tensor
+
+
+def memory_read(
+    query_key: Tensor,
+    memory_key: Segments,
+    memory_value: ValueSegments,
+    *,
+    similarity: str = "dot",
+    scale: float | None = None,
+    shrinkage: Segments | None = None,
+    selection: Tensor | None = None,
+    bias: Segments | None = None,
+    valid: Valid | None = None,
+    top_k: int | None = None,
+    prior: float | None = None,
+    return_usage: bool = False,
+    return_lse: bool = False,
+    precision: str | None = None,
+) -> Any:
+    """Read a memory's values with the softmax, over the memory, of its keys' similarity to each query pixel.
+
+    *Q and *M are one or more trailing dimensions each: (H,W) and (T,H,W), a flat bank (M,), P prototypes. For a
+    query pixel p and a memory position m the score is, with `s` the scale and `w` the shrinkage (1 without it),
+
+    - "dot": s w[m] memory_key[m] . query_key[p];
+    - "l2": s w[m] (2 memory_key[m] . query_key[p] - |memory_key[m]|^2), where |query_key[p]|^2 is left out as in
+      STCN and XMem; with a selection e: -s w[m] sum over c of e[c,p] (memory_key[c,m] - query_key[c,p])^2;
+
+    plus bias[m]. The result is the sum over m of softmax(score)[m,p] memory_value[m].
+
+    Args:
+        query_key: (N,Ck,*Q); float32, float16, bfloat16, on the CPU also float64.
+        memory_key: (N,Ck,*M), or a sequence of such segments (long-term, working, temporary memory), which are read
+            in order without being concatenated. Dtypes of query, key and value may differ.
+        memory_value: (N,Cv,*M), or (N,O,Cv,*M) for O objects that share the keys; a sequence of segments where
+            memory_key is one; in place of a tensor a sequence over objects, which is copied into one. Values stored
+            channel-last are read in place, fastest so with top_k.
+        similarity: "dot" or "l2".
+        scale: factor of the similarity; 1 / sqrt(Ck) unless given.
+        shrinkage: (N,1,*M), one per segment.
+        selection: (N,Ck,*Q), with "l2" only.
+        bias: (N,*M) added to the score, one per segment.
+        valid: the memory positions that exist: bool (N,*M), one per segment, or a range (start, stop) of positions
+            counted over all segments; positions outside of it cost nothing.
+        top_k: use only the k greatest scores of each query (all where the memory is smaller); exact, on a tie the
+            first position wins.
+        prior: standard deviation, in pixels of the query, of KMN's Gaussian around the query pixel that each memory
+            position likes best. Needs the whole affinity in memory (plain PyTorch) and a single segment.
+        return_usage: also return each memory position's weights summed over the queries: (N,*M) float32, not
+            differentiable; a list with one per segment where memory_key is a sequence.
+        return_lse: also return log(sum over m of exp(score)), (N,*Q) float32, differentiable; see `merge_reads`.
+        precision: of float32 products on tensor cores: "ieee", "tf32x3" or "tf32"; None means "ieee" unless
+            torch.backends.cuda.matmul.allow_tf32 is on.
+
+    A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
+    position reads 0, its lse is -inf.
+
+    Returns:
+        (N,Cv,*Q), or (N,O,Cv,*Q), in the value's dtype; with return_usage or return_lse a tuple (out, usage, lse) of
+        those asked for.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        NotImplementedError: under forward-mode differentiation.
+
+    Differentiable to any order in query_key, memory_key, memory_value, shrinkage, selection and bias,
+    deterministic. Scores and softmax are float32. Time O(N P M (Ck + O Cv)), with top_k O(N P (M Ck + k O Cv));
+    memory O(N P (Ck + O Cv)), independent of M. Second derivatives build the affinity.
+
+    Source: Oh et al., STM, ICCV 2019 (dot); Cheng et al., STCN, NeurIPS 2021 (l2, top_k); Cheng and Schwing, XMem,
+    ECCV 2022 (shrinkage, selection, usage); Seong et al., KMN, ECCV 2020 (prior).
+
+        >>> import torch, vosops
+        >>> keys, values = torch.randn(1, 64, 5, 30, 54), torch.randn(1, 2, 512, 5, 30, 54)
+        >>> vosops.memory_read(torch.randn(1, 64, 30, 54), keys, values, similarity="l2", top_k=30).shape
+        torch.Size([1, 2, 512, 30, 54])
+    """
+    _checks.refuse_forward_mode("memory_read")
+    memory = _Memory(query_key, memory_key, similarity, scale, shrinkage, selection, bias, valid, precision)
+    values = memory.values(memory_value)
+    usage: list[Tensor] | None
+    if prior is not None:
+        out, usage, lse = _read_with_prior(memory, values, prior, top_k, query_key)
+    elif top_k is not None:
+        score, index = memory.select(top_k)
+        weights, lse = _softmax_of_selected(score, index)
+        out = memory.gather(weights, index, values)
+        usage = memory.usage_of_selected(weights, index) if return_usage else None
+    else:
+        out, lse = memory.read(values)
+        usage = memory.usage(lse) if return_usage else None
+    results: list[Any] = [memory.shape_out(out)]
+    if usage is not None and return_usage:
+        results.append(memory.shape_usage(usage))
+    if return_lse:
+        results.append(memory.shape_queries(lse))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def memory_select(
+    query_key: Tensor,
+    memory_key: Segments,
+    top_k: int,
+    *,
+    similarity: str = "dot",
+    scale: float | None = None,
+    shrinkage: Segments | None = None,
+    selection: Tensor | None = None,
+    bias: Segments | None = None,
+    valid: Valid | None = None,
+    return_usage: bool = False,
+    precision: str | None = None,
+) -> MemoryWeights | tuple[MemoryWeights, Any]:
+    """First phase of a top-k `memory_read`: the k best memory positions of each query and their weights.
+
+    Arguments as those of `memory_read`. Returns `MemoryWeights`, differentiable through its weights and lse; with
+    return_usage a pair of it and the usage. Values of any number of objects are then read by `memory_gather`.
+
+        >>> import torch, vosops
+        >>> chosen = vosops.memory_select(torch.randn(1, 8, 6, 6), torch.randn(1, 8, 2, 6, 6), 4)
+        >>> chosen.weights.shape
+        torch.Size([1, 4, 6, 6])
+    """
+    _checks.refuse_forward_mode("memory_select")
+    memory = _Memory(query_key, memory_key, similarity, scale, shrinkage, selection, bias, valid, precision)
+    score, index = memory.select(top_k)
+    weights, lse = _softmax_of_selected(score, index)
+    chosen = MemoryWeights(
+        memory.shape_queries(index.int()), memory.shape_queries(weights), memory.shape_queries(lse)
+    )
+    return (chosen, memory.shape_usage(memory.usage_of_selected(weights, index))) if return_usage else chosen
+
+
+def memory_gather(weights: MemoryWeights, memory_value: ValueSegments) -> Tensor:
+    """Second phase of a top-k `memory_read`: the weighted sum of the chosen positions' values.
+
+    memory_value: (N,Cv,M) or (N,O,Cv,M), its M positions flattened, or a sequence of such segments in the order of
+    the keys' segments. A batch of 1 on either side broadcasts. Returns (N,Cv,*Q) or (N,O,Cv,*Q) in the value's
+    dtype. Differentiable to any order in the weights and the values.
+
+        >>> import torch, vosops
+        >>> chosen = vosops.memory_select(torch.randn(1, 8, 6, 6), torch.randn(1, 8, 2, 6, 6), 4)
+        >>> vosops.memory_gather(chosen, torch.randn(1, 3, 16, 72)).shape
+        torch.Size([1, 3, 16, 6, 6])
+    """
+    _checks.refuse_forward_mode("memory_gather")
+    segments: list[Any] = [memory_value] if isinstance(memory_value, Tensor) else list(memory_value)
+    for value in segments:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"memory_value must hold tensors, got {type(value).__name__}")
+        if value.dim() not in (3, 4):
+            raise ValueError(f"memory_value must have shape (N,Cv,M) or (N,O,Cv,M), got {tuple(value.shape)}")
+        _checks.check_floating("memory_value", value)
+    per_object = segments[0].dim() == 4
+    index, weight = weights.indices.flatten(2).long(), weights.weights.flatten(2)
+    values = [value if per_object else value.unsqueeze(1) for value in segments]
+    batch = max(index.shape[0], values[0].shape[0])
+    index, weight = _expand(index, batch), _expand(weight, batch)
+    values = [_expand(value, batch) for value in values]
+    kernels = backends.choose("memory_read", (values[0],))
+    out = _gather_segments(kernels, weight, index, values, [0] * len(values))
+    out = torch.unflatten(out, 3, tuple(weights.indices.shape[2:]))
+    return out if per_object else out.squeeze(1)
+
+
+def merge_reads(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Combine reads over parts of a memory into the read over all of it: (out, lse), exactly and differentiably.
+
+    outs: each (N,[O,]Cv,*Q); lses: each (N,*Q), from `memory_read(..., return_lse=True)` on each part.
+
+        >>> import torch, vosops
+        >>> q, k, v = torch.randn(1, 8, 6, 6), torch.randn(1, 8, 72), torch.randn(1, 4, 72)
+        >>> parts = [vosops.memory_read(q, k[..., s], v[..., s], return_lse=True) for s in (slice(30), slice(30, 72))]
+        >>> out, lse = vosops.merge_reads(*zip(*parts))
+        >>> torch.allclose(out, vosops.memory_read(q, k, v), atol=1e-5)
+        True
+    """
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(f"outs and lses must be as many, at least one, got {len(outs)} and {len(lses)}")
+    stacked = torch.stack(list(lses))
+    greatest = stacked.detach().amax(0)
+    exponentials = torch.exp(stacked - torch.where(greatest.isneginf(), 0, greatest))
+    total = exponentials.sum(0)
+    some = total > 0
+    total = torch.where(some, total, 1)
+    lse = torch.where(some, greatest + total.log(), -torch.inf)
+    shares = exponentials / total
+    merged = torch.zeros((), dtype=stacked.dtype, device=stacked.device)
+    for out, share in zip(outs, shares, strict=True):
+        between = (1,) * (out.dim() - share.dim())
+        merged = merged + out.to(share.dtype) * share.view(share.shape[0], *between, *share.shape[1:])
+    return merged.to(outs[0].dtype), lse
+
+
+class _Segment(NamedTuple):
+    """A part of the memory as the core takes it: key (N,C,M) and what turns its products into scores, (N,M)."""
+
+    key: Tensor
+    shrinkage: Tensor | None
+    key_bias: Tensor | None
+    start: int  # of the part within its segment, where a range left some out
+    offset: int  # of the part's first position among those of all segments
+    shape: tuple[int, ...]  # *M of the whole segment
+
+
+class _Memory:
+    """The checked arguments of a read in the core's form, and the core's kernels over all segments."""
+
+    def __init__(
+        self,
+        query_key: Tensor,
+        memory_key: Segments,
+        similarity: str,
+        scale: float | None,
+        shrinkage: Segments | None,
+        selection: Tensor | None,
+        bias: Segments | None,
+        valid: Valid | None,
+        precision: str | None,
+    ) -> None:
+        self.segmented = not isinstance(memory_key, Tensor)
+        keys = _segments("memory_key", memory_key, None)
+        _check_keys(query_key, keys)
+        if similarity not in SIMILARITIES:
+            raise ValueError(f"similarity must be 'dot' or 'l2', got {similarity!r}")
+        if selection is not None:
+            if similarity != "l2":
+                raise ValueError("selection must be None unless similarity is 'l2'")
+            _checks.check_tensor("selection", selection, tuple(query_key.shape))
+        channels = query_key.shape[1]
+        scale = 1 / math.sqrt(channels) if scale is None else float(scale)
+        self.query_shape = tuple(query_key.shape[2:])
+        double = any(tensor.dtype == torch.float64 for tensor in (query_key, *keys))
+        self.wide = torch.float64 if double else torch.float32
+        self.precision = _checks.resolve_precision(precision, query_key)
+        self.batch = max(tensor.shape[0] for tensor in (query_key, *keys))
+        count = len(keys)
+        shrinkages = _segments("shrinkage", shrinkage, count)
+        biases = _segments("bias", bias, count)
+        sizes = [key.shape[2:].numel() for key in keys]
+        start, stop, masks = _valid_range(valid, count, sum(sizes))
+
+        query = query_key.flatten(2)
+        self.query_bias: Tensor | None = None
+        self.scale = scale
+        if similarity == "l2" and selection is not None:
+            query, chosen = query.to(self.wide), selection.flatten(2).to(self.wide)
+            self.query_bias = -scale * (chosen * query.square()).sum(1)
+            query = torch.cat([2 * chosen * query, -chosen], 1)
+        elif similarity == "l2":
+            self.scale = 2 * scale
+        if query.dtype != keys[0].dtype or double or any(key.dtype != query.dtype for key in keys):
+            query = query.to(self.wide)
+        self.query = query
+
+        self.segments: list[_Segment] = []
+        offset = 0
+        for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+            shape = tuple(key.shape[2:])
+            first, last = min(max(start - offset, 0), size), min(max(stop - offset, 0), size)
+            last = max(first, last)
+
+            def part(
+                name: str, vector: Tensor | None, lead: tuple[int, ...], key: Tensor = key
+            ) -> Tensor | None:
+                """An (N,*lead,*M) argument as (N,M), of the positions in range."""
+                if vector is None:
+                    return None
+                _checks.check_tensor(name, vector, ("N", *lead, *key.shape[2:]))
+                _checks.check_same_device(name, vector, "query_key", query_key)
+                flat = vector.flatten(1)[:, first:last]  # noqa: B023
+                return flat if flat.dtype == torch.bool else flat.to(self.wide)
+
+            flat_key = key.flatten(2)[:, :, first:last]
+            flat_key = flat_key.to(self.wide) if double else flat_key
+            shrink = part("shrinkage", shrinkages[i], (1,))
+            key_bias = part("bias", biases[i], ())
+            if similarity == "l2" and selection is None:
+                squared = -scale * _squared_length(flat_key, self.wide)
+                squared = squared if shrink is None else squared * shrink
+                key_bias = squared if key_bias is None else key_bias + squared
+            mask = part("valid", masks[i], ())
+            if mask is not None:
+                if mask.dtype != torch.bool:
+                    raise TypeError(f"valid must be bool or a range (start, stop), got {masks[i].dtype}")  # type: ignore[union-attr]
+                zero = torch.zeros((), dtype=self.wide, device=mask.device)
+                key_bias = torch.where(mask, zero if key_bias is None else key_bias, -torch.inf)
+            self.segments.append(_Segment(flat_key, shrink, key_bias, first, offset + first, shape))
+            offset += size
+        vectors = [v for s in self.segments for v in (s.shrinkage, s.key_bias) if v is not None]
+        self.batch = max([self.batch, *(v.shape[0] for v in vectors)])
+        self.kernels = backends.choose("memory_read", (self.query,))
+
+    def values(self, memory_value: ValueSegments) -> list[Tensor]:
+        """The values as one (N,O,Cv,M) per segment, of the positions in range; remembers how to shape the output."""
+        if self.segmented:
+            if isinstance(memory_value, Tensor) or len(memory_value) != len(self.segments):
+                raise ValueError(
+                    "memory_value must be a sequence with one entry for each segment of memory_key"
+                )
+            given: list[Any] = list(memory_value)
+        else:
+            given = [memory_value]
+        self.per_object = False
+        values = []
+        for value, segment in zip(given, self.segments, strict=True):
+            if not isinstance(value, Tensor):
+                value = torch.stack(list(value), 1)
+            _checks.check_floating("memory_value", value)
+            _checks.check_same_device("memory_value", value, "query_key", self.query)
+            self.per_object = value.dim() == 3 + len(segment.shape)
+            lead = ("N", "O", "Cv") if self.per_object else ("N", "Cv")
+            _checks.check_tensor("memory_value", value, (*lead, *segment.shape))
+            flat = value.flatten(3 if self.per_object else 2)
+            flat = flat if self.per_object else flat.unsqueeze(1)
+            values.append(flat[..., segment.start : segment.start + segment.key.shape[2]])
+        self.out_dtype = values[0].dtype
+        if self.wide == torch.float64 or any(value.dtype == torch.float64 for value in values):
+            if self.wide != torch.float64:
+                raise TypeError("memory_value must not be float64 unless query_key or memory_key is")
+            values = [value.to(torch.float64) for value in values]
+        # Values of several batch elements under one affinity are objects.
+        self.folded = self.batch == 1 and values[0].shape[0] > 1
+        if self.folded:
+            self.fold = tuple(values[0].shape[:2])
+            values = [value.flatten(0, 1).unsqueeze(0) for value in values]
+        for value in values:
+            if value.shape[0] not in (1, self.batch):
+                raise ValueError(f"memory_value must have batch 1 or {self.batch}, got {value.shape[0]}")
+        return values
+
+    def core(self, segment: _Segment) -> tuple[Any, ...]:
+        """query, key, shrinkage, query_bias, key_bias, scale, precision of a core op."""
+        vectors = (segment.shrinkage, self.query_bias, segment.key_bias)
+        expanded = [None if vector is None else _expand(vector, self.batch) for vector in vectors]
+        query, key = _expand(self.query, self.batch), _expand(segment.key, self.batch)
+        return query, key, *expanded, self.scale, self.precision
+
+    def read(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        parts = []
+        for segment, value in zip(self.segments, values, strict=True):
+            query, key, *rest = self.core(segment)
+            parts.append(self.kernels.run("memory_read", query, key, _expand(value, self.batch), *rest))
+        return parts[0] if len(parts) == 1 else merge_reads(*zip(*parts, strict=True))
+
+    def usage(self, lse: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [self.kernels.run("memory_usage", *self.core(segment), lse) for segment in self.segments]
+
+    def select(self, top_k: int) -> tuple[Tensor, Tensor]:
+        """Scores and indices (N,K,P) of the best positions of all segments, greatest first."""
+        top_k = _checks.check_positive_int("top_k", top_k)
+        scores, indices = [], []
+        for segment in self.segments:
+            score, index = self.kernels.run("memory_select", *self.core(segment), top_k)
+            scores.append(score)
+            indices.append(torch.where(index >= 0, index + segment.offset, -1))
+        if len(scores) == 1:
+            return scores[0], indices[0]
+        score, index = torch.cat(scores, 1), torch.cat(indices, 1)
+        order = torch.sort(score.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
+        return score.gather(1, order), index.gather(1, order)
+
+    def gather(self, weights: Tensor, index: Tensor, values: list[Tensor]) -> Tensor:
+        values = [_expand(value, self.batch) for value in values]
+        offsets = [segment.offset for segment in self.segments]
+        return _gather_segments(self.kernels, weights, index, values, offsets)
+
+    def usage_of_selected(self, weights: Tensor, index: Tensor) -> list[Tensor]:
+        total = self.segments[-1].offset - self.segments[-1].start + math.prod(self.segments[-1].shape)
+        sums = weights.new_zeros(weights.shape[0], total + 1)  # the last place takes what has no position
+        places = torch.where(index >= 0, index, total)
+        sums = sums.scatter_add(1, places.flatten(1), weights.detach().flatten(1))
+        return [sums[:, s.offset : s.offset + s.key.shape[2]] for s in self.segments]
+
+    def shape_out(self, out: Tensor) -> Tensor:
+        """The core's (N,O,Cv,P) as the public output."""
+        out = out.to(self.out_dtype)
+        if self.folded:
+            out = torch.unflatten(out.squeeze(0), 0, self.fold)
+        out = torch.unflatten(out, 3, self.query_shape)
+        return out if self.per_object else out.squeeze(1)
+
+    def shape_queries(self, rows: Tensor) -> Tensor:
+        rows = torch.unflatten(rows, -1, self.query_shape)
+        return rows.expand(self.fold[0], *rows.shape[1:]) if getattr(self, "folded", False) else rows
+
+    def shape_usage(self, usage: list[Tensor]) -> Tensor | list[Tensor]:
+        shaped = []
+        for used, segment in zip(usage, self.segments, strict=True):
+            after = math.prod(segment.shape) - segment.start - used.shape[1]
+            whole = torch.nn.functional.pad(used.detach(), (segment.start, after))
+            whole = torch.unflatten(whole, 1, segment.shape)
+            shaped.append(
+                whole.expand(self.fold[0], *whole.shape[1:]) if getattr(self, "folded", False) else whole
+            )
+        return shaped if self.segmented else shaped[0]
+
+
+def _segments(name: str, value: Any, count: int | None) -> list[Any]:
+    """`value` as a list with one entry per segment; None stands for `count` times None."""
+    if value is None:
+        return [None] * (count or 0)
+    if isinstance(value, Tensor):
+        values: list[Any] = [value]
+    elif isinstance(value, Sequence) and len(value) > 0:
+        values = list(value)
+    else:
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
+    if count is not None and len(values) != count:
+        raise ValueError(
+            f"{name} must have one entry for each of the {count} segments of memory_key, got {len(values)}"
+        )
+    return values
+
+
+def _check_keys(query_key: Tensor, keys: list[Tensor]) -> None:
+    for name, tensor in (("query_key", query_key), *(("memory_key", key) for key in keys)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 3:
+            raise ValueError(
+                f"{name} must have shape (N, Ck, ...) with a pixel dimension, got {tuple(tensor.shape)}"
+            )
+        _checks.check_floating(name, tensor)
+    for key in keys:
+        _checks.check_same_device("memory_key", key, "query_key", query_key)
+        if key.shape[1] != query_key.shape[1] or key.shape[1] == 0:
+            raise ValueError(
+                f"memory_key must have the channels of query_key ({query_key.shape[1]}), at least one, "
+                f"got {key.shape[1]}"
+            )
+    batches = {tensor.shape[0] for tensor in (query_key, *keys)} - {1}
+    if len(batches) > 1:
+        raise ValueError(f"query_key and memory_key must have equal batches or 1, got {sorted(batches)}")
+
+
+def _valid_range(valid: Valid | None, count: int, total: int) -> tuple[int, int, list[Any]]:
+    """`valid` as a range of positions and one mask (or None) per segment."""
+    if valid is None:
+        return 0, total, [None] * count
+    if isinstance(valid, tuple) and len(valid) == 2 and all(isinstance(end, int) for end in valid):
+        start, stop = (int(end) for end in valid)  # type: ignore[arg-type]
+        if not 0 <= start <= stop:
+            raise ValueError(f"valid must be a range (start, stop) with 0 <= start <= stop, got {valid}")
+        return start, min(stop, total), [None] * count
+    return 0, total, _segments("valid", valid, count)
+
+
+def _expand(tensor: Tensor, batch: int) -> Tensor:
+    return tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
+
+
+def _squared_length(key: Tensor, wide: torch.dtype) -> Tensor:
+    """|key|^2 (N,M) of key (N,C,M) in `wide`, some positions at a time."""
+    step = _SQUARED_LENGTH_POSITIONS
+    starts = range(0, max(key.shape[2], 1), step)
+    parts = [key[:, :, i : i + step].to(wide).square().sum(1) for i in starts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _softmax_of_selected(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (N,K,P) and lse (N,P) of selected scores; -1 has weight 0."""
+    weights, lse = softmax_over_memory(torch.where(index >= 0, score, -torch.inf))
+    return torch.where(index >= 0, weights, 0), lse
+
+
+def _gather_segments(
+    kernels: backends.Implementation,
+    weights: Tensor,
+    index: Tensor,
+    values: list[Tensor],
+    offsets: list[int],
+) -> Tensor:
+    """Gather from each segment what was chosen of it, and add up."""
+    if len(values) > 1 and not any(offsets):
+        sizes = [value.shape[3] for value in values]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    total: Tensor | None = None
+    for value, offset in zip(values, offsets, strict=True):
+        local = index - offset
+        local = torch.where((index >= 0) & (local >= 0) & (local < value.shape[3]), local, -1)
+        part = kernels.run("memory_gather", weights, local, value)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _read_with_prior(
+    memory: _Memory, values: list[Tensor], prior: float, top_k: int | None, query_key: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The read with KMN's Gaussian, through the whole affinity."""
+    if memory.segmented or query_key.dim() < 4:
+        raise ValueError("prior must be None with segments, and needs query_key of shape (N,Ck,H,W)")
+    query, key, shrinkage, query_bias, key_bias, scale, _ = memory.core(memory.segments[0])
+    scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
+    scores = scores + gaussian_prior(scores, memory.query_shape[-2:], prior)
+    if top_k is not None and top_k < scores.shape[1]:
+        order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+        scores = scores.masked_fill(~kept, -torch.inf)
+    weights, lse = softmax_over_memory(scores)
+    return values[0].to(weights.dtype) @ weights[:, None], [weights.sum(2)], lse
+
+
+# ---- The registered pieces.
+
+
+def _wide(key: Tensor) -> torch.dtype:
+    return torch.float64 if key.dtype == torch.float64 else torch.float32
+
+
+def _fake_read(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, queries = query.shape[0], query.shape[2]
+    return value.new_empty(*value.shape[:3], queries), query.new_empty((batch, queries), dtype=_wide(key))
+
+
+def _setup_read(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.precision = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward_read(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    grads = torch.ops.vosops.memory_read_backward(
+        grad_out, grad_lse, *tensors, ctx.scale, ctx.precision, out, lse
+    )
+    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None
+
+
+def _fake_read_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    def vector(given: Tensor | None) -> Tensor:
+        size = (query.shape[0], 0) if given is None else tuple(given.shape)
+        return query.new_empty(size, dtype=_wide(key))
+
+    matrices = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return *matrices, *(vector(given) for given in (shrinkage, query_bias, key_bias))
+
+
+def _setup_read_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.scale = inputs[8]
+    ctx.save_for_backward(*inputs[:8])
+
+
+def _backward_read_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    """Second derivatives through the plain formula of the first; its out and lse are functions of the others."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views of their own: one saved tensor may be computed from another, which must not count twice.
+        saved: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        first = _read_gradients(*[*saved, ctx.scale])
+        pairs = [(f, c) for f, c in zip(first, cotangents, strict=True) if f is not None and f.requires_grad]
+        wanted = [t for t, need in zip(saved, ctx.needs_input_grad, strict=False) if need and t is not None]
+        grads = iter(
+            torch.autograd.grad(
+                [f for f, _ in pairs],
+                wanted,
+                [c for _, c in pairs],
+                allow_unused=True,
+                create_graph=differentiable,
+            )
+            if pairs and wanted
+            else [None] * len(wanted)
+        )
+    needs = zip(saved, ctx.needs_input_grad, strict=False)
+    found = [next(grads) if need and t is not None else None for t, need in needs]
+    return *found, None, None, None, None
+
+
+def _read_gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """What memory_read_backward computes, in differentiable PyTorch."""
+    wide = _wide(key)
+    squares = query.shape[1] != key.shape[1]
+    wide_key = key.to(wide)
+    keys = torch.cat([wide_key, wide_key.square()], 1) if squares else wide_key
+    raw = scale * keys.transpose(1, 2) @ query.to(wide)
+    raw = raw if query_bias is None else raw + query_bias[:, None]
+    scores = raw if shrinkage is None else raw * shrinkage[:, :, None]
+    scores = scores if key_bias is None else scores + key_bias[:, :, None]
+    weights, _ = softmax_over_memory(scores)
+    grad = grad_out.to(wide)
+    grad_weights = (value.to(wide).transpose(2, 3) @ grad).sum(1)
+    base = (weights * grad_weights).sum(1, keepdim=True) - grad_lse[:, None]
+    slopes = weights * (grad_weights - base)
+    grad_raw = slopes if shrinkage is None else slopes * shrinkage[:, :, None]
+    grad_keys = scale * query.to(wide) @ grad_raw.transpose(1, 2)
+    channels = key.shape[1]
+    if squares:
+        grad_keys = grad_keys[:, :channels] + 2 * wide_key * grad_keys[:, channels:]
+    return (
+        (scale * keys @ grad_raw).to(query.dtype),
+        grad_keys.to(key.dtype),
+        (grad @ weights.transpose(1, 2)[:, None]).to(value.dtype),
+        None if shrinkage is None else (slopes * raw).sum(2),
+        None if query_bias is None else grad_raw.sum(1),
+        None if key_bias is None else slopes.sum(2),
+    )
+
+
+def _fake_usage(query: Tensor, key: Tensor, *_: Any) -> Tensor:
+    return query.new_empty((query.shape[0], key.shape[2]), dtype=_wide(key))
+
+
+def _fake_select(
+    query: Tensor, key: Tensor, s: Any, qb: Any, kb: Any, scale: float, precision: str, top_k: int
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], top_k, query.shape[2])
+    return query.new_empty(shape, dtype=_wide(key)), query.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.scale = inputs[5]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:5], output[1])
+
+
+def _backward_select(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    """Through the selected scores only, in differentiable PyTorch: O(N C K P) memory."""
+    query, key, shrinkage, query_bias, key_bias, index = ctx.saved_tensors
+    wide, scale, squares = _wide(key), ctx.scale, query.shape[1] != key.shape[1]
+    batch, channels, positions = key.shape
+    if positions == 0:
+        return *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors[:5]), None, None, None
+    grad = torch.where(index >= 0, grad, 0)
+    places = index.clamp(min=0).flatten(1)
+
+    def chosen(vector: Tensor) -> Tensor:
+        return torch.unflatten(vector.gather(1, places), 1, index.shape[1:])
+
+    def spread(rows: Tensor) -> Tensor:
+        """Sum rows (N,...,K,P) at the selected positions to (N,...,M)."""
+        at = places.view(batch, *(1,) * (rows.dim() - 3), -1).expand(*rows.shape[:-2], -1)
+        return rows.new_zeros(*rows.shape[:-2], positions).scatter_add(-1, at, rows.flatten(-2))
+
+    selected = torch.unflatten(
+        key.gather(2, places[:, None].expand(-1, channels, -1)).to(wide), 2, index.shape[1:]
+    )
+    selected = torch.cat([selected, selected.square()], 1) if squares else selected
+    wide_query = query.to(wide)
+    raw = scale * (selected * wide_query[:, :, None]).sum(1)
+    raw = raw if query_bias is None else raw + query_bias[:, None]
+    grad_raw = grad if shrinkage is None else grad * chosen(shrinkage)
+    grad_selected = scale * grad_raw[:, None] * wide_query[:, :, None]
+    if squares:
+        grad_selected = grad_selected[:, :channels] + 2 * selected[:, :channels] * grad_selected[:, channels:]
+    return (
+        (scale * (grad_raw[:, None] * selected).sum(2)).to(query.dtype),
+        spread(grad_selected).to(key.dtype),
+        None if shrinkage is None else spread(grad * raw),
+        None if query_bias is None else grad_raw.sum(1),
+        None if key_bias is None else spread(grad),
+        None,
+        None,
+        None,
+    )
+
+
+def _fake_gather(weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    return value.new_empty(*value.shape[:3], weight.shape[2])
+
+
+def _setup_gather(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, index, value = ctx.saved_tensors
+    grad_weight, grad_value = torch.ops.vosops.memory_gather_backward(grad, weight, index, value)
+    return grad_weight, None, grad_value
+
+
+def _fake_gather_backward(
+    grad: Tensor, weight: Tensor, index: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), value.new_empty(value.shape)
+
+
+def _setup_gather_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gather_backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
+    """The op is bilinear in grad and (weight, value): with cotangents a, b they take each other's places."""
+    grad, weight, index, value = ctx.saved_tensors
+    ops = torch.ops.vosops
+    grad_grad = ops.memory_gather(a, index, value) + ops.memory_gather(weight, index, b)
+    grad_weight, _ = ops.memory_gather_backward(grad, weight, index, b)
+    _, grad_value = ops.memory_gather_backward(grad, a, index, value)
+    return grad_grad, grad_weight, None, grad_value
+
+
+if HAS_CPP:
+    register_pieces("memory_read", fake=_fake_read, backward=_backward_read, setup_context=_setup_read)
+    register_pieces(
+        "memory_read_backward",
+        fake=_fake_read_backward,
+        backward=_backward_read_backward,
+        setup_context=_setup_read_backward,
+    )
+    register_pieces(
+        "memory_select", fake=_fake_select, backward=_backward_select, setup_context=_setup_select
+    )
+    register_pieces(
+        "memory_gather", fake=_fake_gather, backward=_backward_gather, setup_context=_setup_gather
+    )
+    register_pieces(
+        "memory_gather_backward",
+        fake=_fake_gather_backward,
+        backward=_backward_gather_backward,
+        setup_context=_setup_gather_backward,
+    )
+    torch.library.register_fake("vosops::memory_usage", _fake_usage)
+
+
+def _cpp(kernel: str, *args: Any) -> Any:
+    return getattr(torch.ops.vosops, kernel)(*args)
+
+
+def _reference(kernel: str, *args: Any) -> Any:
+    cores: dict[str, Any] = {
+        "memory_read": lambda q, k, v, s, qb, kb, scale, _: memory_read_core(q, k, v, s, qb, kb, scale),
+        "memory_usage": lambda q, k, s, qb, kb, scale, _, lse: memory_usage_core(q, k, s, qb, kb, scale, lse),
+        "memory_select": lambda q, k, s, qb, kb, scale, _, top_k: memory_select_core(
+            q, k, s, qb, kb, scale, top_k
+        ),
+        "memory_gather": memory_gather_core,
+    }
+    return cores[kernel](*args)
+
+
+def _cpp_reasons_not(tensor: Tensor) -> list[str]:
+    reasons = cpp_reasons_not(tensor)
+    return (
+        [*reasons, "there is no CUDA kernel of memory_read yet"] if tensor.device.type == "cuda" else reasons
+    )
+
+
+def _prepare(
+    query_key: Tensor, memory_key: Segments, memory_value: ValueSegments, **options: Any
+) -> tuple[Any, ...]:
+    """The core's query of a call of memory_read; enough to say what serves it."""
+    query = query_key if isinstance(query_key, Tensor) else torch.empty(0)
+    return (query,)
+
+
+def _triton_reasons_not(tensor: Tensor) -> list[str]:
+    return [*triton_reasons_not(tensor), "there is no Triton kernel of memory_read yet"]
+
+
+backends.register_op(
+    backends.Op(
+        name="memory_read",
+        prepare=_prepare,
+        implementations=(
+            backends.Implementation("cpp", _cpp, _cpp_reasons_not),
+            backends.Implementation("triton", _reference, _triton_reasons_not),
+            backends.Implementation("reference", _reference, lambda *_: []),
+        ),
+        measured="CPU: benchmarks/results/memory_read_cpu.json; GPU: no kernel yet",
+    )
+)

@@ -1,0 +1,212 @@
+"""The memory read in plain PyTorch: the whole affinity matrix, as STM, STCN and XMem write it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def memory_scores(
+    query: Tensor,
+    key: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The core's scores (N,M,P): shrinkage * (scale * key . query + query_bias) + key_bias.
+
+    query (N,C,P), or (N,2C,P) to meet the key's channels followed by their squares; key (N,C,M); shrinkage and
+    key_bias (N,M), query_bias (N,P). Accumulated in float32 (float64 for float64 keys).
+    """
+    wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+    query, key = query.to(wide), key.to(wide)
+    if query.shape[1] != key.shape[1]:
+        key = torch.cat([key, key.square()], 1)
+    scores = scale * (key.transpose(1, 2) @ query)
+    if query_bias is not None:
+        scores = scores + query_bias[:, None, :]
+    if shrinkage is not None:
+        scores = scores * shrinkage[:, :, None]
+    return scores if key_bias is None else scores + key_bias[:, :, None]
+
+
+def softmax_over_memory(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of scores (N,M,P) over M, and the log-sum-exp (N,P); where nothing has a score, 0 and -inf."""
+    if scores.shape[1] == 0:
+        return scores, scores.new_full((scores.shape[0], scores.shape[2]), -torch.inf)
+    greatest = scores.detach().amax(1, keepdim=True)
+    exponentials = torch.exp(scores - torch.where(greatest.isneginf(), 0, greatest))
+    total = exponentials.sum(1, keepdim=True)
+    some = total != 0
+    total = torch.where(some, total, 1)
+    lse = torch.where(some, greatest + total.log(), -torch.inf)
+    return exponentials / total, lse.squeeze(1)
+
+
+def memory_read_core(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """value (N,O,Cv,M) read with the softmax of the scores -> (N,O,Cv,P) in its dtype, and the lse (N,P)."""
+    weights, lse = softmax_over_memory(memory_scores(query, key, shrinkage, query_bias, key_bias, scale))
+    out = value.to(weights.dtype) @ weights[:, None]
+    return out.to(value.dtype), lse
+
+
+def memory_usage_core(
+    query: Tensor,
+    key: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    lse: Tensor,
+) -> Tensor:
+    """Sum over the queries of each memory position's weight exp(score - lse) -> (N,M)."""
+    scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
+    lse = torch.where(lse.isneginf(), torch.inf, lse)
+    return torch.exp(scores - lse[:, None, :]).sum(2)
+
+
+def memory_select_core(
+    query: Tensor,
+    key: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """The top_k greatest scores and their positions (N,K,P), greatest first, -inf and -1 where fewer exist."""
+    scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
+    kept = min(top_k, scores.shape[1])
+    order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, :kept]
+    chosen = scores.gather(1, order)
+    found = chosen > -torch.inf
+    missing = (0, 0, 0, top_k - kept)
+    index = torch.nn.functional.pad(torch.where(found, order, -1), missing, value=-1)
+    return torch.nn.functional.pad(torch.where(found, chosen, -torch.inf), missing, value=-torch.inf), index
+
+
+def memory_gather_core(weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Sum over K of weight (N,K,P) times value (N,O,Cv,M) at index (N,K,P); -1 contributes nothing."""
+    if value.shape[3] == 0:
+        return value.new_zeros(*value.shape[:3], index.shape[2])
+    positions = index.clamp(min=0).flatten(1)[:, None, None].expand(-1, *value.shape[1:3], -1)
+    gathered = torch.unflatten(value.gather(3, positions), 3, index.shape[1:])
+    weight = torch.where(index >= 0, weight, 0)
+    return (gathered.to(weight.dtype) * weight[:, None, None]).sum(3).to(value.dtype)
+
+
+def memory_affinity(
+    query_key: Tensor,
+    memory_key: Tensor,
+    *,
+    similarity: str = "dot",
+    scale: float | None = None,
+    shrinkage: Tensor | None = None,
+    selection: Tensor | None = None,
+    bias: Tensor | None = None,
+    valid: Tensor | tuple[int, int] | None = None,
+    top_k: int | None = None,
+    prior: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The affinity (N,M,P) of a read and its log-sum-exp (N,P); arguments as those of `memory_read`.
+
+    query_key (N,Ck,*Q), memory_key (N,Ck,*M) of one segment. With top_k all but the k greatest are 0.
+    """
+    query, key = query_key.flatten(2), memory_key.flatten(2)
+    wide = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
+    query, key = query.to(wide), key.to(wide)
+    scale = 1 / math.sqrt(key.shape[1]) if scale is None else scale
+    if similarity == "dot":
+        scores = key.transpose(1, 2) @ query
+    else:
+        scores = 2 * key.transpose(1, 2) @ (query if selection is None else query * selection.flatten(2))
+        if selection is None:
+            scores = scores - key.square().sum(1)[:, :, None]
+        else:
+            chosen = selection.flatten(2).to(wide)
+            scores = scores - key.square().transpose(1, 2) @ chosen
+            scores = scores - (chosen * query.square()).sum(1)[:, None, :]
+    scores = scores * scale
+    if shrinkage is not None:
+        scores = scores * shrinkage.flatten(1).to(wide)[:, :, None]
+    if bias is not None:
+        scores = scores + bias.flatten(1).to(wide)[:, :, None]
+    if valid is not None:
+        if not isinstance(valid, Tensor):
+            positions = torch.arange(key.shape[2], device=key.device)
+            valid = ((positions >= valid[0]) & (positions < valid[1]))[None]
+        scores = scores.masked_fill(~valid.flatten(1)[:, :, None], -torch.inf)
+    if prior is not None:
+        scores = scores + gaussian_prior(scores, query_key.shape[-2:], prior)
+    if top_k is not None and top_k < scores.shape[1]:
+        order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+        scores = scores.masked_fill(~kept, -torch.inf)
+    return softmax_over_memory(scores)
+
+
+def gaussian_prior(scores: Tensor, size: Sequence[int], sigma: float) -> Tensor:
+    """The logarithm of KMN's Gaussian (N,M,P) around the query pixel that each memory position likes best.
+
+    scores (N,M,P), P = H*W of `size`; sigma in pixels of the query. The best pixel is not differentiated.
+    """
+    height, width = size
+    best = scores.detach().argmax(2, keepdim=True)
+    pixels = torch.arange(height * width, device=scores.device)[None, None]
+    squared = (best // width - pixels // width).square() + (best % width - pixels % width).square()
+    return -squared.to(scores.dtype) / (2 * sigma * sigma)
+
+
+def memory_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    similarity: str = "dot",
+    scale: float | None = None,
+    shrinkage: Tensor | None = None,
+    selection: Tensor | None = None,
+    bias: Tensor | None = None,
+    valid: Tensor | tuple[int, int] | None = None,
+    top_k: int | None = None,
+    prior: float | None = None,
+    return_usage: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """`vosops.memory_read` of one segment in plain PyTorch; see there. Memory: the affinity, N times M times P."""
+    weights, lse = memory_affinity(
+        query_key,
+        memory_key,
+        similarity=similarity,
+        scale=scale,
+        shrinkage=shrinkage,
+        selection=selection,
+        bias=bias,
+        valid=valid,
+        top_k=top_k,
+        prior=prior,
+    )
+    per_object = memory_value.dim() == memory_key.dim() + 1
+    value = memory_value.flatten(3 if per_object else 2)
+    read = value.to(weights.dtype) @ (weights[:, None] if per_object else weights)
+    results = [torch.unflatten(read.to(memory_value.dtype), -1, tuple(query_key.shape[2:]))]
+    batch = results[0].shape[0]
+    if return_usage:
+        usage = torch.unflatten(weights.detach().sum(2), 1, tuple(memory_key.shape[2:]))
+        results.append(usage.expand(batch, *usage.shape[1:]))
+    if return_lse:
+        lse = torch.unflatten(lse, 1, tuple(query_key.shape[2:]))
+        results.append(lse.expand(batch, *lse.shape[1:]))
+    return results[0] if len(results) == 1 else tuple(results)
