@@ -1,0 +1,194 @@
+"""Writes the measured numbers into docs/performance.md and README.md.
+
+    make bench                              measures: benchmarks/results/<op>_cpu.json
+    python benchmarks/make_tables.py        rewrites what lies between the marks
+    python benchmarks/make_tables.py --check    exit code 1 if a file is not up to date
+
+A region begins with `<!-- table: KIND OP -->` and ends with `<!-- end of table -->`; KIND is goals, all or brief.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vosops.benchmarking import BENCHMARKS
+from vosops.benchmarking.cases import Case
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+REGION = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MISSING = "not measured"
+WRITTEN_LIKE_CFBI = ("CFBI loop", "CFBI chunks")
+BUSY_LOAD = 1.5
+"""A load average above this is told: other programs were at work."""
+
+Report = dict[str, Any]
+
+
+def load(op: str) -> Report:
+    """The results file of an op; without results where there is none."""
+    file = RESULTS / f"{op}_cpu.json"
+    return json.loads(file.read_text()) if file.exists() else {"machine": None, "results": []}
+
+
+def results_of(report: Report, case: Case) -> Report | None:
+    """The result of a case."""
+    return next((r for r in report["results"] if r["case"] == case.name), None)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def megabytes(peak: float | None) -> str:
+    """Bytes as MB."""
+    return "?" if peak is None else number(peak / 1e6)
+
+
+def machine_line(report: Report, op: str) -> str:
+    """What it was measured on, and the command."""
+    command = f"`vosops bench {op} --json benchmarks/results/{op}_cpu.json`"
+    facts = report["machine"]
+    if facts is None:
+        return f"No results file yet. Command: {command}"
+    loads = [r["load"] for r in report["results"] if r["load"] is not None]
+    busy = (
+        f" The load average was up to {max(loads):.1f} while measuring."
+        if loads and max(loads) > BUSY_LOAD
+        else ""
+    )
+    return (
+        f"{facts['processor']}, CPU library {facts['capability']}, torch {facts['torch']}, Python "
+        f"{facts['python']}.{busy} Command: {command}"
+    )
+
+
+def planned(case: Case) -> dict[str, float]:
+    """The goals of a case by the names that results give them."""
+    goals = {f"x {name}": goal for name, goal in case.goals.items()}
+    if case.goal_share is not None:
+        goals["share of peak"] = case.goal_share
+    if case.goal_memory is not None:
+        goals["MB"] = case.goal_memory / 1e6
+    return goals
+
+
+def goal_text(name: str, goal: float) -> str:
+    """A goal for people."""
+    if name == "share of peak":
+        return f"at least {goal:.0%} of the measured FMA peak"
+    if name == "MB":
+        return f"under {goal:g} MB above the inputs"
+    return f"at least {goal:g}x {name.removeprefix('x ')}"
+
+
+def reached_text(name: str, reached: float) -> str:
+    """What was reached, in the unit of the goal."""
+    if name == "share of peak":
+        return f"{reached:.0%}"
+    return f"{number(reached)} MB" if name == "MB" else f"{number(reached)}x"
+
+
+def goals(op: str) -> str:
+    """Every goal of every case, and what was reached."""
+    report = load(op)
+    rows = []
+    for case in BENCHMARKS[op].cases:
+        result = results_of(report, case)
+        for name, goal in planned(case).items():
+            found = result["goals"].get(name) if result else None
+            reached = reached_text(name, found["reached"]) if found else MISSING
+            verdict = "" if not found else "yes" if found["met"] else "**no**"
+            rows.append([f"`{case.name}`: {case.title}", goal_text(name, goal), reached, verdict])
+    return table(["case", "target", "measured", "met"], rows) + "\n\n" + machine_line(report, op)
+
+
+def everything(op: str) -> str:
+    """A table for each case that was measured, with all contenders."""
+    report = load(op)
+    parts = []
+    for result in report["results"]:
+        rows = []
+        for i, v in enumerate(result["variants"]):
+            ratio = f"{number(v['speedup'])}x" if i else ""
+            times = [number(v["median"] * 1e3), number(v["best"] * 1e3)]
+            rows.append([v["name"], *times, ratio, f"{v['share']:.0%}", megabytes(v["peak"])])
+        ceilings = result["ceilings"]
+        title = (
+            f"**`{result['case']}`**: {result['title']}. {result['flops'] / 1e9:.2f} GFLOP, {result['clock']}, "
+            f"{result['threads']} thread{'s' * (result['threads'] > 1)}; peak {ceilings['flops'] / 1e9:.0f} GFLOP/s."
+        )
+        left_out = "".join(f" {name} left out: {why}." for name, why in result["left_out"].items())
+        header = ["", "median ms", "best ms", "vosops is", "share of peak", "peak MB"]
+        parts.append(f"{title}{left_out}\n\n{table(header, rows)}")
+    return "\n\n".join([*parts, machine_line(report, op)])
+
+
+def brief(op: str) -> str:
+    """One row for each case: vosops, the code of the original, and the best other contender."""
+    report = load(op)
+    rows = []
+    for case in BENCHMARKS[op].cases:
+        result = results_of(report, case)
+        if result is None:
+            rows.append([case.title, *[MISSING] * 3])
+            continue
+        ours, *others = result["variants"]
+        original = next((v for v in others if v["name"] in WRITTEN_LIKE_CFBI), None)
+        others = [v for v in others if not v["name"].startswith("vosops")] or others
+        best = min(others, key=lambda v: v["median"])
+        rows.append([case.title, cost(ours), cost(original), f"{best['name']}: {cost(best)}"])
+    header = [op, "vosops", "in the manner of CFBI", "best other"]
+    return table(header, rows) + "\n\n" + machine_line(report, op)
+
+
+def cost(variant: Report | None) -> str:
+    """Time and memory."""
+    if variant is None:
+        return "-"
+    return f"{number(variant['median'] * 1e3)} ms, {megabytes(variant['peak'])} MB"
+
+
+KINDS = {"goals": goals, "all": everything, "brief": brief}
+
+
+def rewritten(text: str) -> str:
+    """The page with its regions made anew."""
+    return REGION.sub(lambda m: f"{m[1]}\n{KINDS[m[2]](m[3])}\n\n{m[4]}", text)
+
+
+def main() -> None:
+    """Rewrite or check the pages."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, say what is not up to date")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        fresh = rewritten(text)
+        if fresh != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(fresh)
+    print("not up to date:" if check else "rewrote:", ", ".join(stale) or "nothing")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

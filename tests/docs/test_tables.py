@@ -1,0 +1,94 @@
+"""benchmarks/make_tables.py: what it writes between the marks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def make_tables(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "benchmarks/make_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def variant(name: str, median: float, speedup: float, peak: int | None) -> dict:
+    return {"name": name, "median": median, "best": median, "speedup": speedup, "share": 0.5, "peak": peak}
+
+
+@pytest.fixture
+def measured(make_tables, tmp_path):
+    """One case of local matching with a goal that is met and one that is missed."""
+    result = {
+        "case": "480p",
+        "title": "120x214",
+        "clock": "process CPU time",
+        "threads": 1,
+        "load": 0.5,
+        "flops": 4.45e9,
+        "ceilings": {"flops": 117e9},
+        "variants": [
+            variant("vosops", 0.05, 1, 20_000_000),
+            variant("CFBI loop", 1.5, 30, 1_400_000_000),
+            variant("tiled GEMM", 0.2, 4, None),
+        ],
+        "left_out": {"unfold": "too large"},
+        "goals": {
+            "x tiled GEMM": {"goal": 4, "reached": 4.0, "met": True},
+            "share of peak": {"goal": 0.8, "reached": 0.61, "met": False},
+        },
+    }
+    machine = {"processor": "a CPU", "capability": "avx512", "torch": "2", "python": "3"}
+    report = {"machine": machine, "results": [result]}
+    (tmp_path / "local_matching_cpu.json").write_text(json.dumps(report))
+    return make_tables
+
+
+def test_goals_say_what_was_reached_and_what_was_not(measured):
+    table = measured.goals("local_matching")
+    assert "| at least 4x tiled GEMM | 4x | yes |" in table
+    assert "| at least 80% of the measured FMA peak | 61% | **no** |" in table
+    assert "| at least 140x torch.compile | not measured |  |" in table
+    assert "a CPU, CPU library avx512, torch 2" in table
+
+
+def test_brief_compares_with_the_original_and_the_best_other(measured):
+    assert "| 50 ms, 20 MB | 1500 ms, 1400 MB | tiled GEMM: 200 ms, ? MB |" in measured.brief(
+        "local_matching"
+    )
+
+
+def test_all_lists_every_contender(measured):
+    table = measured.everything("local_matching")
+    assert "| CFBI loop | 1500 | 1500 | 30x | 50% | 1400 |" in table
+    assert "unfold left out: too large." in table
+
+
+def test_a_busy_machine_is_told(measured, tmp_path):
+    file = tmp_path / "local_matching_cpu.json"
+    report = json.loads(file.read_text())
+    report["results"][0]["load"] = 7.0
+    file.write_text(json.dumps(report))
+    assert "load average was up to 7.0" in measured.goals("local_matching")
+
+
+def test_regions_are_replaced_and_the_rest_is_kept(measured):
+    page = "before\n<!-- table: brief local_matching -->\nold\n<!-- end of table -->\nafter\n"
+    once = measured.rewritten(page)
+    assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
+    assert measured.rewritten(once) == once
+
+
+def test_every_region_of_the_pages_is_known(make_tables):
+    regions = [match for page in make_tables.PAGES for match in make_tables.REGION.finditer(page.read_text())]
+    assert len(regions) == 6
+    assert all(match[2] in make_tables.KINDS and match[3] in make_tables.BENCHMARKS for match in regions)
