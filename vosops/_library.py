@@ -71,7 +71,9 @@ def _driver_reasons() -> tuple[str, ...]:
     if driver is None:
         return ("no CUDA driver on this machine",)
     if driver // 1000 < compiled // 1000:
-        return (f"the driver supports CUDA {driver // 1000}, the library was compiled with {compiled // 1000}",)
+        return (
+            f"the driver supports CUDA {driver // 1000}, the library was compiled with {compiled // 1000}",
+        )
     return ()
 
 
