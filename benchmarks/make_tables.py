@@ -4,7 +4,8 @@
     python benchmarks/make_tables.py        rewrites what lies between the marks
     python benchmarks/make_tables.py --check    exit code 1 if a file is not up to date
 
-A region begins with `<!-- table: KIND OP -->` and ends with `<!-- end of table -->`; KIND is goals, all or brief.
+A region begins with `<!-- table: KIND NAME -->` and ends with `<!-- end of table -->`. KIND is goals, all or
+brief (NAME: an op), or segmentation (NAME: a model, whose page in docs/models has the table).
 """
 
 from __future__ import annotations
@@ -163,7 +164,19 @@ def cost(variant: Report | None) -> str:
     return f"{number(variant['median'] * 1e3)} ms, {megabytes(variant['peak'])} MB"
 
 
-KINDS = {"goals": goals, "all": everything, "brief": brief}
+def segmentation(model: str) -> str:
+    """The first table below "## Measured" of a model's page: its means (bold), or all of it if it has none."""
+    page = ROOT / "docs" / "models" / f"{model}.md"
+    _, _, measured = page.read_text().partition("## Measured") if page.exists() else ("", "", "")
+    found = re.search(r"(?:^\|.*\n)+", measured, re.MULTILINE)
+    rows = found[0].splitlines() if found else [f"{MISSING.capitalize()} yet."]
+    means = [row for row in rows[2:] if row.startswith("| **")]
+    copied = "\n".join([*rows[:2], *means] if means else rows)
+    link = f"[docs/models/{model}.md](docs/models/{model}.md#measured)"
+    return f"{copied}\n\nFrom {link}, which has the command and more."
+
+
+KINDS = {"goals": goals, "all": everything, "brief": brief, "segmentation": segmentation}
 
 
 def rewritten(text: str) -> str:

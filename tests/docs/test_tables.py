@@ -90,5 +90,22 @@ def test_regions_are_replaced_and_the_rest_is_kept(measured):
 
 def test_every_region_of_the_pages_is_known(make_tables):
     regions = [match for page in make_tables.PAGES for match in make_tables.REGION.finditer(page.read_text())]
-    assert len(regions) == 6
-    assert all(match[2] in make_tables.KINDS and match[3] in make_tables.BENCHMARKS for match in regions)
+    assert len(regions) == 7
+    for match in regions:
+        kind, name = match[2], match[3]
+        assert kind in make_tables.KINDS
+        assert name in make_tables.BENCHMARKS or (kind, name) == ("segmentation", "propagate")
+
+
+def test_segmentation_is_copied_from_the_page_of_the_model(make_tables, tmp_path, monkeypatch):
+    (tmp_path / "docs/models").mkdir(parents=True)
+    page = tmp_path / "docs/models/some.md"
+    page.write_text("| no |\n## Measured\ntext\n\n| clip | J |\n|---|---|\n| dog | 0.9 |\n\n| other |\n")
+    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    table = make_tables.segmentation("some")
+    assert table.startswith("| clip | J |\n|---|---|\n| dog | 0.9 |\n\nFrom")
+    page.write_text("## Measured\n| clip | J |\n|---|---|\n| dog | 0.9 |\n| **mean** | **0.9** |\n")
+    assert make_tables.segmentation("some").startswith(
+        "| clip | J |\n|---|---|\n| **mean** | **0.9** |\n\nFrom"
+    )
+    assert make_tables.segmentation("none").startswith("Not measured yet.")
