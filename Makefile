@@ -46,7 +46,7 @@ asan: $(VENV)/ready
 # What the compilers make of every GPU kernel: registers, spills, shared memory, tensor-core instructions.
 cuda-report: $(VENV)/ready
 	$(BIN)/python benchmarks/cuda_report.py --check benchmarks/results/cuda_report.json
-	$(BIN)/python benchmarks/triton_report.py
+	$(BIN)/python benchmarks/triton_report.py --check benchmarks/results/triton_report.json
 
 # An editable install with everything that developers need; build isolation would download torch again.
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +47,7 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-_forced: ContextVar[str | None] = ContextVar(
-    "vosops_backend", default=_checked(os.environ.get("VOSOPS_BACKEND") or None)
-)
+_forced = _checked(os.environ.get("VOSOPS_BACKEND") or None)  # a plain global, which torch.compile guards
 
 
 def register_op(op: Op) -> None:
@@ -67,24 +64,26 @@ def list_ops() -> list[str]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force one implementation within a `with` block: "cpp", "triton", "reference", or None for the choice.
 
-    A call that the forced implementation cannot take raises RuntimeError with the reasons.
+    A call that the forced implementation cannot take raises RuntimeError with the reasons. The choice holds for
+    all threads.
 
         >>> import torch, vosops
         >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
         >>> with vosops.use_backend("reference"):
         ...     distance = vosops.local_matching(frame, frame, mask, radius=2)
     """
-    token = _forced.set(_checked(name))
+    global _forced
+    before, _forced = _forced, _checked(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def choose(name: str, core_args: tuple[Any, ...]) -> Implementation:
     """The implementation of op `name` that serves these core arguments."""
     op = _ops[name]
-    forced = _forced.get()
+    forced = _forced
     refusals: list[str] = []
     for implementation in op.implementations:
         if forced is not None and implementation.name != forced:
@@ -113,7 +112,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         raise ValueError(f"op must be one of {', '.join(list_ops())}, got {name!r}")
     entry = _ops[name]
     core_args = entry.prepare(*args, **kwargs)
-    forced = _forced.get()
+    forced = _forced
     chosen: str | None = None
     lines = []
     for implementation in entry.implementations:
