@@ -53,8 +53,10 @@ def demo(
     from vosops.inference.drawing_pass import OVERLAY, Outputs
     from vosops.inference.job import Job, Settings
     from vosops.inference.masks import CONTACT_SHEET
+    from vosops.inference.usage import keep_freed_memory
     from vosops.metrics import evaluate
 
+    keep_freed_memory()
     console = Console()
     with console.status("rendering the clip"):
         try:

@@ -70,6 +70,7 @@ def segment(
     from vosops.inference.drawing_pass import Outputs
     from vosops.inference.errors import InputError
     from vosops.inference.job import Job, Settings
+    from vosops.inference.usage import keep_freed_memory
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other: give one")
@@ -77,6 +78,7 @@ def segment(
         raise InputError(f"--fps must be above 0, got {fps}")
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     settings = Settings(model, weights, backbone, device, dtype, size, start, end, step)
+    keep_freed_memory()
     with _Console() as console, _StopSignals(console.note) as signals:
         job = Job(
             out=out,
