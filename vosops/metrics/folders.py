@@ -97,8 +97,7 @@ def evaluate(
 
     Args:
         predictions: folder with a folder of PNG label maps per sequence; a folder of PNGs where ground_truth
-        is
-            one sequence.
+            is one sequence.
         ground_truth: the same, or the root of a dataset (`Annotations/480p/<sequence>` of DAVIS,
             `Annotations/<sequence>` of YouTube-VOS), or the folder of one sequence. Its files say which
             frames count.
@@ -111,8 +110,7 @@ def evaluate(
 
     Raises:
         EvaluationError: a folder is not what it must be, or predictions are missing, of the wrong size, or
-        hold
-            an object that the truth does not.
+            hold an object that the truth does not.
     """
     pairs = _find_sequences(Path(predictions), Path(ground_truth), sequences)
     plans = [_plan(name, predicted, true, merge_objects, keep_ends) for name, predicted, true in pairs]
