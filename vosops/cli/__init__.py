@@ -50,7 +50,7 @@ def main() -> None:
     except VosopsError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped at once; --resume goes on from the last checkpoint", _INTERRUPTED)
+        _fail("stopped", _INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "rich", "typer"):
             raise
