@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/element.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
 #include "cpu/vec.h"
@@ -42,43 +43,6 @@ constexpr int max_displacements(int rows) {
   const int free = kRegisters - rows - 1;
   return std::min(free / rows, 12);
 }
-
-// How an operand element of 32 or 64 bits enters the accumulator.
-template <class V>
-struct FloatElement {
-  using Lanes = V;
-  static constexpr int kChannels = 1;  // channels in one element
-  static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
-    return V::fma(q, k, sum);
-  }
-  static typename V::T squared_difference(typename V::T q, typename V::T k) { return (q - k) * (q - k); }
-};
-
-#if defined(__AVX512BF16__)
-template <class V>
-struct Bf16PairElement {
-  using Lanes = V;
-  static constexpr int kChannels = 2;
-  static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
-    return bf16_dot(q, k, sum);
-  }
-  static float squared_difference(float q, float k) {
-    uint32_t a, b;
-    std::memcpy(&a, &q, 4);
-    std::memcpy(&b, &k, 4);
-    const float low = half_of(a << 16) - half_of(b << 16);
-    const float high = half_of(a & 0xffff0000u) - half_of(b & 0xffff0000u);
-    return low * low + high * high;
-  }
-
- private:
-  static float half_of(uint32_t bits) {
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-  }
-};
-#endif
 
 // The scores out[r][d] = norm[d * dilation] - 2 * sum over elements of query[e][r] * key[e][d * dilation].
 template <class E, int R, int D>
@@ -222,7 +186,6 @@ struct PackedKey {
 template <class E, class S>
 void pack_columns(const S* pixel, int64_t channel_stride, int64_t column_stride, int64_t channels,
                   int64_t element, int64_t count, typename E::Lanes::T* out, typename E::Lanes::T* norm) {
-  using T = typename E::Lanes::T;
   // Channels lie far apart: the hardware does not see the next one coming.
   constexpr int64_t kAhead = 6;
   const int64_t ahead = E::kChannels * (element + kAhead);
@@ -230,24 +193,9 @@ void pack_columns(const S* pixel, int64_t channel_stride, int64_t column_stride,
     for (int64_t x = 0; x < count; x += 64 / sizeof(S))
       __builtin_prefetch(pixel + ahead * channel_stride + x);
   }
-  if constexpr (E::kChannels == 1) {
-    const S* source = pixel + element * channel_stride;
-    for (int64_t x = 0; x < count; ++x) {
-      const T value = widen(source[x * column_stride]);
-      out[x] = value;
-      norm[x] += value * value;
-    }
-  } else {
-    const S* source = pixel + 2 * element * channel_stride;
-    const bool has_second = 2 * element + 1 < channels;
-    for (int64_t x = 0; x < count; ++x) {
-      const S low = source[x * column_stride];
-      const S high = has_second ? source[x * column_stride + channel_stride] : S(0.f);
-      const uint32_t pair = static_cast<uint32_t>(low.x) | static_cast<uint32_t>(high.x) << 16;
-      std::memcpy(&out[x], &pair, 4);
-      norm[x] += widen(low) * widen(low) + widen(high) * widen(high);
-    }
-  }
+  pack_element<E>(
+      pixel, [=](int64_t x) { return x * column_stride; }, channel_stride, channels, element, count, out,
+      norm);
 }
 
 template <class E, class S>
@@ -614,7 +562,7 @@ void match_batch(const Tensor& query, const Tensor& key, const Tensor& mask,
   // An odd number of cache lines apart, channels of one pixel do not compete for the same cache set.
   const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   const int64_t lines = ((width + kLanes - 1) / kLanes * kLanes + 2 * window.reach + line - 1) / line;
-  PackedKey<T> packed(height, (channels + E::kChannels - 1) / E::kChannels, (lines | 1) * line);
+  PackedKey<T> packed(height, elements_of<E>(channels), (lines | 1) * line);
   const int64_t frame = mask.size(1) * window.rings * height * width;
   for (int64_t n = 0; n < query.size(0); ++n) {
     match_frame<E, H, S>(query, key, mask, query_mask, n, window, packed,
