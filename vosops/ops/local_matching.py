@@ -6,18 +6,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vosops import _checks, backends
-from vosops.ops._registration import (
-    HAS_CPP,
-    cpp_reasons_not,
-    define_triton_op,
-    register_pieces,
-    triton_reasons_not,
-)
-from vosops.ops.matching_backward import matching_backward
+from vosops.ops._matching import empty_matches, register_matching
 from vosops.reference._matching import finish_distance, object_masks
 from vosops.reference.local_matching import local_matching_core
 
@@ -147,58 +139,7 @@ def _fake(
     query_mask: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (query.shape[0], mask.shape[1], len(radius), query.shape[2], query.shape[3])
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
+    return empty_matches(query, mask, len(radius))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key = inputs[:2]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, output[1])
-
-
-def _backward_by(op: str) -> Any:
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        query, key, index = ctx.saved_tensors
-        return *matching_backward(op, grad, query, key, index), None, None, None, None, None
-
-    return backward
-
-
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from vosops.triton.local_matching import local_matching as kernel
-
-    return kernel(*args)
-
-
-def _reference(*args: Any) -> tuple[Tensor, Tensor]:
-    return local_matching_core(*args[:-1])
-
-
-define_triton_op("local_matching", SCHEMA, _triton)
-for _name, _backward, _available in (
-    ("local_matching", "matching_backward", HAS_CPP),
-    ("local_matching_triton", "matching_backward_triton", True),
-):
-    if _available:
-        register_pieces(_name, fake=_fake, backward=_backward_by(_backward), setup_context=_setup_context)
-
-backends.register_op(
-    backends.Op(
-        name="local_matching",
-        prepare=_prepare,
-        implementations=(
-            backends.Implementation(
-                "cpp", lambda *a: torch.ops.vosops.local_matching(*a), lambda q, *_: cpp_reasons_not(q)
-            ),
-            backends.Implementation(
-                "triton",
-                lambda *a: torch.ops.vosops.local_matching_triton(*a),
-                lambda q, *_: triton_reasons_not(q),
-            ),
-            backends.Implementation("reference", _reference, lambda *_: []),
-        ),
-        measured="CPU: benchmarks/results/local_matching_cpu.json; GPU: not measured yet",
-    )
-)
+register_matching("local_matching", SCHEMA, prepare=_prepare, fake=_fake, reference=local_matching_core)
