@@ -58,7 +58,7 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write everything here, frame by frame.", dir_okay=False)
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, one row per object.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default one per core.")] = None,
 ) -> None:
     """Score masks against the truth: J, F and J&F, per object, per sequence and over all.
 

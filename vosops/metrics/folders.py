@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +19,7 @@ from vosops.inference.masks import read_labels
 from vosops.metrics.davis import IGNORED, ObjectScore, compare_masks, scored_frames
 
 FRAMES_PER_TASK = 8
-"""Frames that a process scores at a time: few enough to share one sequence among all cores."""
+"""Frames that a thread scores at a time: few enough to share one sequence among all cores."""
 
 MERGED_OBJECT = 1
 """The id that stands for all objects merged into one."""
@@ -106,7 +103,7 @@ def evaluate(
         keep_ends: score the first and the last frame of a sequence as well.
         ignore_void: leave pixels labelled 255 in the truth out of the comparison. By default they count as
             background, as DAVIS' code does.
-        jobs: processes; default one per core.
+        jobs: threads; default one per core.
 
     Raises:
         EvaluationError: a folder is not what it must be, or predictions are missing, of the wrong size, or
@@ -244,10 +241,10 @@ _Task = list[_Frame] | Future[list[_Frame]]
 
 @contextmanager
 def _pool(jobs: int | None) -> Iterator[Executor | None]:
-    """Processes to work in, or None for this one alone.
+    """Threads to work in, or None for this one alone.
 
-    The processes are forked where the system can, so that they start at once: all they do is read images and
-    count pixels, and they touch no lock that another thread could hold.
+    Decoding PNG files and counting pixels in numpy both leave the interpreter's lock. Processes would have to be
+    forked beside the threads of torch, which may hang, or import torch anew each.
     """
     workers = jobs or (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -255,11 +252,7 @@ def _pool(jobs: int | None) -> Iterator[Executor | None]:
     if workers == 1:
         yield None
         return
-    from PIL import Image
-
-    Image.preinit()
-    method = "fork" if sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="vosops-eval")
     try:
         yield pool
     finally:
@@ -271,9 +264,7 @@ def _submit(pool: Executor | None, plan: _Plan, ignore_void: bool) -> list[_Task
     chunks = [plan.frames[i : i + FRAMES_PER_TASK] for i in range(0, len(plan.frames), FRAMES_PER_TASK)]
     if pool is None:
         return [_score_frames(plan, chunk, ignore_void) for chunk in chunks]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: see _pool
-        return [pool.submit(_score_frames, plan, chunk, ignore_void) for chunk in chunks]
+    return [pool.submit(_score_frames, plan, chunk, ignore_void) for chunk in chunks]
 
 
 def _score_frames(plan: _Plan, frames: Sequence[str], ignore_void: bool) -> list[_Frame]:
