@@ -1,14 +1,15 @@
 """Which implementation serves a call, why, and how to choose.
 
 Every op has up to three implementations: "cpp" (the compiled C++ or CUDA C++ library), "triton" and "reference"
-(plain PyTorch). For each call the first one in the op's order that can run serves it. `use_backend` (or the
-environment variable VOSOPS_BACKEND) forces one; `explain` says what would serve a call and why.
+(plain PyTorch). For each call the first one that can run serves it, in the op's order for the class of the
+tensors' device ("cpu", "cuda"). `use_backend` (or the environment variable VOSOPS_BACKEND) forces one; `explain`
+says what would serve a call and why.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +27,42 @@ class Implementation:
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op: how its public arguments become those of the core, and its implementations, preferred first.
+class Order:
+    """The order in which implementations are tried, best first, and the benchmark result that it comes from.
 
-    `measured` names the benchmark result that the order of each device class comes from.
+    `measured` is the result's path in the repository; None: nothing was measured, the order is an expectation.
+    """
+
+    names: tuple[str, ...] = BACKENDS
+    measured: str | None = None
+
+    def __str__(self) -> str:
+        return self.measured or "not measured yet"
+
+
+UNMEASURED = Order()
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: how its public arguments become those of the core, its implementations, and their order.
+
+    The core's first argument is a tensor; the type of its device ("cpu", "cuda") chooses among `orders`.
     """
 
     name: str
     prepare: Callable[..., tuple[Any, ...]]
     implementations: tuple[Implementation, ...]
-    measured: str
+    orders: Mapping[str, Order]
+
+    def order(self, core_args: tuple[Any, ...]) -> Order:
+        """The order for the class of device that the tensors are on."""
+        return self.orders.get(core_args[0].device.type, UNMEASURED)
+
+    def ordered(self, core_args: tuple[Any, ...]) -> list[Implementation]:
+        """The implementations, those first that are to be preferred for these core arguments."""
+        by_name = {implementation.name: implementation for implementation in self.implementations}
+        return [by_name[name] for name in self.order(core_args).names if name in by_name]
 
 
 _ops: dict[str, Op] = {}
@@ -53,6 +80,11 @@ _forced = _checked(os.environ.get("VOSOPS_BACKEND") or None)  # a plain global, 
 def register_op(op: Op) -> None:
     """Make an op known to `choose`, `explain` and `list_ops`."""
     _ops[op.name] = op
+
+
+def orders(op: str) -> Mapping[str, Order]:
+    """Device class -> the order of an op's implementations there and the result that it was read off."""
+    return _ops[op].orders
 
 
 def list_ops() -> list[str]:
@@ -85,7 +117,7 @@ def choose(name: str, core_args: tuple[Any, ...]) -> Implementation:
     op = _ops[name]
     forced = _forced
     refusals: list[str] = []
-    for implementation in op.implementations:
+    for implementation in op.ordered(core_args):
         if forced is not None and implementation.name != forced:
             continue
         reasons = implementation.reasons_not(*core_args)
@@ -102,7 +134,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     >>> import torch, vosops
     >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
     >>> print(vosops.explain(vosops.local_matching, frame, frame, mask, radius=2))  # doctest: +SKIP
-    local_matching: cpp
+    local_matching: cpp (order on cpu: benchmarks/results/local_matching_cpu.json)
       cpp        serves this call
       triton     not preferred; Triton compiles for GPUs, the tensors are on cpu
       reference  not preferred
@@ -115,7 +147,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     forced = _forced
     chosen: str | None = None
     lines = []
-    for implementation in entry.implementations:
+    for implementation in entry.ordered(core_args):
         reasons = implementation.reasons_not(*core_args)
         notes = []
         if forced is not None and implementation.name != forced:
@@ -126,5 +158,6 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
             chosen = implementation.name
             notes.append("serves this call")
         lines.append(f"  {implementation.name:<10} {'; '.join(notes + reasons)}")
-    header = f"{name}: {chosen or 'nothing can serve this call'} (order: {entry.measured})"
+    order = f"order on {core_args[0].device.type}: {entry.order(core_args)}"
+    header = f"{name}: {chosen or 'nothing can serve this call'} ({order})"
     return "\n".join([header, *lines])
