@@ -8,7 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vosops
+from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE, load
+from tests.ops.matching import LAYOUTS
 from vosops import reference
+from vosops.reference.memory_read import (
+    memory_gather_core,
+    memory_read_core,
+    memory_scores,
+    memory_select_core,
+    memory_usage_core,
+)
 
 LIBRARY = pytest.mark.skipif(
     not hasattr(torch.ops.vosops, "memory_read"), reason="the CPU library was not compiled"
@@ -21,8 +30,18 @@ CORE_OPS = ("read", "read without vectors", "read_backward", "usage", "select", 
 pytestmark = LIBRARY
 
 
-@pytest.fixture(params=["cpp", "reference"])
+@pytest.fixture
 def backend(request):
+    backend = load(request.param)
+    name, key = f"memory_read{backend.suffix}", "CUDA" if backend.device == "cuda" else "CPU"
+    exists = hasattr(getattr(torch.ops, backend.namespace), name)
+    if not exists or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{backend.namespace}::{name}", key):
+        pytest.skip(f"{backend} has no kernels of memory_read yet")
+    return backend
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def implementation(request):
     with vosops.use_backend(request.param):
         yield request.param
 
@@ -71,10 +90,303 @@ def assert_reads_like_reference(tensors, options, tolerance=None, **more):
         )
 
 
+# ---- The core of every backend: (N,C,P), (N,C,M), (N,O,Cv,M) and the vectors of the scores.
+
+# N, O, C, Cv, P, M; which of the scores' vectors there are; "squares": the query meets the key and its squares.
+CORE_CASES = {
+    "plain": (1, 1, 16, 8, 20, 50, ""),
+    "objects": (2, 3, 9, 5, 33, 70, "shrinkage key_bias"),
+    "anisotropic": (2, 2, 8, 6, 18, 45, "squares shrinkage query_bias"),
+    "one of everything": (1, 1, 1, 1, 1, 1, "key_bias query_bias"),
+    "one query": (1, 2, 5, 3, 1, 130, "shrinkage"),
+    "many columns": (1, 2, 12, 300, 5, 36, ""),
+    "many channels": (1, 1, 330, 4, 9, 40, "key_bias"),
+    "many positions": (1, 1, 20, 10, 70, 390, "key_bias"),
+}
+CORE_TOLERANCE = {**TOLERANCE, torch.float32: 1e-5}
+VECTORS = ("shrinkage", "query_bias", "key_bias")
+SCALE = 0.3
+
+
+def core_problem(case, dtype, device="cpu"):
+    """query, key, value, and the vectors by name (None where the case has none)."""
+    n, o, c, v, p, m, parts = CORE_CASES[case]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    query, key, value = torch.randn(n, c, p), torch.randn(n, c, m), torch.randn(n, o, v, m)
+    query = query.to(dtype)
+    if "squares" in parts:
+        chosen = torch.rand(n, c, p)
+        query = torch.cat([2 * chosen * query, -chosen], 1).to(wide)
+    vectors = {
+        "shrinkage": 1 + torch.rand(n, m),
+        "query_bias": torch.randn(n, p),
+        "key_bias": torch.randn(n, m).masked_fill(torch.rand(n, m) < 0.2, -torch.inf),
+    }
+    if m == 1:
+        vectors["key_bias"].fill_(0.5)
+    given = {name: vectors[name].to(wide).to(device) if name in parts else None for name in VECTORS}
+    return query.to(device), key.to(dtype).to(device), value.to(dtype).to(device), given
+
+
+def wide_core(*tensors):
+    """The same tensors in float64 on the CPU."""
+    return [None if t is None else t.detach().cpu().double() for t in tensors]
+
+
+def laid_out(tensor, layout):
+    """A copy of (..., C, pixels) in one of several memory layouts."""
+    if layout == "slice":
+        room = torch.full([2 * size + 1 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
+        return room.to(tensor.device)[tuple(slice(1, None, 2) for _ in tensor.shape)].copy_(tensor)
+    if layout == "channels_last":
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    return tensor.mT.contiguous().mT if layout == "transposed" else tensor.contiguous()
+
+
+def assert_near(got, want, tolerance, name):
+    scale = max(1.0, want[want.isfinite()].abs().max().item() if want.isfinite().any() else 1.0)
+    torch.testing.assert_close(
+        got.cpu().double(), want, rtol=0, atol=tolerance * scale, equal_nan=True, msg=lambda m: f"{name}: {m}"
+    )
+
+
+def assert_selects(score, index, scores, top_k, tolerance=1e-5):
+    """The greatest of the scores (N,M,P) in order, each with its position; -inf and -1 where there are fewer."""
+    score, index = score.cpu().double(), index.cpu()
+    count = (scores > -torch.inf).sum(1, keepdim=True).clamp(max=top_k)
+    found = torch.arange(top_k)[None, :, None] < count
+    assert torch.equal(index >= 0, found) and torch.equal(score > -torch.inf, found)
+    assert (score[:, 1:] <= score[:, :-1]).all()
+    for column in index.movedim(1, 2).flatten(0, 1):
+        assert column[column >= 0].unique().numel() == (column >= 0).sum()
+    if found.any():
+        tolerance *= max(1.0, scores[scores.isfinite()].abs().max().item())
+        padded = torch.nn.functional.pad(scores, (0, 0, 0, top_k), value=-torch.inf)
+        best = padded.sort(dim=1, descending=True).values[:, :top_k]
+        chosen = padded.gather(1, index.clamp(min=0))
+        assert (score - chosen)[found].abs().max() <= tolerance
+        assert (score - best)[found].abs().max() <= tolerance
+
+
+@EVERY_BACKEND_AND_DTYPE
+@pytest.mark.parametrize("case", CORE_CASES)
+def test_core_read_usage_and_gradients(backend, dtype, case):
+    query, key, value, vectors = core_problem(case, dtype, backend.device)
+    tensors = (query, key, value, *vectors.values())
+    wide = [t if t is None else t.requires_grad_() for t in wide_core(*tensors)]
+    want_out, want_lse = memory_read_core(*wide, SCALE)
+    out, lse = backend.op("memory_read")(*tensors, SCALE, "ieee")
+    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = CORE_TOLERANCE[dtype]
+    assert_near(out, want_out.detach(), tolerance, "out")
+    assert_near(lse, want_lse.detach(), tolerance, "lse")
+
+    usage = backend.op("memory_usage")(query, key, *vectors.values(), SCALE, "ieee", lse)
+    assert_near(usage, memory_usage_core(*wide[:2], *wide[3:], SCALE, want_lse).detach(), tolerance, "usage")
+
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    grads = backend.op("memory_read_backward")(grad_out, grad_lse, *tensors, SCALE, "ieee", out, lse)
+    reads = lse.isfinite().cpu()
+    wanted = torch.autograd.grad(
+        [want_out, want_lse[reads]], [t for t in wide if t is not None],
+        [grad_out.cpu().double(), grad_lse.cpu().double()[reads]],
+    )  # fmt: skip
+    wanted = iter(wanted)
+    for name, tensor, grad in zip(("query", "key", "value", *VECTORS), tensors, grads, strict=True):
+        if tensor is None:
+            assert grad.numel() == 0
+        else:
+            assert grad.dtype == tensor.dtype and grad.shape == tensor.shape
+            assert_near(grad, next(wanted), 2 * tolerance, f"gradient of {name}")
+
+
+@EVERY_BACKEND_AND_DTYPE
+@pytest.mark.parametrize("top_k", [1, 5, 40, 130])
+@pytest.mark.parametrize("case", CORE_CASES)
+def test_core_selects_the_greatest_scores(backend, dtype, case, top_k):
+    query, key, _, vectors = core_problem(case, dtype, backend.device)
+    got = backend.op("memory_select")(query, key, *vectors.values(), SCALE, "ieee", top_k)
+    assert_selects(*got, memory_scores(*wide_core(query, key, *vectors.values()), SCALE), top_k)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("top_k", [3, 70])
+def test_core_first_position_wins_a_tie(backend, top_k):
+    # Small integers: every score is exact in every implementation, and ties abound.
+    query, key = (torch.randint(-1, 2, (2, 3, size)).float().to(backend.device) for size in (30, 400))
+    got = backend.op("memory_select")(query, key, None, None, None, 0.5, "ieee", top_k)
+    want = memory_select_core(*wide_core(query, key), None, None, None, 0.5, top_k)
+    for have, wanted in zip(got, want, strict=True):
+        assert torch.equal(have.cpu().double(), wanted.double())
+
+
+@EVERY_BACKEND_AND_DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_core_reads_any_stride(backend, dtype, layout):
+    query, key, value, vectors = core_problem("objects", dtype, backend.device)
+    query, key, value = (laid_out(t, layout) for t in (query, key, value))
+    vectors = {name: t if t is None else t.T.contiguous().T for name, t in vectors.items()}
+    tensors = (query, key, value, *vectors.values())
+    out, lse = backend.op("memory_read")(*tensors, SCALE, "ieee")
+    assert_near(out, memory_read_core(*wide_core(*tensors), SCALE)[0], CORE_TOLERANCE[dtype], "out")
+    grads = backend.op("memory_read_backward")(
+        laid_out(torch.randn_like(out), layout), lse, *tensors, SCALE, "ieee", out, lse
+    )
+    assert all(grad.isfinite().all() for grad in grads)
+    score, index = backend.op("memory_select")(query, key, *vectors.values(), SCALE, "ieee", 6)
+    assert_selects(score, index, memory_scores(*wide_core(query, key, *vectors.values()), SCALE), 6)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("dtypes", list(itertools.product(SINGLE_AND_HALF, repeat=2)), ids=str)
+@pytest.mark.parametrize("wide_query", [False, True])
+def test_core_mixed_dtypes(backend, dtypes, wide_query):
+    query, key, value, vectors = core_problem("plain", torch.float32, backend.device)
+    key, value = (t.to(dtype) for t, dtype in zip((key, value), dtypes, strict=True))
+    query = query if wide_query else query.to(key.dtype)
+    tensors = (query, key, value, *vectors.values())
+    out, lse = backend.op("memory_read")(*tensors, SCALE, "ieee")
+    want_out, want_lse = memory_read_core(*wide_core(*tensors), SCALE)
+    assert_near(out, want_out, CORE_TOLERANCE[value.dtype], "out")
+    assert_near(lse, want_lse, 1e-5, "lse")
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("case", ["anisotropic", "many columns", "many positions"])
+def test_core_in_reduced_precision(backend, precision, case):
+    query, key, value, vectors = core_problem(case, torch.float32, backend.device)
+    tensors = (query, key, value, *vectors.values())
+    out, lse = backend.op("memory_read")(*tensors, SCALE, precision)
+    want_out, want_lse = memory_read_core(*wide_core(*tensors), SCALE)
+    tolerance = 1e-5 if precision == "tf32x3" else 4e-3
+    assert_near(out, want_out, tolerance, "out")
+    assert_near(lse, want_lse, tolerance, "lse")
+    scores = memory_scores(*wide_core(query, key, *vectors.values()), SCALE)
+    got = backend.op("memory_select")(query, key, *vectors.values(), SCALE, precision, 7)
+    assert_selects(*got, scores, 7, tolerance)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+def test_core_long_keys(backend, dtype):
+    """Anisotropic scores of keys with entries up to 16, which cancel: within 1e-2 of float64."""
+    n, c, p, m = 1, 64, 24, 90
+    query, key = (t * 16 / t.abs().max() for t in (torch.randn(n, c, p), torch.randn(n, c, m)))
+    query, key, chosen = query.to(dtype).float(), key.to(dtype).to(backend.device), torch.rand(n, c, p)
+    rows = torch.cat([2 * chosen * query, -chosen], 1).to(backend.device)
+    bias = -(chosen * query.square()).sum(1).to(backend.device) / 8
+    score, index = backend.op("memory_select")(rows, key, None, bias, None, 1 / 8, "ieee", 10)
+    scores = memory_scores(*wide_core(rows, key, None, bias, None), 1 / 8)
+    assert (score.cpu().double() - scores.gather(1, index.cpu())).abs().max() < 1e-2
+    lse = backend.op("memory_read")(rows, key, key[:, None], None, bias, None, 1 / 8, "ieee")[1]
+    assert (lse.cpu().double() - scores.logsumexp(1)).abs().max() < 1e-2
+
+
+@EVERY_BACKEND
+def test_core_nan_query_gives_nan_and_nan_key_is_never_selected(backend):
+    query, key, value, vectors = core_problem("objects", torch.float32, backend.device)
+    query[1, 2, 7] = torch.nan
+    out, lse = backend.op("memory_read")(query, key, value, *vectors.values(), SCALE, "ieee")
+    undefined = torch.zeros(lse.shape, dtype=torch.bool)
+    undefined[1, 7] = True
+    assert torch.equal(lse.isnan().cpu(), undefined)
+    assert torch.equal(out.isnan().cpu(), undefined[:, None, None].expand(out.shape))
+    key[0, 3, 40] = torch.nan
+    _, index = backend.op("memory_select")(query, key, *vectors.values(), SCALE, "ieee", 70)
+    assert not (index[0] == 40).any() and (index[1, :, 7] == -1).all()
+
+
+@EVERY_BACKEND
+def test_core_nothing_valid_and_large_scores(backend):
+    query, key, value, _ = core_problem("plain", torch.float32, backend.device)
+    nothing = torch.full((1, 50), -torch.inf, device=backend.device)
+    out, lse = backend.op("memory_read")(query, key, value, None, None, nothing, SCALE, "ieee")
+    assert out.eq(0).all() and lse.isneginf().all()
+    usage = backend.op("memory_usage")(query, key, None, None, nothing, SCALE, "ieee", lse)
+    assert usage.eq(0).all()
+    grads = backend.op("memory_read_backward")(
+        torch.randn_like(out), torch.zeros_like(lse), query, key, value, None, None, nothing, SCALE, "ieee", out, lse
+    )  # fmt: skip
+    assert all(grad.eq(0).all() for grad in grads)
+    out, lse = backend.op("memory_read")(query * 1e3, key, value, None, None, None, SCALE, "ieee")
+    assert_near(
+        out, memory_read_core(*wide_core(query * 1e3, key, value), None, None, None, SCALE)[0], 1e-3, "out"
+    )
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("dim", ["batch", "objects", "columns", "queries", "memory"])
+def test_core_empty(backend, dim):
+    n, o, v, p, m = (0 if dim == d else 2 for d in ("batch", "objects", "columns", "queries", "memory"))
+    query, key = torch.randn(n, 3, p, device=backend.device), torch.randn(n, 3, m, device=backend.device)
+    value = torch.randn(n, o, v, m, device=backend.device)
+    settings_ = (None, None, None, SCALE, "ieee")
+    out, lse = backend.op("memory_read")(query, key, value, *settings_)
+    want = memory_read_core(*wide_core(query, key, value), None, None, None, SCALE)
+    assert_near(out, want[0], 1e-5, "out")
+    assert_near(lse, want[1], 1e-5, "lse")
+    grads = backend.op("memory_read_backward")(
+        out, torch.zeros_like(lse), query, key, value, *settings_, out, lse
+    )
+    assert [grad.shape for grad in grads[:3]] == [query.shape, key.shape, value.shape]
+    assert all(grad.isfinite().all() for grad in grads)
+    usage = backend.op("memory_usage")(query, key, *settings_, lse)
+    assert usage.shape == (n, m) and (p > 0 or usage.eq(0).all())
+    score, index = backend.op("memory_select")(query, key, *settings_, 3)
+    assert score.shape == index.shape == (n, 3, p) and (index[:, m:] == -1).all()
+    weight = score.softmax(1).nan_to_num()
+    assert_near(
+        backend.op("memory_gather")(weight, index, value),
+        memory_gather_core(weight.cpu().double(), index.cpu(), value.cpu().double()), 1e-5, "gathered",
+    )  # fmt: skip
+    grads = backend.op("memory_gather_backward")(out, weight, index, value)
+    assert grads[0].shape == weight.shape and grads[1].shape == value.shape
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@EVERY_BACKEND_AND_DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["objects", "one query", "many columns"])
+def test_core_gathers(backend, dtype, layout, case):
+    n, o, _, v, p, m, _ = CORE_CASES[case]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    value = laid_out(torch.randn(n, o, v, m).to(dtype).to(backend.device), layout)
+    weight = torch.rand(n, 7, p, dtype=wide, device=backend.device)
+    index = torch.randint(-1, m, (n, 7, p), device=backend.device)
+    index[torch.rand(index.shape) < 0.3] = m // 2  # many queries choose one position
+    inputs = [t.requires_grad_() for t in wide_core(weight, value)]
+    want = memory_gather_core(inputs[0], index.cpu(), inputs[1])
+    out = backend.op("memory_gather")(weight, index, value)
+    assert out.dtype == dtype
+    assert_near(out, want.detach(), CORE_TOLERANCE[dtype], "gathered")
+    grad = torch.randn_like(out)
+    wanted = torch.autograd.grad(want, inputs, grad.cpu().double())
+    grads, again = (
+        backend.op("memory_gather_backward")(laid_out(grad, layout), weight, index, value) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    for name, have, wanted_grad in zip(("weight", "value"), grads, wanted, strict=True):
+        assert_near(have, wanted_grad, CORE_TOLERANCE[dtype], f"gradient of {name}")
+
+
+@EVERY_BACKEND
+def test_core_backward_is_deterministic(backend):
+    tensors = core_problem("many positions", torch.float32, backend.device)
+    query, key, value, vectors = tensors
+    tensors = (query, key, value, *vectors.values())
+    out, lse = backend.op("memory_read")(*tensors, SCALE, "ieee")
+    run = [backend.op("memory_read_backward")(out, lse, *tensors, SCALE, "ieee", out, lse) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*run, strict=True))
+
+
+# ---- The public op.
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_every_similarity_and_dtype(backend, option, dtype, top_k):
+def test_every_similarity_and_dtype(implementation, option, dtype, top_k):
     assert_reads_like_reference(*make(option, dtype=dtype, o=2), top_k=top_k)
 
 
@@ -216,7 +528,7 @@ def test_a_range_equals_the_slice(top_k, segmented):
     assert usage[:, :9].eq(0).all() and usage[:, 31:].eq(0).all()
 
 
-def test_nothing_valid_reads_zero(backend):
+def test_nothing_valid_reads_zero(implementation):
     (query, key, value), _ = make()
     nothing = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
     for top_k in (None, 3):
