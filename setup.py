@@ -1,6 +1,6 @@
 """Chooses what to compile: CPU libraries always, the CUDA library where nvcc is, and the pybind11 module.
 
-Environment: VOSOPS_CUDA=0 leaves the CUDA library out, VOSOPS_CPU_ONLY_BASELINE=1 builds one CPU library only,
+Environment: VOSOPS_CUDA=0 leaves the CUDA library out, VOSOPS_CPU_ONLY=avx2 builds that one CPU library only,
 VOSOPS_SANITIZE=1 adds AddressSanitizer and UBSan to the CPU libraries, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in
 PyTorch.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-ignored-attributes"]
 COMMON = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
 X86_CAPABILITIES = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -86,10 +86,15 @@ class Build(BuildExtension):
 def cpu_libraries() -> list[Extension]:
     """One library per instruction set; exactly one is loaded, see vosops/_library.py."""
     capabilities = {"baseline": []}
-    if platform.machine() in ("x86_64", "AMD64") and os.environ.get("VOSOPS_CPU_ONLY_BASELINE") != "1":
+    if platform.machine() in ("x86_64", "AMD64"):
         capabilities = {name: list(flags) for name, flags in X86_CAPABILITIES.items()}
         if supports("-mavx512bf16"):
             capabilities["avx512"].append("-mavx512bf16")
+    only = os.environ.get("VOSOPS_CPU_ONLY")
+    if only:
+        if only not in capabilities:
+            sys.exit(f"VOSOPS_CPU_ONLY must be one of {', '.join(capabilities)}, got {only!r}")
+        capabilities = {only: capabilities[only]}
     extra = SANITIZE if os.environ.get("VOSOPS_SANITIZE") == "1" else []
     return [
         CppExtension(
