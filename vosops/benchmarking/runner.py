@@ -161,7 +161,7 @@ def run_case(
         timed: dict[str, Callable[[], Any]] = {CEILING: arithmetic, **calls}
         timings = interleave(timed, clock, rounds=effort.rounds, least=effort.least, budget=effort.budget)
         ceilings = Ceilings(arithmetic.flops / timings.pop(CEILING).best, bandwidth(clock), arithmetic.by)
-        flops, moved = _work(benchmark, case, inputs)
+        flops, moved = work(benchmark, case, inputs)
     ours = timings[benchmark.variants[0].name].median
     floor = ceilings.floor(flops, moved)
     results = [
@@ -267,7 +267,7 @@ def _compare(
             )
 
 
-def _work(benchmark: Benchmark, case: Case, inputs: Inputs) -> tuple[float, float]:
+def work(benchmark: Benchmark, case: Case, inputs: Inputs) -> tuple[float, float]:
     """Operations and bytes without which the case cannot be done: each tensor read or written once."""
     flops = benchmark.flops(inputs)
     embeddings = inputs.query.nbytes + inputs.key.nbytes

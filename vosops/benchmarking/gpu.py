@@ -1,0 +1,511 @@
+"""Everything that a machine with an NVIDIA GPU can tell, within minutes: see benchmarks/gpu_check.sh.
+
+Builds the libraries for that card in place, runs the GPU tests, compute-sanitizer, CUDA graphs, streams and
+devices, measures the card's ceilings, then times every op beside its peers. A run is one JSON file, named by card
+and commit; what is finished there is not done again. Nothing is fetched from a network.
+
+The file: `schema`, `commit`, `date` (UTC), `command`, `seconds` (spent in all), `device` (name, capability, driver,
+memory), `versions`, `steps`: for each step `status` (passed, failed, unfinished, skipped), `reasons`, `seconds` and
+`data`, what it found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from vosops.benchmarking.gpu_cases import CELLS
+from vosops.benchmarking.gpu_steps import FAILED, PASSED, SKIPPED, UNFINISHED, Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = 1
+SECONDS = 480.0
+LEAST_SECONDS = 5.0
+"""A step is not begun with less time than this."""
+
+GRACE_SECONDS = 10.0
+"""A step that keeps its own time is ended only this much later."""
+
+LAST_CELL_SECONDS = 20.0
+"""The last thing that a step begins may take this long."""
+
+SHARES = {"build": 150, "tests": 100, "runtime": 30, "sanitizer": 70, "ceilings": 15, "times": 115}
+"""The steps in their order, and how they share the time; what one leaves over goes to the later ones."""
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+FINDINGS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+TAIL = 3000
+SOURCES = ("csrc", "vosops", "setup.py", "tests/ops")
+"""What decides the outcome: a change there makes another run."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended, or was ended."""
+
+    code: int
+    output: str
+    timed_out: bool = False
+
+    @property
+    def last_line(self) -> str:
+        """The last line that says something."""
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        return lines[-1][:300] if lines else f"exit code {self.code}"
+
+
+Command = Callable[[Sequence[str], Mapping[str, str], float], Done]
+"""(command, additional environment, seconds) -> Done."""
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> Done:
+    """Runs a command in the repository; it and its children are killed when the time is over."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Done(127, str(error))
+        timed_out = False
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        return Done(process.returncode, log.read(), timed_out)
+
+
+@dataclass
+class Run:
+    """A run and its file.
+
+    Attributes:
+        file: where it is kept.
+        report: what the file holds.
+        command: runs a command.
+    """
+
+    file: Path
+    report: dict[str, Any]
+    command: Command = field(default=run_command, repr=False)
+
+    @staticmethod
+    def open(folder: Path, device: Mapping[str, Any], commit: str, command: Command = run_command) -> Run:
+        """The run of a card and commit: that of its file, or a new one."""
+        slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
+        file = folder / f"gpu_{slug}_{commit[:12]}.json"
+        report: dict[str, Any] = {}
+        if file.exists():
+            report = json.loads(file.read_text())
+        if report.get("schema") != SCHEMA or report.get("commit") != commit:
+            report = {"schema": SCHEMA, "commit": commit, "seconds": 0.0, "steps": {}}
+        report |= {"device": dict(device), "versions": versions(command)}
+        return Run(file, report, command)
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all."""
+        self.report["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_name(self.file.name + ".part")
+        partial.write_text(json.dumps(self.report, indent=1) + "\n")
+        partial.replace(self.file)
+
+    def is_done(self, step: str) -> bool:
+        """Whether a step needs no repeating: it ended, well or badly."""
+        return self.report["steps"].get(step, {}).get("status") in (PASSED, FAILED) and not self.unmeasured(
+            step
+        )
+
+    def unmeasured(self, step: str) -> list[str]:
+        """The cells that `times` has not measured yet."""
+        if step != "times":
+            return []
+        found = self.report["steps"].get("times", {}).get("data", {}).get("cells", {})
+        return [cell.key for cell in CELLS if cell.key not in found]
+
+    def keep(self, step: str, outcome: Outcome, seconds: float) -> None:
+        """Notes how a step ended."""
+        earlier = self.report["steps"].get(step, {}).get("seconds", 0.0)
+        spent = round(earlier + seconds, 1)
+        self.report["steps"][step] = {**outcome.to_dict(), "seconds": spent}
+        self.report["seconds"] = round(self.report["seconds"] + seconds, 1)
+        self.save()
+
+
+def problems(report: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a report's form; nothing if other programs can read it."""
+    wanted = {"schema": int, "commit": str, "date": str, "seconds": float, "device": dict, "versions": dict}
+    wanted |= {"steps": dict, "command": list}
+    found = [
+        f"{key} must be {kind.__name__}, got {report.get(key)!r}"
+        for key, kind in wanted.items()
+        if not isinstance(report.get(key), kind)
+    ]
+    if found:
+        return found
+    found += [
+        f"device must have {key}" for key in ("name", "capability", "driver") if key not in report["device"]
+    ]
+    found += [f"versions must have {key}" for key in ("torch", "python") if key not in report["versions"]]
+    for name, step in report["steps"].items():
+        if name not in SHARES:
+            found.append(f"there is no step {name}")
+        if step.get("status") not in (PASSED, FAILED, UNFINISHED, SKIPPED):
+            found.append(f"{name}: unknown status {step.get('status')!r}")
+        if step.get("status") != PASSED and not step.get("reasons"):
+            found.append(f"{name}: {step.get('status')} without a reason")
+        if not isinstance(step.get("data"), dict) or not isinstance(step.get("seconds"), float):
+            found.append(f"{name}: data must be dict and seconds float")
+    for key, cell in report["steps"].get("times", {}).get("data", {}).get("cells", {}).items():
+        if "failed" not in cell and not {"op", "mode", "title", "variants", "left_out"} <= cell.keys():
+            found.append(f"{key}: incomplete")
+    return found
+
+
+# ---- The machine
+
+
+def find_device(command: Command = run_command) -> dict[str, Any]:
+    """The first GPU as nvidia-smi describes it; RuntimeError where there is none."""
+    fields = {
+        "name": "name",
+        "driver": "driver_version",
+        "memory": "memory.total",
+        "capability": "compute_cap",
+    }
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
+    done = command(query, {}, 60)
+    rows = [line.split(", ") for line in done.output.strip().splitlines()]
+    if done.code != 0 or not rows or len(rows[0]) != len(fields):
+        raise RuntimeError(f"no NVIDIA GPU here: nvidia-smi says {done.last_line!r}")
+    return {**dict(zip(fields, rows[0], strict=True)), "count": len(rows)}
+
+
+def versions(command: Command = run_command) -> dict[str, str]:
+    """Of what was measured and of what compiled it."""
+    import torch
+
+    import vosops
+
+    def installed(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    nvcc = re.search(r"release ([\d.]+)", command(["nvcc", "--version"], {}, 60).output)
+    return {
+        "vosops": vosops.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "triton": installed("triton"),
+        "faiss": installed("faiss-gpu"),
+        "nvcc": nvcc[1] if nvcc else "none",
+    }
+
+
+def find_commit(command: Command = run_command) -> str:
+    """Git's commit, with a digest where the sources differ from it; without git a digest of the sources."""
+    head = command(["git", "rev-parse", "HEAD"], {}, 60)
+    if head.code != 0:
+        return f"tree-{digest(ROOT)}"
+    status = command(["git", "status", "--porcelain", "--", *SOURCES], {}, 60)
+    return head.last_line + (f"-{digest(ROOT)}" if status.output.strip() else "")
+
+
+def digest(root: Path) -> str:
+    """Of the sources that decide the outcome."""
+    found = hashlib.sha256()
+    for source in SOURCES:
+        files = [root / source] if (root / source).is_file() else sorted((root / source).rglob("*"))
+        for path in files:
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+                found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+# ---- The steps
+
+
+def build(run: Run, seconds: float) -> Outcome:
+    """The CUDA library for this card alone and one CPU library (the schemas, the oracle), in place."""
+    for library in (ROOT / "vosops").glob("libvosops_*.so"):
+        library.unlink()  # a running process keeps its copy
+    capability = run.report["device"]["capability"]
+    environment = {
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", capability),
+        "VOSOPS_CPU_ONLY": "baseline",
+        "MAX_JOBS": str(os.cpu_count() or 1),
+    }
+    done = run.command([sys.executable, "setup.py", "build_ext", "--inplace"], environment, seconds)
+    data = {"architectures": environment["TORCH_CUDA_ARCH_LIST"], "end_of_log": done.output[-TAIL:]}
+    if done.timed_out:
+        return Outcome(UNFINISHED, [f"not built after {seconds:.0f} s"], data)
+    if done.code != 0:
+        return Outcome(FAILED, [f"setup.py: {done.last_line}"], data)
+    if "and cuda" not in done.output:
+        return Outcome(FAILED, ["built without the CUDA library: is nvcc there?"], data)
+    return Outcome(PASSED, [], data)
+
+
+def tests(run: Run, seconds: float) -> Outcome:
+    """The specification of the ops on the CUDA and Triton kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "tests/ops", "-k", "cpp-cuda or triton-cuda"]
+        command += [f"--junitxml={junit}", "-p", "no:cacheprovider"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", "4"]
+        done = run.command(command, {"TRITON_INTERPRET": "0"}, seconds)
+        if not junit.exists():
+            log = {"end_of_log": done.output[-TAIL:]}
+            if done.timed_out:
+                return Outcome(UNFINISHED, [f"not finished after {seconds:.0f} s"], log)
+            return Outcome(FAILED, [f"pytest: {done.last_line}"], log)
+        data = read_junit(junit.read_text())
+    reasons = [f"{name}: {why}" for name, why in data["failures"].items()]
+    if not data["passed"]:
+        reasons.append("no test of a GPU ran")
+    return Outcome(FAILED if reasons else PASSED, reasons, data)
+
+
+def read_junit(text: str) -> dict[str, Any]:
+    """How many tests passed, why others were skipped, and the failures with the first line of each."""
+    passed, skipped, failures = 0, dict[str, int](), {}
+    for case in ElementTree.fromstring(text).iter("testcase"):
+        bad = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
+        left = case.find("skipped")
+        if bad is not None:
+            name = f"{case.get('classname')}::{case.get('name')}"
+            failures[name] = (bad.get("message") or "?").splitlines()[0][:300]
+        elif left is not None:
+            why = left.get("message") or "?"
+            skipped[why] = skipped.get(why, 0) + 1
+        else:
+            passed += 1
+    return {"passed": passed, "skipped": skipped, "failures": failures}
+
+
+def sanitizer(run: Run, seconds: float) -> Outcome:
+    """compute-sanitizer's tools, side by side, each over one run of every small problem."""
+    program = find_sanitizer()
+    if program is None:
+        return Outcome(SKIPPED, ["compute-sanitizer was not found (CUDA_HOME/bin, PATH)"])
+    small = [sys.executable, "-m", "vosops.benchmarking.gpu_steps", "small"]
+    # Each tensor its own allocation: an access past its end is then one past an allocation.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def check(tool: str) -> tuple[dict[str, Any], str | None]:
+        started = time.monotonic()
+        command = [program, f"--tool={tool}", "--error-exitcode=9", *small]
+        done = run.command(command, environment, seconds)
+        findings = sum(int(count) for count in FINDINGS.findall(done.output))
+        data: dict[str, Any] = {"findings": findings, "seconds": round(time.monotonic() - started, 1)}
+        data["end_of_log"] = done.output[-TAIL:]
+        if done.timed_out:
+            return data, f"{tool}: not finished after {seconds:.0f} s"
+        if not FINDINGS.search(done.output):
+            return data, f"{tool}: {done.last_line}"
+        if findings or done.code != 0:
+            return data, f"{tool}: {findings} findings, exit code {done.code}"
+        return data, None
+
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        found = dict(zip(TOOLS, pool.map(check, TOOLS), strict=True))
+    reasons = [why for _, why in found.values() if why is not None]
+    slow = reasons and all("not finished" in why for why in reasons)
+    status = UNFINISHED if slow else FAILED if reasons else PASSED
+    return Outcome(status, reasons, {tool: data for tool, (data, _) in found.items()})
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH or in the toolkit."""
+    for home in ("CUDA_HOME", "CUDA_PATH"):
+        program = Path(os.environ.get(home, "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+        if program.exists():
+            return str(program)
+    return shutil.which("compute-sanitizer")
+
+
+def in_process(step: str) -> Callable[[Run, float], Outcome]:
+    """A step of `gpu_steps` in a process of its own; one that a kernel takes down goes on where it was."""
+
+    def execute(run: Run, seconds: float) -> Outcome:
+        end = time.monotonic() + seconds
+        target = run.file.with_name(f"{run.file.name}.{step}")
+        crashes: list[str] = []
+        while True:
+            left = end - time.monotonic()
+            run.save()
+            target.unlink(missing_ok=True)
+            command = [sys.executable, "-m", "vosops.benchmarking.gpu_steps", step, str(run.file)]
+            own = max(left - LAST_CELL_SECONDS, left / 2)
+            done = run.command([*command, "--seconds", f"{own:.0f}"], {}, left + GRACE_SECONDS)
+            outcome = Outcome(FAILED)
+            if target.exists():
+                outcome = Outcome(**json.loads(target.read_text()))
+                target.unlink()
+            if done.code == 0 and not done.timed_out:
+                outcome.reasons = crashes + outcome.reasons
+                return outcome
+            why = "ended when its time was over" if done.timed_out else f"{done.last_line}"
+            crashes.append(f"the process of {step}: {why}")
+            measured = len(outcome.data.get("cells", {}))
+            before = len(run.report["steps"].get(step, {}).get("data", {}).get("cells", {}))
+            if end - time.monotonic() < LEAST_SECONDS or measured <= before:
+                return Outcome(FAILED, crashes + outcome.reasons, outcome.data)
+            run.report["steps"][step] = {**outcome.to_dict(), "seconds": 0.0}
+
+    return execute
+
+
+STEPS: dict[str, Callable[[Run, float], Outcome]] = {
+    "build": build,
+    "tests": tests,
+    "runtime": in_process("runtime"),
+    "sanitizer": sanitizer,
+    "ceilings": in_process("ceilings"),
+    "times": in_process("times"),
+}
+
+NEEDS_BUILD = ("tests", "runtime", "sanitizer")
+"""Without the compiled library nothing is left to check; ceilings and times still say what the peers do."""
+
+
+def parse_steps(text: str | None) -> list[str]:
+    """The steps that `--only` names, in their order; ValueError for one that there is not."""
+    if text is None:
+        return list(STEPS)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in STEPS]
+    if unknown or not names:
+        raise ValueError(f"--only takes {', '.join(STEPS)}; got {text!r}")
+    return [name for name in STEPS if name in names]
+
+
+def allowance(step: str, steps: Sequence[str], seconds_left: float) -> float:
+    """The seconds that a step may take: its share of what is left for it and the steps that follow."""
+    later = steps[steps.index(step) :]
+    return seconds_left * SHARES[step] / sum(SHARES[name] for name in later)
+
+
+def execute(run: Run, steps: Sequence[str], seconds: float, say: Callable[[str], None] = print) -> bool:
+    """Runs the steps that are not done yet; whether all of them passed."""
+    end = time.monotonic() + seconds
+    todo = [step for step in steps if not run.is_done(step)]
+    for step in steps:
+        if step not in todo:
+            say(f"{step}: {run.report['steps'][step]['status']} before, at this commit")
+            continue
+        allowed = allowance(step, todo, end - time.monotonic())
+        if allowed < LEAST_SECONDS:
+            outcome, spent = Outcome(SKIPPED, ["no time was left"]), 0.0
+            if run.report["steps"].get(step, {}).get("status") == UNFINISHED:
+                say(f"{step}: no time was left to go on")
+                continue
+        elif step in NEEDS_BUILD and run.report["steps"].get("build", {}).get("status") == FAILED:
+            outcome, spent = Outcome(SKIPPED, ["the build failed"]), 0.0
+        else:
+            say(f"{step}: up to {allowed:.0f} s")
+            started = time.monotonic()
+            try:
+                outcome = STEPS[step](run, allowed)
+            except Exception as error:  # a step must not end the run: the others still tell something
+                outcome = Outcome(FAILED, [f"{type(error).__name__}: {error}"])
+            spent = time.monotonic() - started
+        run.keep(step, outcome, spent)
+        say(
+            "\n".join(
+                [f"{step}: {outcome.status} in {spent:.0f} s", *(f"  {r}" for r in outcome.reasons[:20])]
+            )
+        )
+    return all(run.report["steps"][step]["status"] == PASSED for step in steps)
+
+
+def plan(run: Run | None, steps: Sequence[str], seconds: float) -> str:
+    """What a run would do, in words."""
+    todo = [step for step in steps if run is None or not run.is_done(step)]
+    left, lines = seconds, []
+    for step in steps:
+        if step not in todo:
+            lines.append(f"{step:<10} done before")
+            continue
+        allowed = allowance(step, todo, left)
+        left -= allowed
+        lines.append(f"{step:<10} up to {allowed:.0f} s, more where earlier steps need less")
+    if "times" in todo:
+        names = [cell.key for cell in CELLS] if run is None else run.unmeasured("times")
+        lines += [f"           {name}" for name in names]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the steps; exit code 0 if all passed, 1 if not, 2 if nothing could run."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.sh", description="Checks and measures vosops on this GPU."
+    )
+    parser.add_argument("--only", metavar="STEP[,STEP]", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps (480)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the run's JSON")
+    parser.add_argument("--commit", default=os.environ.get("VOSOPS_COMMIT"), help="where there is no git")
+    parser.add_argument("--again", action="store_true", help="also repeat what is finished")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done; needs no GPU")
+    options = parser.parse_args(arguments)
+    try:
+        steps = parse_steps(options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    commit = options.commit or find_commit()
+    try:
+        run = Run.open(options.results, find_device(), commit)
+    except RuntimeError as error:
+        if not options.dry_run:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
+        print(f"{error}; a run of commit {commit} would be")
+        print(plan(None, steps, options.seconds))
+        return
+    if options.again:
+        for step in steps:
+            run.report["steps"].pop(step, None)
+    if options.dry_run:
+        print(f"{run.file}")
+        print(plan(run, steps, options.seconds))
+        return
+    run.report["command"] = list(sys.argv if arguments is None else arguments)
+    passed = execute(run, steps, options.seconds)
+    print(f"{run.file}: {'all passed' if passed else 'not all passed'}, {run.report['seconds']:.0f} s")
+    raise SystemExit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

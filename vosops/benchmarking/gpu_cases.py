@@ -1,0 +1,432 @@
+"""What is measured on a GPU: sizes, arithmetic, and the contenders of each op, vosops' implementations first."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
+
+import vosops
+from vosops.benchmarking.cases import Case, Inputs, Variant
+from vosops.benchmarking.global_matching import pixels
+from vosops.benchmarking.local_matching import normalise
+from vosops.benchmarking.runner import BENCHMARKS, work
+
+IMPLEMENTATIONS = ("cpp", "triton")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """An arithmetic: the tensors' dtype and, for float32, what its products may be rounded to."""
+
+    dtype: torch.dtype
+    precision: str | None = None
+
+    @property
+    def tf32(self) -> bool:
+        """Whether other packages are told to use TF32."""
+        return self.precision == "tf32"
+
+
+MODES: Mapping[str, Mode] = {
+    "ieee": Mode(torch.float32, "ieee"),
+    "tf32": Mode(torch.float32, "tf32"),
+    "tf32x3": Mode(torch.float32, "tf32x3"),
+    "bf16": Mode(torch.bfloat16),
+    "f16": Mode(torch.float16),
+}
+
+
+@dataclass(frozen=True)
+class MemorySize:
+    """A memory read: `pixels` queries, `frames` times as many memory positions, `objects` values per position."""
+
+    name: str
+    pixels: int
+    frames: int
+    objects: int = 1
+    key_channels: int = 128
+    value_channels: int = 512
+    batch: int = 1
+    top_k: int | None = None
+    anisotropic: bool = False
+    """XMem's similarity, with shrinkage and selection, instead of the dot product."""
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        kind = "XMem's similarity" if self.anisotropic else "dot product"
+        parts = [f"{self.pixels} queries, {self.frames} frames, {self.objects} objects", kind]
+        parts += [f"keys {self.key_channels}, values {self.value_channels} channels"]
+        parts += [f"batch {self.batch}"] if self.batch > 1 else []
+        parts += [f"top {self.top_k}"] if self.top_k else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One op at one size in one arithmetic, forward or forward and backward.
+
+    With `compiled` vosops meets torch.compile alone: its first calls take long.
+    """
+
+    op: str
+    size: Case | MemorySize
+    mode: str
+    backward: bool = False
+    compiled: bool = False
+
+    @property
+    def key(self) -> str:
+        """Names it within a run."""
+        direction = "forward+backward" if self.backward else "forward"
+        return "/".join([self.op, self.size.name, self.mode, direction, *["compiled"] * self.compiled])
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        size = self.size
+        if isinstance(size, Case):
+            size = replace(size, dtype=MODES[self.mode].dtype, backward=self.backward)
+            return f"{size.title}, {self.mode}"
+        return f"{size.title}, {self.mode}, {'forward + backward' if self.backward else 'forward'}"
+
+
+LOCAL_480P = Case("480p", 120, 214, objects=1, radius=15)
+LOCAL_1080P = Case("1080p", 270, 480, objects=3, radius=15)
+LOCAL_TRAINING = Case("training", 60, 107, objects=3, radius=12)
+GLOBAL_480P = Case("480p", 120, 214, objects=3)
+GLOBAL_TRAINING = Case("training", 60, 107, objects=3)
+READ_5 = MemorySize("480p-5-frames", 1620, 5)
+READ_20 = MemorySize("480p-20-frames", 1620, 20)
+READ_1080P = MemorySize("1080p-5-frames", 8160, 5)
+READ_OBJECTS = MemorySize("480p-5-frames-3-objects", 1620, 5, objects=3)
+READ_TOP = MemorySize("480p-20-frames-top-30", 1620, 20, key_channels=64, top_k=30, anisotropic=True)
+READ_TRAINING = MemorySize("training", 576, 3, objects=3, key_channels=64, batch=4)
+
+
+def _cells() -> tuple[Cell, ...]:
+    """Everything that is timed, the most telling first."""
+
+    def modes(op: str, size: Case | MemorySize, names: str, backward: bool = False) -> list[Cell]:
+        return [Cell(op, size, mode, backward) for mode in names.split()]
+
+    local, over_all, read = "local_matching", "global_matching", "memory_read"
+    first = [
+        *modes(local, LOCAL_480P, "bf16 ieee tf32x3 tf32 f16"),
+        *modes(over_all, GLOBAL_480P, "bf16 ieee tf32x3 tf32 f16"),
+        *modes(read, READ_5, "bf16 ieee tf32 tf32x3 f16"),
+        *modes(read, READ_TOP, "bf16 ieee tf32 tf32x3 f16"),
+        *modes(local, LOCAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
+        *modes(over_all, GLOBAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
+        *modes(read, READ_TRAINING, "bf16 ieee tf32 tf32x3 f16", backward=True),
+        *modes(local, LOCAL_1080P, "bf16 ieee"),
+        *modes(read, READ_20, "bf16 ieee"),
+        *modes(read, READ_OBJECTS, "bf16"),
+        *modes(read, READ_1080P, "bf16"),
+    ]
+    compiled = [
+        *modes(local, LOCAL_480P, "ieee"),
+        *modes(over_all, GLOBAL_480P, "ieee"),
+        *modes(read, READ_5, "bf16 ieee"),
+        *modes(local, LOCAL_TRAINING, "ieee", backward=True),
+        *modes(over_all, GLOBAL_TRAINING, "ieee", backward=True),
+        *modes(read, READ_TRAINING, "bf16", backward=True),
+    ]
+    return (*first, *(replace(cell, compiled=True) for cell in compiled))
+
+
+CELLS = _cells()
+
+SMALL = (
+    Cell("local_matching", Case("small", 9, 13, objects=2, radius=3), "ieee"),
+    Cell("global_matching", Case("small", 9, 13, objects=2), "ieee"),
+    Cell("memory_read", MemorySize("small", 35, 3, 2, 24, 40, batch=2, anisotropic=True), "ieee"),
+    Cell("memory_read", MemorySize("small-top", 35, 3, 2, 24, 40, batch=2, top_k=7), "ieee"),
+)
+"""One small size of each op, for checks that are slow or need no more."""
+
+Call = Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A cell on a device, ready to run.
+
+    Attributes:
+        tensors: the inputs; writing into them changes what the contenders of vosops read.
+        oracle: the results in float32 on the CPU: the output, and with backward the gradients.
+        contenders: by name; each call gives what the oracle gives.
+        left_out: those who cannot run, and why.
+        flops: useful operations.
+        moved: bytes that must be read or written.
+    """
+
+    tensors: tuple[Tensor, ...]
+    oracle: Call
+    contenders: dict[str, Call]
+    left_out: dict[str, str]
+    flops: float
+    moved: float
+
+
+def problem(cell: Cell, device: torch.device) -> Problem:
+    """The inputs and contenders of a cell."""
+    if isinstance(cell.size, Case):
+        return _matching(cell, cell.size, device)
+    return _memory(cell, cell.size, device)
+
+
+def implementation(name: str) -> str:
+    """The contender that an implementation of vosops is."""
+    return f"vosops {name}"
+
+
+def _missing(package: str | None) -> bool:
+    return package is not None and importlib.util.find_spec(package) is None
+
+
+def _matching(cell: Cell, size: Case, device: torch.device) -> Problem:
+    mode, benchmark = MODES[cell.mode], BENCHMARKS[cell.op]
+    case = replace(size, dtype=mode.dtype, backward=cell.backward)
+    inputs = Inputs.of(case, device)
+
+    def ours(backend: str | None, precision: str | None) -> Variant:
+        def formulation(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
+            window = {"radius": radius} if radius else {}
+            with vosops.use_backend(backend):
+                result: Tensor = getattr(vosops, cell.op)(query, key, mask, precision=precision, **window)
+            return result
+
+        return Variant(implementation(backend or "on the CPU"), formulation)
+
+    others = [v for v in benchmark.contenders(size)[1:] if v.gpu and v.compiles == cell.compiled]
+    if cell.op == "global_matching" and not cell.compiled:
+        others.append(Variant("faiss GPU", faiss_gpu, differentiable=False, package="faiss"))
+    left_out: dict[str, str] = {}
+    contenders = {
+        v.name: v.call(inputs, cell.backward) for v in (ours(b, mode.precision) for b in IMPLEMENTATIONS)
+    }
+    for variant in others:
+        if cell.backward and not variant.differentiable:
+            left_out[variant.name] = "has no gradients"
+        elif _missing(variant.package):
+            left_out[variant.name] = f"{variant.package} is not installed"
+        else:
+            contenders[variant.name] = variant.call(inputs, cell.backward)
+    on_cpu = Inputs.of(case, torch.device("cpu")).in_float32()
+    oracle = ours(None, None).call(on_cpu, cell.backward)
+    flops, moved = work(benchmark, case, inputs)
+    return Problem((inputs.query, inputs.key), oracle, contenders, left_out, flops, moved)
+
+
+def faiss_gpu(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
+    """faiss' brute-force search on the GPU, one for each object."""
+    import faiss
+    import faiss.contrib.torch_utils
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise RuntimeError("this faiss was built without GPU support")
+    resources = faiss.StandardGpuResources()
+    q, reference = pixels(query.float()).contiguous(), pixels(key.float())
+    nearest = [
+        faiss.knn_gpu(resources, q, reference[chosen].contiguous(), 1)[0][:, 0]
+        for chosen in mask[0].flatten(1)
+    ]
+    return normalise(torch.stack(nearest).view(mask.shape))
+
+
+# ---- The memory read. Formulations take query (N,Ck,P), key (N,Ck,M), value (N,O,Cv,M) and give (N,O,Cv,P).
+
+
+@dataclass(frozen=True)
+class MemoryInputs:
+    """The tensors of a read; shrinkage (N,1,M) and selection (N,Ck,P) of XMem's similarity, or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    shrinkage: Tensor | None
+    selection: Tensor | None
+    weight: Tensor
+    """(N,O,Cv,P): what the output's gradient is."""
+    top_k: int | None
+
+    @staticmethod
+    def of(size: MemorySize, dtype: torch.dtype, device: torch.device) -> MemoryInputs:
+        """Random numbers, the same on every machine; the values' memory is channel-last with top_k, as banks store."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        n, c, o, cv = size.batch, size.key_channels, size.objects, size.value_channels
+        memory = size.pixels * size.frames
+        value = normal(n, o, memory, cv).transpose(2, 3) if size.top_k else normal(n, o, cv, memory)
+        shrinkage = selection = None
+        if size.anisotropic:
+            shrinkage = normal(n, 1, memory).float().abs() + 1
+            selection = normal(n, c, size.pixels).sigmoid()
+        query, key, weight = normal(n, c, size.pixels), normal(n, c, memory), normal(n, o, cv, size.pixels)
+        return MemoryInputs(query, key, value, shrinkage, selection, weight, size.top_k)
+
+    def call(self, read: Callable[[MemoryInputs], Tensor], backward: bool) -> Call:
+        """The function to time: the output, and with `backward` the gradients of query, key and value as well."""
+
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return [read(self)]
+
+        def forward_backward() -> list[Tensor]:
+            leaves = [t.detach().requires_grad_() for t in (self.query, self.key, self.value)]
+            output = read(replace(self, query=leaves[0], key=leaves[1], value=leaves[2]))
+            return [output.detach(), *torch.autograd.grad(output, leaves, self.weight)]
+
+        return forward_backward if backward else forward
+
+    def position_major(self) -> MemoryInputs:
+        """The same with every position's channels, of all objects, side by side: what attention kernels take."""
+        query, key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (self.query, self.key))
+        value = self.value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        return replace(self, query=query, key=key, value=value)
+
+
+def affinity(inputs: MemoryInputs) -> Tensor:
+    """The scores (N,M,P) as STM, or XMem, computes them."""
+    query, key, channels = inputs.query, inputs.key, inputs.query.shape[1]
+    if inputs.selection is None or inputs.shrinkage is None:
+        products: Tensor = key.transpose(1, 2) @ query / math.sqrt(channels)
+        return products
+    keys, selection = key.transpose(1, 2), inputs.selection
+    squares = keys.square() @ selection
+    products = 2 * (keys @ (query * selection))
+    constant = (selection * query.square()).sum(1, keepdim=True)
+    scores: Tensor = (products - squares - constant) * inputs.shrinkage.transpose(1, 2) / math.sqrt(channels)
+    return scores
+
+
+def naive_read(inputs: MemoryInputs) -> Tensor:
+    """STM's bmm, softmax, bmm; with top_k STCN's scatter into the dense affinity."""
+    scores, value = affinity(inputs), inputs.value
+    if inputs.top_k is None:
+        weights = scores.softmax(1)
+    else:
+        best, indices = scores.topk(inputs.top_k, 1)
+        weights = torch.zeros_like(scores).scatter_(1, indices, best.softmax(1))
+    out: Tensor = value.flatten(1, 2) @ weights.to(value.dtype)
+    return torch.unflatten(out, 1, value.shape[1:3])
+
+
+def bag_read(inputs: MemoryInputs) -> Tensor:
+    """The best rewrite of top_k that we know in PyTorch: topk along the last dimension, embedding_bag."""
+    assert inputs.top_k is not None
+    best, indices = affinity(inputs).transpose(1, 2).contiguous().topk(inputs.top_k, 2)
+    weights = best.softmax(2).to(inputs.value.dtype)
+    rows = [
+        embedding_bag(indices[n], values.t().contiguous(), per_sample_weights=weights[n], mode="sum").t()
+        for n, objects in enumerate(inputs.value)
+        for values in objects
+    ]
+    return torch.unflatten(torch.stack(rows), 0, inputs.value.shape[:2])
+
+
+def attention_read(backend: SDPBackend, split: bool) -> Callable[[MemoryInputs], Tensor]:
+    """scaled_dot_product_attention by one backend, on position-major inputs.
+
+    Split, the values become heads as wide as the key, because most kernels want equal widths; the scores are then
+    computed anew for each.
+    """
+
+    def read(inputs: MemoryInputs) -> Tensor:
+        batch, objects, channels, memory = inputs.value.shape
+        query, key = (t.transpose(1, 2)[:, None] for t in (inputs.query, inputs.key))
+        value = inputs.value.permute(0, 3, 1, 2).reshape(batch, memory, 1, objects * channels).transpose(1, 2)
+        if split:
+            width = inputs.key.shape[1]
+            value = value[:, 0].unflatten(2, (-1, width)).transpose(1, 2)
+            query, key = (t.expand(-1, value.shape[1], -1, -1) for t in (query, key))
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(query, key, value)
+        return torch.unflatten(out.transpose(1, 2).flatten(2).transpose(1, 2), 1, (objects, channels))
+
+    return read
+
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
+    mode = MODES[cell.mode]
+    inputs = MemoryInputs.of(size, mode.dtype, device)
+
+    def ours(backend: str | None, precision: str | None) -> Callable[[MemoryInputs], Tensor]:
+        def read(given: MemoryInputs) -> Tensor:
+            xmem = {"shrinkage": given.shrinkage, "selection": given.selection, "similarity": "l2"}
+            options: dict[str, Any] = xmem if size.anisotropic else {}
+            with vosops.use_backend(backend):
+                result: Tensor = vosops.memory_read(
+                    given.query, given.key, given.value, top_k=given.top_k, precision=precision, **options
+                )
+            return result
+
+        return read
+
+    contenders = {
+        implementation(name): inputs.call(ours(name, mode.precision), cell.backward)
+        for name in IMPLEMENTATIONS
+    }
+    if cell.compiled:
+        contenders["torch.compile"] = inputs.call(torch.compile(naive_read, dynamic=False), cell.backward)
+    elif size.top_k:
+        contenders["STCN"] = inputs.call(naive_read, cell.backward)
+        contenders["embedding_bag"] = inputs.call(bag_read, cell.backward)
+    else:
+        contenders["naive"] = inputs.call(naive_read, cell.backward)
+        if not size.anisotropic:
+            laid_out = inputs.position_major()
+            for name, backend in SDPA.items():
+                contenders[f"SDPA {name}"] = laid_out.call(attention_read(backend, False), cell.backward)
+                if backend is not SDPBackend.MATH and size.value_channels % size.key_channels == 0:
+                    split = laid_out.call(attention_read(backend, True), cell.backward)
+                    contenders[f"SDPA {name}, values split"] = split
+    on_cpu = MemoryInputs.of(size, mode.dtype, torch.device("cpu"))
+    upcast = (
+        None if t is None else t.float() for t in (on_cpu.query, on_cpu.key, on_cpu.value, on_cpu.selection)
+    )
+    query, key, value, selection = upcast
+    assert query is not None and key is not None and value is not None
+    on_cpu = replace(
+        on_cpu, query=query, key=key, value=value, selection=selection, weight=on_cpu.weight.float()
+    )
+    oracle = on_cpu.call(ours(None, None), cell.backward)
+    flops, moved = _memory_work(size, inputs, cell.backward)
+    return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, {}, flops, moved)
+
+
+def _memory_work(size: MemorySize, inputs: MemoryInputs, backward: bool) -> tuple[float, float]:
+    """Operations and bytes without which the read cannot be done: each tensor read or written once.
+
+    Forward: two products, scores and values. Backward: the scores again and the gradients of both products.
+    """
+    pairs = 2.0 * size.batch * size.pixels
+    memory, values = size.pixels * size.frames, size.objects * size.value_channels
+    scores = memory * size.key_channels * (2 if size.anisotropic else 1)
+    read = (size.top_k or memory) * values
+    flops = pairs * ((4 * scores + 3 * read) if backward else scores + read)
+    tensors = inputs.query.nbytes + inputs.key.nbytes + inputs.weight.nbytes
+    # With top_k only the chosen values must be read, each at least once: at most as many as there are.
+    share = min(1.0, size.pixels * size.top_k / memory) if size.top_k else 1.0
+    moved = tensors + share * inputs.value.nbytes
+    return flops, moved * (2 if backward else 1)
