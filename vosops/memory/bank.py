@@ -1,0 +1,587 @@
+"""`MemoryBank`: keys and values of past frames in storage that is allocated once, within a budget in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops import _checks
+from vosops.memory.arena import Arena
+from vosops.memory.budget import MemoryBudgetError
+from vosops.memory.frames import Frames, StoredFrame
+from vosops.memory.plan import LONG, WORK, Geometry, Groups, Plan, make_plan
+from vosops.memory.reader import Query, Reader, Rows
+from vosops.memory.settings import MemorySettings
+
+_INT8_MAX = 127
+_NEW_LIFE = 1e-7  # reads that a new position has seen, so that usage / life is defined
+
+
+class MemoryBank:
+    """A memory of past frames for `vosops.memory_read`: preallocated, bounded, read in place.
+
+    Frames are added with one key and a value for each object, and read with the query key of a later frame. Objects
+    that came in the same frame are a group; a group sees the frames since it came, and each group's first frame is
+    permanent, as is every frame added with `permanent=True`. Old frames are dropped, condensed to prototypes or
+    off-loaded to host memory, as `MemorySettings` say.
+
+    Args:
+        settings: a `MemorySettings`; or give its fields as keywords.
+        device: where the bank lies, and queries come from.
+
+    Storage is one allocation, channel-last, in which columns move when objects come or go. With a budget it never
+    holds more than that many bytes on its device, `bytes_reserved`; what a read itself needs (its output and the
+    op's workspace, independent of the memory's size) comes on top. Not differentiable: what is stored is detached.
+    One video to a bank (batch 1).
+
+        >>> import torch
+        >>> from vosops.memory import MemoryBank
+        >>> bank = MemoryBank(policy="window", top_k=4, budget="1MB")
+        >>> key, value = torch.randn(1, 8, 6, 6), torch.randn(1, 2, 16, 6, 6)
+        >>> bank.add(0, key, value, objects=[1, 2])
+        True
+        >>> bank.read(torch.randn(1, 8, 6, 6)).shape, bank.bytes_reserved
+        (torch.Size([1, 2, 16, 6, 6]), 1000000)
+    """
+
+    def __init__(
+        self,
+        settings: MemorySettings | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> None:
+        if settings is not None and options:
+            raise TypeError(f"give settings or their fields as keywords, got both: {', '.join(options)}")
+        self.settings = MemorySettings(**options) if settings is None else settings
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self._arena = Arena(self.device)
+        self._host_arena = Arena(torch.device("cpu"), pinned=self.device.type == "cuda")
+        self._work, self._host = Frames(self._arena), Frames(self._host_arena)
+        quantised = self.settings.dtype == torch.int8
+        self._reader = Reader(self._arena, self.settings.similarity, self.settings.scale, quantised)
+        self._geometry: Geometry | None = None
+        self._groups: dict[int, list[int]] = {}
+        self._next_group = 0
+        self._serial = 0
+        self._elements = 0  # used rows of the long-term table
+        self._seen: dict[int, int] = {}  # how many of them each group sees
+        self._last_frame: int | None = None
+        self._has_temporary = False  # whether a place is kept for one
+
+    # ---- What is there.
+
+    @property
+    def objects(self) -> list[int]:
+        """The ids of the objects, in the order of the values that `read` returns."""
+        return [o for group in self._groups.values() for o in group]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The objects by the frame in which they came."""
+        return [list(group) for group in self._groups.values()]
+
+    @property
+    def frames(self) -> list[StoredFrame]:
+        """The frames that are stored as they are, on the device or the host, in the order they came."""
+        return sorted([*self._work.slots, *self._host.slots], key=lambda slot: slot.serial)
+
+    @property
+    def num_prototypes(self) -> int:
+        """How many positions the long-term memory holds."""
+        return self._elements
+
+    @property
+    def num_positions(self) -> int:
+        """How many positions a read looks at."""
+        return self._work.used + self._host.used + self._elements
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes on the device that frames and prototypes occupy."""
+        used = self._work.used * self._arena.row_bytes(WORK)
+        return used + self._elements * self._arena.row_bytes(LONG)
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes that the bank has allocated on its device: at most the budget."""
+        return self._arena.size
+
+    @property
+    def host_bytes_used(self) -> int:
+        """Bytes of host memory that frames occupy."""
+        return self._host.used * self._host_arena.row_bytes(WORK)
+
+    @property
+    def host_bytes_reserved(self) -> int:
+        """Bytes of host memory that the bank has allocated: at most the host budget."""
+        return self._host_arena.size
+
+    def due(self, frame: int) -> bool:
+        """Whether `mem_every` frames have passed since the last one that was added (and was not temporary)."""
+        return self._last_frame is None or abs(frame - self._last_frame) >= self.settings.mem_every
+
+    # ---- Adding and removing.
+
+    @torch.no_grad()
+    def add(
+        self,
+        frame: int,
+        key: Tensor,
+        value: Tensor,
+        objects: Sequence[int],
+        *,
+        shrinkage: Tensor | None = None,
+        selection: Tensor | None = None,
+        permanent: bool = False,
+        temporary: bool = False,
+    ) -> bool:
+        """Store a frame; makes room by the policy first.
+
+        frame: its number; a number that is stored already is replaced for the objects given. key (1,Ck,H,W), value
+        (1,O,Cv,H,W) for the O `objects` (ids), shrinkage (1,1,H,W), selection (1,Ck,H,W), which "long_term" uses to
+        condense. Known objects of a group come together or not at all; new ones are a new group, which makes the frame
+        permanent. temporary: it is dropped by the next `add`.
+
+        Returns whether it was stored: a frame is not when the permanent ones leave no room for another.
+        Raises MemoryBudgetError when the permanent frames do not fit the budget, and then changes nothing;
+        TypeError, ValueError for wrong arguments. Time O(H W (Ck + O Cv)), and now and then that of condensing
+        or of moving columns.
+        """
+        self._check(key, value, objects, shrinkage, selection)
+        if permanent and temporary:
+            raise ValueError("permanent and temporary exclude each other: give one")
+        known = next((slot for slot in self.frames if slot.frame == frame and not slot.temporary), None)
+        new = [o for o in objects if o not in self.objects]
+        permanent = permanent or bool(new) or (known is not None and known.permanent)
+        temporary = temporary and not permanent and known is None
+        grows = known is None and not (permanent or temporary)
+        groups = {**self._groups, **({self._next_group: list(new)} if new else {})}
+        geometry = self._geometry or _geometry_of(key, value, shrinkage, selection)
+        kept = {slot.frame for slot in self._work.slots if slot.permanent} | ({frame} if permanent else set())
+        plan = self._plan(geometry, groups, len(kept), self._has_temporary or temporary, 1)
+
+        if not temporary:
+            self._last_frame = frame
+        near = permanent or plan.frames > len(kept)
+        if (not near and (temporary or plan.host_frames == 0)) or (grows and self.settings.most_frames == 0):
+            return False
+        self._geometry, self._has_temporary = geometry, self._has_temporary or temporary
+        self._work.pixels = self._host.pixels = geometry.pixels
+        self._drop_temporary()
+        if known is not None:
+            known.permanent = permanent
+        store = self._work if near else self._host
+        self._make_room(plan, len(kept), store if store.find(frame) is None else None, grows)
+        self._groups, self._next_group = groups, self._next_group + bool(new)
+        self._lay_out(plan)
+        at = store.find(frame)
+        if at is None:
+            at = self._append(store, StoredFrame(frame, permanent, temporary, [], self._serial))
+        self._write(store, at, key, value, objects, shrinkage, selection)
+        if plan.elements and self._work.count() >= self._most_frames(plan, len(kept)):
+            self._condense(self.settings.min_mid_term_frames - 1)
+        return True
+
+    @torch.no_grad()
+    def remove_objects(self, objects: Iterable[int]) -> None:
+        """Forget these objects; frames and prototypes that no other object sees go too.
+
+        Raises ValueError for an id that is not there.
+        """
+        gone = set(objects)
+        if gone - set(self.objects):
+            raise ValueError(f"objects must be among {self.objects}, got {sorted(gone)}")
+        groups = {g: [o for o in members if o not in gone] for g, members in self._groups.items()}
+        groups = {g: members for g, members in groups.items() if members}
+        for store in (self._work, self._host):
+            for slot in store.slots:
+                slot.groups = [g for g in slot.groups if g in groups]
+            store.remove_if(i for i, slot in enumerate(store.slots) if not slot.groups)
+        if not groups:
+            self._forget()
+            return
+        if self._elements and len(groups) < len(self._groups):
+            masks = [self._long_rows().column(f"mask/{g}") for g in groups]
+            self._keep_elements(torch.stack(masks).any(0).nonzero().flatten())
+        self._groups = groups
+        assert self._geometry is not None
+        plan = self._plan(
+            self._geometry, groups, self._work.count(permanent=True), self._has_temporary, incoming=0
+        )
+        self._lay_out(plan)
+
+    @torch.no_grad()
+    def clear(self, *, keep_permanent: bool = True) -> None:
+        """Drop what is not permanent, or everything, the storage included."""
+        for store in (self._work, self._host):
+            store.remove_if(i for i, slot in enumerate(store.slots) if not slot.permanent)
+        self._elements, self._last_frame = 0, None
+        if not keep_permanent or not self._work.slots:
+            self._forget()
+
+    # ---- Reading.
+
+    @torch.no_grad()
+    def read(
+        self, query_key: Tensor, selection: Tensor | None = None, *, objects: Sequence[int] | None = None
+    ) -> Tensor:
+        """What the memory says of each pixel of a frame, for each object.
+
+        query_key (1,Ck,*Q) and selection (1,Ck,*Q), on the bank's device -> (1,O,Cv,*Q) in query_key's dtype, for
+        `objects` or else all in the order of `objects`. Each group reads the positions that it sees, with the
+        softmax over the `top_k` best or all of them. With "long_term" usage is counted, as the first group reads
+        (it sees everything, unless frames were added without it).
+
+        Raises RuntimeError when the bank is empty. Time and memory are those of `vosops.memory_read`, per group;
+        for int8 and what must come from the host also that of bringing it, a frame at a time.
+        """
+        if not self._groups:
+            raise RuntimeError("the memory bank is empty: add a frame before reading")
+        wanted = self.objects if objects is None else list(objects)
+        if set(wanted) - set(self.objects) or not wanted:
+            raise ValueError(f"objects must be some of {self.objects}, got {wanted}")
+        query = Query(query_key, selection)
+        outs: dict[int, Tensor] = {}
+        for group, members in self._groups.items():
+            some = [o for o in members if o in wanted]
+            if some:
+                count_usage = self.settings.policy == "long_term" and group == next(iter(self._groups))
+                out = self._read_group(query, group, some, count_usage)
+                outs.update(zip(some, out.to(query_key.dtype).unbind(1), strict=True))
+        return torch.stack([outs[o] for o in wanted], 1)
+
+    def _read_group(self, query: Query, group: int, objects: list[int], count_usage: bool) -> Tensor:
+        parts, everything = self._parts_of(group)
+        mask = None if everything else f"mask/{group}"
+        usage: list[Tensor] | None = None
+        if self.settings.top_k is None:
+            out = self._reader.full(query, parts, mask, objects)
+            if count_usage:
+                usage = self._reader.usage(query, parts, mask)
+        else:
+            chosen, usage = self._reader.select(query, parts, mask, self.settings.top_k, count_usage)
+            out = self._reader.gather(chosen, parts, objects)
+        for part, used in zip(parts, usage or [], strict=False):
+            if part.table == WORK or self.settings.enable_long_term_count_usage:
+                part.column("usage").add_(used)
+                part.column("life").add_(1)
+        return out
+
+    def _parts_of(self, group: int) -> tuple[list[Rows], bool]:
+        """What the group reads, oldest first, and whether it sees all of that."""
+        parts, everything = [], True
+        for store in (self._host, self._work):
+            seen = [group in slot.groups for slot in store.slots]
+            if any(seen):
+                parts.append(store.all())
+                everything &= all(seen)
+            if store is self._host and self._seen.get(group):
+                parts.append(self._long_rows())
+                everything &= self._seen[group] == self._elements
+        return parts, everything
+
+    # ---- Saving.
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next read and add depend on, as tensors, numbers, texts and lists; copies."""
+        return {
+            "settings": self.settings.state_dict(),
+            "geometry": list(self._geometry) if self._geometry else [],
+            "groups": {str(group): list(members) for group, members in self._groups.items()},
+            "next_group": self._next_group,
+            "serial": self._serial,
+            "last_frame": self._last_frame,
+            "has_temporary": self._has_temporary,
+            "work": self._work.state(),
+            "host": self._host.state(),
+            "work_columns": self._work.contents(),
+            "host_columns": self._host.contents(),
+            "long_columns": self._long_rows().contents(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state of `state_dict`; what follows is the same to the bit (on the CPU).
+
+        Raises ValueError for a state of a bank with other settings (but for the budgets), MemoryBudgetError where
+        its frames exceed the budget.
+        """
+        ours = self.settings.state_dict()
+        differing = [name for name in ours if state["settings"].get(name) != ours[name]]
+        if differing:
+            raise ValueError(f"state must be of a bank with the same settings, but differs in {differing}")
+        groups = {int(group): list(members) for group, members in state["groups"].items()}
+        if not groups:
+            self._forget()
+            return
+        size, *rest = state["geometry"]
+        geometry = Geometry(tuple(size), *rest)
+        slots = [StoredFrame(**slot) for slot in state["work"]]
+        host_slots = [StoredFrame(**slot) for slot in state["host"]]
+        elements = len(state["long_columns"].get("key", ()))
+        kept = sum(slot.permanent for slot in slots)
+        before, self._work.slots = self._work.slots, slots
+        try:
+            plan = self._plan(geometry, groups, kept, state["has_temporary"], incoming=0)
+            if plan.frames < len(slots) or plan.host_frames < len(host_slots) or plan.elements < elements:
+                raise MemoryBudgetError(
+                    f"the state's {len(slots)} frames, {elements} prototypes and {len(host_slots)} frames on the host "
+                    f"must fit the budgets, but {plan.frames}, {plan.elements} and {plan.host_frames} do"
+                )
+        finally:
+            self._work.slots = before
+        self._forget()
+        self._geometry, self._groups = geometry, groups
+        self._work.pixels = self._host.pixels = geometry.pixels
+        self._next_group, self._serial = state["next_group"], state["serial"]
+        self._last_frame, self._has_temporary = state["last_frame"], state["has_temporary"]
+        self._lay_out(plan)
+        self._work.slots, self._host.slots, self._elements = slots, host_slots, elements
+        for rows, name in ((self._work.all(), "work"), (self._host.all(), "host"), (self._long_rows(), LONG)):
+            rows.fill(state[f"{name}_columns"])
+        self._count_seen()
+
+    # ---- How it is done.
+
+    def _forget(self) -> None:
+        self._arena.free()
+        self._host_arena.free()
+        self._work.slots, self._host.slots = [], []
+        self._geometry = None
+        self._groups, self._next_group, self._serial = {}, 0, 0
+        self._elements, self._seen = 0, {}
+        self._last_frame, self._has_temporary = None, False
+
+    def _long_rows(self) -> Rows:
+        return Rows(self._arena, LONG, 0, self._elements)
+
+    def _plan(
+        self, geometry: Geometry, groups: Groups, permanent: int, temporary: bool, incoming: int
+    ) -> Plan:
+        return make_plan(
+            self.settings,
+            geometry,
+            groups,
+            permanent=permanent,
+            temporary=temporary,
+            frames=len(self._work.slots) + incoming,
+            room=self._arena.capacity(WORK) // geometry.pixels,
+            staged=self._reader.far_host,
+        )
+
+    def _most_frames(self, plan: Plan, permanent: int) -> int:
+        """How many frames come together before "long_term" condenses them."""
+        return min(
+            self.settings.max_mid_term_frames - 1, max(plan.frames - permanent - self._has_temporary, 1)
+        )
+
+    def _drop_temporary(self) -> None:
+        self._work.remove_if(i for i, slot in enumerate(self._work.slots) if slot.temporary)
+
+    def _make_room(self, plan: Plan, permanent: int, target: Frames | None, grows: bool) -> None:
+        """Get what is stored within the plan, with a place for a frame in `target`.
+
+        grows: whether there will be one more of the frames that the policy counts.
+        """
+        host, work = self._host, self._work
+        limit = self.settings.most_frames
+        if self.settings.policy == "window" and limit is not None:
+            while host.count() + work.count() > limit - grows:
+                store = host if host.oldest() is not None else work
+                store.remove_oldest()
+        while len(host.slots) > max(plan.host_frames - (target is host), 0):
+            host.remove_oldest()
+        self._lay_out_host(plan)
+        if self._arena.capacity(LONG) and plan.elements:
+            most = self._most_frames(plan, permanent)
+            if work.count() > most - grows:
+                self._condense(min(self.settings.min_mid_term_frames, most) - 1)
+        self._evict(plan.elements)
+        while len(work.slots) > plan.frames - (target is work):
+            index = work.oldest()
+            assert index is not None
+            if plan.host_frames:
+                while len(host.slots) >= plan.host_frames:
+                    host.remove_oldest()
+                host.append(work.slots[index], work.rows(index))
+            work.remove(index)
+
+    def _lay_out(self, plan: Plan) -> None:
+        self._arena.relayout(
+            plan.columns,
+            plan.capacity,
+            {WORK: self._work.used, LONG: self._elements},
+            scratch=plan.scratch,
+            size=self.settings.budget_bytes,
+        )
+        self._lay_out_host(plan)
+
+    def _lay_out_host(self, plan: Plan) -> None:
+        if self.settings.host_budget is not None:
+            self._host_arena.relayout(
+                plan.host_columns,
+                plan.host_capacity,
+                {WORK: self._host.used},
+                scratch=plan.scratch,
+                size=self.settings.host_budget_bytes,
+            )
+
+    def _append(self, store: Frames, slot: StoredFrame) -> int:
+        """Add a frame without contents, or with those of the same frame in the other store."""
+        other = self._host if store is self._work else self._work
+        source = other.find(slot.frame)
+        if source is None:
+            self._serial += 1
+            return store.append(slot)
+        index = store.append(slot, other.rows(source))
+        slot.groups, slot.serial = other.slots[source].groups, other.slots[source].serial
+        other.remove(source)
+        return index
+
+    def _write(
+        self,
+        store: Frames,
+        index: int,
+        key: Tensor,
+        value: Tensor,
+        objects: Sequence[int],
+        shrinkage: Tensor | None,
+        selection: Tensor | None,
+    ) -> None:
+        rows, slot = store.rows(index), store.slots[index]
+        store.arena.settle()
+        rows.column("key").copy_(key[0].flatten(1).T)
+        if shrinkage is not None:
+            rows.column("shrinkage").copy_(shrinkage.flatten())
+        if selection is not None and rows.has("selection"):
+            rows.column("selection").copy_(selection[0].flatten(1).T)
+        if rows.has("usage"):
+            rows.column("usage").zero_()
+            rows.column("life").fill_(_NEW_LIFE)
+        for group, members in self._groups.items():
+            if members[0] in objects:
+                rows.column(f"mask/{group}").fill_(True)
+                slot.groups = sorted({*slot.groups, group})
+        for i, o in enumerate(objects):
+            _store(value[0, i].flatten(1).T, rows, o)
+
+    # ---- Long-term memory.
+
+    def _condense(self, keep: int) -> None:
+        """Turn all frames but the permanent, the temporary and the last `keep` into prototypes."""
+        slots = self._work.slots
+        frames = [i for i, slot in enumerate(slots) if not (slot.permanent or slot.temporary)]
+        frames = sorted(frames, key=lambda i: slots[i].serial)
+        frames = frames[: len(frames) - keep]
+        if not frames:
+            return
+        parts = [self._work.rows(i) for i in frames]
+        usage = torch.cat([part.column("usage") / part.column("life") for part in parts])
+        room = self._arena.capacity(LONG)
+        count = min(self.settings.num_prototypes, len(usage), room)
+        chosen = torch.sort(usage, descending=True, stable=True).indices[:count]
+        places = [torch.arange(part.start, part.stop, device=self.device) for part in parts]
+        chosen = torch.cat(places)[chosen]
+        if self._elements >= room - count:
+            self._evict(max(room - count - self.settings.buffer_tokens, 0))
+
+        columns = {name: self._arena.view(WORK, name) for name in self._arena.columns(WORK)}
+        selection = columns["selection"][chosen].T[None].float() if "selection" in columns else None
+        query = Query(columns["key"][chosen].T[None].float(), selection)
+        prototypes = Rows(self._arena, LONG, self._elements, self._elements + count)
+        prototypes.column("key").copy_(columns["key"][chosen])
+        if "shrinkage" in columns:
+            prototypes.column("shrinkage").copy_(self._reader.average(query, parts, "shrinkage").flatten())
+        prototypes.column("usage").zero_()
+        prototypes.column("life").fill_(_NEW_LIFE)
+        for group, members in self._groups.items():
+            sees = columns[f"mask/{group}"][chosen]
+            prototypes.column(f"mask/{group}").copy_(sees)
+            seen = [part for i, part in zip(frames, parts, strict=True) if group in slots[i].groups]
+            for o in members:
+                if seen:
+                    values = self._reader.full(query, seen, None, [o])[0, 0].T
+                    _store(torch.where(sees[:, None], values, 0), prototypes, o)
+                else:
+                    prototypes.column(f"value/{o}").zero_()
+        self._work.remove_if(frames)
+        self._elements += count
+        self._count_seen()
+
+    def _evict(self, room: int) -> None:
+        """Drop the prototypes of least usage until no more than `room` are left."""
+        over = self._elements - room
+        if over <= 0:
+            return
+        rows = self._long_rows()
+        if not self.settings.enable_long_term_count_usage or room == 0:
+            self._keep_elements(torch.arange(over, self._elements, device=self.device))
+            return
+        usage = rows.column("usage") / rows.column("life")
+        gone = torch.sort(usage, stable=True).indices[:over]
+        keep = usage > usage[gone[-1]]
+        if not self.settings.evict_ties:
+            keep = torch.ones_like(keep).index_fill(0, gone, False)
+        self._keep_elements(keep.nonzero().flatten())
+
+    def _keep_elements(self, survivors: Tensor) -> None:
+        self._arena.keep_rows(LONG, survivors)
+        self._elements = len(survivors)
+        self._count_seen()
+
+    def _count_seen(self) -> None:
+        rows = self._long_rows()
+        self._seen = {g: int(rows.column(f"mask/{g}").sum()) for g in self._groups} if len(rows) else {}
+
+    def _check(
+        self,
+        key: Tensor,
+        value: Tensor,
+        objects: Sequence[int],
+        shrinkage: Tensor | None,
+        selection: Tensor | None,
+    ) -> None:
+        """Raise TypeError or ValueError for arguments of `add` that do not fit each other or what is stored."""
+        if len(objects) == 0 or len(set(objects)) != len(objects):
+            raise ValueError(f"objects must be different ids, at least one, got {list(objects)}")
+        for members in self._groups.values():
+            if 0 < len(set(members) & set(objects)) < len(members):
+                raise ValueError(f"objects must hold all of a group, {members}, or none, got {list(objects)}")
+        _checks.check_tensor("key", key, (1, "Ck", "H", "W"))
+        _checks.check_tensor("value", value, (1, len(objects), "Cv", *key.shape[2:]))
+        given: dict[str, Tensor | None] = {"key": key, "value": value}
+        given |= {"shrinkage": shrinkage, "selection": selection}
+        if shrinkage is not None:
+            _checks.check_tensor("shrinkage", shrinkage, (1, 1, *key.shape[2:]))
+        if selection is not None:
+            _checks.check_tensor("selection", selection, tuple(key.shape))
+        for name, tensor in given.items():
+            if tensor is not None:
+                _checks.check_floating(name, tensor)
+        if 0 in (*key.shape, *value.shape):
+            raise ValueError(f"key and value must not be empty, got {tuple(key.shape)}, {tuple(value.shape)}")
+        geometry = _geometry_of(key, value, shrinkage, selection)
+        for name, ours, theirs in zip(Geometry._fields, self._geometry or geometry, geometry, strict=True):
+            if ours != theirs:
+                raise ValueError(f"{name} must be {ours} as in the frames before, got {theirs}")
+
+
+def _geometry_of(key: Tensor, value: Tensor, shrinkage: Tensor | None, selection: Tensor | None) -> Geometry:
+    size = tuple(key.shape[2:])
+    return Geometry(size, key.shape[1], value.shape[2], shrinkage is not None, selection is not None)
+
+
+def _store(values: Tensor, rows: Rows, o: int) -> None:
+    """Write an object's values (rows,Cv); for int8 rounded to 127ths of each row's greatest magnitude."""
+    target = rows.column(f"value/{o}")
+    if target.dtype != torch.int8:
+        target.copy_(values)
+        return
+    low, high = torch.aminmax(values.float(), dim=1)
+    scale = torch.maximum(-low, high) / _INT8_MAX
+    rows.column(f"scale/{o}").copy_(scale)
+    target.copy_((values.float() / torch.where(scale > 0, scale, 1)[:, None]).round_())

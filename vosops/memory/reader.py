@@ -1,0 +1,207 @@
+"""Reads over the tables of a bank: in place where they lie, in pieces where something must be staged first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vosops.memory.arena import Arena
+from vosops.memory.plan import FLOATS, STAGE
+from vosops.ops import MemoryWeights, memory_gather, memory_read, memory_select, merge_reads
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows from `start` up to `stop` of a table."""
+
+    arena: Arena
+    table: str
+    start: int
+    stop: int
+
+    def column(self, name: str) -> Tensor:
+        """These rows of a column, (rows, *shape)."""
+        return self.arena.view(self.table, name)[self.start : self.stop]
+
+    def has(self, name: str) -> bool:
+        """Whether the table has this column."""
+        return self.arena.has(self.table, name)
+
+    def contents(self) -> dict[str, Tensor]:
+        """A copy of all columns."""
+        names = self.arena.columns(self.table) if len(self) else []
+        return {name: self.column(name).clone() for name in names}
+
+    def fill(self, contents: Mapping[str, Tensor]) -> None:
+        """Write columns by their names."""
+        for name, rows in contents.items():
+            self.column(name).copy_(rows)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Query(NamedTuple):
+    """What is asked of the memory: key and selection (1,Ck,*Q)."""
+
+    key: Tensor
+    selection: Tensor | None
+
+
+class Reader:
+    """Reads what a bank stores, for objects that see the same rows.
+
+    `arena` is the bank's own, on the device of the queries. Rows of another device are copied into its stage
+    first, quantised values dequantised, a piece at a time. `mask` in all methods names the column that says which
+    rows count; None: all of them.
+    """
+
+    def __init__(self, arena: Arena, similarity: str, scale: float | None, quantised: bool) -> None:
+        self.arena = arena
+        self.similarity = similarity
+        self.scale = scale
+        self.quantised = quantised
+        self.far_host = arena.device.type != "cpu"  # whether another arena's rows must be copied to be read
+
+    def full(self, query: Query, parts: Sequence[Rows], mask: str | None, objects: Sequence[int]) -> Tensor:
+        """The objects' values under the softmax over all rows -> (1,O,Cv,*Q)."""
+
+        def read(rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
+            values = [self._values(part, objects) for part in rows]
+            out, lse = self._read(query, rows, mask, values, return_lse=True)
+            return out, lse
+
+        whole = [part for part in parts if self._in_place(part)]
+        merged = read(whole) if whole else None
+        for _, piece in self._pieces([part for part in parts if part not in whole], len(objects)):
+            latest = read([piece])
+            merged = latest if merged is None else merge_reads(*zip(merged, latest, strict=True))
+        assert merged is not None
+        return merged[0]
+
+    def average(self, query: Query, parts: Sequence[Rows], column: str) -> Tensor:
+        """A column of scalars under the softmax over all rows, which must be near -> (1,1,*Q)."""
+        values = [part.column(column)[None, None] for part in parts]
+        out: Tensor = self._read(query, parts, None, values)
+        return out
+
+    def usage(self, query: Query, parts: Sequence[Rows], mask: str | None) -> list[Tensor]:
+        """For each part, which must be near, the weight of its rows summed over the queries: (rows,) float32."""
+        values = [part.column("key").T[None, :1] for part in parts]
+        _, usage = self._read(query, parts, mask, values, return_usage=True)
+        return [part[0] for part in usage]
+
+    def select(
+        self, query: Query, parts: Sequence[Rows], mask: str | None, top_k: int, usage: bool
+    ) -> tuple[MemoryWeights, list[Tensor] | None]:
+        """The best rows of all parts for each query, counted through the parts; and their usage if asked for."""
+        near = [part for part in parts if self._is_near(part)]
+        chosen, used, offset = [], None, 0
+        if near == list(parts):
+            result: Any = memory_select(
+                query.key,
+                [part.column("key").T[None] for part in near],
+                top_k,
+                return_usage=usage,
+                **self._options(query, near, mask),
+            )
+            best, used = result if usage else (result, None)
+            return best, None if used is None else [part[0] for part in used]
+        for part in parts:
+            for start, piece in self._pieces([part], 1) if part not in near else [(0, part)]:
+                best, _ = self.select(query, [piece], mask, top_k, False)
+                shifted = torch.where(best.indices >= 0, best.indices + offset + start, -1)
+                chosen.append(best._replace(indices=shifted))
+            offset += len(part)
+        return _best_of(chosen, top_k), None
+
+    def gather(self, chosen: MemoryWeights, parts: Sequence[Rows], objects: Sequence[int]) -> Tensor:
+        """The objects' values at the chosen rows of all parts -> (1,O,Cv,*Q)."""
+        outs = []
+        for o in objects:
+            if all(self._in_place(part) for part in parts):
+                outs.append(memory_gather(chosen, [self._values(part, [o])[:, 0] for part in parts]))
+                continue
+            total = None
+            for start, piece in self._pieces(parts, 1):
+                inside = (chosen.indices >= start) & (chosen.indices < start + len(piece))
+                local = chosen._replace(indices=torch.where(inside, chosen.indices - start, -1))
+                out = memory_gather(local, self._values(piece, [o])[:, 0])
+                total = out if total is None else total + out
+            assert total is not None
+            outs.append(total)
+        return torch.stack(outs, 1)
+
+    def _read(
+        self, query: Query, parts: Sequence[Rows], mask: str | None, values: list[Any], **wanted: Any
+    ) -> Any:
+        keys = [part.column("key").T[None] for part in parts]
+        return memory_read(query.key, keys, values, **self._options(query, parts, mask), **wanted)
+
+    def _options(self, query: Query, parts: Sequence[Rows], mask: str | None) -> dict[str, Any]:
+        shrinkage = [part.column("shrinkage")[None, None] for part in parts if part.has("shrinkage")]
+        return {
+            "similarity": self.similarity,
+            "scale": self.scale,
+            "selection": query.selection,
+            "shrinkage": shrinkage or None,
+            "valid": None if mask is None else [part.column(mask)[None] for part in parts],
+        }
+
+    def _values(self, rows: Rows, objects: Sequence[int]) -> Any:
+        """The objects' values as memory_read takes them: (1,1,Cv,rows), or a sequence over several objects."""
+        if self.quantised:
+            count = len(rows)
+            floats = self.arena.view(FLOATS, "value")
+            for i, o in enumerate(objects):
+                target = floats[i * count : (i + 1) * count]
+                target.copy_(rows.column(f"value/{o}"))
+                target.mul_(rows.column(f"scale/{o}")[:, None])
+            return floats[: len(objects) * count].view(len(objects), count, -1).transpose(1, 2)[None]
+        values = [rows.column(f"value/{o}").T[None] for o in objects]
+        return values if len(values) > 1 else values[0][:, None]
+
+    def _is_near(self, rows: Rows) -> bool:
+        return rows.arena is self.arena or not self.far_host
+
+    def _in_place(self, rows: Rows) -> bool:
+        return self._is_near(rows) and not self.quantised
+
+    def _pieces(self, parts: Sequence[Rows], objects: int) -> Iterator[tuple[int, Rows]]:
+        """The parts in pieces whose keys are near, and small enough to dequantise so many objects' values.
+
+        With each the number of rows before it. A piece is good until the next one is asked for.
+        """
+        offset = 0
+        for part in parts:
+            size = max(len(part), 1)
+            if self.quantised:
+                size = min(size, self.arena.capacity(FLOATS) // objects)
+            if not self._is_near(part):
+                size = min(size, self.arena.capacity(STAGE))
+            for start in range(part.start, part.stop, size):
+                piece = Rows(part.arena, part.table, start, min(start + size, part.stop))
+                yield offset + start - part.start, piece if self._is_near(part) else self._staged(piece)
+            offset += len(part)
+
+    def _staged(self, rows: Rows) -> Rows:
+        staged = Rows(self.arena, STAGE, 0, len(rows))
+        for name in self.arena.columns(STAGE):
+            staged.column(name).copy_(rows.column(name), non_blocking=True)
+        return staged
+
+
+def _best_of(selections: Sequence[MemoryWeights], top_k: int) -> MemoryWeights:
+    """The best of selections from different rows, as one selection from all of them makes it."""
+    scores = torch.cat([chosen.weights.log() + chosen.lse[:, None] for chosen in selections], 1)
+    indices = torch.cat([chosen.indices for chosen in selections], 1)
+    scores = torch.where(indices >= 0, scores, -torch.inf)
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :top_k]
+    scores, indices = scores.gather(1, order), indices.gather(1, order)
+    lse = scores.logsumexp(1)
+    weights = torch.where(indices >= 0, (scores - lse[:, None]).exp(), 0)
+    return MemoryWeights(indices, weights, lse)
