@@ -107,6 +107,34 @@ def memory_gather_core(weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return (gathered.to(weight.dtype) * weight[:, None, None]).sum(3).to(value.dtype)
 
 
+def similarity_scores(
+    query_key: Tensor,
+    memory_key: Tensor,
+    *,
+    similarity: str = "dot",
+    scale: float | None = None,
+    shrinkage: Tensor | None = None,
+    selection: Tensor | None = None,
+) -> Tensor:
+    """The scores (N,M,P) of a read, without bias; arguments as those of `memory_read`, of one segment."""
+    query, key = query_key.flatten(2), memory_key.flatten(2)
+    wide = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
+    query, key = query.to(wide), key.to(wide)
+    scale = 1 / math.sqrt(key.shape[1]) if scale is None else scale
+    if similarity == "dot":
+        scores = key.transpose(1, 2) @ query
+    else:
+        scores = 2 * key.transpose(1, 2) @ (query if selection is None else query * selection.flatten(2))
+        if selection is None:
+            scores = scores - key.square().sum(1)[:, :, None]
+        else:
+            chosen = selection.flatten(2).to(wide)
+            scores = scores - key.square().transpose(1, 2) @ chosen
+            scores = scores - (chosen * query.square()).sum(1)[:, None, :]
+    scores = scores * scale
+    return scores if shrinkage is None else scores * shrinkage.flatten(1).to(wide)[:, :, None]
+
+
 def memory_affinity(
     query_key: Tensor,
     memory_key: Tensor,
@@ -124,28 +152,14 @@ def memory_affinity(
 
     query_key (N,Ck,*Q), memory_key (N,Ck,*M) of one segment. With top_k all but the k greatest are 0.
     """
-    query, key = query_key.flatten(2), memory_key.flatten(2)
-    wide = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
-    query, key = query.to(wide), key.to(wide)
-    scale = 1 / math.sqrt(key.shape[1]) if scale is None else scale
-    if similarity == "dot":
-        scores = key.transpose(1, 2) @ query
-    else:
-        scores = 2 * key.transpose(1, 2) @ (query if selection is None else query * selection.flatten(2))
-        if selection is None:
-            scores = scores - key.square().sum(1)[:, :, None]
-        else:
-            chosen = selection.flatten(2).to(wide)
-            scores = scores - key.square().transpose(1, 2) @ chosen
-            scores = scores - (chosen * query.square()).sum(1)[:, None, :]
-    scores = scores * scale
-    if shrinkage is not None:
-        scores = scores * shrinkage.flatten(1).to(wide)[:, :, None]
+    scores = similarity_scores(
+        query_key, memory_key, similarity=similarity, scale=scale, shrinkage=shrinkage, selection=selection
+    )
     if bias is not None:
-        scores = scores + bias.flatten(1).to(wide)[:, :, None]
+        scores = scores + bias.flatten(1).to(scores.dtype)[:, :, None]
     if valid is not None:
         if not isinstance(valid, Tensor):
-            positions = torch.arange(key.shape[2], device=key.device)
+            positions = torch.arange(scores.shape[1], device=scores.device)
             valid = ((positions >= valid[0]) & (positions < valid[1]))[None]
         scores = scores.masked_fill(~valid.flatten(1)[:, :, None], -torch.inf)
     if prior is not None:

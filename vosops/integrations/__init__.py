@@ -1,0 +1,183 @@
+"""Running other people's checkouts on vosops' ops: XMem, Cutie, STCN, Mask-Propagation and their forks."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from vosops.integrations.recipes import Recipe, find_recipe, original_of, replacement_for
+
+__all__ = ["Acceleration", "accelerate"]
+
+_INSTALLED = ("site-packages", "dist-packages")
+_FOREIGN = ("torch", "vosops", "builtins")  # where no checkout's functions are
+
+
+class _Replaced(NamedTuple):
+    original: Callable[..., Any]
+    replacement: Callable[..., Any]
+    owner: type | None  # the class, for a method
+
+
+class Acceleration:
+    """What `accelerate` replaced; a context manager that puts it back at its end.
+
+    replaced: the full names of the functions that were replaced.
+    """
+
+    def __init__(self, replaced: list[_Replaced]) -> None:
+        self._replaced = replaced
+        self.replaced = [f"{r.original.__module__}.{r.original.__qualname__}" for r in replaced]
+
+    def undo(self) -> None:
+        """Put the original functions back, wherever the replacements are now; a second call does nothing."""
+        while self._replaced:
+            original, replacement, owner = self._replaced.pop()
+            _swap(replacement, original, owner)
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"Acceleration(replaced={self.replaced})"
+
+
+def accelerate(target: Any) -> Acceleration:
+    """Make a checkout of XMem, Cutie, STCN or Mask-Propagation read its memory by `vosops.memory_read`.
+
+    The functions that compute similarity, softmax and readout are replaced in every loaded module that holds
+    them, and so for memory managers that are made later too. Their replacements return a description of the
+    affinity in its place. Slices, boolean masks, `torch.cat`, `expand`, `sum`, `@`, `bmm` and `einsum` of it run on
+    vosops; any other use builds the affinity, with one warning. No method of the managers is copied: forks keep
+    their ways.
+
+    Args:
+        target: a network, an inference core, a memory manager or bank, a class, or a module or package (or its name).
+            Import the checkout's modules first: what is not loaded cannot be replaced. Of an installed package all its
+            loaded modules count, of a checkout all that are loaded from its folder.
+
+    Returns:
+        An :class:`Acceleration`: ``with accelerate(core): ...`` ends with the originals in place, and so does
+        its ``undo()``.
+
+    Raises:
+        ValueError: nothing to replace was found; or a function of a known name computes something else than its
+            replacement on a small random input (then nothing at all is replaced).
+
+    Gradients reach keys, shrinkage, selection and values, as before; usage is not differentiable. With top_k
+    above the size of the memory all of it is used, where the originals raise.
+
+        >>> import torch
+        >>> from vosops.integrations import accelerate
+        >>> core = InferenceCore(network, config)  # doctest: +SKIP
+        >>> with accelerate(core):  # doctest: +SKIP
+        ...     prob = core.step(image, mask)
+    """
+    found: dict[int, tuple[Callable[..., Any], Recipe, type | None]] = {}
+    known = False
+    modules = _modules(target)
+    for function, owner in _functions(modules):
+        known = known or original_of(function) is not None
+        recipe = None if original_of(function) is not None else find_recipe(function)
+        if recipe is not None:
+            found.setdefault(id(function), (function, recipe, owner))
+    if not found and not known:
+        names = ", ".join(sorted(module.__name__ for module in modules)[:5]) or "no module"
+        raise ValueError(
+            f"target must lead to the memory read of XMem, Cutie, STCN or Mask-Propagation, got {target!r:.80}: "
+            f"nothing to replace in {names}; import the checkout's modules first"
+        )
+    replaced = [
+        _Replaced(function, replacement_for(recipe, function), owner)
+        for function, recipe, owner in found.values()
+    ]
+    for original, replacement, owner in replaced:
+        _swap(original, replacement, owner)
+    return Acceleration(replaced)
+
+
+def _modules(target: Any) -> list[ModuleType]:
+    """The loaded modules of the checkouts or packages that target belongs to."""
+    starts = {name for name in _module_names(target) if name.split(".")[0] not in _FOREIGN}
+    found: dict[str, ModuleType] = {}
+    for start in starts:
+        module = sys.modules.get(start)
+        if module is None:
+            continue
+        found[start] = module
+        package, root = start.split(".")[0], _root(module)
+        installed = root is None or any(part in _INSTALLED for part in root.parts)
+        for name, other in list(sys.modules.items()):
+            if name.split(".")[0] == package:
+                found[name] = other
+            elif root is not None and not installed:
+                file = getattr(other, "__file__", None)
+                path = Path(file).resolve() if file else None
+                if path is not None and path.is_relative_to(root):
+                    rest = path.relative_to(root).parts
+                    if not any(part in _INSTALLED for part in rest) and name.split(".")[0] not in _FOREIGN:
+                        found[name] = other
+    return list(found.values())
+
+
+def _module_names(target: Any) -> Iterator[str]:
+    """The modules in which target, and what it holds, are defined."""
+    if isinstance(target, str):
+        yield importlib.import_module(target).__name__
+    elif isinstance(target, ModuleType):
+        yield target.__name__
+    elif isinstance(target, type):
+        yield target.__module__
+    else:
+        yield type(target).__module__
+        if isinstance(target, torch.nn.Module):
+            yield from {type(part).__module__ for part in target.modules()}
+        else:
+            yield from {type(part).__module__ for part in getattr(target, "__dict__", {}).values()}
+
+
+def _root(module: ModuleType) -> Path | None:
+    """The folder from which the module's top-level package is imported."""
+    file = getattr(module, "__file__", None)
+    if not file:
+        return None
+    depth = module.__name__.count(".") + hasattr(module, "__path__")
+    return Path(file).resolve().parents[depth]
+
+
+def _functions(modules: list[ModuleType]) -> Iterator[tuple[Any, type | None]]:
+    """Functions of the modules, and of the classes that they define, with their class."""
+    for module in modules:
+        for value in list(vars(module).values()):
+            yield value, None
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                yield from ((member, value) for member in list(vars(value).values()))
+
+
+def _swap(old: Callable[..., Any], new: Callable[..., Any], owner: type | None) -> None:
+    """Put one function in the place of another, wherever it is."""
+    if owner is not None:
+        for name, value in list(vars(owner).items()):
+            if value is old:
+                setattr(owner, name, new)
+        return
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", None)
+        if isinstance(names, dict):
+            for name, value in list(names.items()):
+                if value is old:
+                    names[name] = new
