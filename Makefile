@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 export MAX_JOBS ?= 2
 
-.PHONY: demo test test-binaries lint format bench docs wheel asan cuda-report clean
+.PHONY: demo test test-binaries lint format bench docs wheel asan cuda-report gpu-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
@@ -47,6 +47,10 @@ asan: $(VENV)/ready
 cuda-report: $(VENV)/ready
 	$(BIN)/python benchmarks/cuda_report.py --check benchmarks/results/cuda_report.json
 	$(BIN)/python benchmarks/triton_report.py --check benchmarks/results/triton_report.json
+
+# docs/performance-gpu.md and its plots from the newest runs of benchmarks/gpu_check.sh.
+gpu-report: $(VENV)/ready
+	$(BIN)/python benchmarks/gpu_report.py
 
 # An editable install with everything that developers need; build isolation would download torch again.
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)

@@ -344,6 +344,23 @@ def attention_read(backend: SDPBackend, split: bool) -> Callable[[MemoryInputs],
     computed anew for each.
     """
 
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, key, value)
+
+    return read_by(attention, split)
+
+
+def flex_read() -> Callable[[MemoryInputs], Tensor]:
+    """FlexAttention, compiled, on position-major inputs."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return read_by(torch.compile(flex_attention, dynamic=False), split=False)
+
+
+def read_by(attention: Callable[..., Any], split: bool) -> Callable[[MemoryInputs], Tensor]:
+    """A read of position-major inputs by `attention` (query, key, value: (N,heads,length,width))."""
+
     def read(inputs: MemoryInputs) -> Tensor:
         batch, objects, channels, memory = inputs.value.shape
         query, key = (t.transpose(1, 2)[:, None] for t in (inputs.query, inputs.key))
@@ -352,8 +369,7 @@ def attention_read(backend: SDPBackend, split: bool) -> Callable[[MemoryInputs],
             width = inputs.key.shape[1]
             value = value[:, 0].unflatten(2, (-1, width)).transpose(1, 2)
             query, key = (t.expand(-1, value.shape[1], -1, -1) for t in (query, key))
-        with sdpa_kernel(backend):
-            out = scaled_dot_product_attention(query, key, value)
+        out = attention(query, key, value)
         return torch.unflatten(out.transpose(1, 2).flatten(2).transpose(1, 2), 1, (objects, channels))
 
     return read
@@ -389,6 +405,8 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     }
     if cell.compiled:
         contenders["torch.compile"] = inputs.call(torch.compile(naive_read, dynamic=False), cell.backward)
+        if not (size.anisotropic or size.top_k):
+            contenders["FlexAttention"] = inputs.position_major().call(flex_read(), cell.backward)
     elif size.top_k:
         contenders["STCN"] = inputs.call(naive_read, cell.backward)
         contenders["embedding_bag"] = inputs.call(bag_read, cell.backward)

@@ -1,0 +1,305 @@
+"""Writes docs/performance-gpu.md, with plots, from the newest run of benchmarks/gpu_check.sh on each card.
+
+    make gpu-report                          rewrites the page from benchmarks/results/gpu_*.json
+    python benchmarks/gpu_report.py --check  exit code 1 if the page is not up to date
+
+Without a run the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vosops.benchmarking.gpu import SHARES, problems
+from vosops.benchmarking.gpu_cases import CELLS, MODES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance-gpu.md"
+OPS = ("local_matching", "global_matching", "memory_read")
+COMMAND = "benchmarks/gpu_check.sh"
+
+GOALS = {
+    "local_matching/480p/bf16/forward": 30e-6,
+    "local_matching/480p/ieee/forward": 110e-6,
+    "local_matching/480p/tf32x3/forward": 55e-6,
+    "local_matching/1080p/bf16/forward": 150e-6,
+    "global_matching/480p/bf16/forward": 0.40e-3,
+    "memory_read/480p-20-frames/bf16/forward": 190e-6,
+    "memory_read/1080p-5-frames/bf16/forward": 1.2e-3,
+    "memory_read/480p-20-frames-top-30/bf16/forward": 90e-6,
+}
+"""Seconds that vosops sets out to stay below on an H100."""
+
+GOALS_ARE_FOR = "H100"
+COLOURS = {"ieee": "#7f7f7f", "tf32x3": "#1f77b4", "tf32": "#2ca02c", "bf16": "#d62728", "f16": "#ff7f0e"}
+
+Report = dict[str, Any]
+
+
+def newest(folder: Path) -> list[Report]:
+    """The newest readable run of each card, newest first."""
+    by_card: dict[str, Report] = {}
+    for file in sorted(folder.glob("gpu_*.json")):
+        report = json.loads(file.read_text())
+        wrong = problems(report)
+        if wrong:
+            raise SystemExit(f"{file} cannot be read: {'; '.join(wrong)}")
+        report["file"] = file.name
+        card = report["device"]["name"]
+        if card not in by_card or by_card[card]["date"] < report["date"]:
+            by_card[card] = report
+    return sorted(by_card.values(), key=lambda report: str(report["date"]), reverse=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+def duration(seconds: float) -> str:
+    """Three digits in the unit that suits."""
+    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+
+
+def rate(value: float, unit: str) -> str:
+    """Of operations or bytes a second, in tera."""
+    return f"{value / 1e12:.3g} T{unit}/s"
+
+
+def cells_of(report: Report) -> dict[str, Report]:
+    """The measured cells by name; one that failed is left to `failures`."""
+    cells = report["steps"].get("times", {}).get("data", {}).get("cells", {})
+    return {key: cell for key, cell in cells.items() if "failed" not in cell}
+
+
+def groups(report: Report, op: str) -> dict[tuple[str, bool], list[Report]]:
+    """An op's cells by (size, backward), in the order in which they are measured."""
+    cells = cells_of(report)
+    found: dict[tuple[str, bool], list[Report]] = {}
+    for cell in CELLS:
+        if cell.op == op and cell.key in cells:
+            found.setdefault((cell.size.name, cell.backward), []).append(cells[cell.key])
+    return found
+
+
+def fastest(cell: Report, *, ours: bool) -> Report | None:
+    """The fastest right result of vosops or of the others."""
+    right = [v for v in cell["variants"] if v["right"] and v["name"].startswith("vosops") == ours]
+    return min(right, key=lambda v: float(v["median"]), default=None)
+
+
+def group_table(cells: Sequence[Report]) -> str:
+    """A row per contender, a column per arithmetic: median and share of the floor; then the peak memory."""
+    modes = [mode for mode in MODES if any(cell["mode"] == mode for cell in cells)]
+    names = list(dict.fromkeys(v["name"] for cell in cells for v in cell["variants"]))
+    best = {(cell["mode"], cell["compiled"], v["name"]): v for cell in cells for v in cell["variants"]}
+    rows, wrong = [], False
+    for name in names:
+        texts, peak = [], "?"
+        for mode in modes:
+            v = best.get((mode, False, name)) or best.get((mode, True, name))
+            if v is None:
+                texts.append("-")
+                continue
+            share = "" if v["share"] is None else f" ({v['share']:.0%})"
+            wrong |= not v["right"]
+            texts.append(f"{duration(v['median'])}{share}{'' if v['right'] else ' †'}")
+            peak = peak if v["peak"] is None or peak != "?" else f"{v['peak'] / 1e6:.3g}"
+        bold = "**" if name.startswith("vosops") else ""
+        rows.append([f"{bold}{name}{bold}", *texts, peak])
+    lines = [table(["", *modes, "peak MB"], rows)]
+    left_out = {name: why for cell in cells for name, why in cell["left_out"].items() if name not in names}
+    if wrong:
+        lines.append("† further from the float32 result than this arithmetic explains.")
+    lines += [f"{name} left out: {why}" for name, why in left_out.items()]
+    return "\n\n".join(lines)
+
+
+def goals(report: Report) -> str:
+    """What was aimed at on this card, and what was reached."""
+    if GOALS_ARE_FOR not in report["device"]["name"]:
+        return f"The goals are for an {GOALS_ARE_FOR}; this card has none."
+    cells = cells_of(report)
+    rows = []
+    for key, goal in GOALS.items():
+        ours = fastest(cells[key], ours=True) if key in cells else None
+        if ours is None:
+            rows.append([f"`{key}`", duration(goal), "not measured", ""])
+            continue
+        other = fastest(cells[key], ours=False)
+        against = f"{other['median'] / ours['median']:.3g}x {other['name']}" if other else ""
+        met = "yes" if ours["median"] <= goal else "**no**"
+        rows.append(
+            [f"`{key}`", duration(goal), f"{duration(ours['median'])} ({ours['name']})", met, against]
+        )
+    rows = [row + [""] * (5 - len(row)) for row in rows]
+    return table(["case", "at most", "measured", "met", "fastest other"], rows)
+
+
+def steps(report: Report) -> str:
+    """How each step ended."""
+    rows = []
+    for name in SHARES:
+        step = report["steps"].get(name, {"status": "not run", "reasons": [], "seconds": 0.0})
+        reasons = "; ".join(step["reasons"][:3]) + (" ..." if len(step["reasons"]) > 3 else "")
+        rows.append(
+            [
+                name,
+                step["status"],
+                f"{step['seconds']:.0f} s",
+                reasons.replace("|", "\\|") or passed(name, step),
+            ]
+        )
+    return table(["step", "outcome", "took", ""], rows)
+
+
+def passed(name: str, step: Report) -> str:
+    """What a step that passed can say."""
+    data = step.get("data", {})
+    if name == "tests" and "passed" in data:
+        return f"{data['passed']} passed, {sum(data['skipped'].values())} skipped"
+    if name == "runtime" and "checks" in data:
+        outcomes = [check["outcome"].split(":")[0] for check in data["checks"]]
+        return ", ".join(f"{outcomes.count(word)} {word}" for word in sorted(set(outcomes)))
+    if name == "sanitizer":
+        return ", ".join(f"{tool} {found['findings']} findings" for tool, found in data.items())
+    return ""
+
+
+def ceilings(report: Report) -> str:
+    """What the card can do, in one line."""
+    data = report["steps"].get("ceilings", {}).get("data", {})
+    if not data:
+        return "The card's ceilings were not measured: no shares are given."
+    rates = ", ".join(f"{mode} {rate(flops, 'FLOP')}" for mode, flops in data["flops_per_second"].items())
+    side = data["product_size"]
+    return (
+        f"Ceilings measured in the same run: a copy moves {rate(data['bytes_per_second'], 'B')} (read plus written); "
+        f"products of random {side}x{side} matrices reach {rates} (tf32x3: a third of tf32)."
+    )
+
+
+def plot(report: Report, op: str, folder: Path) -> Path | None:
+    """Every contender's times, a panel per size and direction; None where nothing was measured."""
+    from matplotlib.figure import Figure
+
+    found = groups(report, op)
+    if not found:
+        return None
+    names = [
+        list(dict.fromkeys(v["name"] for cell in cells for v in cell["variants"]))[::-1]
+        for cells in found.values()
+    ]
+    heights = [0.8 + 0.25 * len(each) for each in names]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, cells, order in zip(panels, found.values(), names, strict=True):
+        for cell in cells:
+            points = [(v["median"] * 1e3, order.index(v["name"])) for v in cell["variants"]]
+            axis.scatter(*zip(*points, strict=True), s=30, color=COLOURS[cell["mode"]], label=cell["mode"])
+        axis.set_yticks(range(len(order)), order, fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlabel("ms", fontsize=8)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(cells[0]["title"].rsplit(", ", 2)[0], fontsize=9, loc="left")
+        handles, labels = axis.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        axis.legend(unique.values(), unique.keys(), fontsize=7, loc="upper right", bbox_to_anchor=(1.12, 1))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{Path(report['file']).stem}_{op}.svg"
+    figure.savefig(file, metadata={"Date": None})
+    return file
+
+
+def section(report: Report) -> str:
+    """A card: facts, outcomes, ceilings, goals, tables."""
+    device, versions = report["device"], report["versions"]
+    lines = [
+        f"## {device['name']}",
+        f"{report['date'][:10]}, commit `{report['commit'][:12]}`, compute capability {device['capability']}, driver "
+        f"{device['driver']}; torch {versions['torch']}, Triton {versions.get('triton', '?')}, nvcc "
+        f"{versions.get('nvcc', '?')}, Python {versions['python']}. All figures: "
+        f"`benchmarks/results/{report['file']}`, written by `{COMMAND}`.",
+        steps(report),
+        ceilings(report),
+        f"### Goals on the {device['name']}",
+        goals(report),
+    ]
+    for op in OPS:
+        found = groups(report, op)
+        lines.append(f"### {op} on the {device['name']}")
+        if not found:
+            lines.append("Not measured.")
+            continue
+        lines.append(f"![{op}](images/{Path(report['file']).stem}_{op}.svg)")
+        for (name, backward), cells in found.items():
+            direction = "forward + backward" if backward else "forward"
+            lines.append(f"**`{name}`, {direction}**: {cells[0]['title']} and the other arithmetics")
+            lines.append(group_table(cells))
+    failed = report["steps"].get("times", {}).get("data", {}).get("cells", {})
+    lines += [f"`{key}` failed: {cell['failed']}" for key, cell in failed.items() if "failed" in cell]
+    return "\n\n".join(lines)
+
+
+HEADER = f"""# Performance on GPUs
+
+This page is written by `make gpu-report` from the newest run of `{COMMAND}` on each card; do not edit it.
+
+- Medians of up to 20 runs by CUDA events, each with cold caches (a buffer larger than L2 is written before) and
+  after a head start of the host, so that launches do not count.
+- In brackets: the share of the floor, which is the operations over the measured rate of matrix products in the same
+  arithmetic, or the bytes over the measured rate of a copy, whichever takes longer.
+- Every result is compared with the same op in float32 on the CPU first. Peak memory is what PyTorch allocates
+  beyond the inputs.
+- `ieee`, `tf32x3` and `tf32` are float32 with that `precision`; other packages run with TF32 off, off and on."""
+
+NOTHING = f"""**No GPU has been measured yet: there is no run in `benchmarks/results/`.** No figure for a GPU anywhere in
+this documentation was measured on one. On a machine with an NVIDIA GPU, nvcc and PyTorch 2.10 or newer,
+
+```bash
+{COMMAND}
+make gpu-report
+```
+
+builds for that card, tests, and fills this page within about eight minutes."""
+
+
+def page(reports: Sequence[Report]) -> str:
+    """The whole page."""
+    return (
+        "\n\n".join([HEADER, *(section(report) for report in reports)] if reports else [HEADER, NOTHING])
+        + "\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, say whether the page is up to date"
+    )
+    options = parser.parse_args(arguments)
+    reports = newest(options.results)
+    text = page(reports)
+    if options.check:
+        stale = not options.page.exists() or options.page.read_text() != text
+        sys.exit(f"{options.page} is not up to date: make gpu-report" if stale else 0)
+    options.page.write_text(text)
+    for report in reports:
+        for op in OPS:
+            plot(report, op, options.page.parent / "images")
+    print(f"{options.page}: {len(reports)} card{'s' * (len(reports) != 1)}")
+
+
+if __name__ == "__main__":
+    main()
