@@ -259,8 +259,8 @@ This page is written by `make gpu-report` from the newest run of `{COMMAND}` on 
   beyond the inputs.
 - `ieee`, `tf32x3` and `tf32` are float32 with that `precision`; other packages run with TF32 off, off and on."""
 
-NOTHING = f"""**No GPU has been measured yet: there is no run in `benchmarks/results/`.** No figure for a GPU anywhere in
-this documentation was measured on one. On a machine with an NVIDIA GPU, nvcc and PyTorch 2.10 or newer,
+NOTHING = f"""**No GPU has been measured yet: there is no run in `benchmarks/results/`.** No figure for a GPU anywhere
+in this documentation was measured on one. On a machine with an NVIDIA GPU, nvcc and PyTorch 2.10 or newer,
 
 ```bash
 {COMMAND}
