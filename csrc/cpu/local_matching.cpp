@@ -44,11 +44,27 @@ constexpr int max_displacements(int rows) {
   return std::min(free / rows, 12);
 }
 
-// The scores out[r][d] = norm[d * dilation] - 2 * sum over elements of query[e][r] * key[e][d * dilation].
+// Where the scores of one register tile go: the running minima of the objects that have a pixel under it.
+template <class V>
+struct Minima {
+  struct Object {
+    int64_t slot;                                      // of the object's first ring
+    std::array<uint32_t, max_displacements(1)> lanes;  // by displacement: which key pixels are the object's
+  };
+  typename V::T* best;          // (objects, rings, kTileRows, lanes), of the first row of the tile
+  typename V::Code* code;       // alike: the displacement of the best, -1 for none
+  typename V::Code first_code;  // of displacement 0; the others follow
+  const Object* objects;
+  int64_t object_count;
+  const int64_t* ring;  // (rows, displacements): slot of the ring that a score belongs to
+};
+
+// Takes the scores norm[d * dilation] - 2 * sum over elements of query[e][r] * key[e][d * dilation] into the
+// running minima.
 template <class E, int R, int D>
 [[gnu::noinline]] void correlate(const typename E::Lanes::T* query, const typename E::Lanes::T* key,
                                  const typename E::Lanes::T* norm, int64_t key_stride, int64_t dilation,
-                                 int64_t elements, typename E::Lanes::T* out) {
+                                 int64_t elements, const Minima<typename E::Lanes>& minima) {
   using V = typename E::Lanes;
   typename V::Reg sum[D][R] = {};
   for (int64_t e = 0; e < elements; ++e) {
@@ -69,8 +85,39 @@ template <class E, int R, int D>
   for (int d = 0; d < D; ++d) {
     const typename V::Reg k2 = V::load(norm + d * dilation);
 #pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[d][r] = V::fma(sum[d][r], V::set1(-2), k2);
+  }
+  for (int64_t o = 0; o < minima.object_count; ++o) {
+    const auto& object = minima.objects[o];
+    typename V::T* const best_of = minima.best + object.slot;
+    typename V::Code* const code_of = minima.code + object.slot;
+    int64_t at[R];
+    typename V::Reg best[R];
+    typename V::CodeReg code[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      V::store(out + (r * D + d) * V::kLanes, V::fma(sum[d][r], V::set1(-2), k2));
+      at[r] = minima.ring[r * D] + r * V::kLanes;
+      best[r] = V::load(best_of + at[r]);
+      code[r] = V::load_code(code_of + at[r]);
+    }
+#pragma GCC unroll 16
+    for (int d = 0; d < D; ++d) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        if (d > 0 && minima.ring[r * D + d] != minima.ring[r * D + d - 1]) {
+          V::store(best_of + at[r], best[r]);
+          V::store_code(code_of + at[r], code[r]);
+          at[r] = minima.ring[r * D + d] + r * V::kLanes;
+          best[r] = V::load(best_of + at[r]);
+          code[r] = V::load_code(code_of + at[r]);
+        }
+        V::take_less(best[r], code[r], sum[d][r], object.lanes[d], minima.first_code + d);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      V::store(best_of + at[r], best[r]);
+      V::store_code(code_of + at[r], code[r]);
     }
   }
 }
@@ -250,7 +297,8 @@ class Tile {
         width_(problem.query.size(3)),
         slots_(problem.objects * problem.window.rings),
         best_(slots_ * kTileRows * kLanes),
-        code_(slots_ * kTileRows * kLanes) {}
+        code_(slots_ * kTileRows * kLanes),
+        present_(problem.objects + 1) {}
 
   // Starts on query rows y0 + r * dilation for r < rows and columns x0 .. x0 + kLanes (those inside the
   // image), packed as query (elements, kTileRows, kLanes); norm: |q|^2 of row r at norm + r * norm_stride.
@@ -319,41 +367,38 @@ class Tile {
     const int64_t x = x0_ + s * w.dilation;
     int64_t unused_first, unused_last;
     if (!p_.masks.needed(key_y, x, x + (count - 1) * w.dilation + kLanes, unused_first, unused_last)) return;
-    alignas(64) T scores[kTileRows * max_displacements(1) * kLanes];
+    typename Minima<V>::Object* present = present_.data();
+    for (int64_t o = 0; o < p_.objects; ++o) {
+      uint32_t any = 0;
+      for (int d = 0; d < count; ++d)
+        any |= present->lanes[d] = p_.masks.lanes(o, key_y, x + d * w.dilation, kLanes);
+      if (any == 0) continue;
+      present->slot = o * w.rings * kTileRows * kLanes;
+      ++present;
+    }
+    const Minima<V> minima{.best = best_.data() + first * kLanes,
+                           .code = code_.data() + first * kLanes,
+                           .first_code = static_cast<Code>((j + w.steps_y) * w.steps_across() + s),
+                           .objects = present_.data(),
+                           .object_count = present - present_.data(),
+                           .ring = rings_of(j - first, rows, s, count)};
     correlate_for<E>(rows, count)(
         query_ + first * kLanes, p_.key.data.data() + key_y * p_.key.elements * p_.key.stride + x,
-        p_.key.norm.data() + key_y * p_.key.stride + x, p_.key.stride, w.dilation, p_.key.elements, scores);
-    for (int64_t o = 0; o < p_.objects; ++o) {
-      uint32_t lanes[max_displacements(1)], any = 0;
-      for (int d = 0; d < count; ++d) any |= lanes[d] = p_.masks.lanes(o, key_y, x + d * w.dilation, kLanes);
-      if (any == 0) continue;
-      for (int i = 0; i < rows; ++i) {
-        const int64_t down = j - first - i;
-        take_row(o, first + i, down, s, count, scores + i * count * kLanes, lanes);
-      }
-    }
+        p_.key.norm.data() + key_y * p_.key.stride + x, p_.key.stride, w.dilation, p_.key.elements, minima);
   }
 
-  // Takes `count` scores of one row into the running minimum of object o; those of one ring stay in
-  // registers.
-  void take_row(int64_t o, int r, int64_t down, int64_t s, int count, const T* scores,
-                const uint32_t* lanes) {
+  // The slots of the rings that `count` displacements from s belong to, for `rows` rows, the first of which
+  // lies `down` steps above the key row.
+  const int64_t* rings_of(int64_t down, int rows, int64_t s, int count) {
     const Window& w = p_.window;
-    const int64_t code0 = (down + w.steps_y) * w.steps_across() + s;
-    const int64_t rows_down = std::abs(down);
-    for (int d = 0; d < count;) {
-      const int ring = w.ring[std::max(std::abs(s + d - w.steps_x), rows_down)];
-      const int64_t at = ((o * w.rings + ring) * kTileRows + r) * kLanes;
-      typename V::Reg best = V::load(best_.data() + at);
-      typename V::CodeReg code = V::load_code(code_.data() + at);
-      do {
-        V::take_less(best, code, V::load(scores + d * kLanes), lanes[d], static_cast<Code>(code0 + d));
-        ++d;
-      } while (d < count &&
-               (w.rings == 1 || w.ring[std::max(std::abs(s + d - w.steps_x), rows_down)] == ring));
-      V::store(best_.data() + at, best);
-      V::store_code(code_.data() + at, code);
+    if (w.rings == 1) return ring_.data();  // zeros
+    for (int r = 0; r < rows; ++r) {
+      for (int d = 0; d < count; ++d) {
+        const int64_t steps = std::max(std::abs(s + d - w.steps_x), std::abs(down - r));
+        ring_[r * count + d] = w.ring[steps] * int64_t{kTileRows * kLanes};
+      }
     }
+    return ring_.data();
   }
 
   void write_absent() {
@@ -398,35 +443,38 @@ class Tile {
   // Computes the winners' distances from the differences and writes a row of the tile.
   void write_row(int64_t slot, int r, const Code* code) {
     const Window& w = p_.window;
-    const int64_t y = y0_ + r * w.dilation;
-    int64_t key_index[kLanes], offset[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const bool found = code[lane] >= 0;
-      const int64_t c = found ? code[lane] : 0;
-      const int64_t key_y = found ? y + (c / w.steps_across() - w.steps_y) * w.dilation : y;
-      const int64_t key_x = found ? x0_ + lane + (c % w.steps_across() - w.steps_x) * w.dilation : 0;
-      key_index[lane] = found ? key_y * width_ + key_x : -1;
-      offset[lane] = key_y * p_.key.elements * p_.key.stride + w.reach + key_x;
-    }
-    T distance[kLanes] = {};
-    const T* key = p_.key.data.data();
-    const T* query = query_ + r * kLanes;
-    for (int64_t e = 0; e < p_.key.elements; ++e) {
-      for (int lane = 0; lane < kLanes; ++lane)
-        distance[lane] += E::squared_difference(query[lane], key[offset[lane]]);
-      key += p_.key.stride;
-      query += kTileRows * kLanes;
-    }
+    const Code across = static_cast<Code>(w.steps_across());
     for (int64_t lane = 0; lane < columns_; ++lane) {
-      const bool is_wanted = wanted(r, lane);
-      const bool found = is_wanted && key_index[lane] >= 0 && distance[lane] < kAbsent;
-      const bool undefined = is_wanted && std::isnan(norm_[r * norm_stride_ + lane]);
-      write(slot, r, lane,
-            undefined ? std::numeric_limits<T>::quiet_NaN()
-            : found   ? distance[lane]
-                      : kAbsent,
-            found && !undefined ? key_index[lane] : -1);
+      if (!wanted(r, lane)) {
+        write(slot, r, lane, kAbsent, -1);
+      } else if (std::isnan(norm_[r * norm_stride_ + lane])) {
+        write(slot, r, lane, std::numeric_limits<T>::quiet_NaN(), -1);
+      } else if (code[lane] < 0) {
+        write(slot, r, lane, kAbsent, -1);
+      } else {
+        const int64_t key_y = y0_ + (code[lane] / across - w.steps_y) * w.dilation;
+        const int64_t key_x = x0_ + lane + (code[lane] % across - w.steps_x) * w.dilation;
+        const T distance =
+            squared_distance(query_ + r * kLanes + lane,
+                             p_.key.data.data() + key_y * p_.key.elements * p_.key.stride + w.reach + key_x);
+        const bool finite = distance < kAbsent;
+        write(slot, r, lane, finite ? distance : kAbsent, finite ? key_y * width_ + key_x : -1);
+      }
     }
+  }
+
+  // Of a query pixel of the tile and a pixel of the key, in several sums to hide the latency of one.
+  T squared_distance(const T* query, const T* key) const {
+    constexpr int kSums = 4;
+    constexpr int64_t kQueryStride = kTileRows * kLanes;
+    const int64_t elements = p_.key.elements, stride = p_.key.stride;
+    T sum[kSums] = {};
+    int64_t e = 0;
+    for (; e + kSums <= elements; e += kSums)
+      for (int i = 0; i < kSums; ++i)
+        sum[i] += E::squared_difference(query[(e + i) * kQueryStride], key[(e + i) * stride]);
+    for (; e < elements; ++e) sum[0] += E::squared_difference(query[e * kQueryStride], key[e * stride]);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   const Problem<T>& p_;
@@ -434,7 +482,9 @@ class Tile {
   int64_t y0_ = 0, x0_ = 0, columns_ = 0;
   int rows_ = 0;
   Workspace<T> best_;     // (objects, rings, kTileRows, kLanes): the best score within a ring
-  Workspace<Code> code_;  // its displacement, -1 for none
+  Workspace<Code> code_;  // its displacement, counted from the first key row of the tile; -1 for none
+  std::vector<typename Minima<V>::Object> present_;
+  std::array<int64_t, kTileRows * max_displacements(1)> ring_{};
   bool any_wanted_ = false;
   const T* query_ = nullptr;
   const T* norm_ = nullptr;
