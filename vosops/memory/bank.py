@@ -162,7 +162,9 @@ class MemoryBank:
         groups = {**self._groups, **({self._next_group: list(new)} if new else {})}
         geometry = self._geometry or _geometry_of(key, value, shrinkage, selection)
         kept = {slot.frame for slot in self._work.slots if slot.permanent} | ({frame} if permanent else set())
-        plan = self._plan(geometry, groups, len(kept), self._has_temporary or temporary, 1)
+        plan = self._plan(
+            geometry, groups, len(kept), self._has_temporary or temporary, len(self._work.slots) + 1
+        )
 
         if not temporary:
             self._last_frame = frame
@@ -209,9 +211,8 @@ class MemoryBank:
             self._keep_elements(torch.stack(masks).any(0).nonzero().flatten())
         self._groups = groups
         assert self._geometry is not None
-        plan = self._plan(
-            self._geometry, groups, self._work.count(permanent=True), self._has_temporary, incoming=0
-        )
+        kept = self._work.count(permanent=True)
+        plan = self._plan(self._geometry, groups, kept, self._has_temporary, len(self._work.slots))
         self._lay_out(plan)
 
     @torch.no_grad()
@@ -324,16 +325,12 @@ class MemoryBank:
         host_slots = [StoredFrame(**slot) for slot in state["host"]]
         elements = len(state["long_columns"].get("key", ()))
         kept = sum(slot.permanent for slot in slots)
-        before, self._work.slots = self._work.slots, slots
-        try:
-            plan = self._plan(geometry, groups, kept, state["has_temporary"], incoming=0)
-            if plan.frames < len(slots) or plan.host_frames < len(host_slots) or plan.elements < elements:
-                raise MemoryBudgetError(
-                    f"the state's {len(slots)} frames, {elements} prototypes and {len(host_slots)} frames on the host "
-                    f"must fit the budgets, but {plan.frames}, {plan.elements} and {plan.host_frames} do"
-                )
-        finally:
-            self._work.slots = before
+        plan = self._plan(geometry, groups, kept, state["has_temporary"], len(slots))
+        if plan.frames < len(slots) or plan.host_frames < len(host_slots) or plan.elements < elements:
+            raise MemoryBudgetError(
+                f"the state's {len(slots)} frames, {elements} prototypes and {len(host_slots)} frames on the host "
+                f"must fit the budgets, but {plan.frames}, {plan.elements} and {plan.host_frames} do"
+            )
         self._forget()
         self._geometry, self._groups = geometry, groups
         self._work.pixels = self._host.pixels = geometry.pixels
@@ -360,7 +357,7 @@ class MemoryBank:
         return Rows(self._arena, LONG, 0, self._elements)
 
     def _plan(
-        self, geometry: Geometry, groups: Groups, permanent: int, temporary: bool, incoming: int
+        self, geometry: Geometry, groups: Groups, permanent: int, temporary: bool, frames: int
     ) -> Plan:
         return make_plan(
             self.settings,
@@ -368,7 +365,7 @@ class MemoryBank:
             groups,
             permanent=permanent,
             temporary=temporary,
-            frames=len(self._work.slots) + incoming,
+            frames=frames,
             room=self._arena.capacity(WORK) // geometry.pixels,
             staged=self._reader.far_host,
         )

@@ -97,7 +97,7 @@ def make_plan(
     beside, most = permanent + temporary, settings.most_frames
     elements = settings.max_long_term_elements if long_term else 0
     if budget is None:
-        grown = room if frames <= room else max(_FIRST_FRAMES, 2 * room)
+        grown = room if frames <= room else max(_FIRST_FRAMES, 2 * room, frames)
         fit = grown if most is None else beside + most
     else:
         bound = budget // sum(c.row_bytes * geometry.pixels for c in frame_columns) + 1
