@@ -47,6 +47,24 @@ def checkout(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.fixture(scope="session")
+def cutie_weights(tmp_path_factory):
+    """A file with seeded weights of Cutie's small model."""
+    pytest.importorskip("cutie", reason="the package rf-cutie is not installed")
+    from cutie.model.cutie import CUTIE
+    from cutie.model.utils import resnet
+
+    from vosops.models.checkouts import without_pretraining
+    from vosops.models.cutie import _configuration
+
+    path = tmp_path_factory.mktemp("cutie") / "cutie-small.pth"
+    torch.manual_seed(0)
+    with without_pretraining(resnet):
+        network = CUTIE(_configuration({"pix_feat_proj.weight": torch.empty(256, 256, 1, 1)}, None))
+    torch.save(network.state_dict(), path)
+    return path
+
+
 def assert_agree(expected, got):
     """Equal within 1e-5, except at 0.1 % of the positions."""
     assert len(expected) == len(got)

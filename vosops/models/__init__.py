@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vosops.models.cutie import Cutie
 from vosops.models.propagate import Propagate
+from vosops.models.xmem import XMem
 
-__all__ = ["Propagate", "Tracker", "create_model", "list_models"]
+__all__ = ["Cutie", "Propagate", "Tracker", "XMem", "create_model", "list_models"]
 
 
 class Tracker(Protocol):
@@ -55,7 +57,7 @@ class Tracker(Protocol):
         """Forgets everything."""
 
 
-_MODELS: dict[str, Callable[..., Tracker]] = {"propagate": Propagate}
+_MODELS: dict[str, Callable[..., Tracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
 
 
 def list_models() -> list[str]:
@@ -67,7 +69,8 @@ def create_model(name: str, weights: str | Path | None = None, **options: Any) -
     """Creates a model by name.
 
     weights: a file with the model's weights; None takes what the model ships with (``propagate`` is not trained and
-    takes no file). options: of the model's class. Raises ``ValueError`` for an unknown name.
+    takes no file; ``cutie`` and ``xmem`` need theirs). options: of the model's class. Raises ``ValueError`` for an
+    unknown name.
     """
     if name not in _MODELS:
         raise ValueError(f"model must be one of {', '.join(list_models())}, but is {name!r}")
