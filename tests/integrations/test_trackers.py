@@ -169,7 +169,7 @@ def test_masks_are_those_of_the_plain_checkout(make):
         return [tracker.step(frame(t), given.get(t)) for t in range(1, 16)]
 
     got = run()
-    assert len(tracker.acceleration.replaced) == 2
+    assert any("do_softmax" in name for name in tracker.acceleration.replaced)
     tracker.acceleration.undo()
     assert_agree(run(), got)
 
