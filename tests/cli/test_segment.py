@@ -104,6 +104,27 @@ def test_several_masks(vosops, clip, tmp_path, out):
     assert [f["frame"] for f in report["frames"] if f["given"]] == [3, 6]
 
 
+def test_the_memory_budget_reaches_the_model_and_an_excess_is_one_line(monkeypatch, capsys, clip, mask, out):
+    from vosops.models import Propagate
+
+    given = []
+
+    def make_tracker(*arguments, memory_budget, **options):
+        given.append(memory_budget)
+        return Propagate(pretrained=False, memory_budget=memory_budget)
+
+    monkeypatch.setattr("vosops.inference.job.make_tracker", make_tracker)
+    vosops = _runner(monkeypatch, capsys)
+    arguments = (clip, "--mask", mask, "--end", 3, "--size", 48)
+    assert vosops(*arguments, "--out", out, "--memory-budget", "20MB")[0] == 0
+    code, printed = vosops(*arguments, "--out", out, "--memory-budget", "30MB", "--resume")
+    assert code == 2 and "--memory-budget was 20MB, is 30MB" in error_line(printed)
+    code, printed = vosops(*arguments, "--out", out.with_name("small"), "--memory-budget", "20kB")
+    assert code == 1
+    assert "--memory-budget is too small at frame 0" in error_line(printed) and "0 fit" in error_line(printed)
+    assert given == ["20MB", "30MB", "20kB"]
+
+
 def test_a_folder_in_use(vosops, clip, mask, out):
     arguments = (clip, "--mask", mask, "--out", out)
     assert vosops(*arguments)[0] == 0
@@ -163,6 +184,10 @@ class TestBadInput:
         )
         line = self.wrong(real_vosops, out, *arguments, "--backbone", "nothing", code=1)
         assert "nothing" in line
+
+    def test_memory_budget(self, real_vosops, clip, mask, out):
+        line = self.wrong(real_vosops, out, clip, "--mask", mask, "--memory-budget", "2 apples")
+        assert "--memory-budget 2 apples" in line
 
     def test_options_of_data_sets(self, vosops, clip, mask, out):
         line = self.wrong(vosops, out, clip, "--mask", mask, "--sequence", "bear")

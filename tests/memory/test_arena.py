@@ -21,18 +21,20 @@ CPU = torch.device("cpu")
         max_size=8,
     ),
     st.integers(24, 200),
+    st.booleans(),
 )
-def test_relayout_moves_columns_without_changing_them(layouts, scratch):
+def test_relayout_moves_columns_without_changing_them(layouts, scratch, reserves_limit):
     arena = Arena(CPU)
+    arena.reserves_limit = reserves_limit
     expected, used = {}, {"a": 0, "b": 0}
-    for seed, (names, rows_a, rows_b) in enumerate(layouts):
+    for names, rows_a, rows_b in layouts:
         columns = [
             Column("ab"[i % 2], str(i), (1 + i % 3, 2), DTYPES[i % len(DTYPES)]) for i in sorted(names)
         ]
         capacity = {"a": rows_a, "b": rows_b}
         used = {table: min(used[table], capacity[table]) for table in used}
-        arena.relayout(columns, capacity, used, scratch=scratch, size=20000 if seed == 0 else None)
-        assert arena.size == 20000
+        arena.relayout(columns, capacity, used, scratch=scratch, limit=20000)
+        assert arena.size == 20000 or (not reserves_limit and arena.size <= 20000)
         for column in columns:
             view = arena.view(column.table, column.name)
             assert view.shape == (capacity[column.table], *column.shape) and view.dtype == column.dtype
@@ -65,9 +67,9 @@ def test_a_layout_that_does_not_fit_is_refused():
     columns = [Column("t", "x", (6,), torch.float32)]
     need = layout_bytes(columns, {"t": 10}, 64)
     assert need == 64 + 240
-    arena.relayout(columns, {"t": 10}, {}, scratch=64, size=need)
-    with pytest.raises(ValueError, match="size"):
-        arena.relayout(columns, {"t": 11}, {"t": 10}, scratch=64, size=need)
+    arena.relayout(columns, {"t": 10}, {}, scratch=64, limit=need)
+    with pytest.raises(ValueError, match="limit"):
+        arena.relayout(columns, {"t": 11}, {"t": 10}, scratch=64, limit=need)
 
 
 def test_largest_finds_the_last_that_fits():

@@ -240,6 +240,29 @@ def test_resuming_from_a_saved_state_is_bit_identical() -> None:
         assert torch.equal(model.step(frame), resumed.step(frame))
 
 
+def test_the_memory_budget_is_never_passed_and_the_error_says_how_many_frames_fit() -> None:
+    from vosops.memory import MemoryBudgetError
+
+    frames = list(moving(6, second=True))
+    free = make_model()
+    free.initialize(*frames[0])
+    free.step(frames[1][0], frames[1][1])
+    limited = make_model(memory_budget=free.memory_bytes() * 2)
+    stored = 0
+    with pytest.raises(MemoryBudgetError, match=r"memory_budget must be at least \d+ .*: (\d+) fit") as error:
+        for frame, labels in frames:
+            (limited.step if stored else limited.initialize)(frame, labels)
+            limited.step(frame)
+            assert limited.memory_bytes() <= limited.memory_budget
+            stored += 1
+    assert 1 <= stored < len(frames) and str(error.value).endswith(f"{stored} fit")
+    state = limited.state_dict()
+    with pytest.raises(MemoryBudgetError):
+        limited.step(frames[0][0], permanent=True)
+    assert torch.equal(limited.state_dict()["recent_keys"][-1], state["recent_keys"][-1])
+    limited.step(frames[0][0])  # goes on without
+
+
 def test_a_state_of_other_options_is_refused() -> None:
     state = started().state_dict()
     with pytest.raises(ValueError, match="size"):

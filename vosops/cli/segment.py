@@ -46,6 +46,9 @@ def segment(
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Most that the model may remember, such as 2GB or 512MiB.")
+    ] = None,
     size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = 480,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
     end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
@@ -77,7 +80,9 @@ def segment(
     if fps <= 0:
         raise InputError(f"--fps must be above 0, got {fps}")
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
-    settings = Settings(model, weights, backbone, device, dtype, size, start, end, step)
+    settings = Settings(
+        model, weights, backbone, device, dtype, size, start, end, step, memory_budget=memory_budget
+    )
     keep_freed_memory()
     with _Console() as console, _StopSignals(console.note) as signals:
         job = Job(

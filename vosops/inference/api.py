@@ -28,6 +28,7 @@ def segment(
     device: str | None = None,
     dtype: str = "float32",
     size: int = DEFAULT_SIZE,
+    memory_budget: int | str | None = None,
     start: int | None = None,
     end: int | None = None,
     step: int = 1,
@@ -48,6 +49,7 @@ def segment(
         device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
         dtype: "float32", or "bfloat16" or "float16" for autocast.
         size: Short side of the computation in pixels; -1 computes at the input's size.
+        memory_budget: Most that the model may remember: bytes, or a text such as "2GB".
         start: First frame number to process.
         end: Frame number to stop before.
         step: Process every ``step``-th frame.
@@ -59,6 +61,7 @@ def segment(
 
     Raises:
         InputError: At the call's first frame, when something given cannot be used.
+        VosopsError: When what must be remembered exceeds the memory budget.
         IncompleteInputError: After the last frame that could be read, when the video ended early.
 
     Example:
@@ -72,7 +75,7 @@ def segment(
     kind = find_dtype(dtype)
     if isinstance(model, str):
         weights = Path(weights) if weights is not None else None
-        model = make_tracker(model, place, weights=weights, backbone=backbone)
+        model = make_tracker(model, place, weights=weights, backbone=backbone, memory_budget=memory_budget)
     propagation = Propagation(
         model,
         source,

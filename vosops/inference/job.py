@@ -41,6 +41,7 @@ class Settings:
     start: int | None = None
     end: int | None = None
     step: int = 1
+    memory_budget: int | str | None = None
 
 
 @dataclass
@@ -149,7 +150,9 @@ class Job:
     @cached_property
     def _tracker(self) -> Tracker:
         s = self.settings
-        return make_tracker(s.model, self._device, weights=s.weights, backbone=s.backbone)
+        return make_tracker(
+            s.model, self._device, weights=s.weights, backbone=s.backbone, memory_budget=s.memory_budget
+        )
 
     @cached_property
     def _weights_content(self) -> str | None:
@@ -170,6 +173,7 @@ class Job:
             "start": s.start,
             "end": s.end,
             "step": s.step,
+            "memory-budget": s.memory_budget,
         }
 
     def _write_dataset_report(self, summaries: Sequence[Summary], problems: Sequence[str]) -> None:

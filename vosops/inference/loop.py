@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from vosops.memory import MemoryBudgetError
+
+from .errors import InputError, VosopsError
 from .frames import FrameSource, RawFrame, read_ahead, with_last
 from .masks import IGNORE, MaskSet
 from .resize import computation_size, resize_frame, resize_labels, resize_probability, to_labels
@@ -191,8 +193,13 @@ class Propagation:
         )
         with read_ahead(resized) as ahead:
             for (raw, image, frame), last in with_last(ahead):
-                with torch.inference_mode(), self._autocast():
-                    segmented = self._segment(raw, image, frame.to(self.device), raw.index in given, last)
+                try:
+                    with torch.inference_mode(), self._autocast():
+                        segmented = self._segment(raw, image, frame.to(self.device), raw.index in given, last)
+                except MemoryBudgetError as error:
+                    raise VosopsError(
+                        f"--memory-budget is too small at frame {raw.index}: {error}"
+                    ) from error
                 self.position = raw.index + step
                 yield segmented
 

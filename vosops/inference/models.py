@@ -38,9 +38,18 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def make_tracker(
-    name: str, device: torch.device, *, weights: Path | None = None, backbone: str | None = None
+    name: str,
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    backbone: str | None = None,
+    memory_budget: int | str | None = None,
 ) -> Tracker:
-    """Return the model of that name; it computes at the size of the frames it gets."""
+    """Return the model of that name; it computes at the size of the frames it gets.
+
+    memory_budget: bytes, or a text such as "2GB", that the model may remember at most.
+    """
+    from vosops.memory import parse_bytes
     from vosops.models import create_model, list_models
 
     if name not in list_models():
@@ -50,6 +59,11 @@ def make_tracker(
     options: dict[str, Any] = {"device": device, "size": -1}
     if backbone is not None:
         options["backbone"] = backbone
+    if memory_budget is not None:
+        try:
+            options["memory_budget"] = parse_bytes(memory_budget)
+        except ValueError as error:
+            raise InputError(f"--memory-budget {memory_budget} cannot be used: {error}") from error
     try:
         return create_model(name, weights=weights, **options)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -35,13 +35,16 @@ class Arena:
     """Columns in one uint8 tensor, each a dense (rows, *shape) array.
 
     `relayout` moves them in place, with nothing but `scratch` bytes at the start of the arena beside them, so that
-    the arena never needs more than its size. Where a larger one is asked for, old and new exist side by side for
-    the time of the copy.
+    the arena never needs more than its size. Without a limit a larger arena is made when one is needed, and old and
+    new exist side by side for the time of the copy. With a limit they never do: in pageable memory of the
+    CPU, where untouched pages cost nothing, all of it is reserved at once; elsewhere what is needed, and to grow the
+    contents go by way of such memory.
     """
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self.device = device
         self.pinned = pinned
+        self.reserves_limit = device.type == "cpu" and not pinned
         self.free()
 
     def free(self) -> None:
@@ -89,26 +92,22 @@ class Arena:
         used: Mapping[str, int],
         *,
         scratch: int,
-        size: int | None = None,
+        limit: int | None = None,
     ) -> None:
         """Take these columns with so many rows for each table, and keep the first `used` rows of each table.
 
-        Columns must keep their order; new ones are 0 in their used rows. size: bytes to allocate at the first use,
-        the layout's own need otherwise. Raises ValueError where the layout does not fit an arena of a given size.
+        Columns must keep their order; new ones are 0 in their used rows. limit: the most bytes to allocate; ValueError
+        where the layout needs more.
         """
         if list(columns) == list(self._columns.values()) and dict(capacity) == self._capacity:
             return
         offsets, need = _layout(columns, capacity, scratch)
-        if size is not None and need > size:
-            raise ValueError(f"size must be at least {need}, got {size}")
-        old_bytes, old = self._bytes, (self._columns, self._offsets)
-        in_place = need <= self.size and scratch == self._scratch
-        if not in_place:
-            self._bytes = self._allocate(need if size is None else size)
+        if limit is not None and need > limit:
+            raise ValueError(f"limit must be at least {need}, got {limit}")
+        old = self._columns, self._offsets
         kept = [column for column in columns if column.key in old[0]]
         moves = [(old[1][c.key], offsets[c.key], used.get(c.table, 0) * c.row_bytes) for c in kept]
-        self._scratch = scratch
-        if in_place:
+        if need <= self.size and scratch == self._scratch:
             # A column that moves down is done before those above it, one that moves up before those below it.
             for source, target, count in moves:
                 if target < source:
@@ -117,8 +116,14 @@ class Arena:
                 if target > source:
                     self._move(source, target, count)
         else:
-            for source, target, count in moves:
-                self._bytes[target : target + count] = old_bytes[source : source + count]
+            contents = [self._bytes[source : source + count] for source, _, count in moves]
+            if limit is not None:
+                contents = [piece.to("cpu", copy=True) for piece in contents]
+                self._bytes = self._allocate(0)
+            self._bytes = self._allocate(need if limit is None or not self.reserves_limit else limit)
+            for (_, target, count), piece in zip(moves, contents, strict=True):
+                self._bytes[target : target + count] = piece
+        self._scratch = scratch
         self._columns = {column.key: column for column in columns}
         self._offsets, self._capacity = offsets, dict(capacity)
         for column in columns:

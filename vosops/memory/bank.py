@@ -337,6 +337,7 @@ class MemoryBank:
         self._next_group, self._serial = state["next_group"], state["serial"]
         self._last_frame, self._has_temporary = state["last_frame"], state["has_temporary"]
         self._lay_out(plan)
+        self._lay_out_host(plan, first=bool(host_slots))
         self._work.slots, self._host.slots, self._elements = slots, host_slots, elements
         for rows, name in ((self._work.all(), "work"), (self._host.all(), "host"), (self._long_rows(), LONG)):
             rows.fill(state[f"{name}_columns"])
@@ -356,9 +357,7 @@ class MemoryBank:
     def _long_rows(self) -> Rows:
         return Rows(self._arena, LONG, 0, self._elements)
 
-    def _plan(
-        self, geometry: Geometry, groups: Groups, permanent: int, temporary: bool, frames: int
-    ) -> Plan:
+    def _plan(self, geometry: Geometry, groups: Groups, permanent: int, temporary: bool, frames: int) -> Plan:
         return make_plan(
             self.settings,
             geometry,
@@ -392,7 +391,7 @@ class MemoryBank:
                 store.remove_oldest()
         while len(host.slots) > max(plan.host_frames - (target is host), 0):
             host.remove_oldest()
-        self._lay_out_host(plan)
+        self._lay_out_host(plan, first=target is host)
         if self._arena.capacity(LONG) and plan.elements:
             most = self._most_frames(plan, permanent)
             if work.count() > most - grows:
@@ -404,6 +403,7 @@ class MemoryBank:
             if plan.host_frames:
                 while len(host.slots) >= plan.host_frames:
                     host.remove_oldest()
+                self._lay_out_host(plan, first=True)
                 host.append(work.slots[index], work.rows(index))
             work.remove(index)
 
@@ -413,18 +413,19 @@ class MemoryBank:
             plan.capacity,
             {WORK: self._work.used, LONG: self._elements},
             scratch=plan.scratch,
-            size=self.settings.budget_bytes,
+            limit=self.settings.budget_bytes,
         )
         self._lay_out_host(plan)
 
-    def _lay_out_host(self, plan: Plan) -> None:
-        if self.settings.host_budget is not None:
+    def _lay_out_host(self, plan: Plan, *, first: bool = False) -> None:
+        """Nothing is allocated on the host before a frame goes there: `first`."""
+        if self._host.slots or first:
             self._host_arena.relayout(
                 plan.host_columns,
                 plan.host_capacity,
                 {WORK: self._host.used},
                 scratch=plan.scratch,
-                size=self.settings.host_budget_bytes,
+                limit=self.settings.host_budget_bytes,
             )
 
     def _append(self, store: Frames, slot: StoredFrame) -> int:

@@ -37,7 +37,8 @@ class MemorySettings:
     top_k: of the reads; None: softmax over everything.
     similarity, scale: of `vosops.memory_read`.
     budget: bytes, or a text such as "2GB", that the bank allocates at most on its device; None: as many as the
-        policy needs. Under a budget all of it is reserved at the first `add`.
+        policy needs. On the CPU all of it is reserved at the first `add`, where pages cost nothing before they are
+        used.
     host_budget: bytes for frames that do not fit any more, in pinned host memory (plain if there is no GPU), with
         "every" and "window"; None: such frames are dropped.
     dtype: of the stored values, float32, float16, bfloat16 or int8 (with a scale for each position and object).

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import vosops
+from vosops.memory import MemoryBudgetError, parse_bytes
 from vosops.models.features import create_backbone
 from vosops.models.guided_filter import GuidedFilter, box_mean
 
@@ -76,7 +77,9 @@ class Propagate:
 
     backbone: a name for :func:`vosops.models.features.create_backbone`; pretrained=False takes random weights.
     size: the short side of the computation in pixels (frames are resized to it and results are given at the frame's
-    own size); -1 computes at the frame's size. device: where everything runs; results stay there.
+    own size); -1 computes at the frame's size. device: where everything runs; results stay there. memory_budget: bytes,
+    or a text such as "2GB", that what is remembered of the frames takes at most; MemoryBudgetError, with how many
+    permanent frames fit, before it would be passed.
     Cost: one backbone pass, then time and memory linear in the cells near the objects times those of the
     permanent frames.
     """
@@ -89,6 +92,7 @@ class Propagate:
         pretrained: bool = True,
         size: int = -1,
         device: str | torch.device = "cpu",
+        memory_budget: int | str | None = None,
     ) -> None:
         if weights is not None:
             raise ValueError(
@@ -100,6 +104,7 @@ class Propagate:
         self.backbone = create_backbone(backbone, pretrained=pretrained).to(device)
         self.size = size
         self.device = torch.device(device)
+        self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.reset()
 
     def reset(self) -> None:
@@ -157,6 +162,8 @@ class Propagate:
             _check_labels(labels, frame)
             probabilities = self._learn(features, labels, probabilities)
         elif not end:
+            if permanent:
+                self._check_budget(features, len(self.object_ids))
             self._remember(keys, fine)
             if permanent:
                 self._keep(features, _hard(self._recent_probabilities[-1]), self._recent_probabilities[-1])
@@ -259,6 +266,28 @@ class Propagate:
         self._recent_keys, self._recent_probabilities = [self._permanent_keys[:, -1]], [probabilities]
         self._restart_classifier()
 
+    def memory_bytes(self) -> int:
+        """Bytes of what is remembered of the frames."""
+        lists = [getattr(self, f"_{name}") for name in _SAVED_LISTS]
+        tensors = [*(x for saved in lists for x in saved), self._permanent_keys]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def _check_budget(self, features: Tensor, objects: int) -> None:
+        """Raise MemoryBudgetError unless one more permanent frame of these features and so many objects fits."""
+        if self.memory_budget is None:
+            return
+        channels, cells = features.shape[0], features[0].numel()
+        kept = min(EMBEDDING_CHANNELS, channels)
+        permanent = cells * (4 * (channels + kept) + objects + 1)  # features and keys; masks
+        recent = max(WINDOWS) * cells * 4 * (kept + objects + 1)  # keys and probabilities
+        frames = len(self._permanent_features) + 1
+        if frames * permanent + recent > self.memory_budget:
+            fit = max((self.memory_budget - recent) // permanent, 0)
+            raise MemoryBudgetError(
+                f"memory_budget must be at least {frames * permanent + recent} bytes for {frames} permanent frames of "
+                f"{objects} objects, but is {self.memory_budget}: {fit} fit"
+            )
+
     def _all_masks(self) -> Tensor:
         """Bool (O+1,T,h,w): the classes of the permanent frames' cells."""
         return torch.stack(self._permanent_masks, 1)
@@ -291,6 +320,7 @@ class Propagate:
         labels = labels.to(self.device).long()
         ids = _ids_of(labels)
         new = [i for i in ids if i not in self.object_ids]
+        self._check_budget(features, len(self.object_ids) + len(new))
         self.object_ids += new
         probabilities = torch.cat([probabilities, probabilities.new_zeros(len(new), *labels.shape)])
         probabilities = probabilities.clone()
