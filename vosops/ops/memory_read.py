@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vosops import _checks, backends
-from vosops.ops._registration import HAS_CPP, cpp_reasons_not, register_pieces, triton_reasons_not
+from vosops.ops._registration import (
+    HAS_CPP,
+    cpp_reasons_not,
+    define_triton_op,
+    register_pieces,
+    triton_reasons_not,
+)
 from vosops.reference.memory_read import (
     gaussian_prior,
     memory_gather_core,
@@ -562,12 +569,15 @@ def _setup_read(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward_read(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    grads = torch.ops.vosops.memory_read_backward(
-        grad_out, grad_lse, *tensors, ctx.scale, ctx.precision, out, lse
-    )
-    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None
+def _backward_read_by(op: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        grads = getattr(torch.ops.vosops, op)(
+            grad_out, grad_lse, *tensors, ctx.scale, ctx.precision, out, lse
+        )
+        return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None
+
+    return backward
 
 
 def _fake_read_backward(
@@ -725,10 +735,13 @@ def _setup_gather(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, index, value = ctx.saved_tensors
-    grad_weight, grad_value = torch.ops.vosops.memory_gather_backward(grad, weight, index, value)
-    return grad_weight, None, grad_value
+def _backward_gather_by(op: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, index, value = ctx.saved_tensors
+        grad_weight, grad_value = getattr(torch.ops.vosops, op)(grad, weight, index, value)
+        return grad_weight, None, grad_value
+
+    return backward
 
 
 def _fake_gather_backward(
@@ -741,41 +754,76 @@ def _setup_gather_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[T
     ctx.save_for_backward(*inputs)
 
 
-def _backward_gather_backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
-    """The op is bilinear in grad and (weight, value): with cotangents a, b they take each other's places."""
-    grad, weight, index, value = ctx.saved_tensors
-    ops = torch.ops.vosops
-    grad_grad = ops.memory_gather(a, index, value) + ops.memory_gather(weight, index, b)
-    grad_weight, _ = ops.memory_gather_backward(grad, weight, index, b)
-    _, grad_value = ops.memory_gather_backward(grad, a, index, value)
-    return grad_grad, grad_weight, None, grad_value
+def _backward_gather_backward_by(gather: str, gather_backward: str) -> Callable[..., Any]:
+    def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
+        """The op is bilinear in grad and (weight, value): with cotangents a, b they take each other's places."""
+        grad, weight, index, value = ctx.saved_tensors
+        forward, backward = (getattr(torch.ops.vosops, name) for name in (gather, gather_backward))
+        grad_grad = forward(a, index, value) + forward(weight, index, b)
+        grad_weight, _ = backward(grad, weight, index, b)
+        _, grad_value = backward(grad, a, index, value)
+        return grad_grad, grad_weight, None, grad_value
+
+    return backward
 
 
-if HAS_CPP:
-    register_pieces("memory_read", fake=_fake_read, backward=_backward_read, setup_context=_setup_read)
-    register_pieces(
-        "memory_read_backward",
-        fake=_fake_read_backward,
-        backward=_backward_read_backward,
-        setup_context=_setup_read_backward,
-    )
-    register_pieces(
-        "memory_select", fake=_fake_select, backward=_backward_select, setup_context=_setup_select
-    )
-    register_pieces(
-        "memory_gather", fake=_fake_gather, backward=_backward_gather, setup_context=_setup_gather
-    )
-    register_pieces(
-        "memory_gather_backward",
-        fake=_fake_gather_backward,
-        backward=_backward_gather_backward,
-        setup_context=_setup_gather_backward,
-    )
-    torch.library.register_fake("vosops::memory_usage", _fake_usage)
+_SCORES = "Tensor query, Tensor key, Tensor? shrinkage, Tensor? query_bias, Tensor? key_bias"
+_READ = _SCORES.replace("Tensor key", "Tensor key, Tensor value")
+_SCHEMAS = {
+    "memory_read": f"({_READ}, float scale, str precision) -> (Tensor out, Tensor lse)",
+    "memory_read_backward": f"(Tensor grad_out, Tensor grad_lse, {_READ}, float scale, str precision, Tensor out, "
+    "Tensor lse) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_shrinkage, "
+    "Tensor grad_query_bias, Tensor grad_key_bias)",
+    "memory_usage": f"({_SCORES}, float scale, str precision, Tensor lse) -> Tensor",
+    "memory_select": f"({_SCORES}, float scale, str precision, int top_k) -> (Tensor score, Tensor index)",
+    "memory_gather": "(Tensor weight, Tensor index, Tensor value) -> Tensor",
+    "memory_gather_backward": "(Tensor grad, Tensor weight, Tensor index, Tensor value)"
+    " -> (Tensor grad_weight, Tensor grad_value)",
+}
+"""Of the ops' Triton twins; csrc/ops.cpp holds those of the C++ ops."""
+
+
+def _define_triton(name: str) -> None:
+    module = "memory_select" if name.startswith(("memory_select", "memory_gather")) else "memory_read"
+
+    def kernel(*args: Any) -> Any:
+        return getattr(import_module(f"vosops.triton.{module}"), name)(*args)
+
+    define_triton_op(name, _SCHEMAS[name], kernel)
+
+
+def _register(suffix: str) -> None:
+    """The pieces of all ops: C++ ("") or Triton ("_triton")."""
+    read, gather = f"memory_read_backward{suffix}", f"memory_gather_backward{suffix}"
+    pieces: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., None]]] = {
+        "memory_read": (_fake_read, _backward_read_by(read), _setup_read),
+        "memory_read_backward": (_fake_read_backward, _backward_read_backward, _setup_read_backward),
+        "memory_select": (_fake_select, _backward_select, _setup_select),
+        "memory_gather": (_fake_gather, _backward_gather_by(gather), _setup_gather),
+        "memory_gather_backward": (
+            _fake_gather_backward,
+            _backward_gather_backward_by(f"memory_gather{suffix}", gather),
+            _setup_gather_backward,
+        ),
+    }
+    for name, (fake, backward, setup_context) in pieces.items():
+        register_pieces(name + suffix, fake=fake, backward=backward, setup_context=setup_context)
+    torch.library.register_fake(f"vosops::memory_usage{suffix}", _fake_usage)
+
+
+for _name in _SCHEMAS:
+    _define_triton(_name)
+for _suffix, _available in (("", HAS_CPP), ("_triton", True)):
+    if _available:
+        _register(_suffix)
 
 
 def _cpp(kernel: str, *args: Any) -> Any:
     return getattr(torch.ops.vosops, kernel)(*args)
+
+
+def _triton(kernel: str, *args: Any) -> Any:
+    return getattr(torch.ops.vosops, f"{kernel}_triton")(*args)
 
 
 def _reference(kernel: str, *args: Any) -> Any:
@@ -805,17 +853,13 @@ def _prepare(
     return (query,)
 
 
-def _triton_reasons_not(tensor: Tensor) -> list[str]:
-    return [*triton_reasons_not(tensor), "there is no Triton kernel of memory_read yet"]
-
-
 backends.register_op(
     backends.Op(
         name="memory_read",
         prepare=_prepare,
         implementations=(
             backends.Implementation("cpp", _cpp, _cpp_reasons_not),
-            backends.Implementation("triton", _reference, _triton_reasons_not),
+            backends.Implementation("triton", _triton, triton_reasons_not),
             backends.Implementation("reference", _reference, lambda *_: []),
         ),
         orders={

@@ -1,0 +1,964 @@
+"""The memory read: softmax over the memory in a streaming pass, all objects under one affinity.
+
+``_read``: a program owns 128 queries and 256 value columns (the channels of all objects, one after the other) and walks
+over a part of the memory in steps of 64 positions: 128 x 64 scores, running maximum and sum of each query in registers,
+weights rounded to the values' dtype, product with 64 x 256 values onto a float32 accumulator of 128 x 256, half the
+register file. Queries stay in shared memory; key and value tiles arrive by asynchronous copies, two steps in flight
+(128 KB). More columns are more programs, which compute the scores again: at 128 key channels a quarter more operations
+for 512 columns, the price of an accumulator that fits. Where queries and columns do not fill the device, the memory is
+cut into parts, whose results ``_merge`` combines by their log-sum-exp. At T=20, 480p/16: 13 x 2 x 5 programs, 78 Gflop,
+47 MB from L2 a part; bound by the tensor cores.
+
+``_usage``: a program owns memory positions, walks over all queries and sums exp(score - lse). The gradients have the
+same two shapes: ``_query_gradient`` owns queries, ``_key_gradient`` and ``_value_gradient`` own memory positions. No
+atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vosops.triton._common import dot, launch_on, product_precision
+from vosops.triton.memory_scores import (
+    LN2,
+    LOG2E,
+    Scores,
+    aligned,
+    block_of,
+    channel_block,
+    check_dtype,
+    finish_scores,
+    load_row_tiles,
+    load_tile,
+    load_vector,
+    of_batch,
+    options_of,
+    products,
+    score_operands,
+    slowest,
+    splits_for,
+    unit_stride,
+)
+
+MERGE_BLOCK = 64
+"""Queries and columns of a program that merges, or that sums grad_out * out."""
+
+
+@triton.jit
+def load_columns(value, i, column, stride_i, value_o, value_c, end, columns, VALUE_C: tl.constexpr):
+    """Tile (i, column) of values (O, VALUE_C, pixels), whose columns are the channels of all objects."""
+    offset = (column // VALUE_C).to(tl.int64) * value_o + (column % VALUE_C).to(tl.int64) * value_c
+    pointers = value + i.to(tl.int64)[:, None] * stride_i + offset[None, :]
+    return tl.load(pointers, mask=(i < end)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def load_column_rows(value, column, j, stride_j, value_o, value_c, end, columns, VALUE_C: tl.constexpr):
+    """The same tile transposed: (column, j)."""
+    offset = (column // VALUE_C).to(tl.int64) * value_o + (column % VALUE_C).to(tl.int64) * value_c
+    pointers = value + offset[:, None] + j.to(tl.int64)[None, :] * stride_j
+    return tl.load(pointers, mask=(column < columns)[:, None] & (j < end)[None, :], other=0.0)
+
+
+@triton.jit
+def store_transposed(
+    matrix, first_i, first_j, tile, end_i, end_j, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """Store a tile (BLOCK_I, BLOCK_J) at rows first_j and columns first_i of a matrix (end_j, end_i).
+
+    Offsets within the tile are 32-bit, which saves registers; hence MAX_QUERIES.
+    """
+    i = tl.arange(0, BLOCK_I)
+    j = tl.arange(0, BLOCK_J)
+    corner = matrix + first_j.to(tl.int64) * end_i + first_i
+    inside = (first_i + i < end_i)[:, None] & (first_j + j < end_j)[None, :]
+    tl.store(corner + (i[:, None] + j[None, :] * end_i), tile.to(matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_lse(lse, p, P):
+    """The log-sum-exp of queries in base 2; +inf where it is -inf and from P on, so that their weights are 0."""
+    loaded = tl.load(lse + p, mask=p < P, other=float("inf"))
+    return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
+
+
+@triton.jit
+def _read(
+    query,
+    key,
+    shrinkage,
+    query_bias,
+    key_bias,
+    shrinkage_n,
+    query_bias_n,
+    key_bias_n,
+    query_n,
+    query_c,
+    query_p,
+    key_n,
+    key_c,
+    key_m,
+    scale,
+    P,
+    M,
+    query_end,
+    key_end,
+    value,
+    out,
+    lse,
+    value_n,
+    value_o,
+    value_c,
+    value_m,
+    value_end,
+    batch,
+    columns,
+    tiles,
+    column_blocks,
+    part_steps,
+    C: tl.constexpr,
+    VALUE_C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr,
+):
+    """Grid (query tiles * column blocks * N * parts); out (parts, N, columns, P) and lse (parts, N, P) contiguous."""
+    tile = tl.program_id(0) % tiles
+    column_block = tl.program_id(0) // tiles % column_blocks
+    row = (tl.program_id(0) // tiles // column_blocks).to(tl.int64)
+    n = row % batch
+    part = (row // batch).to(tl.int32)
+    query += n * query_n
+    key += n * key_n
+    value += n * value_n
+    shrinkages = of_batch(shrinkage, n, shrinkage_n)
+    query_biases = of_batch(query_bias, n, query_bias_n)
+    key_biases = of_batch(key_bias, n, key_bias_n)
+
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = column_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    query_tile, query_squares = load_row_tiles(
+        query, p, query_c, query_p, query_end, 0, C, SQUARES, True, WIDE, BLOCK_C
+    )
+    row_bias = load_vector(query_biases, p, P, 0.0) * LOG2E
+
+    maximum = tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    acc = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
+    begin = part * part_steps * BLOCK_M
+    for first in range(begin, tl.minimum(begin + part_steps * BLOCK_M, M), BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        product = products(
+            query_tile, query_squares, query, key, p, m, query_c, query_p, key_c, key_m, query_end, key_end,
+            C, SQUARES, True, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        score = finish_scores(
+            product,
+            scale * LOG2E,
+            row_bias[:, None],
+            load_vector(shrinkages, m, M, 0.0)[None, :],
+            (load_vector(key_biases, m, M, float("-inf")) * LOG2E)[None, :],
+            query_bias is not None,
+            shrinkage is not None,
+        )
+        greater = tl.maximum(maximum, tl.max(score, axis=1))
+        offset = tl.where(greater == float("-inf"), 0.0, greater)
+        weight = tl.exp2(score - offset[:, None])
+        rescale = tl.exp2(maximum - offset)
+        maximum = greater
+        total = total * rescale + tl.sum(weight, axis=1)
+        tile_of_values = load_columns(
+            value, m, column, value_m, value_o, value_c, value_end, columns, VALUE_C
+        )
+        acc = dot(weight.to(value.dtype.element_ty), tile_of_values, acc * rescale[:, None], VALUE_PRECISION)
+
+    some = total != 0.0
+    total = tl.where(some, total, 1.0)
+    acc = acc * (1.0 / total)[:, None]
+    store_transposed(
+        out + row * columns * P, tile * BLOCK_P, column_block * BLOCK_V, acc, P, columns, BLOCK_P, BLOCK_V
+    )
+    if column_block == 0:
+        tl.store(
+            lse + row * P + p, tl.where(some, (maximum + tl.log2(total)) * LN2, float("-inf")), mask=p < P
+        )
+
+
+@triton.jit
+def _merge(
+    part_out, part_lse, out, lse, P, batch, columns, parts, p_blocks, column_blocks, BLOCK: tl.constexpr
+):
+    """Grid (query blocks * column blocks * N): results of parts, weighted by exp(their lse)."""
+    p = tl.program_id(0) % p_blocks * BLOCK + tl.arange(0, BLOCK)
+    column_block = tl.program_id(0) // p_blocks % column_blocks
+    column = column_block * BLOCK + tl.arange(0, BLOCK)
+    n = (tl.program_id(0) // p_blocks // column_blocks).to(tl.int64)
+    greatest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for part in range(parts):
+        greatest = tl.maximum(greatest, tl.load(part_lse + (part * batch + n) * P + p, mask=p < P, other=0.0))
+    offset = tl.where(greatest == float("-inf"), 0.0, greatest)
+    total = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    inside = (column < columns)[:, None] & (p < P)[None, :]
+    for part in range(parts):
+        row = part * batch + n
+        share = tl.exp2((tl.load(part_lse + row * P + p, mask=p < P, other=0.0) - offset) * LOG2E)
+        total += share
+        pointers = part_out + (row * columns + column)[:, None] * P + p[None, :]
+        acc += share[None, :] * tl.load(pointers, mask=inside, other=0.0)
+    some = total != 0.0
+    total = tl.where(some, total, 1.0)
+    pointers = out + (n * columns + column)[:, None] * P + p[None, :]
+    tl.store(pointers, (acc / total[None, :]).to(out.dtype.element_ty), mask=inside)
+    if column_block == 0:
+        tl.store(lse + n * P + p, tl.where(some, offset + tl.log2(total) * LN2, float("-inf")), mask=p < P)
+
+
+@triton.jit
+def _usage(
+    query,
+    key,
+    shrinkage,
+    query_bias,
+    key_bias,
+    shrinkage_n,
+    query_bias_n,
+    key_bias_n,
+    query_n,
+    query_c,
+    query_p,
+    key_n,
+    key_c,
+    key_m,
+    scale,
+    P,
+    M,
+    query_end,
+    key_end,
+    lse,
+    usage,
+    lse_n,
+    tiles,
+    C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (memory tiles * N); usage (N, M) contiguous."""
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    query += n * query_n
+    key += n * key_n
+    lse += n * lse_n
+    query_biases = of_batch(query_bias, n, query_bias_n)
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    key_tile, key_squares = load_row_tiles(key, m, key_c, key_m, key_end, 0, C, SQUARES, False, WIDE, BLOCK_C)
+    row_shrinkage = load_vector(of_batch(shrinkage, n, shrinkage_n), m, M, 0.0)
+    row_bias = load_vector(of_batch(key_bias, n, key_bias_n), m, M, float("-inf")) * LOG2E
+    used = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        product = products(
+            key_tile, key_squares, key, query, m, p, key_c, key_m, query_c, query_p, key_end, query_end,
+            C, SQUARES, False, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        score = finish_scores(
+            product,
+            scale * LOG2E,
+            (load_vector(query_biases, p, P, 0.0) * LOG2E)[None, :],
+            row_shrinkage[:, None],
+            row_bias[:, None],
+            query_bias is not None,
+            shrinkage is not None,
+        )
+        used += tl.sum(tl.exp2(score - load_lse(lse, p, P)[None, :]), axis=1)
+    tl.store(usage + n * M + m, used, mask=m < M)
+
+
+@triton.jit
+def _mean_gradient(
+    grad,
+    out,
+    grad_lse,
+    mean,
+    P,
+    columns,
+    p_blocks,
+    grad_n,
+    grad_o,
+    grad_c,
+    grad_p,
+    VALUE_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (query blocks * N): mean = sum over columns of grad * out, minus grad_lse."""
+    p = tl.program_id(0) % p_blocks * BLOCK + tl.arange(0, BLOCK)
+    n = (tl.program_id(0) // p_blocks).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        g = load_column_rows(grad + n * grad_n, column, p, grad_p, grad_o, grad_c, P, columns, VALUE_C)
+        o = load_tile(out + n * columns * P, column, p, P, 1, columns, P)
+        total += tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=0)
+    at = n * P + p
+    tl.store(mean + at, total - tl.load(grad_lse + at, mask=p < P, other=0.0), mask=p < P)
+
+
+@triton.jit
+def _query_gradient(
+    query,
+    key,
+    shrinkage,
+    query_bias,
+    key_bias,
+    shrinkage_n,
+    query_bias_n,
+    key_bias_n,
+    query_n,
+    query_c,
+    query_p,
+    key_n,
+    key_c,
+    key_m,
+    scale,
+    P,
+    M,
+    query_end,
+    key_end,
+    value,
+    grad,
+    lse,
+    mean,
+    grad_query,
+    grad_query_bias,
+    value_n,
+    value_o,
+    value_c,
+    value_m,
+    value_end,
+    grad_n,
+    grad_o,
+    grad_c,
+    grad_p,
+    batch,
+    columns,
+    tiles,
+    channel_blocks,
+    part_steps,
+    C: tl.constexpr,
+    VALUE_C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr,
+):
+    """Grid (query tiles * channel blocks * N * parts); grad_query (parts, N, Cq, P), grad_query_bias (parts, N, P)."""
+    QUERY_C: tl.constexpr = 2 * C if SQUARES else C
+    tile = tl.program_id(0) % tiles
+    channel_block = tl.program_id(0) // tiles % channel_blocks
+    row = (tl.program_id(0) // tiles // channel_blocks).to(tl.int64)
+    n = row % batch
+    part = (row // batch).to(tl.int32)
+    query += n * query_n
+    key += n * key_n
+    value += n * value_n
+    grad += n * grad_n
+    shrinkages = of_batch(shrinkage, n, shrinkage_n)
+    query_biases = of_batch(query_bias, n, query_bias_n)
+    key_biases = of_batch(key_bias, n, key_bias_n)
+
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = channel_block * BLOCK_G + tl.arange(0, BLOCK_G)
+    query_tile, query_squares = load_row_tiles(
+        query, p, query_c, query_p, query_end, 0, C, SQUARES, True, WIDE, BLOCK_C
+    )
+    row_bias = load_vector(query_biases, p, P, 0.0) * LOG2E
+    row_lse = load_lse(lse + n * P, p, P)
+    row_mean = tl.load(mean + n * P + p, mask=p < P, other=0.0)
+
+    acc = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    acc_squares = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
+    acc_bias = tl.zeros((BLOCK_P,), tl.float32)
+    begin = part * part_steps * BLOCK_M
+    for first in range(begin, tl.minimum(begin + part_steps * BLOCK_M, M), BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        product = products(
+            query_tile, query_squares, query, key, p, m, query_c, query_p, key_c, key_m, query_end, key_end,
+            C, SQUARES, True, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        column_shrinkage = load_vector(shrinkages, m, M, 0.0)[None, :]
+        score = finish_scores(
+            product,
+            scale * LOG2E,
+            row_bias[:, None],
+            column_shrinkage,
+            (load_vector(key_biases, m, M, float("-inf")) * LOG2E)[None, :],
+            query_bias is not None,
+            shrinkage is not None,
+        )
+        weight = tl.exp2(score - row_lse[:, None])
+        flow = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+        for first_column in range(0, columns, BLOCK_V):
+            column = first_column + tl.arange(0, BLOCK_V)
+            g = load_columns(grad, p, column, grad_p, grad_o, grad_c, P, columns, VALUE_C)
+            v = load_column_rows(value, column, m, value_m, value_o, value_c, value_end, columns, VALUE_C)
+            flow = dot(g, v, flow, VALUE_PRECISION)
+        slope = weight * (flow - row_mean[:, None])
+        if shrinkage is not None:
+            slope = slope * column_shrinkage
+        acc_bias += tl.sum(slope, axis=1)
+        k = load_tile(key, m, c, key_m, key_c, key_end, C)
+        if WIDE:
+            k = k.to(tl.float32)
+        acc = dot(slope.to(k.dtype), k, acc, PRECISION)
+        if SQUARES:
+            acc_squares = dot(slope, k * k, acc_squares, PRECISION)
+
+    grad_query += row * QUERY_C * P
+    store_transposed(grad_query, tile * BLOCK_P, channel_block * BLOCK_G, acc * scale, P, C, BLOCK_P, BLOCK_G)
+    if SQUARES:
+        grad_query += C * P
+        acc = acc_squares * scale
+        store_transposed(grad_query, tile * BLOCK_P, channel_block * BLOCK_G, acc, P, C, BLOCK_P, BLOCK_G)
+    if channel_block == 0:
+        tl.store(grad_query_bias + row * P + p, acc_bias, mask=p < P)
+
+
+@triton.jit
+def _key_gradient(
+    query,
+    key,
+    shrinkage,
+    query_bias,
+    key_bias,
+    shrinkage_n,
+    query_bias_n,
+    key_bias_n,
+    query_n,
+    query_c,
+    query_p,
+    key_n,
+    key_c,
+    key_m,
+    scale,
+    P,
+    M,
+    query_end,
+    key_end,
+    value,
+    grad,
+    lse,
+    mean,
+    grad_key,
+    grad_shrinkage,
+    grad_key_bias,
+    value_n,
+    value_o,
+    value_c,
+    value_m,
+    grad_n,
+    grad_o,
+    grad_c,
+    grad_p,
+    grad_end,
+    columns,
+    tiles,
+    channel_blocks,
+    C: tl.constexpr,
+    VALUE_C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr,
+):
+    """Grid (memory tiles * channel blocks * N); contiguous: grad_key (N, C, M), the vectors' gradients (N, M)."""
+    tile = tl.program_id(0) % tiles
+    channel_block = tl.program_id(0) // tiles % channel_blocks
+    n = (tl.program_id(0) // tiles // channel_blocks).to(tl.int64)
+    query += n * query_n
+    key += n * key_n
+    value += n * value_n
+    grad += n * grad_n
+    lse += n * P
+    mean += n * P
+    query_biases = of_batch(query_bias, n, query_bias_n)
+
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = channel_block * BLOCK_G + tl.arange(0, BLOCK_G)
+    key_tile, key_squares = load_row_tiles(key, m, key_c, key_m, key_end, 0, C, SQUARES, False, WIDE, BLOCK_C)
+    row_shrinkage = load_vector(of_batch(shrinkage, n, shrinkage_n), m, M, 0.0)
+    row_bias = load_vector(of_batch(key_bias, n, key_bias_n), m, M, float("-inf")) * LOG2E
+
+    acc = tl.zeros((BLOCK_M, BLOCK_G), tl.float32)
+    acc_squares = tl.zeros((BLOCK_M, BLOCK_G), tl.float32)
+    acc_shrinkage = tl.zeros((BLOCK_M,), tl.float32)
+    acc_bias = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        product = products(
+            key_tile, key_squares, key, query, m, p, key_c, key_m, query_c, query_p, key_end, query_end,
+            C, SQUARES, False, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        column_bias = (load_vector(query_biases, p, P, 0.0) * LOG2E)[None, :]
+        score = finish_scores(
+            product,
+            scale * LOG2E,
+            column_bias,
+            row_shrinkage[:, None],
+            row_bias[:, None],
+            query_bias is not None,
+            shrinkage is not None,
+        )
+        weight = tl.exp2(score - load_lse(lse, p, P)[None, :])
+        flow = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        for first_column in range(0, columns, BLOCK_V):
+            column = first_column + tl.arange(0, BLOCK_V)
+            v = load_columns(value, m, column, value_m, value_o, value_c, M, columns, VALUE_C)
+            g = load_column_rows(grad, column, p, grad_p, grad_o, grad_c, grad_end, columns, VALUE_C)
+            flow = dot(v, g, flow, VALUE_PRECISION)
+        slope = weight * (flow - tl.load(mean + p, mask=p < P, other=0.0)[None, :])
+        acc_bias += tl.sum(slope, axis=1)
+        if shrinkage is not None:
+            raw = product * scale
+            if query_bias is not None:
+                raw += column_bias * LN2
+            acc_shrinkage += tl.sum(slope * raw, axis=1)
+            slope = slope * row_shrinkage[:, None]
+        q = load_tile(query, p, c, query_p, query_c, query_end, C)
+        if WIDE:
+            q = q.to(tl.float32)
+        acc = dot(slope.to(q.dtype), q, acc, PRECISION)
+        if SQUARES:
+            q = load_tile(query, p, tl.where(c < C, C + c, 2 * C), query_p, query_c, query_end, 2 * C)
+            acc_squares = dot(slope, q.to(tl.float32), acc_squares, PRECISION)
+
+    if SQUARES:
+        k = load_tile(key, m, c, key_m, key_c, key_end, C).to(tl.float32)
+        acc += 2.0 * k * acc_squares
+    grad_key += n * C * M
+    store_transposed(grad_key, tile * BLOCK_M, channel_block * BLOCK_G, acc * scale, M, C, BLOCK_M, BLOCK_G)
+    if channel_block == 0:
+        tl.store(grad_key_bias + n * M + m, acc_bias, mask=m < M)
+        tl.store(grad_shrinkage + n * M + m, acc_shrinkage, mask=m < M)
+
+
+@triton.jit
+def _value_gradient(
+    query,
+    key,
+    shrinkage,
+    query_bias,
+    key_bias,
+    shrinkage_n,
+    query_bias_n,
+    key_bias_n,
+    query_n,
+    query_c,
+    query_p,
+    key_n,
+    key_c,
+    key_m,
+    scale,
+    P,
+    M,
+    query_end,
+    key_end,
+    grad,
+    lse,
+    grad_value,
+    grad_n,
+    grad_o,
+    grad_c,
+    grad_p,
+    grad_end,
+    columns,
+    tiles,
+    column_blocks,
+    C: tl.constexpr,
+    VALUE_C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr,
+):
+    """Grid (memory tiles * column blocks * N); grad_value (N, columns, M) contiguous."""
+    tile = tl.program_id(0) % tiles
+    column_block = tl.program_id(0) // tiles % column_blocks
+    n = (tl.program_id(0) // tiles // column_blocks).to(tl.int64)
+    query += n * query_n
+    key += n * key_n
+    grad += n * grad_n
+    lse += n * P
+    query_biases = of_batch(query_bias, n, query_bias_n)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    key_tile, key_squares = load_row_tiles(key, m, key_c, key_m, key_end, 0, C, SQUARES, False, WIDE, BLOCK_C)
+    row_shrinkage = load_vector(of_batch(shrinkage, n, shrinkage_n), m, M, 0.0)
+    row_bias = load_vector(of_batch(key_bias, n, key_bias_n), m, M, float("-inf")) * LOG2E
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        product = products(
+            key_tile, key_squares, key, query, m, p, key_c, key_m, query_c, query_p, key_end, query_end,
+            C, SQUARES, False, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        score = finish_scores(
+            product,
+            scale * LOG2E,
+            (load_vector(query_biases, p, P, 0.0) * LOG2E)[None, :],
+            row_shrinkage[:, None],
+            row_bias[:, None],
+            query_bias is not None,
+            shrinkage is not None,
+        )
+        weight = tl.exp2(score - load_lse(lse, p, P)[None, :])
+        g = load_columns(grad, p, column, grad_p, grad_o, grad_c, grad_end, columns, VALUE_C)
+        acc = dot(weight.to(g.dtype), g, acc, VALUE_PRECISION)
+    grad_value += n * columns * M
+    store_transposed(grad_value, tile * BLOCK_M, column_block * BLOCK_V, acc, M, columns, BLOCK_M, BLOCK_V)
+
+
+Launch = tuple[dict[str, Any], dict[str, int]]
+"""Compile-time arguments of a kernel, and options for the compiler."""
+
+
+def read_launch(scores: Scores, columns: int, value_channels: int, value_kind: str) -> Launch:
+    """Tiles of ``_read``."""
+    kind = slowest((scores.kind, value_kind))
+    block_p, block_m, block_v, options = {
+        "half": (128, 64, 256, options_of(8, 2)),
+        "tf32": (64, 32, 128, options_of(4, 2)),
+        "tf32x3": (64, 32, 64, options_of(4, 2)),
+        "ieee": (64, 32, 64, options_of(4, 2)),
+    }[kind]
+    blocks = {
+        "BLOCK_P": block_of(scores.queries, block_p),
+        "BLOCK_M": block_of(scores.memory, block_m),
+        "BLOCK_C": channel_block(scores),
+        "BLOCK_V": block_of(columns, block_v),
+    }
+    return {**scores.constants, **value_constants(value_channels, value_kind), **blocks}, options
+
+
+def usage_launch(scores: Scores) -> Launch:
+    """Tiles of ``_usage``."""
+    return {**scores.constants, **_square_blocks(scores)}, options_of(4, 2)
+
+
+def gradient_launch(scores: Scores, columns: int, value_channels: int, value_kind: str) -> Launch:
+    """Tiles of ``_query_gradient`` and ``_key_gradient``."""
+    blocks = {
+        **_square_blocks(scores),
+        "BLOCK_V": block_of(columns, 64 if value_kind in ("half", "tf32") else 32),
+        "BLOCK_G": block_of(scores.channels, 64 if scores.kind in ("half", "tf32") else 32),
+    }
+    return {**scores.constants, **value_constants(value_channels, value_kind), **blocks}, _gradient_options(
+        scores.kind, value_kind
+    )
+
+
+def value_gradient_launch(scores: Scores, columns: int, value_channels: int, value_kind: str) -> Launch:
+    """Tiles of ``_value_gradient``."""
+    blocks = {**_square_blocks(scores), "BLOCK_V": block_of(columns, 128 if value_kind == "half" else 64)}
+    return {**scores.constants, **value_constants(value_channels, value_kind), **blocks}, _gradient_options(
+        scores.kind, value_kind
+    )
+
+
+def _gradient_options(*kinds: str) -> dict[str, int]:
+    """Twice the warps, so twice the registers, where operands are split or multiplied without tensor cores."""
+    return options_of(4 if slowest(kinds) in ("half", "tf32") else 8, 2)
+
+
+def value_constants(value_channels: int, value_kind: str) -> dict[str, Any]:
+    """What kernels that multiply values know about them."""
+    return {
+        "VALUE_C": max(1, value_channels),
+        "VALUE_PRECISION": "ieee" if value_kind == "half" else value_kind,
+    }
+
+
+def _square_blocks(scores: Scores) -> dict[str, int]:
+    side = 64 if scores.kind == "half" else 32
+    return {
+        "BLOCK_P": block_of(scores.queries, side),
+        "BLOCK_M": block_of(scores.memory, side),
+        "BLOCK_C": channel_block(scores),
+    }
+
+
+def kind_of_value(value: Tensor, precision: str, scores: Scores) -> str:
+    """The kind of the products with values."""
+    return product_precision(precision, scores.target) if value.dtype == torch.float32 else "half"
+
+
+def memory_read(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Values read with the softmax of the scores over the memory.
+
+    Args:
+        query: (N, C, P), or (N, 2C, P) to meet the key's channels and their squares; float32, float16 or bfloat16, any
+            strides, as key and value.
+        key: (N, C, M).
+        value: (N, O, Cv, M).
+        shrinkage: (N, M) float32 or None.
+        query_bias: (N, P) float32 or None.
+        key_bias: (N, M) float32 or None; -inf excludes a position.
+        scale: Factor of the products.
+        precision: "ieee", "tf32" or "tf32x3": products of float32.
+
+    Returns:
+        out (N, O, Cv, P) in the value's dtype and the log-sum-exp of the scores (N, P) float32; 0 and -inf where there
+        is nothing to read.
+
+    Memory: where queries and channels do not fill the device, N * O * Cv * P float32 for each part of the memory; a
+    copy of keys or values that cannot be read 16 bytes at a time (see `aligned`).
+    """
+    _check_value(value, key)
+    scores = score_operands(query, key, shrinkage, query_bias, key_bias, scale, precision)
+    batch, objects, channels, _ = value.shape
+    columns, queries = objects * channels, scores.queries
+    out = value.new_empty((batch, objects, channels, queries))
+    lse = value.new_empty((batch, queries), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    constants, options = read_launch(scores, columns, channels, kind_of_value(value, precision, scores))
+    value = aligned(value)
+    tiles = triton.cdiv(queries, constants["BLOCK_P"])
+    column_blocks = max(1, triton.cdiv(columns, constants["BLOCK_V"]))
+    steps = max(1, triton.cdiv(scores.memory, constants["BLOCK_M"]))
+    parts = splits_for(tiles * column_blocks * batch, steps, scores.target)
+    part_steps = triton.cdiv(steps, parts)
+    parts = triton.cdiv(steps, part_steps)
+    part_out, part_lse = out, lse
+    if parts > 1:
+        part_out = out.new_empty((parts, *out.shape), dtype=torch.float32)
+        part_lse = lse.new_empty((parts, *lse.shape))
+    with launch_on(value):
+        _read[(tiles * column_blocks * batch * parts,)](
+            *scores.arguments,
+            value,
+            part_out,
+            part_lse,
+            *value.stride(),
+            value.shape[3],
+            batch,
+            columns,
+            tiles,
+            column_blocks,
+            part_steps,
+            **constants,
+            **options,
+        )
+        if parts > 1:
+            p_blocks = triton.cdiv(queries, MERGE_BLOCK)
+            merge_blocks = max(1, triton.cdiv(columns, MERGE_BLOCK))
+            _merge[(p_blocks * merge_blocks * batch,)](
+                part_out,
+                part_lse,
+                out,
+                lse,
+                queries,
+                batch,
+                columns,
+                parts,
+                p_blocks,
+                merge_blocks,
+                BLOCK=MERGE_BLOCK,
+                **options_of(4, 2),
+            )
+    return out, lse
+
+
+def memory_usage(
+    query: Tensor,
+    key: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    precision: str,
+    lse: Tensor,
+) -> Tensor:
+    """Each memory position's weight exp(score - lse), summed over the queries -> (N, M) float32.
+
+    Arguments as those of `memory_read`; lse (N, P) float32.
+    """
+    scores = score_operands(
+        query, key, shrinkage, query_bias, key_bias, scale, precision, stream_queries=True
+    )
+    usage = lse.new_empty((scores.batch, scores.memory))
+    if usage.numel() == 0:
+        return usage
+    constants, options = usage_launch(scores)
+    tiles = triton.cdiv(scores.memory, constants["BLOCK_M"])
+    lse = unit_stride(lse)
+    with launch_on(query):
+        _usage[(tiles * scores.batch,)](
+            *scores.arguments, lse, usage, lse.stride(0), tiles, **constants, **options
+        )
+    return usage
+
+
+def memory_read_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    precision: str,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of `memory_read` with respect to query, key, value, shrinkage, query_bias and key_bias.
+
+    Arguments as those of `memory_read`, with its results and their gradients. Gradients are contiguous and in the
+    dtypes of what they belong to; those of vectors that are None are (N, 0). The same on every run.
+    """
+    _check_value(value, key)
+    batch, objects, channels, memory = value.shape
+    columns, queries = objects * channels, query.shape[2]
+    vectors = (shrinkage, query_bias, key_bias)
+    matrices = tuple(t.new_empty(t.shape) for t in (query, key, value))
+    gradients = tuple(lse.new_empty((batch, 0) if v is None else tuple(v.shape)) for v in vectors)
+    if lse.numel() == 0 or key.shape[2] == 0:
+        return tuple(t.zero_() for t in (*matrices, *gradients))
+    out, lse, grad_lse = out.contiguous(), lse.contiguous(), grad_lse.contiguous()
+    grad_out = grad_out.to(value.dtype)
+    streams_memory = score_operands(query, key, *vectors, scale, precision)
+    streams_queries = score_operands(query, key, *vectors, scale, precision, stream_queries=True)
+    value_kind = kind_of_value(value, precision, streams_memory)
+    constants, options = gradient_launch(streams_memory, columns, channels, value_kind)
+    mean = torch.empty_like(lse)
+    p_blocks = triton.cdiv(queries, MERGE_BLOCK)
+    tiles = triton.cdiv(queries, constants["BLOCK_P"])
+    memory_tiles = triton.cdiv(memory, constants["BLOCK_M"])
+    channel_blocks = max(1, triton.cdiv(streams_memory.channels, constants["BLOCK_G"]))
+    parts = splits_for(tiles * channel_blocks * batch, memory_tiles, streams_memory.target, resident=2)
+    part_steps = triton.cdiv(memory_tiles, parts)
+    parts = triton.cdiv(memory_tiles, part_steps)
+    part_query = lse.new_empty((parts, *query.shape))
+    part_query_bias = lse.new_empty((parts, batch, queries))
+    grad_shrinkage, grad_key_bias = (lse.new_empty((batch, memory)) for _ in range(2))
+    with launch_on(value):
+        _mean_gradient[(p_blocks * batch,)](
+            grad_out,
+            out,
+            grad_lse,
+            mean,
+            queries,
+            columns,
+            p_blocks,
+            *grad_out.stride(),
+            VALUE_C=constants["VALUE_C"],
+            BLOCK=MERGE_BLOCK,
+            **options_of(4, 2),
+        )
+        streamed = aligned(value)
+        _query_gradient[(tiles * channel_blocks * batch * parts,)](
+            *streams_memory.arguments,
+            streamed,
+            grad_out,
+            lse,
+            mean,
+            part_query,
+            part_query_bias,
+            *streamed.stride(),
+            streamed.shape[3],
+            *grad_out.stride(),
+            batch,
+            columns,
+            tiles,
+            channel_blocks,
+            part_steps,
+            **constants,
+            **options,
+        )
+        streamed = aligned(grad_out)
+        _key_gradient[(memory_tiles * channel_blocks * batch,)](
+            *streams_queries.arguments,
+            value,
+            streamed,
+            lse,
+            mean,
+            matrices[1],
+            grad_shrinkage,
+            grad_key_bias,
+            *value.stride(),
+            *streamed.stride(),
+            streamed.shape[3],
+            columns,
+            memory_tiles,
+            channel_blocks,
+            **constants,
+            **options,
+        )
+        if columns > 0:
+            constants, options = value_gradient_launch(streams_queries, columns, channels, value_kind)
+            tiles = triton.cdiv(memory, constants["BLOCK_M"])
+            column_blocks = triton.cdiv(columns, constants["BLOCK_V"])
+            _value_gradient[(tiles * column_blocks * batch,)](
+                *streams_queries.arguments,
+                streamed,
+                lse,
+                matrices[2],
+                *streamed.stride(),
+                streamed.shape[3],
+                columns,
+                tiles,
+                column_blocks,
+                **constants,
+                **options,
+            )
+    found = (grad_shrinkage, part_query_bias.sum(0), grad_key_bias)
+    return (
+        part_query.sum(0).to(query.dtype),
+        *matrices[1:],
+        *(empty if v is None else g for v, g, empty in zip(vectors, found, gradients, strict=True)),
+    )
+
+
+def _check_value(value: Tensor, key: Tensor) -> None:
+    check_dtype("value", value)
+    if value.dim() != 4 or value.shape[0] != key.shape[0] or value.shape[3] != key.shape[2]:
+        raise ValueError(
+            f"value must have shape (N,O,Cv,M) for keys {tuple(key.shape)}, got {tuple(value.shape)}"
+        )

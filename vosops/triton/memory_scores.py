@@ -1,0 +1,343 @@
+"""The scores of a memory read in tiles, which the kernels of its reading, its gradients and its selection share.
+
+``score[m, p] = shrinkage[m] * (scale * key[m] . query[p] + query_bias[p]) + key_bias[m]``. A program owns rows of one
+side (queries or memory positions), whose channels stay in registers or shared memory, and streams columns of the other.
+Key and query of one half-precision dtype are multiplied as they are: products of two of their numbers are exact in the
+float32 sums. Where the query is wider than the key (a selection makes it so, which also needs the key's squares), both
+are multiplied in float32, split in three TF32 products where the device has them: about 2**-21 relative to the greatest
+term, so that scores in the thousands keep an error below 1e-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vosops.triton._common import (
+    PRECISIONS,
+    SUPPORTED_DTYPES,
+    Target,
+    compile_options,
+    dot,
+    power_of_two,
+    product_precision,
+    target_of,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+ALIGNMENT = 16
+"""Elements: strides that are multiples of this are read in pieces of 16 bytes, by asynchronous copies."""
+
+MIN_BLOCK = 16
+"""The least side of a tile that tensor cores multiply."""
+
+CHANNEL_BLOCK = {"half": 128, "tf32": 64, "tf32x3": 32, "ieee": 16}
+"""Channels of a step of the scores: float32 operands pass through registers, split in two for tf32x3."""
+
+
+@triton.jit
+def load_tile(matrix, i, j, stride_i, stride_j, end_i, end_j):
+    """Elements (i, j) of a matrix; zeros from ``end_i`` and from ``end_j`` on."""
+    pointers = matrix + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
+    return tl.load(pointers, mask=(i < end_i)[:, None] & (j < end_j)[None, :], other=0.0)
+
+
+@triton.jit
+def load_row_tiles(
+    rows,
+    i,
+    stride_c,
+    stride_i,
+    end_i,
+    first,
+    C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Channels from ``first`` of rows (i, BLOCK_C), and with SQUARES what meets the other side's second half."""
+    c = first + tl.arange(0, BLOCK_C)
+    tile = load_tile(rows, i, c, stride_i, stride_c, end_i, C)
+    if WIDE:
+        tile = tile.to(tl.float32)
+    squares = tile
+    if SQUARES:
+        if QUERY_ROWS:
+            squares = load_tile(rows, i, tl.where(c < C, C + c, 2 * C), stride_i, stride_c, end_i, 2 * C)
+            squares = squares.to(tl.float32)
+        else:
+            squares = tile * tile
+    return tile, squares
+
+
+@triton.jit
+def add_products(
+    acc,
+    row_tile,
+    row_squares,
+    columns,
+    j,
+    stride_c,
+    stride_j,
+    end_j,
+    first,
+    C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the products of one block of channels, from ``first`` on."""
+    c = first + tl.arange(0, BLOCK_C)
+    tile = load_tile(columns, c, j, stride_c, stride_j, C, end_j)
+    if WIDE:
+        tile = tile.to(tl.float32)
+    acc = dot(row_tile, tile, acc, PRECISION)
+    if SQUARES:
+        if QUERY_ROWS:
+            squares = tile * tile
+        else:
+            squares = load_tile(columns, tl.where(c < C, C + c, 2 * C), j, stride_c, stride_j, 2 * C, end_j)
+            squares = squares.to(tl.float32)
+        acc = dot(row_squares, squares, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def products(
+    row_tile,
+    row_squares,
+    rows,
+    columns,
+    i,
+    j,
+    row_c,
+    row_i,
+    column_c,
+    column_j,
+    end_i,
+    end_j,
+    C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Dot products (BLOCK_I, BLOCK_J) of rows i with columns j; row_tile is used where all channels fit one block."""
+    acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    if BLOCK_C >= C:
+        acc = add_products(
+            acc, row_tile, row_squares, columns, j, column_c, column_j, end_j, 0,
+            C, SQUARES, QUERY_ROWS, WIDE, BLOCK_C, PRECISION,
+        )  # fmt: skip
+    else:
+        for first in range(0, C, BLOCK_C):
+            tile, squares = load_row_tiles(
+                rows, i, row_c, row_i, end_i, first, C, SQUARES, QUERY_ROWS, WIDE, BLOCK_C
+            )
+            acc = add_products(
+                acc, tile, squares, columns, j, column_c, column_j, end_j, first,
+                C, SQUARES, QUERY_ROWS, WIDE, BLOCK_C, PRECISION,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def load_vector(vector, i, end, missing):
+    """Elements i of a vector; ``missing`` from ``end`` on, and 0 before where there is no vector."""
+    if vector is None:
+        loaded = tl.where(i < end, 0.0, missing)
+    else:
+        # A zero without a sign: with it, equal scores are equal as integers too.
+        loaded = tl.load(vector + i, mask=i < end, other=missing) + 0.0
+    return loaded
+
+
+@triton.jit
+def of_batch(vector, n, stride_n):
+    """The row of batch element n of an (N, ...) vector that may be None."""
+    if vector is None:
+        row = None
+    else:
+        row = vector + n * stride_n
+    return row
+
+
+@triton.jit
+def finish_scores(
+    product, scale, query_bias, shrinkage, key_bias, HAS_QUERY_BIAS: tl.constexpr, HAS_SHRINKAGE: tl.constexpr
+):
+    """Scores of dot products, each operation written out so that every kernel rounds alike.
+
+    The vectors have the shape (rows, 1) or (1, columns).
+    """
+    if HAS_QUERY_BIAS:
+        product = tl.fma(product, scale, query_bias)
+        if HAS_SHRINKAGE:
+            score = tl.fma(product, shrinkage, key_bias)
+        else:
+            score = product + key_bias
+    elif HAS_SHRINKAGE:
+        score = tl.fma(product * scale, shrinkage, key_bias)
+    else:
+        score = tl.fma(product, scale, key_bias)
+    return score
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The operands of the scores as the kernels take them."""
+
+    arguments: tuple[Any, ...]
+    """query, key, shrinkage, query_bias, key_bias; their strides; scale, P, M, ends of query and key."""
+
+    constants: dict[str, Any]
+    batch: int
+    queries: int
+    memory: int
+    channels: int
+    target: Target
+    kind: str
+    """What bounds the tiles of the scores: "half", "tf32", "tf32x3" or "ieee"."""
+
+
+ARGUMENTS = (
+    *("query", "key", "shrinkage", "query_bias", "key_bias", "shrinkage_n", "query_bias_n", "key_bias_n"),
+    *("query_n", "query_c", "query_p", "key_n", "key_c", "key_m", "scale", "P", "M", "query_end", "key_end"),
+)
+"""The names of `Scores.arguments` in the kernels."""
+
+
+def score_operands(
+    query: Tensor,
+    key: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    precision: str,
+    *,
+    stream_queries: bool = False,
+) -> Scores:
+    """Check the operands of the scores and lay out the side that is streamed for wide reads.
+
+    Args:
+        query: (N, C, P) or (N, 2C, P), any strides, float32, float16 or bfloat16.
+        key: (N, C, M), likewise.
+        shrinkage: (N, M) float32 or None.
+        query_bias: (N, P) float32 or None.
+        key_bias: (N, M) float32 or None.
+        scale: Factor of the products.
+        precision: "ieee", "tf32" or "tf32x3", for float32 keys.
+        stream_queries: Whether the queries are streamed, not the memory.
+    """
+    for name, tensor in (("query", query), ("key", key)):
+        check_dtype(name, tensor)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    batch, channels, memory = key.shape
+    queries = query.shape[2]
+    if query.shape[0] != batch or query.shape[1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"query must have shape (N,C,P) or (N,2C,P) for keys {tuple(key.shape)}, got {tuple(query.shape)}"
+        )
+    vectors = {
+        "shrinkage": (shrinkage, memory),
+        "query_bias": (query_bias, queries),
+        "key_bias": (key_bias, memory),
+    }
+    for name, (vector, size) in vectors.items():
+        if vector is not None and (tuple(vector.shape) != (batch, size) or vector.dtype != torch.float32):
+            raise ValueError(
+                f"{name} must be float32 ({batch}, {size}), got {vector.dtype} {tuple(vector.shape)}"
+            )
+    rows = [None if vector is None else unit_stride(vector) for vector, _ in vectors.values()]
+
+    target = target_of(key)
+    squares = query.shape[1] != channels
+    wide = squares or query.dtype != key.dtype
+    precision = product_precision("tf32x3" if wide and key.dtype != torch.float32 else precision, target)
+    if stream_queries:
+        query = aligned(query)
+    else:
+        key = aligned(key)
+    return Scores(
+        (
+            *(query, key, *rows),
+            *(0 if row is None else row.stride(0) for row in rows),
+            *(*query.stride(), *key.stride(), scale, queries, memory, query.shape[2], key.shape[2]),
+        ),
+        {"C": channels, "SQUARES": squares, "WIDE": wide, "PRECISION": precision},
+        batch,
+        queries,
+        memory,
+        channels,
+        target,
+        "half" if not wide and key.dtype != torch.float32 else precision,
+    )
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a dtype that the kernels cannot take."""
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16 or bfloat16 for the Triton kernels, got {tensor.dtype}"
+        )
+
+
+def unit_stride(vector: Tensor) -> Tensor:
+    """The (N, size) vector with consecutive elements, copied if it must be."""
+    return vector if vector.stride(-1) == 1 else vector.contiguous()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A tensor (N, ..., C, pixels) as it is where 16 bytes can be read at a time, else a copy.
+
+    The copy is channel-major; its rows are filled up with zeros to a multiple of ALIGNMENT, so that it may have more
+    pixels.
+    """
+    *batches, channel, pixel = tensor.stride()
+    places = tensor.data_ptr() % ALIGNMENT == 0 and all(stride % ALIGNMENT == 0 for stride in batches)
+    channel_last = channel == 1 and pixel % ALIGNMENT == 0
+    channel_major = pixel == 1 and channel % ALIGNMENT == 0 and tensor.shape[-1] % ALIGNMENT == 0
+    if places and (channel_last or channel_major):
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT)).contiguous()
+
+
+def block_of(size: int, most: int) -> int:
+    """The side of a tile that covers ``size`` in steps of at most ``most``."""
+    return min(most, max(MIN_BLOCK, power_of_two(size)))
+
+
+def channel_block(scores: Scores) -> int:
+    """The channels of a step of the scores."""
+    return block_of(scores.channels, CHANNEL_BLOCK[scores.kind])
+
+
+def options_of(warps: int, stages: int) -> dict[str, int]:
+    """Options for Triton's compiler."""
+    return compile_options(warps, num_stages=stages)
+
+
+def slowest(kinds: Sequence[str]) -> str:
+    """The kind of product among those of a kernel that bounds its tiles."""
+    return max(kinds, key=("half", "tf32", "tf32x3", "ieee").index)
+
+
+def splits_for(programs: int, steps: int, target: Target, resident: int = 1) -> int:
+    """In how many parts to cut the streamed side, so that every multiprocessor has work."""
+    return max(1, min(steps, target.processors * resident // max(1, programs)))
