@@ -132,7 +132,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=STEPS,
     policy=st.sampled_from(["every", "window"]),
@@ -219,6 +219,76 @@ def test_any_sequence_agrees_with_a_dictionary_of_frames(
         for i, o in enumerate(bank.objects):
             expected = plain.read(kept, query, selection, top_k, o)
             torch.testing.assert_close(read[0, i].double(), expected, rtol=0, atol=BOUNDS[dtype])
+
+
+def stored_entries(bank):
+    """What a long-term bank holds, as `plain_read` takes it: prototypes one by one, then frames."""
+    entries = []
+    for rows in [bank._long_rows(), *(bank._work.rows(i) for i in range(len(bank._work.slots)))]:
+        for p in range(len(rows)):
+            values = {
+                o: rows.column(f"value/{o}")[p][:, None].double()
+                for group, members in bank._groups.items()
+                if rows.column(f"mask/{group}")[p]
+                for o in members
+            }
+            entries.append((rows.column("key")[p][:, None], rows.column("shrinkage")[p][None], values))
+    return entries
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=STEPS,
+    budget=st.sampled_from([None, 2500, 4000, 9000]),
+    top_k=st.sampled_from([None, 4]),
+    elements=st.integers(5, 20),
+    choices=st.randoms(use_true_random=False),
+)
+def test_any_sequence_with_long_term_memory_stays_sound(steps, budget, top_k, elements, choices):
+    options = {**LONG_TERM, "max_long_term_elements": elements, "budget": budget, "top_k": top_k}
+    bank, plain, next_object, permanent = MemoryBank(**options), Plain(), 1, set()
+    for seed, step in enumerate(["new", *steps, *["add"] * 6]):
+        if step == "remove" and len(bank.objects) > 1:
+            gone = choices.sample(bank.objects, 1)
+            bank.remove_objects(gone)
+            plain.remove(gone)
+        elif step == "clear":
+            bank.clear()
+            assert bank.num_prototypes == 0
+        elif step == "save":
+            twin = MemoryBank(**options)
+            twin.load_state_dict(bank.state_dict())
+            assert torch.equal(twin.read(*query_of()), bank.read(*query_of()))
+            assert_same_state(twin.state_dict(), bank.state_dict())
+        else:
+            new = list(range(next_object, next_object + {"new": 1, "new two": 2}.get(step, 0)))
+            next_object += len(new)
+            data = frame_of([*bank.objects, *new], seed)
+            how = {"permanent": step == "permanent", "temporary": step == "temporary"}
+            try:
+                if bank.add(seed, **data, **how):
+                    plain.add(seed, **data)
+                    permanent |= {seed} if new or how["permanent"] else set()
+            except MemoryBudgetError:
+                if not bank.objects:
+                    return
+        assert_within_budget(bank)
+        assert bank.num_prototypes <= elements
+        frames = {slot.frame for slot in bank.frames}
+        assert {f for f in permanent if plain.frames[f][2]} <= frames
+        for i, slot in enumerate(bank._work.slots):  # each frame lies where the bank thinks it does
+            key, _, values = plain.frames[slot.frame]
+            assert torch.equal(bank._work.rows(i).column("key"), key.T)
+            for group in slot.groups:
+                for o in bank._groups[group]:
+                    assert torch.equal(bank._work.rows(i).column(f"value/{o}"), values[o].T)
+        query, selection = query_of(seed)
+        read = bank.read(query, selection)
+        if seed % 3 == 0:
+            entries = stored_entries(bank)
+            for i, o in enumerate(bank.objects):
+                expected = plain_read(entries, query, selection, top_k, o)
+                torch.testing.assert_close(read[0, i].double(), expected, rtol=0, atol=1e-4)
 
 
 # ---- XMem's long-term memory.
