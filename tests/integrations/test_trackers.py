@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 import torch
 
 from tests.integrations.conftest import CHECKOUT, assert_agree
+from vosops.integrations import accelerate
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
 from vosops.models.checkouts import MemoryPlan, plan_memory
@@ -237,3 +239,51 @@ def test_weights_of_another_model_are_refused(cutie_weights, tmp_path):
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="weights must be of Cutie"):
         create_model("cutie", weights=tmp_path / "other.pth")
+
+
+@pytest.fixture
+def segment(xmem, checkout, tmp_path, monkeypatch, capsys):
+    """Runs `vosops segment` with XMem from the checkout; returns (exit code, what it printed, masks by name)."""
+    pytest.importorskip("typer")
+    clips = pytest.importorskip("tests.inference.clips")
+    from vosops import cli
+
+    boxes = clips.moving(24, ids=(1, 2))
+    frames = clips.write_folder(tmp_path / "frames", [clips.picture(b) for b in boxes])
+    mask = clips.write_mask(tmp_path / "mask.png", clips.truth(boxes[0]))
+
+    def run(out, *more, budget="1MB"):
+        arguments = [frames, "--mask", mask, "--out", tmp_path / out, "--model", "xmem", "--size", -1]
+        arguments += ["--weights", tmp_path / "XMem.pth", "--checkout", checkout, "--memory-budget", budget]
+        monkeypatch.setattr(sys, "argv", ["vosops", "segment", *map(str, arguments), *more])
+        try:
+            with pytest.raises(SystemExit) as exit:
+                cli.main()
+        finally:
+            acceleration = accelerated.pop() if accelerated else None
+            if acceleration is not None:
+                acceleration.undo()
+        captured = capsys.readouterr()
+        masks = {path.name: path.read_bytes() for path in (tmp_path / out).glob("0*.png")}
+        return exit.value.code or 0, captured.out + captured.err, masks
+
+    accelerated = []
+    monkeypatch.setattr(
+        "vosops.models.xmem.accelerate", lambda core: accelerated.append(accelerate(core)) or accelerated[-1]
+    )
+    return run
+
+
+def test_segment_command(segment, tmp_path):
+    pytest.importorskip("PIL")
+    code, printed, masks = segment("masks")
+    assert code == 0, printed
+    assert len(masks) == 24
+    names = {path.name for path in (tmp_path / "masks").iterdir()}
+    assert {"contact_sheet.png", "report.json"} <= names
+
+
+def test_segment_command_with_too_small_a_budget(segment):
+    code, printed, masks = segment("masks", budget="1kB")
+    assert (code, masks) == (1, {})
+    assert "--memory-budget is too small at frame 0: budget must be at least" in " ".join(printed.split())

@@ -42,6 +42,9 @@ def segment(
     model: Annotated[str, typer.Option(help="Name of the model.")] = "propagate",
     weights: Annotated[Path | None, typer.Option(help="File of the model's weights.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Feature extractor, for models that take one.")] = None,
+    checkout: Annotated[
+        Path | None, typer.Option(help="Folder of a clone of the model's repository, for xmem.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
     ] = None,
@@ -81,7 +84,17 @@ def segment(
         raise InputError(f"--fps must be above 0, got {fps}")
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     settings = Settings(
-        model, weights, backbone, device, dtype, size, start, end, step, memory_budget=memory_budget
+        model,
+        weights,
+        backbone,
+        device,
+        dtype,
+        size,
+        start,
+        end,
+        step,
+        memory_budget=memory_budget,
+        checkout=checkout,
     )
     keep_freed_memory()
     with _Console() as console, _StopSignals(console.note) as signals:

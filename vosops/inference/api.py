@@ -29,6 +29,7 @@ def segment(
     dtype: str = "float32",
     size: int = DEFAULT_SIZE,
     memory_budget: int | str | None = None,
+    checkout: str | Path | None = None,
     start: int | None = None,
     end: int | None = None,
     step: int = 1,
@@ -50,6 +51,7 @@ def segment(
         dtype: "float32", or "bfloat16" or "float16" for autocast.
         size: Short side of the computation in pixels; -1 computes at the input's size.
         memory_budget: Most that the model may remember: bytes, or a text such as "2GB".
+        checkout: Folder of a clone of the model's repository, for xmem.
         start: First frame number to process.
         end: Frame number to stop before.
         step: Process every ``step``-th frame.
@@ -75,7 +77,14 @@ def segment(
     kind = find_dtype(dtype)
     if isinstance(model, str):
         weights = Path(weights) if weights is not None else None
-        model = make_tracker(model, place, weights=weights, backbone=backbone, memory_budget=memory_budget)
+        model = make_tracker(
+            model,
+            place,
+            weights=weights,
+            backbone=backbone,
+            memory_budget=memory_budget,
+            checkout=None if checkout is None else Path(checkout),
+        )
     propagation = Propagation(
         model,
         source,

@@ -42,6 +42,7 @@ class Settings:
     end: int | None = None
     step: int = 1
     memory_budget: int | str | None = None
+    checkout: Path | None = None
 
 
 @dataclass
@@ -151,7 +152,12 @@ class Job:
     def _tracker(self) -> Tracker:
         s = self.settings
         return make_tracker(
-            s.model, self._device, weights=s.weights, backbone=s.backbone, memory_budget=s.memory_budget
+            s.model,
+            self._device,
+            weights=s.weights,
+            backbone=s.backbone,
+            memory_budget=s.memory_budget,
+            checkout=s.checkout,
         )
 
     @cached_property
@@ -174,6 +180,7 @@ class Job:
             "end": s.end,
             "step": s.step,
             "memory-budget": s.memory_budget,
+            "checkout": None if s.checkout is None else str(s.checkout),
         }
 
     def _write_dataset_report(self, summaries: Sequence[Summary], problems: Sequence[str]) -> None:

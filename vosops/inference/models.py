@@ -44,10 +44,12 @@ def make_tracker(
     weights: Path | None = None,
     backbone: str | None = None,
     memory_budget: int | str | None = None,
+    checkout: Path | None = None,
 ) -> Tracker:
     """Return the model of that name; it computes at the size of the frames it gets.
 
-    memory_budget: bytes, or a text such as "2GB", that the model may remember at most.
+    memory_budget: bytes, or a text such as "2GB", that the model may remember at most. checkout: folder of
+    a clone of the model's repository, for those that need one.
     """
     from vosops.memory import parse_bytes
     from vosops.models import create_model, list_models
@@ -59,6 +61,8 @@ def make_tracker(
     options: dict[str, Any] = {"device": device, "size": -1}
     if backbone is not None:
         options["backbone"] = backbone
+    if checkout is not None:
+        options["checkout"] = checkout
     if memory_budget is not None:
         try:
             options["memory_budget"] = parse_bytes(memory_budget)

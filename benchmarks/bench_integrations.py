@@ -1,0 +1,256 @@
+"""The memory reads of XMem, Cutie, STCN and Mask-Propagation, before and after `accelerate`: time and peak memory.
+
+    python benchmarks/bench_integrations.py cutie stcnbuf xmem=DIR stcn=DIR mask-propagation=DIR --json FILE
+
+Installed packages by their names, checkouts with their folders. Each system runs in a process of its own, before and
+after in turn, at 480p (30 x 54 positions) with random keys; training reads are those of 4 clips of 3 frames of 24 x 24.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vosops.benchmarking.fresh import run_fresh
+from vosops.benchmarking.measure import Clock, interleave, peak_bytes
+from vosops.integrations import accelerate
+
+FRAME = (30, 54)
+PIXELS = FRAME[0] * FRAME[1]
+FRAMES, OBJECTS, LONG = 20, 3, 10_000
+WORKING = 10  # frames, beside a full long-term memory
+CHUNK_BATCH, CHUNK_FRAMES, CHUNK_SIDE = 4, 3, 24  # of the training reads
+ROUNDS = 3
+TOLERANCE = 1e-5
+_MIB = 1 << 20
+
+Case = tuple[str, Any, Callable[[], list[torch.Tensor]]]  # title, target, read
+
+
+def xmem() -> list[Case]:
+    """Its memory manager with a full long-term memory, and the read of its training."""
+    import inference.memory_manager as module
+    import model.memory_util as util
+
+    config = {"hidden_dim": 64, "top_k": 30, "enable_long_term": True, "enable_long_term_count_usage": True,
+              "max_mid_term_frames": 1000, "min_mid_term_frames": 5, "num_prototypes": 128,
+              "max_long_term_elements": LONG}  # fmt: skip
+    manager = module.MemoryManager(config)
+    for _ in range(WORKING):
+        key, shrinkage, selection, value = _frame(512)
+        manager.add_memory(key, shrinkage, value, list(range(1, OBJECTS + 1)), selection=selection)
+    key, shrinkage, value = (
+        torch.randn(1, 64, LONG),
+        torch.rand(1, 1, LONG) + 1,
+        torch.randn(OBJECTS, 512, LONG),
+    )
+    manager.long_mem.add(key, [value], shrinkage, selection=None, objects=None)
+    query, _, selection, _ = _frame(1)
+    title = f"{LONG} long-term and {WORKING} frames, {OBJECTS} objects"
+    return [
+        (title, module, lambda: [manager.match_memory(query, selection)]),
+        ("training, 3 objects", module, _training_of_xmem(util, 3 * 512)),
+    ]
+
+
+def cutie() -> list[Case]:
+    """Its memory manager with a full long-term memory, all objects at once and one by one."""
+    import cutie.inference.memory_manager as module
+    import cutie.model.utils.memory_utils as util
+    from cutie.inference.object_manager import ObjectManager
+    from omegaconf import OmegaConf
+
+    network = types.SimpleNamespace(
+        pixel_fusion=lambda features, pixel, *_: pixel, readout_query=lambda pixel, *_: (pixel, None)
+    )
+    features, masks = torch.zeros(1, 1, *FRAME), torch.zeros(1, OBJECTS, *FRAME)
+    cases: list[Case] = []
+    for chunk in (-1, 1):
+        config = OmegaConf.create(
+            {"model": {"sensory_dim": 1}, "top_k": 30, "chunk_size": chunk, "save_aux": False, "use_long_term": True,
+             "long_term": {"count_usage": True, "max_mem_frames": 1000, "min_mem_frames": 5, "num_prototypes": 128,
+                           "max_num_tokens": LONG, "buffer_tokens": 2000}}
+        )  # fmt: skip
+        objects, ids = ObjectManager(), list(range(1, OBJECTS + 1))
+        objects.add_new_objects(ids)
+        manager = module.MemoryManager(config, objects)
+        for _ in range(WORKING):
+            key, shrinkage, selection, value = _frame(256)
+            manager.add_memory(key, shrinkage, value, None, ids, selection=selection, as_permanent="first")
+        key, shrinkage = torch.randn(1, 64, LONG), torch.rand(1, 1, LONG) + 1
+        values = {i: torch.randn(1, 256, LONG) for i in ids}
+        manager.long_mem.add(key, values, shrinkage, selection=None, supposed_bucket_id=0)
+        query, _, selection, _ = _frame(1)
+        manager.initialize_sensory_if_needed(query, ids)
+
+        def read(
+            manager: Any = manager, query: Any = query, selection: Any = selection
+        ) -> list[torch.Tensor]:
+            return list(manager.read(features, query, selection, masks, network).values())
+
+        ways = "" if chunk < 0 else ", chunk_size=1"
+        cases.append((f"{LONG} long-term and {WORKING} frames, {OBJECTS} objects{ways}", module, read))
+    return [*cases, ("training, 3 objects", module, _training_of_xmem(util, 3 * 256))]
+
+
+def stcn() -> list[Case]:
+    """Its memory bank, and the read of its training."""
+    import inference_memory_bank as module
+    from model.network import MemoryReader
+
+    bank = module.MemoryBank(OBJECTS, top_k=20)
+    bank.add_memory(torch.randn(1, 64, FRAMES, *FRAME), torch.randn(OBJECTS, 512, FRAMES, *FRAME))
+    query, reader = torch.randn(1, 64, *FRAME), MemoryReader()
+    leaves, weight = _training_tensors(512)
+
+    def train() -> list[torch.Tensor]:
+        key, query, value = leaves[2], leaves[0], leaves[4]
+        out = reader.readout(reader.get_affinity(key, query), value, query)[:, :512]
+        return [out, *torch.autograd.grad((out * weight).sum(), [key, query, value])]
+
+    return [
+        (f"{FRAMES} frames, {OBJECTS} objects", bank, lambda: [bank.match_memory(query)]),
+        ("training, 1 object", bank, train),
+    ]
+
+
+def stcnbuf() -> list[Case]:
+    """Its memory bank."""
+    import stcnbuf.inference_memory_bank as module
+
+    bank = module.MemoryBank(OBJECTS, top_k=20)
+    height, width = FRAME
+    bank.add_memory(
+        torch.randn(64, FRAMES * height, width), torch.randn(OBJECTS, 512, FRAMES * height, width)
+    )
+    query = torch.randn(1, 64, *FRAME)
+    return [(f"{FRAMES} frames, {OBJECTS} objects", bank, lambda: [bank.match_memory(query)])]
+
+
+def mask_propagation() -> list[Case]:
+    """Its reader, object by object with keys of their own, and the read of its training."""
+    import model.eval_network as module
+    from model.network import MemoryReader
+
+    reader, trained = module.EvalMemoryReader(50, None), MemoryReader()
+    keys = torch.randn(OBJECTS, 128, FRAMES, *FRAME)
+    values = torch.randn(OBJECTS, 512, FRAMES, *FRAME)
+    query = torch.randn(1, 128, *FRAME)
+    leaves, weight = _training_tensors(512)
+
+    def read() -> list[torch.Tensor]:
+        return [reader(keys[i : i + 1], values[i : i + 1], query) for i in range(OBJECTS)]
+
+    def train() -> list[torch.Tensor]:
+        key, query, value = leaves[2], leaves[0], leaves[4]
+        out = trained(key, value, query, query)[:, :512]
+        return [out, *torch.autograd.grad((out * weight).sum(), [key, query, value])]
+
+    return [(f"{FRAMES} frames, {OBJECTS} objects", module, read), ("training, 1 object", module, train)]
+
+
+SYSTEMS = {
+    "xmem": xmem, "cutie": cutie, "stcn": stcn, "stcnbuf": stcnbuf, "mask-propagation": mask_propagation,
+}  # fmt: skip
+
+
+def _frame(value_channels: int) -> tuple[torch.Tensor, ...]:
+    """Key, shrinkage, selection (1,C,H,W) and value (1,O,Cv,H,W) of a frame."""
+    return (
+        torch.randn(1, 64, *FRAME),
+        torch.rand(1, 1, *FRAME) + 1,
+        torch.rand(1, 64, *FRAME),
+        torch.randn(1, OBJECTS, value_channels, *FRAME),
+    )
+
+
+def _training_tensors(value_channels: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Query, selection, key, shrinkage, value of a batch of clips, and the gradient of the output."""
+    side = (CHUNK_SIDE, CHUNK_SIDE)
+    shapes = (
+        (64, *side), (64, *side), (64, CHUNK_FRAMES, *side), (1, CHUNK_FRAMES, *side),
+        (value_channels, CHUNK_FRAMES, *side),
+    )  # fmt: skip
+    leaves = [torch.rand(CHUNK_BATCH, *shape).requires_grad_() for shape in shapes]
+    return leaves, torch.randn(CHUNK_BATCH, value_channels, *side)
+
+
+def _training_of_xmem(util: Any, value_channels: int) -> Callable[[], list[torch.Tensor]]:
+    leaves, weight = _training_tensors(value_channels)
+    query, selection, key, shrinkage, value = leaves
+
+    def train() -> list[torch.Tensor]:
+        out = util.readout(util.get_affinity(key, shrinkage, query, selection), value)
+        return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+    return train
+
+
+def measure(name: str, folder: str | None) -> list[dict[str, Any]]:
+    """All cases of a system: seconds, peak bytes and how far the outputs are apart."""
+    if folder is not None:
+        sys.path.insert(0, folder)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    clock, cpu = Clock(), torch.device("cpu")
+    rows = []
+    for title, target, read in SYSTEMS[name]():
+
+        def after(read: Any = read, target: Any = target) -> Any:
+            with accelerate(target):
+                return read()
+
+        with torch.set_grad_enabled(title.startswith("training")):
+            first, second = read(), after()
+            differences = torch.cat([(a - b).abs().flatten() for a, b in zip(first, second, strict=True)])
+            del first, second
+            peaks = [peak_bytes(function, cpu) for function in (read, after)]
+            times = interleave({"before": read, "after": after}, clock, rounds=ROUNDS, least=1, budget=60.0)
+        rows.append(
+            {
+                "system": name,
+                "case": title,
+                "seconds": [times["before"].median, times["after"].median],
+                "peak_bytes": peaks,
+                "greatest_difference": differences.max().item(),
+                "share_above_1e-5": differences.gt(TOLERANCE).float().mean().item(),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure what the command line names, print the table, keep the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("systems", nargs="+", metavar="NAME[=FOLDER]")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    print("| system | read | time before, after | peak memory before, after | greatest difference |")
+    print("|---|---|---|---|---|")
+    for system in arguments.systems:
+        name, _, folder = system.partition("=")
+        for row in run_fresh("benchmarks.bench_integrations", "measure", name, folder or None):
+            rows.append(row)
+            (a, b), (x, y) = row["seconds"], row["peak_bytes"]
+            print(
+                f"| {name} | {row['case']} | {a * 1e3:.0f} ms, {b * 1e3:.0f} ms ({a / b:.1f}x) "
+                f"| {x / _MIB:.0f} MiB, {y / _MIB:.0f} MiB | {row['greatest_difference']:.0e} |",
+                flush=True,
+            )
+    if arguments.json:
+        facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "rows": rows}
+        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
