@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/element.h"
 #include "cpu/vec.h"
@@ -83,24 +84,44 @@ struct StridedMatrix {
   }
 };
 
-// Packs pixels [begin, begin + count) of a matrix into columns of a panel `stride` wide, zeroing those after
+// Copies kWidth pixels of `channels` channels to a panel as wide. Where the pixels or the channels are
+// adjacent, a constant stride lets the compiler use wide moves.
+template <int kWidth, class T, class S>
+void copy_panel(const S* base, int64_t channels, int64_t channel_stride, int64_t pixel_stride, T* panel) {
+  const auto copy = [&](auto channel, auto pixel) {
+    for (int64_t e = 0; e < channels; ++e) {
+#pragma GCC unroll 64
+      for (int i = 0; i < kWidth; ++i)
+        panel[e * kWidth + i] = static_cast<T>(widen(base[e * channel + i * pixel]));
+    }
+  };
+  constexpr std::integral_constant<int64_t, 1> kAdjacent;
+  if (pixel_stride == 1) return copy(channel_stride, kAdjacent);
+  if (channel_stride == 1) return copy(kAdjacent, pixel_stride);
+  copy(channel_stride, pixel_stride);
+}
+
+// Packs pixels [begin, begin + count) of a matrix into columns of a panel kWidth wide, zeroing those after
 // them. An element of two channels reads bfloat16 only, an element of one channel every dtype.
-template <class E>
-void pack_pixels(const StridedMatrix& matrix, int64_t begin, int64_t count, int64_t stride,
-                 typename E::Lanes::T* panel) {
+template <class E, int kWidth>
+void pack_pixels(const StridedMatrix& matrix, int64_t begin, int64_t count, typename E::Lanes::T* panel) {
+  using T = typename E::Lanes::T;
   const auto pack = [&]<class S>(S) {
     const S* base = static_cast<const S*>(matrix.data) + begin * matrix.pixel_stride;
-    for (int64_t e = 0; e < elements_of<E>(matrix.channels); ++e, panel += stride) {
+    if (E::kChannels == 1 && count == kWidth) {
+      return copy_panel<kWidth>(base, matrix.channels, matrix.channel_stride, matrix.pixel_stride, panel);
+    }
+    for (int64_t e = 0; e < elements_of<E>(matrix.channels); ++e, panel += kWidth) {
       const S* source = base + e * E::kChannels * matrix.channel_stride;
       for (int64_t i = 0; i < count; ++i, source += matrix.pixel_stride) {
         if constexpr (E::kChannels == 1) {
-          panel[i] = static_cast<typename E::Lanes::T>(widen(*source));
+          panel[i] = static_cast<T>(widen(*source));
         } else {
           const bool has_second = 2 * e + 1 < matrix.channels;
           panel[i] = E::pair(source[0], has_second ? source[matrix.channel_stride] : S(0.f));
         }
       }
-      std::fill(panel + count, panel + stride, typename E::Lanes::T{0});
+      std::fill(panel + count, panel + kWidth, T{0});
     }
   };
   if constexpr (E::kChannels == 2) {

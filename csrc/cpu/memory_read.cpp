@@ -37,6 +37,7 @@ namespace vosops::cpu {
 namespace {
 
 constexpr int64_t kAccumulatorBytes = 24 << 20;
+constexpr int64_t kRunBytes = 512 << 10;
 constexpr double kLog2E = 1.4426950408889634;
 
 // The channels of the values of all objects in groups of kKeyPanel that do not cross objects.
@@ -193,7 +194,7 @@ void read_element(const ScoreInputs& in, const Tensor& value, int64_t n, Tensor&
         const ChannelPanel& panel = channels[i - memory.panels()];
         StridedMatrix matrix = transposed(value, n, panel.object, begin, memory.count);
         T* target = values.data() + (i - memory.panels()) * kValueStride;
-        pack_pixels<F>(matrix, panel.first, panel.count, kKeyPanel, target);
+        pack_pixels<F, kKeyPanel>(matrix, panel.first, panel.count, target);
         const int64_t used = elements_of<F>(memory.count) * kKeyPanel;
         std::fill(target + used, target + memory.panels() * kKeyPanel / F::kChannels * kKeyPanel, T{0});
       });
@@ -309,10 +310,13 @@ class BackwardElement {
         value_(value),
         grad_out_(grad_out),
         n_(n),
+        positions_(in.memory()),
+        objects_(value.size(1)),
+        channels_(value.size(2)),
         gradients_(gradients),
-        values_(channel_panels(value.size(1), value.size(2))),
+        values_(channel_panels(objects_, channels_)),
         keys_(channel_panels(1, in.query.size(1))),
-        value_channels_(value.size(1) * value.size(2)),
+        value_channels_(objects_ * channels_),
         queries_(in, n),
         memory_(in, n, static_cast<T>(kLog2E)),
         lse_(lse, n, queries_),
@@ -331,8 +335,8 @@ class BackwardElement {
   }
 
   void run() {
-    for (int64_t begin = 0; begin < in_.memory(); begin += kMemoryBlock) {
-      memory_.start(begin, std::min(kMemoryBlock, in_.memory() - begin));
+    for (int64_t begin = 0; begin < positions_; begin += kMemoryBlock) {
+      memory_.start(begin, std::min(kMemoryBlock, positions_ - begin));
       pack_memory();
       parallel_tasks(queries_.panels, [&] {
         return [&, weights = Workspace<T>(kMemoryBlock * kLanes),
@@ -340,10 +344,13 @@ class BackwardElement {
           differentiate(i, weights.data(), slopes.data());
         };
       });
-      const int64_t groups = panels_of(memory_.count, kLanes),
+      const int64_t groups = panels_of(memory_.count, kLanes), run = groups_in_a_run(),
                     value_panels = static_cast<int64_t>(values_.size());
-      parallel_tasks(groups * value_panels, [&] {
-        return [&](int64_t task) { write_value(task / value_panels, task % value_panels); };
+      parallel_tasks(panels_of(groups, run) * value_panels, [&] {
+        return [&](int64_t task) {
+          const int64_t first = task / value_panels * run;
+          write_value(first, std::min(first + run, groups), task % value_panels);
+        };
       });
       parallel_tasks(groups, [&] {
         return [&, sums = Workspace<T>(keys_.size() * kKeyPanel * kLanes)](int64_t group) mutable {
@@ -360,36 +367,37 @@ class BackwardElement {
   // The gradient as lane panels (dP) and as channel panels (dV), the queries as channel panels (dK), and
   // D = sum over channels of out * grad_out - grad_lse.
   void pack_gradients(const Tensor& out, const Tensor& grad_lse) {
-    const int64_t channels = value_.size(2), objects = value_.size(1), value_panels = values_.size();
+    const int64_t value_panels = values_.size();
     const T* lse_row = grad_lse.const_data_ptr<T>() + n_ * grad_lse.stride(0);
     parallel_each(queries_.panels, [&](int64_t i) {
       T* base = base_.data() + i * kLanes;
       T* lanes = grad_lanes_.data() + i * value_channels_ * kLanes;
-      Workspace<T> outs(channels * kLanes);
+      Workspace<T> outs(channels_ * kLanes);
       for (int64_t p = 0; p < kLanes; ++p)
         base[p] = p < queries_.count(i) ? -lse_row[(i * kLanes + p) * grad_lse.stride(1)] : T{0};
-      for (int64_t o = 0; o < objects; ++o, lanes += channels * kLanes) {
-        pack_pixels<E>(StridedMatrix::of(grad_out_, n_ * grad_out_.stride(0) + o * grad_out_.stride(1)),
-                       i * kLanes, queries_.count(i), kLanes, lanes);
-        pack_pixels<E>(StridedMatrix::of(out, n_ * out.stride(0) + o * out.stride(1)), i * kLanes,
-                       queries_.count(i), kLanes, outs.data());
-        for (int64_t c = 0; c < channels * kLanes; ++c) base[c % kLanes] += lanes[c] * outs[c];
+      for (int64_t o = 0; o < objects_; ++o, lanes += channels_ * kLanes) {
+        pack_pixels<E, kLanes>(
+            StridedMatrix::of(grad_out_, n_ * grad_out_.stride(0) + o * grad_out_.stride(1)), i * kLanes,
+            queries_.count(i), lanes);
+        pack_pixels<E, kLanes>(StridedMatrix::of(out, n_ * out.stride(0) + o * out.stride(1)), i * kLanes,
+                               queries_.count(i), outs.data());
+        for (int64_t c = 0; c < channels_ * kLanes; ++c) base[c % kLanes] += lanes[c] * outs[c];
       }
       std::fill_n(query_sums_.data() + i * query_sum_size(), query_sum_size(), T{0});
       std::fill_n(bias_sums_.data() + i * kLanes, kLanes, T{0});
     });
     StridedMatrix query = StridedMatrix::of(in_.query, n_ * in_.query.stride(0));
     std::swap(query.channel_stride, query.pixel_stride);
-    query.channels = in_.queries();
-    const int64_t stride = in_.queries() * kKeyPanel;
+    query.channels = queries_.queries;
+    const int64_t stride = queries_.queries * kKeyPanel;
     parallel_each(value_panels + static_cast<int64_t>(keys_.size()), [&](int64_t i) {
       if (i < value_panels) {
-        pack_pixels<E>(transposed(grad_out_, n_, values_[i].object, 0, in_.queries()), values_[i].first,
-                       values_[i].count, kKeyPanel, grad_channels_.data() + i * stride);
+        pack_pixels<E, kKeyPanel>(transposed(grad_out_, n_, values_[i].object, 0, queries_.queries),
+                                  values_[i].first, values_[i].count, grad_channels_.data() + i * stride);
       } else {
         const ChannelPanel& panel = keys_[i - value_panels];
-        pack_pixels<E>(query, panel.first, panel.count, kKeyPanel,
-                       query_channels_.data() + (i - value_panels) * stride);
+        pack_pixels<E, kKeyPanel>(query, panel.first, panel.count,
+                                  query_channels_.data() + (i - value_panels) * stride);
       }
     });
   }
@@ -401,9 +409,9 @@ class BackwardElement {
       memory_.pack_panel(i);
       T* values = value_keys_.data() + i * kKeyPanel * value_channels_;
       const int64_t first = i * kKeyPanel, used = std::min<int64_t>(kKeyPanel, memory_.count - first);
-      for (int64_t o = 0; o < value_.size(1); ++o, values += value_.size(2) * kKeyPanel) {
-        pack_pixels<E>(StridedMatrix::of(value_, n_ * value_.stride(0) + o * value_.stride(1)),
-                       memory_.begin + first, used, kKeyPanel, values);
+      for (int64_t o = 0; o < objects_; ++o, values += channels_ * kKeyPanel) {
+        pack_pixels<E, kKeyPanel>(StridedMatrix::of(value_, n_ * value_.stride(0) + o * value_.stride(1)),
+                                  memory_.begin + first, used, values);
       }
       const T to_gradient = static_cast<T>(1 / kLog2E);  // the factors are in powers of two
       for (int64_t panel = 0; panel < static_cast<int64_t>(keys_.size()); ++panel) {
@@ -477,44 +485,66 @@ class BackwardElement {
 
   void transpose(const T* tile, int64_t rows, int64_t i, T* target) const {
     for (int64_t group = 0; group * kLanes < rows; ++group) {
-      const int64_t used = std::min(kLanes, rows - group * kLanes);
-      for (int64_t p = 0; p < kLanes; ++p) {
-        T* row = target + (group * rows_ + i * kLanes + p) * kLanes;
-        const T* column = tile + group * kLanes * kLanes + p;
-        for (int64_t m = 0; m < used; ++m) row[m] = column[m * kLanes];
-        std::fill(row + used, row + kLanes, T{0});
+      T* to = target + (group * rows_ + i * kLanes) * kLanes;
+      for (int64_t p = 0; p < kLanes; p += V::kLanes) {
+        for (int64_t m = 0; m < kLanes; m += V::kLanes)
+          transpose_lanes<V>(tile + (group * kLanes + m) * kLanes + p, kLanes, to + p * kLanes + m, kLanes);
       }
     }
   }
 
   // Reduces `transposed` (queries, kLanes positions) with a channel panel over all queries.
-  template <class Finish>
-  void reduce(const T* transposed, const T* channels, const Finish& finish) {
-    multiply<E>(transposed, channels, in_.queries(), [](int, int) { return Reg{}; }, finish);
+  void reduce(const T* transposed, const T* channels, T* sums) const {
+    multiply<E>(
+        transposed, channels, queries_.queries, [](int, int) { return Reg{}; },
+        [&](const TileSums<E>& result) {
+#pragma GCC unroll 16
+          for (int j = 0; j < kKeyPanel; ++j)
+#pragma GCC unroll 16
+            for (int r = 0; r < kTileRegisters; ++r)
+              V::store(sums + j * kLanes + r * V::kLanes, result[j][r]);
+        });
   }
 
-  void write_value(int64_t group, int64_t panel) {
-    alignas(64) T sums[kKeyPanel * kLanes];
-    reduce(weights_.data() + group * rows_ * kLanes,
-           grad_channels_.data() + panel * in_.queries() * kKeyPanel, [&](const TileSums<E>& result) {
-#pragma GCC unroll 16
-             for (int j = 0; j < kKeyPanel; ++j)
-#pragma GCC unroll 16
-               for (int r = 0; r < kTileRegisters; ++r)
-                 V::store(sums + j * kLanes + r * V::kLanes, result[j][r]);
-           });
+  // Groups of positions whose transposed weights stay in the second-level cache, so that the gradients of the
+  // values are written in longer runs.
+  int64_t groups_in_a_run() const {
+    return std::max<int64_t>(1, kRunBytes / (queries_.queries * kLanes * static_cast<int64_t>(sizeof(T))));
+  }
+
+  void write_value(int64_t first_group, int64_t last_group, int64_t panel) {
     const ChannelPanel& channels = values_[panel];
-    write_columns(gradients_.value, n_ * value_channels_ + channels.object * value_.size(2) + channels.first,
-                  channels.count, group, sums);
+    const int64_t row = n_ * value_channels_ + channels.object * channels_ + channels.first;
+    const T* gradient = grad_channels_.data() + panel * queries_.queries * kKeyPanel;
+    dispatch_floating(gradients_.value.scalar_type(), [&]<class S>(S) {
+      S* target = gradients_.value.mutable_data_ptr<S>() + row * positions_ + memory_.begin;
+      for (int64_t group = first_group; group < last_group; ++group) {
+        alignas(64) T sums[kKeyPanel * kLanes];
+        reduce(weights_.data() + group * rows_ * kLanes, gradient, sums);
+        copy_columns(sums, channels.count, group, target);
+      }
+    });
+  }
+
+  // Copies `count` rows of sums to rows of M, at the positions of the group.
+  template <class S>
+  void copy_columns(const T* sums, int64_t count, int64_t group, S* target) const {
+    const int64_t first = group * kLanes, used = std::min(kLanes, memory_.count - first);
+    for (int64_t c = 0; c < count; ++c, sums += kLanes) {
+      S* row = target + c * positions_ + first;
+      if (used == kLanes) {
+#pragma GCC unroll 32
+        for (int64_t m = 0; m < kLanes; ++m) row[m] = static_cast<S>(sums[m]);
+      } else {
+        for (int64_t m = 0; m < used; ++m) row[m] = static_cast<S>(sums[m]);
+      }
+    }
   }
 
   // Writes `count` rows of sums to rows [row ...) of a (rows, M) gradient, at the positions of the group.
-  void write_columns(Tensor& gradient, int64_t row, int64_t count, int64_t group, const T* sums) {
-    const int64_t first = group * kLanes, used = std::min(kLanes, memory_.count - first);
+  void write_columns(Tensor& gradient, int64_t row, int64_t count, int64_t group, const T* sums) const {
     dispatch_floating(gradient.scalar_type(), [&]<class S>(S) {
-      S* target = gradient.mutable_data_ptr<S>() + row * in_.memory() + memory_.begin + first;
-      for (int64_t c = 0; c < count; ++c, target += in_.memory())
-        for (int64_t m = 0; m < used; ++m) target[m] = static_cast<S>(sums[c * kLanes + m]);
+      copy_columns(sums, count, group, gradient.mutable_data_ptr<S>() + row * positions_ + memory_.begin);
     });
   }
 
@@ -522,33 +552,27 @@ class BackwardElement {
   void write_key(int64_t group, T* sums) {
     const T* slopes = slopes_.data() + group * rows_ * kLanes;
     for (size_t panel = 0; panel < keys_.size(); ++panel) {
-      T* target = sums + panel * kKeyPanel * kLanes;
-      reduce(slopes, query_channels_.data() + panel * in_.queries() * kKeyPanel,
-             [&](const TileSums<E>& result) {
-#pragma GCC unroll 16
-               for (int j = 0; j < kKeyPanel; ++j)
-#pragma GCC unroll 16
-                 for (int r = 0; r < kTileRegisters; ++r)
-                   V::store(target + j * kLanes + r * V::kLanes, result[j][r]);
-             });
+      reduce(slopes, query_channels_.data() + panel * queries_.queries * kKeyPanel,
+             sums + panel * kKeyPanel * kLanes);
     }
     T total[kLanes] = {}, biased[kLanes] = {};
-    for (int64_t p = 0; p < in_.queries(); ++p) {
+    for (int64_t p = 0; p < queries_.queries; ++p) {
       for (int64_t m = 0; m < kLanes; ++m) {
         total[m] += slopes[p * kLanes + m];
         biased[m] += slopes[p * kLanes + m] * queries_.bias[p];
       }
     }
-    const int64_t channels = in_.key.size(1), first = group * kLanes;
+    const int64_t channels = memory_.channels, query_channels = in_.query.size(1), first = group * kLanes;
+    const bool squares = query_channels != channels;
     const T scale = static_cast<T>(in_.scale);
     for (int64_t m = 0; m < std::min(kLanes, memory_.count - first); ++m) {
       const T* key = memory_.keys((first + m) / kKeyPanel) + (first + m) % kKeyPanel;
       const T factor = memory_.slope[first + m] / static_cast<T>(kLog2E) * scale;
       T product = 0;
-      for (int64_t c = 0; c < in_.query.size(1); ++c) product += sums[c * kLanes + m] * key[c * kKeyPanel];
+      for (int64_t c = 0; c < query_channels; ++c) product += sums[c * kLanes + m] * key[c * kKeyPanel];
       for (int64_t c = 0; c < channels; ++c) {
         T& sum = sums[c * kLanes + m];
-        if (in_.squares()) sum += 2 * key[c * kKeyPanel] * sums[(channels + c) * kLanes + m];
+        if (squares) sum += 2 * key[c * kKeyPanel] * sums[(channels + c) * kLanes + m];
         sum *= factor;
       }
       biased[m] += product * scale;
@@ -561,24 +585,24 @@ class BackwardElement {
   void write_query() {
     const int64_t channels = in_.query.size(1);
     dispatch_floating(gradients_.query.scalar_type(), [&]<class S>(S) {
-      S* target = gradients_.query.mutable_data_ptr<S>() + n_ * channels * in_.queries();
+      S* target = gradients_.query.mutable_data_ptr<S>() + n_ * channels * queries_.queries;
       parallel_each(queries_.panels, [&](int64_t i) {
         const T* sums = query_sums_.data() + i * query_sum_size();
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t p = 0; p < queries_.count(i); ++p)
-            target[c * in_.queries() + i * kLanes + p] = static_cast<S>(sums[c * kLanes + p]);
+            target[c * queries_.queries + i * kLanes + p] = static_cast<S>(sums[c * kLanes + p]);
       });
     });
     if (in_.query_bias) {
-      T* target = gradients_.query_bias.mutable_data_ptr<T>() + n_ * in_.queries();
-      for (int64_t p = 0; p < in_.queries(); ++p) target[p] = bias_sums_[p];
+      T* target = gradients_.query_bias.mutable_data_ptr<T>() + n_ * queries_.queries;
+      for (int64_t p = 0; p < queries_.queries; ++p) target[p] = bias_sums_[p];
     }
   }
 
   const ScoreInputs& in_;
   const Tensor& value_;
   const Tensor& grad_out_;
-  const int64_t n_;
+  const int64_t n_, positions_, objects_, channels_;
   Gradients& gradients_;
   const std::vector<ChannelPanel> values_, keys_;
   const int64_t value_channels_;

@@ -99,7 +99,7 @@ struct PackedQueries {
     const StridedMatrix matrix = StridedMatrix::of(in.query, n * in.query.stride(0));
     const OptionalRow<T> source(in.query_bias, n, T{0});
     parallel_each(panels, [&](int64_t i) {
-      pack_pixels<E>(matrix, i * kLanes, count(i), kLanes, lanes(i));
+      pack_pixels<E, kLanes>(matrix, i * kLanes, count(i), lanes(i));
       for (int64_t p = 0; p < kLanes; ++p)
         bias[i * kLanes + p] = p < count(i) ? source[i * kLanes + p] : T{0};
     });
@@ -142,7 +142,7 @@ struct PackedMemory {
   void pack_panel(int64_t i) {
     const int64_t first = i * kKeyPanel, used = std::min<int64_t>(kKeyPanel, count - first);
     const StridedMatrix matrix = StridedMatrix::of(in.key, n * in.key.stride(0));
-    pack_pixels<E>(matrix, begin + first, used, kKeyPanel, keys(i));
+    pack_pixels<E, kKeyPanel>(matrix, begin + first, used, keys(i));
     if (in.squares()) {
       const T* plain = keys(i);
       T* squared = keys(i) + channels * kKeyPanel;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -69,6 +70,32 @@ struct Vec {
     code = less ? (candidate - CodeReg{}) : code;
   }
 };
+
+// Transposes kLanes x kLanes values: to[j * to_stride + i] = from[i * from_stride + j].
+template <class V>
+void transpose_lanes(const typename V::T* from, int64_t from_stride, typename V::T* to, int64_t to_stride) {
+  constexpr int kLanes = V::kLanes;
+  typename V::CodeReg low, high;  // which lanes of two registers interleave to their lower and upper halves
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  typename V::Reg rows[kLanes], next[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = V::load(from + i * from_stride);
+#pragma GCC unroll 4
+  for (int half = 1; half < kLanes; half *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) V::store(to + i * to_stride, rows[i]);
+}
 
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
