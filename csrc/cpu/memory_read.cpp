@@ -509,7 +509,8 @@ class BackwardElement {
   // Groups of positions whose transposed weights stay in the second-level cache, so that the gradients of the
   // values are written in longer runs.
   int64_t groups_in_a_run() const {
-    return std::max<int64_t>(1, kRunBytes / (queries_.queries * kLanes * static_cast<int64_t>(sizeof(T))));
+    const int64_t bytes = rows_ * kLanes * static_cast<int64_t>(sizeof(T));
+    return std::max<int64_t>(1, kRunBytes / std::max<int64_t>(1, bytes));
   }
 
   void write_value(int64_t first_group, int64_t last_group, int64_t panel) {
