@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "key_bias,"
       " float scale, str precision) -> (Tensor out, Tensor lse)");
   m.def(
+      "memory_read_list(Tensor query, Tensor key, Tensor[] values, Tensor? shrinkage, Tensor? query_bias, "
+      "Tensor? key_bias, float scale, str precision) -> (Tensor out, Tensor lse)");
+  m.def(
       "memory_read_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor? shrinkage, Tensor? query_bias, Tensor? key_bias, float scale, str precision, Tensor out, "
       "Tensor lse)"

@@ -21,6 +21,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -43,6 +44,29 @@ constexpr double kLog2E = 1.4426950408889634;
 // The channels of the values of all objects in groups of kKeyPanel that do not cross objects.
 struct ChannelPanel {
   int64_t object, first, count;
+};
+
+// The values of all objects, (N, O, C, M) each, as if they were one tensor.
+class Values {
+ public:
+  explicit Values(std::span<const Tensor> tensors) : tensors_(tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      for (int64_t o = 0; o < tensors[i].size(1); ++o) places_.push_back({i, o});
+    }
+  }
+  int64_t objects() const { return static_cast<int64_t>(places_.size()); }
+  int64_t channels() const { return tensors_[0].size(2); }
+  ScalarType dtype() const { return tensors_[0].scalar_type(); }
+  const Tensor& tensor(int64_t object) const { return tensors_[places_[object].tensor]; }
+  int64_t within(int64_t object) const { return places_[object].object; }
+
+ private:
+  struct Place {
+    size_t tensor;
+    int64_t object;
+  };
+  std::span<const Tensor> tensors_;
+  std::vector<Place> places_;
 };
 
 std::vector<ChannelPanel> channel_panels(int64_t objects, int64_t channels) {
@@ -164,12 +188,12 @@ class Reader {
 };
 
 template <class E, class F>
-void read_element(const ScoreInputs& in, const Tensor& value, int64_t n, Tensor& out, Tensor& lse) {
+void read_element(const ScoreInputs& in, const Values& value, int64_t n, Tensor& out, Tensor& lse) {
   using V = typename E::Lanes;
   using T = typename V::T;
   constexpr int64_t kLanes = kLanePanel<V>;
   static_assert(kMemoryBlock % kKeyPanel == 0 && kMemoryBlock % kLanes == 0 && kMemoryBlock % 2 == 0);
-  const std::vector<ChannelPanel> channels = channel_panels(value.size(1), value.size(2));
+  const std::vector<ChannelPanel> channels = channel_panels(value.objects(), value.channels());
   const int64_t value_panels = static_cast<int64_t>(channels.size());
   PackedQueries<E> queries(in, n);
   PackedMemory<E> memory(in, n, static_cast<T>(kLog2E));
@@ -192,7 +216,8 @@ void read_element(const ScoreInputs& in, const Tensor& value, int64_t n, Tensor&
       parallel_each(memory.panels() + value_panels, [&](int64_t i) {
         if (i < memory.panels()) return memory.pack_panel(i);
         const ChannelPanel& panel = channels[i - memory.panels()];
-        StridedMatrix matrix = transposed(value, n, panel.object, begin, memory.count);
+        StridedMatrix matrix =
+            transposed(value.tensor(panel.object), n, value.within(panel.object), begin, memory.count);
         T* target = values.data() + (i - memory.panels()) * kValueStride;
         pack_pixels<F, kKeyPanel>(matrix, panel.first, panel.count, target);
         const int64_t used = elements_of<F>(memory.count) * kKeyPanel;
@@ -208,7 +233,7 @@ void read_element(const ScoreInputs& in, const Tensor& value, int64_t n, Tensor&
     }
     T* lse_row = lse.mutable_data_ptr<T>() + n * in.queries();
     dispatch_floating(out.scalar_type(), [&]<class S>(S) {
-      S* result = out.mutable_data_ptr<S>() + n * value.size(1) * value.size(2) * in.queries();
+      S* result = out.mutable_data_ptr<S>() + n * value.objects() * value.channels() * in.queries();
       parallel_each(panels, [&](int64_t i) {
         const int64_t p0 = (first + i) * kLanes, count = queries.count(first + i);
         T inverse[kLanes];
@@ -222,7 +247,7 @@ void read_element(const ScoreInputs& in, const Tensor& value, int64_t n, Tensor&
           const ChannelPanel& panel = channels[c];
           for (int64_t j = 0; j < panel.count; ++j) {
             const T* sum = sums.data() + i * sums_size + (c * kKeyPanel + j) * kLanes;
-            S* row = result + (panel.object * value.size(2) + panel.first + j) * in.queries() + p0;
+            S* row = result + (panel.object * value.channels() + panel.first + j) * in.queries() + p0;
             for (int64_t p = 0; p < count; ++p) row[p] = static_cast<S>(sum[p] * inverse[p]);
           }
         }
@@ -251,22 +276,40 @@ void check_value(const ScoreInputs& in, const Tensor& value) {
                   "value must be float64 exactly where key is");
 }
 
+std::tuple<Tensor, Tensor> read_values(const ScoreInputs& in, std::span<const Tensor> tensors) {
+  check_scores(in);
+  STD_TORCH_CHECK(!tensors.empty(), "values must hold a tensor");
+  for (const Tensor& value : tensors) {
+    check_value(in, value);
+    check_dtype("values", value, tensors[0].scalar_type());
+    STD_TORCH_CHECK(value.size(2) == tensors[0].size(2), "values must have equal channels");
+  }
+  const Values values(tensors);
+  const std::vector<int64_t> shape{in.batch(), values.objects(), values.channels(), in.queries()};
+  Tensor out = torch::stable::new_empty(tensors[0], shape);
+  Tensor lse = torch::stable::new_empty(in.query, std::vector<int64_t>{in.batch(), in.queries()},
+                                        accumulator_dtype(in.key.scalar_type()));
+  with_elements(in, values.dtype(), [&]<class E, class F>(E, F) {
+    for (int64_t n = 0; n < in.batch(); ++n) read_element<E, F>(in, values, n, out, lse);
+  });
+  return {out, lse};
+}
+
 std::tuple<Tensor, Tensor> memory_read(const Tensor& query, const Tensor& key, const Tensor& value,
                                        const std::optional<Tensor>& shrinkage,
                                        const std::optional<Tensor>& query_bias,
                                        const std::optional<Tensor>& key_bias, double scale,
                                        std::string_view) {
-  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
-  check_scores(in);
-  check_value(in, value);
-  const ScalarType wide = accumulator_dtype(key.scalar_type());
-  Tensor out = torch::stable::new_empty(
-      value, std::vector<int64_t>{in.batch(), value.size(1), value.size(2), in.queries()});
-  Tensor lse = torch::stable::new_empty(query, std::vector<int64_t>{in.batch(), in.queries()}, wide);
-  with_elements(in, value.scalar_type(), [&]<class E, class F>(E, F) {
-    for (int64_t n = 0; n < in.batch(); ++n) read_element<E, F>(in, value, n, out, lse);
-  });
-  return {out, lse};
+  return read_values({query, key, shrinkage, query_bias, key_bias, scale}, std::span(&value, 1));
+}
+
+std::tuple<Tensor, Tensor> memory_read_list(const Tensor& query, const Tensor& key,
+                                            const std::vector<Tensor>& values,
+                                            const std::optional<Tensor>& shrinkage,
+                                            const std::optional<Tensor>& query_bias,
+                                            const std::optional<Tensor>& key_bias, double scale,
+                                            std::string_view) {
+  return read_values({query, key, shrinkage, query_bias, key_bias, scale}, values);
 }
 
 // ---- What the backward pass and the usage share: weights recomputed from the log-sum-exp.
@@ -720,6 +763,7 @@ Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<
 
 STABLE_TORCH_LIBRARY_IMPL(vosops, CPU, m) {
   m.impl("memory_read", TORCH_BOX(&vosops::cpu::memory_read));
+  m.impl("memory_read_list", TORCH_BOX(&vosops::cpu::memory_read_list));
   m.impl("memory_read_backward", TORCH_BOX(&vosops::cpu::memory_read_backward));
   m.impl("memory_usage", TORCH_BOX(&vosops::cpu::memory_usage));
 }

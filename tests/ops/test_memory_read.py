@@ -1,5 +1,6 @@
 """The memory read: what it computes, for every option, dtype, layout and order of derivative."""
 
+import collections
 import itertools
 
 import pytest
@@ -25,7 +26,16 @@ LIBRARY = pytest.mark.skipif(
 OPTIONS = ("dot", "l2", "l2 shrinkage", "l2 selection", "l2 shrinkage selection", "dot bias valid shrinkage")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 SINGLE_AND_HALF = (torch.float32, torch.bfloat16, torch.float16)
-CORE_OPS = ("read", "read without vectors", "read_backward", "usage", "select", "gather", "gather_backward")
+CORE_OPS = (
+    "read",
+    "read without vectors",
+    "read_list",
+    "read_backward",
+    "usage",
+    "select",
+    "gather",
+    "gather_backward",
+)
 
 pytestmark = LIBRARY
 
@@ -552,6 +562,127 @@ def test_merged_reads_of_parts_equal_the_read_with_gradients():
     )
 
 
+# ---- Groups of objects, and objects that lie apart.
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """The memory positions that each core op was given, and the largest tensor that anything made."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.largest = collections.Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "vosops":
+            self.positions[func._schema.name.removeprefix("vosops::")] += args[1].shape[-1]
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        made = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)]
+        sizes = [t.numel() for t in made if t.untyped_storage().data_ptr() not in given]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+GROUPS = [None, (15, 40), (9, 31), (40, 40), "mask"]
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("option", ["dot", "l2 shrinkage", "l2 shrinkage selection"])
+def test_groups_equal_a_read_of_each(option, segmented, top_k):
+    (query, key, _), options = make(option, q=(7,), m=(40,), dtype=torch.float64)
+    values = [torch.randn(1, o, 3 + o % 2, 40).double() for o in (2, 2, 1, 2, 1)]
+    groups = [torch.randn(1, 40) > 0 if valid == "mask" else valid for valid in GROUPS]
+    asked = {"top_k": top_k, "return_usage": True, "return_lse": True}
+    want = [
+        vosops.memory_read(query, key, v, valid=valid, **options, **asked)
+        for v, valid in zip(values, groups, strict=True)
+    ]
+    if segmented:
+        cuts = (slice(0, 20), slice(20, 40))
+        key, *values = ([t[..., c] for c in cuts] for t in (key, *values))
+        options = {k: [x[..., c] for c in cuts] if k == "shrinkage" else x for k, x in options.items()}
+        groups[-1] = [groups[-1][..., c] for c in cuts]
+    got = vosops.memory_read(query, key, values, groups=groups, **options, **asked)
+    for (out, usage, lse), (want_out, want_usage, want_lse) in zip(got, want, strict=True):
+        torch.testing.assert_close(out, want_out)
+        torch.testing.assert_close(torch.cat(usage, 1) if segmented else usage, want_usage)
+        torch.testing.assert_close(lse, want_lse)
+
+
+def test_groups_of_values_that_hold_their_range_only():
+    (query, key, value), options = make("l2", o=2, q=(7,), m=(5, 2, 4))
+    late = value[:, :, :, 2:]
+    for top_k in (None, 3):
+        asked = {"top_k": top_k, **options}
+        got = vosops.memory_read(query, key, [value, late], groups=[None, (16, 40)], **asked)
+        torch.testing.assert_close(got[0], vosops.memory_read(query, key, value, **asked))
+        torch.testing.assert_close(got[1], vosops.memory_read(query, key, value, valid=(16, 40), **asked))
+        with pytest.raises(ValueError, match="memory_value must have shape"):
+            vosops.memory_read(query, key, [value, late], groups=[None, (8, 40)], **asked)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_groups_share_one_pass_over_the_scores(top_k):
+    (query, key, value), _ = make(o=1, q=(7,), m=(40,))
+    with Calls() as calls:
+        vosops.memory_read(query, key, [value] * 3, groups=[None, (15, 40), (25, 40)], top_k=top_k)
+    scored = sum(calls.positions[op] for op in ("memory_read", "memory_read_list", "memory_select"))
+    assert scored == 40
+
+
+def test_groups_have_gradients():
+    (query, key, value), _ = make(o=2, c=3, v=2, q=(4,), m=(9,), dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+    groups = [None, (4, 9)]
+    together = vosops.memory_read(query, key, [value, value[..., 4:]], groups=groups)
+    apart = [vosops.memory_read(query, key, value, valid=valid) for valid in groups]
+    weights = [torch.randn_like(t) for t in together]
+    torch.testing.assert_close(
+        torch.autograd.grad(together, inputs, weights), torch.autograd.grad(apart, inputs, weights)
+    )
+
+
+def test_selection_for_groups():
+    (query, key, value), options = make("l2 shrinkage", q=(7,), m=(40,))
+    groups = [(9, 40), None]
+    for valid, chosen in zip(
+        groups, vosops.memory_select(query, key, 5, groups=groups, **options), strict=True
+    ):
+        alone = vosops.memory_select(query, key, 5, valid=valid, **options)
+        assert torch.equal(chosen.indices, alone.indices)
+        read = vosops.memory_read(query, key, value, valid=valid, top_k=5, **options)
+        torch.testing.assert_close(vosops.memory_gather(chosen, value), read)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=str)
+def test_objects_that_lie_apart_are_read_without_a_copy(dtype, top_k):
+    (query, key, value), options = make("l2", o=3, v=9, q=(7,), m=(301,), dtype=dtype)
+    objects = [value[:, 0].clone(), value[:, 1].mT.contiguous().mT, value[:, 2].clone()]
+    want = vosops.memory_read(query, key, value, top_k=top_k, **options)
+    with Calls() as calls:
+        got = vosops.memory_read(query, key, objects, top_k=top_k, **options)
+    torch.testing.assert_close(got, want)
+    assert got.shape == (1, 3, 9, 7) and calls.largest < objects[0].numel()
+    cuts = (slice(0, 150), slice(150, 301))
+    split = [[each[..., c] for each in objects] for c in cuts]
+    parts = vosops.memory_read(query, [key[..., c] for c in cuts], split, top_k=top_k, **options)
+    torch.testing.assert_close(parts, want, rtol=0, atol=TOLERANCE[dtype] * 4)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_objects_that_lie_apart_have_gradients_and_fold(top_k):
+    (query, key, value), _ = make(o=2, n=3, q=(4,), m=(9,), dtype=torch.float64)
+    inputs = [query[:1].clone(), key[:1].clone(), value]  # batch elements under one affinity are objects
+    want = vosops.memory_read(*inputs, top_k=top_k)
+    torch.testing.assert_close(vosops.memory_read(*inputs[:2], list(value.unbind(1)), top_k=top_k), want)
+    inputs = [t.requires_grad_() for t in (query, key, value)]
+    reads = [vosops.memory_read(query, key, v, top_k=top_k) for v in (value, list(value.unbind(1)))]
+    weight = torch.randn_like(reads[0])
+    torch.testing.assert_close(*(torch.autograd.grad(read, inputs, weight) for read in reads))
+
+
 # ---- Selection.
 
 
@@ -659,7 +790,7 @@ def core_inputs(option="l2 shrinkage", requires_grad=True):
 @pytest.mark.parametrize("op", CORE_OPS)
 def test_opcheck(op):
     ops = torch.ops.vosops
-    query, key, value, *vectors = core_inputs(requires_grad=op != "usage")
+    query, key, value, *vectors = core_inputs(requires_grad=op not in ("usage", "read_list"))
     settings_ = (0.4, "ieee")
     out, lse = ops.memory_read(query, key, value, *vectors, *settings_)
     score, index = ops.memory_select(query, key, *vectors, *settings_, 3)
@@ -667,6 +798,7 @@ def test_opcheck(op):
     cases = {
         "read": (ops.memory_read, (query, key, value, *vectors, *settings_)),
         "read without vectors": (ops.memory_read, (query, key, value, None, None, None, *settings_)),
+        "read_list": (ops.memory_read_list, (query, key, list(value.split(1, 1)), *vectors, *settings_)),
         "read_backward": (
             ops.memory_read_backward,
             (
@@ -695,6 +827,9 @@ def test_vmap_folds_into_the_batch(top_k):
     mapped = torch.vmap(lambda q, k: vosops.memory_read(q, k, value, top_k=top_k))(query, key)
     one_by_one = [vosops.memory_read(q, k, value, top_k=top_k) for q, k in zip(query, key, strict=True)]
     torch.testing.assert_close(mapped, torch.stack(one_by_one))
+    objects = [value, -value]
+    mapped = torch.vmap(lambda q, k: vosops.memory_read(q, k, objects, top_k=top_k))(query, key)
+    torch.testing.assert_close(mapped, torch.stack([torch.stack([x, -x], 1) for x in one_by_one]))
 
 
 @pytest.mark.slow
@@ -807,6 +942,19 @@ def test_golden_mask_propagation(golden):
         ({"top_k": 2.0}, TypeError, "top_k must be an int"),
         ({"precision": "half"}, ValueError, "precision must be"),
         ({"memory_key": [torch.zeros(1, 8, 9)]}, ValueError, "memory_value must be a sequence"),
+        ({"memory_value": ["x"]}, TypeError, "memory_value must hold tensors"),
+        (
+            {"memory_value": [torch.zeros(1, 5, 9), torch.zeros(1, 4, 9)]},
+            ValueError,
+            "memory_value must hold objects",
+        ),
+        ({"memory_value": [], "groups": []}, TypeError, "groups must be a sequence"),
+        (
+            {"groups": [None, (0, 3)]},
+            ValueError,
+            "memory_value must be a sequence with one entry for each of",
+        ),
+        ({"groups": [None], "valid": (0, 3)}, ValueError, "valid must be None with groups"),
     ],
     ids=lambda v: str(v)[:30] if isinstance(v, str) else None,
 )

@@ -26,6 +26,11 @@ def register_pieces(
     qualified = f"vosops::{name}"
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    register_vmap(name)
+
+
+def register_vmap(name: str) -> None:
+    """Give `vosops::name` its vmap rule, which folds the new dim into N."""
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
@@ -35,11 +40,14 @@ def register_pieces(
             return outputs.unflatten(0, (size, -1)), 0
         return tuple(out.unflatten(0, (size, -1)) for out in outputs), (0,) * len(outputs)
 
-    torch.library.register_vmap(qualified, vmap)
+    torch.library.register_vmap(f"vosops::{name}", vmap)
 
 
-def _fold(arg: Any, dim: int | None, size: int) -> Any:
-    """Fold a batched tensor's vmap dim into its leading N; repeat one that is not batched."""
+def _fold(arg: Any, dim: Any, size: int) -> Any:
+    """Fold a batched tensor's vmap dim into its leading N; repeat one that is not batched; lists entry by entry."""
+    if isinstance(arg, list):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(arg)
+        return [_fold(each, each_dim, size) for each, each_dim in zip(arg, dims, strict=True)]
     if not isinstance(arg, Tensor):
         return arg
     batched = arg.unsqueeze(0).expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)

@@ -16,6 +16,7 @@ from vosops.ops._registration import (
     cpp_reasons_not,
     define_triton_op,
     register_pieces,
+    register_vmap,
     triton_reasons_not,
 )
 from vosops.reference.memory_read import (
@@ -34,6 +35,7 @@ _SQUARED_LENGTH_POSITIONS = 1 << 15  # memory positions whose squares are held a
 Segments = Tensor | Sequence[Tensor]
 ValueSegments = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
 Valid = Tensor | Sequence[Tensor] | tuple[int, int]
+GroupsValid = Sequence[Valid | None]
 
 
 class MemoryWeights(NamedTuple):
@@ -60,6 +62,7 @@ def memory_read(
     selection: Tensor | None = None,
     bias: Segments | None = None,
     valid: Valid | None = None,
+    groups: GroupsValid | None = None,
     top_k: int | None = None,
     prior: float | None = None,
     return_usage: bool = False,
@@ -91,6 +94,9 @@ def memory_read(
         bias: (N,*M) added to the score, one per segment.
         valid: the memory positions that exist: bool (N,*M), one per segment, or a range (start, stop) of positions
             counted over all segments; positions outside of it cost nothing.
+        groups: groups of objects, each with its own `valid` (None: all of the memory) in this sequence and its own
+            entry in the sequence that memory_value then is. Groups of ranges share one pass over the scores, a group
+            of masks is read by itself. The result is a list with what a call for each group would return.
         top_k: use only the k greatest scores of each query (all where the memory is smaller); exact, on a tie the
             first position wins.
         prior: standard deviation, in pixels of the query, of KMN's Gaussian around the query pixel that each memory
@@ -125,25 +131,35 @@ def memory_read(
         torch.Size([1, 2, 512, 30, 54])
     """
     _checks.refuse_forward_mode("memory_read")
-    memory = _Memory(query_key, memory_key, similarity, scale, shrinkage, selection, bias, valid, precision)
-    values = memory.values(memory_value)
-    usage: list[Tensor] | None
-    if prior is not None:
-        out, usage, lse = _read_with_prior(memory, values, prior, top_k, query_key)
-    elif top_k is not None:
-        score, index = memory.select(top_k)
-        weights, lse = _softmax_of_selected(score, index)
-        out = memory.gather(weights, index, values)
-        usage = memory.usage_of_selected(weights, index) if return_usage else None
+    if groups is None:
+        valids, given = [valid], [memory_value]
     else:
-        out, lse = memory.read(values)
-        usage = memory.usage(lse) if return_usage else None
-    results: list[Any] = [memory.shape_out(out)]
-    if usage is not None and return_usage:
-        results.append(memory.shape_usage(usage))
-    if return_lse:
-        results.append(memory.shape_queries(lse))
-    return results[0] if len(results) == 1 else tuple(results)
+        valids, given = _check_groups(groups, valid), list(memory_value)
+        if isinstance(memory_value, Tensor) or len(given) != len(valids):
+            raise ValueError(
+                f"memory_value must be a sequence with one entry for each of the {len(valids)} groups"
+            )
+    results: list[Any] = [None] * len(valids)
+    for together in _that_share_scores(valids):
+        memory = _Memory(
+            query_key, memory_key, similarity, scale, shrinkage, selection, bias, [valids[g] for g in together],
+            precision,
+        )  # fmt: skip
+        values = [memory.values(given[g], i) for i, g in enumerate(together)]
+        if prior is not None:
+            reads = [_read_with_prior(memory, each, prior, top_k, query_key) for each in values]
+        elif top_k is not None:
+            reads = memory.read_selected(values, top_k, return_usage)
+        else:
+            reads = memory.read(values, return_usage)
+        for g, each, (out, usage, lse) in zip(together, values, reads, strict=True):
+            result: list[Any] = [memory.shape_out(out, each)]
+            if return_usage:
+                result.append(memory.shape_usage(usage, each))
+            if return_lse:
+                result.append(memory.shape_queries(lse, each))
+            results[g] = result[0] if len(result) == 1 else tuple(result)
+    return results[0] if groups is None else results
 
 
 def memory_select(
@@ -157,13 +173,15 @@ def memory_select(
     selection: Tensor | None = None,
     bias: Segments | None = None,
     valid: Valid | None = None,
+    groups: GroupsValid | None = None,
     return_usage: bool = False,
     precision: str | None = None,
-) -> MemoryWeights | tuple[MemoryWeights, Any]:
+) -> Any:
     """First phase of a top-k `memory_read`: the k best memory positions of each query and their weights.
 
     Arguments as those of `memory_read`. Returns `MemoryWeights`, differentiable through its weights and lse; with
-    return_usage a pair of it and the usage. Values of any number of objects are then read by `memory_gather`.
+    return_usage a pair of it and the usage; with groups a list with one or the other for each. Values of any number
+    of objects are then read by `memory_gather`.
 
         >>> import torch, vosops
         >>> chosen = vosops.memory_select(torch.randn(1, 8, 6, 6), torch.randn(1, 8, 2, 6, 6), 4)
@@ -171,13 +189,19 @@ def memory_select(
         torch.Size([1, 4, 6, 6])
     """
     _checks.refuse_forward_mode("memory_select")
-    memory = _Memory(query_key, memory_key, similarity, scale, shrinkage, selection, bias, valid, precision)
-    score, index = memory.select(top_k)
-    weights, lse = _softmax_of_selected(score, index)
-    chosen = MemoryWeights(
-        memory.shape_queries(index.int()), memory.shape_queries(weights), memory.shape_queries(lse)
-    )
-    return (chosen, memory.shape_usage(memory.usage_of_selected(weights, index))) if return_usage else chosen
+    valids = [valid] if groups is None else _check_groups(groups, valid)
+    results: list[Any] = [None] * len(valids)
+    for together in _that_share_scores(valids):
+        memory = _Memory(
+            query_key, memory_key, similarity, scale, shrinkage, selection, bias, [valids[g] for g in together],
+            precision,
+        )  # fmt: skip
+        for g, (score, index) in zip(together, memory.select(top_k), strict=True):
+            weights, lse = _softmax_of_selected(score, index)
+            chosen = MemoryWeights(*(memory.shape_queries(rows) for rows in (index.int(), weights, lse)))
+            usage = memory.usage_of_selected(weights, index) if return_usage else None
+            results[g] = chosen if usage is None else (chosen, memory.shape_usage(usage))
+    return results[0] if groups is None else results
 
 
 def memory_gather(weights: MemoryWeights, memory_value: ValueSegments) -> Tensor:
@@ -207,7 +231,9 @@ def memory_gather(weights: MemoryWeights, memory_value: ValueSegments) -> Tensor
     index, weight = _expand(index, batch), _expand(weight, batch)
     values = [_expand(value, batch) for value in values]
     kernels = backends.choose("memory_read", (values[0],))
-    out = _gather_segments(kernels, weight, index, values, [0] * len(values))
+    sizes = [value.shape[3] for value in values]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    out = _gather_segments(kernels, weight, index, [[value] for value in values], offsets)
     out = torch.unflatten(out, 3, tuple(weights.indices.shape[2:]))
     return out if per_object else out.squeeze(1)
 
@@ -241,19 +267,52 @@ def merge_reads(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
     return merged.to(outs[0].dtype), lse
 
 
-class _Segment(NamedTuple):
-    """A part of the memory as the core takes it: key (N,C,M) and what turns its products into scores, (N,M)."""
+class _Piece(NamedTuple):
+    """Adjacent positions of one segment as the core takes them: key (N,C,M), and (N,M) that make scores of products."""
 
     key: Tensor
     shrinkage: Tensor | None
     key_bias: Tensor | None
-    start: int  # of the part within its segment, where a range left some out
-    offset: int  # of the part's first position among those of all segments
-    shape: tuple[int, ...]  # *M of the whole segment
+    segment: int
+    start: int  # of the piece within its segment
+    offset: int  # of the piece's first position among those of all segments
+
+    @property
+    def size(self) -> int:
+        return self.key.shape[2]
+
+
+class _Values(NamedTuple):
+    """A group's values: for each segment tensors (N,O,Cv,M), one after the other over the objects."""
+
+    segments: list[list[Tensor]]
+    starts: list[int]  # position of its segment that a tensor's first one is
+    per_object: bool
+    fold: (
+        tuple[int, int] | None
+    )  # (N,O) where values of several batch elements under one affinity became objects
+    dtype: torch.dtype
+
+    def of(self, piece: _Piece) -> list[Tensor]:
+        first = piece.start - self.starts[piece.segment]
+        return [value[..., first : first + piece.size] for value in self.segments[piece.segment]]
+
+    def kind(self, piece: _Piece) -> tuple[torch.dtype, int]:
+        """Values of one dtype and as many channels fit one call of the core."""
+        first = self.segments[piece.segment][0]
+        return first.dtype, first.shape[2]
+
+    @property
+    def objects(self) -> int:
+        return sum(value.shape[1] for value in self.segments[0])
 
 
 class _Memory:
-    """The checked arguments of a read in the core's form, and the core's kernels over all segments."""
+    """The checked arguments of a read in the core's form, and the core's kernels over all pieces.
+
+    Segments are cut where a group's range begins or ends, so that a piece belongs to a group as a whole or not at all
+    and its scores are computed once for all groups.
+    """
 
     def __init__(
         self,
@@ -264,7 +323,7 @@ class _Memory:
         shrinkage: Segments | None,
         selection: Tensor | None,
         bias: Segments | None,
-        valid: Valid | None,
+        valids: list[Valid | None],
         precision: str | None,
     ) -> None:
         self.segmented = not isinstance(memory_key, Tensor)
@@ -286,8 +345,12 @@ class _Memory:
         count = len(keys)
         shrinkages = _segments("shrinkage", shrinkage, count)
         biases = _segments("bias", bias, count)
-        sizes = [key.shape[2:].numel() for key in keys]
-        start, stop, masks = _valid_range(valid, count, sum(sizes))
+        self.shapes = [tuple(key.shape[2:]) for key in keys]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.offsets = [sum(self.sizes[:i]) for i in range(count)]
+        found = [_valid_range(valid, count, sum(self.sizes)) for valid in valids]
+        self.ranges = [(start, max(start, stop)) for start, stop, _ in found]
+        masks = found[0][2]  # groups of masks are alone
 
         query = query_key.flatten(2)
         self.query_bias: Tensor | None = None
@@ -302,17 +365,14 @@ class _Memory:
             query = query.to(self.wide)
         self.query = query
 
-        self.segments: list[_Segment] = []
-        offset = 0
-        for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
-            shape = tuple(key.shape[2:])
-            first, last = min(max(start - offset, 0), size), min(max(stop - offset, 0), size)
-            last = max(first, last)
+        self.pieces: list[_Piece] = []
+        for i, first, last in _cut(self.sizes, self.ranges):
+            key = keys[i]
 
             def part(
                 name: str, vector: Tensor | None, lead: tuple[int, ...], key: Tensor = key
             ) -> Tensor | None:
-                """An (N,*lead,*M) argument as (N,M), of the positions in range."""
+                """An (N,*lead,*M) argument as (N,M), of the piece's positions."""
                 if vector is None:
                     return None
                 _checks.check_tensor(name, vector, ("N", *lead, *key.shape[2:]))
@@ -334,116 +394,234 @@ class _Memory:
                     raise TypeError(f"valid must be bool or a range (start, stop), got {masks[i].dtype}")  # type: ignore[union-attr]
                 zero = torch.zeros((), dtype=self.wide, device=mask.device)
                 key_bias = torch.where(mask, zero if key_bias is None else key_bias, -torch.inf)
-            self.segments.append(_Segment(flat_key, shrink, key_bias, first, offset + first, shape))
-            offset += size
-        vectors = [v for s in self.segments for v in (s.shrinkage, s.key_bias) if v is not None]
+            self.pieces.append(_Piece(flat_key, shrink, key_bias, i, first, self.offsets[i] + first))
+        vectors = [v for piece in self.pieces for v in (piece.shrinkage, piece.key_bias) if v is not None]
         self.batch = max([self.batch, *(v.shape[0] for v in vectors)])
         self.kernels = backends.choose("memory_read", (self.query,))
 
-    def values(self, memory_value: ValueSegments) -> list[Tensor]:
-        """The values as one (N,O,Cv,M) per segment, of the positions in range; remembers how to shape the output."""
+    def members(self, group: int) -> list[int]:
+        """The pieces of a group; an empty one where its range is empty."""
+        start, stop = self.ranges[group]
+        inside = [
+            i for i, p in enumerate(self.pieces) if p.size and start <= p.offset and p.offset + p.size <= stop
+        ]
+        return inside or [next(i for i, piece in enumerate(self.pieces) if piece.size == 0)]
+
+    def values(self, memory_value: ValueSegments, group: int) -> _Values:
+        """The checked values of a group."""
         if self.segmented:
-            if isinstance(memory_value, Tensor) or len(memory_value) != len(self.segments):
+            if isinstance(memory_value, Tensor) or len(memory_value) != len(self.shapes):
                 raise ValueError(
                     "memory_value must be a sequence with one entry for each segment of memory_key"
                 )
             given: list[Any] = list(memory_value)
         else:
             given = [memory_value]
-        self.per_object = False
-        values = []
-        for value, segment in zip(given, self.segments, strict=True):
-            if not isinstance(value, Tensor):
-                value = torch.stack(list(value), 1)
-            _checks.check_floating("memory_value", value)
-            _checks.check_same_device("memory_value", value, "query_key", self.query)
-            self.per_object = value.dim() == 3 + len(segment.shape)
-            lead = ("N", "O", "Cv") if self.per_object else ("N", "Cv")
-            _checks.check_tensor("memory_value", value, (*lead, *segment.shape))
-            flat = value.flatten(3 if self.per_object else 2)
-            flat = flat if self.per_object else flat.unsqueeze(1)
-            values.append(flat[..., segment.start : segment.start + segment.key.shape[2]])
-        self.out_dtype = values[0].dtype
-        if self.wide == torch.float64 or any(value.dtype == torch.float64 for value in values):
+        start, stop = self.ranges[group]
+        segments: list[list[Tensor]] = []
+        starts = []
+        per_object = False
+        for value, shape, size, offset in zip(given, self.shapes, self.sizes, self.offsets, strict=True):
+            first, last = (min(max(end - offset, 0), size) for end in (start, stop))
+            objects = _segments("memory_value", value, None)
+            flat = []
+            for each in objects:
+                if not isinstance(each, Tensor):
+                    raise TypeError(f"memory_value must hold tensors, got {type(each).__name__}")
+                _checks.check_floating("memory_value", each)
+                _checks.check_same_device("memory_value", each, "query_key", self.query)
+                alone = isinstance(value, Tensor)
+                lead = ("N", "O", "Cv") if alone and each.dim() == 3 + len(shape) else ("N", "Cv")
+                positions = each.shape[len(lead) :]
+                of_range_only = len(positions) == len(shape) and positions.numel() == last - first < size
+                if not of_range_only:
+                    _checks.check_tensor("memory_value", each, (*lead, *shape))
+                per_object = not alone or len(lead) == 3
+                each = each.flatten(len(lead))
+                flat.append(each if len(lead) == 3 else each.unsqueeze(1))
+            if any(each.shape != flat[0].shape or each.dtype != flat[0].dtype for each in flat):
+                raise ValueError("memory_value must hold objects of equal shape and dtype")
+            segments.append(flat)
+            starts.append(first if flat[0].shape[3] != size else 0)
+        every = [value for flat in segments for value in flat]
+        dtype = every[0].dtype
+        if self.wide == torch.float64 or any(value.dtype == torch.float64 for value in every):
             if self.wide != torch.float64:
                 raise TypeError("memory_value must not be float64 unless query_key or memory_key is")
-            values = [value.to(torch.float64) for value in values]
-        # Values of several batch elements under one affinity are objects.
-        self.folded = self.batch == 1 and values[0].shape[0] > 1
-        if self.folded:
-            self.fold = tuple(values[0].shape[:2])
-            values = [value.flatten(0, 1).unsqueeze(0) for value in values]
-        for value in values:
+            segments = [[value.to(torch.float64) for value in flat] for flat in segments]
+        fold = None
+        if self.batch == 1 and every[0].shape[0] > 1:
+            fold = (every[0].shape[0], sum(value.shape[1] for value in segments[0]))
+            segments = [_fold_batch(flat) for flat in segments]
+        for value in (value for flat in segments for value in flat):
             if value.shape[0] not in (1, self.batch):
                 raise ValueError(f"memory_value must have batch 1 or {self.batch}, got {value.shape[0]}")
-        return values
+        return _Values(segments, starts, per_object, fold, dtype)
 
-    def core(self, segment: _Segment) -> tuple[Any, ...]:
+    def core(self, piece: _Piece) -> tuple[Any, ...]:
         """query, key, shrinkage, query_bias, key_bias, scale, precision of a core op."""
-        vectors = (segment.shrinkage, self.query_bias, segment.key_bias)
+        vectors = (piece.shrinkage, self.query_bias, piece.key_bias)
         expanded = [None if vector is None else _expand(vector, self.batch) for vector in vectors]
-        query, key = _expand(self.query, self.batch), _expand(segment.key, self.batch)
+        query, key = _expand(self.query, self.batch), _expand(piece.key, self.batch)
         return query, key, *expanded, self.scale, self.precision
 
-    def read(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
-        parts = []
-        for segment, value in zip(self.segments, values, strict=True):
-            query, key, *rest = self.core(segment)
-            parts.append(self.kernels.run("memory_read", query, key, _expand(value, self.batch), *rest))
-        return parts[0] if len(parts) == 1 else merge_reads(*zip(*parts, strict=True))
+    def read(
+        self, values: list[_Values], return_usage: bool
+    ) -> list[tuple[Tensor, list[Tensor | None], Tensor]]:
+        """(out, usage, lse) of the full softmax for each group."""
+        members = [self.members(group) for group in range(len(values))]
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]
+        for i, piece in enumerate(self.pieces):
+            inside = [group for group in range(len(values)) if i in members[group]]
+            kinds = {group: values[group].kind(piece) for group in inside}
+            for kind in dict.fromkeys(kinds.values()):
+                alike = [group for group in inside if kinds[group] == kind]
+                each = [values[group].of(piece) for group in alike]
+                out, lse = self._read_piece(piece, [value for parts in each for value in parts])
+                sizes = [values[group].objects for group in alike]
+                for group, share in zip(alike, out.split(sizes, 1), strict=True):
+                    parts[group].append((share, lse))
+        results = []
+        for group, reads in enumerate(parts):
+            out, lse = reads[0] if len(reads) == 1 else merge_reads(*zip(*reads, strict=True))
+            usage: list[Tensor | None] = [None] * len(self.pieces)
+            if return_usage:
+                with torch.no_grad():
+                    for i in members[group]:
+                        usage[i] = self.kernels.run("memory_usage", *self.core(self.pieces[i]), lse)
+            results.append((out, usage, lse))
+        return results
 
-    def usage(self, lse: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return [self.kernels.run("memory_usage", *self.core(segment), lse) for segment in self.segments]
+    def _read_piece(self, piece: _Piece, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        query, key, *rest = self.core(piece)
+        values = [_expand(value, self.batch) for value in values]
+        if len(values) > 1:
+            tensors = [query, key, *values, *(t for t in rest if isinstance(t, Tensor))]
+            traced = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            if self.kernels.name == "cpp" and query.device.type == "cpu" and not traced:
+                out, lse = torch.ops.vosops.memory_read_list(query, key, values, *rest)
+                return out, lse
+            values = [torch.cat(values, 1)]
+        out, lse = self.kernels.run("memory_read", query, key, values[0], *rest)
+        return out, lse
 
-    def select(self, top_k: int) -> tuple[Tensor, Tensor]:
-        """Scores and indices (N,K,P) of the best positions of all segments, greatest first."""
+    def select(self, top_k: int) -> list[tuple[Tensor, Tensor]]:
+        """Scores and indices (N,K,P) of the best positions of each group, greatest first."""
         top_k = _checks.check_positive_int("top_k", top_k)
         scores, indices = [], []
-        for segment in self.segments:
-            score, index = self.kernels.run("memory_select", *self.core(segment), top_k)
+        for piece in self.pieces:
+            score, index = self.kernels.run("memory_select", *self.core(piece), top_k)
             scores.append(score)
-            indices.append(torch.where(index >= 0, index + segment.offset, -1))
-        if len(scores) == 1:
-            return scores[0], indices[0]
-        score, index = torch.cat(scores, 1), torch.cat(indices, 1)
-        order = torch.sort(score.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
-        return score.gather(1, order), index.gather(1, order)
+            indices.append(torch.where(index >= 0, index + piece.offset, -1) if piece.offset else index)
+        results = []
+        for group in range(len(self.ranges)):
+            members = self.members(group)
+            if len(members) == 1:
+                results.append((scores[members[0]], indices[members[0]]))
+                continue
+            score, index = (torch.cat([found[i] for i in members], 1) for found in (scores, indices))
+            order = torch.sort(score.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
+            results.append((score.gather(1, order), index.gather(1, order)))
+        return results
 
-    def gather(self, weights: Tensor, index: Tensor, values: list[Tensor]) -> Tensor:
-        values = [_expand(value, self.batch) for value in values]
-        offsets = [segment.offset for segment in self.segments]
-        return _gather_segments(self.kernels, weights, index, values, offsets)
+    def read_selected(
+        self, values: list[_Values], top_k: int, return_usage: bool
+    ) -> list[tuple[Tensor, list[Tensor | None], Tensor]]:
+        """(out, usage, lse) of the softmax over the top_k best positions for each group."""
+        results = []
+        for each, (score, index) in zip(values, self.select(top_k), strict=True):
+            weights, lse = _softmax_of_selected(score, index)
+            expanded = [[_expand(value, self.batch) for value in flat] for flat in each.segments]
+            offsets = [offset + start for offset, start in zip(self.offsets, each.starts, strict=True)]
+            out = _gather_segments(self.kernels, weights, index, expanded, offsets)
+            usage = self.usage_of_selected(weights, index) if return_usage else []
+            results.append((out, usage, lse))
+        return results
 
-    def usage_of_selected(self, weights: Tensor, index: Tensor) -> list[Tensor]:
-        total = self.segments[-1].offset - self.segments[-1].start + math.prod(self.segments[-1].shape)
+    def usage_of_selected(self, weights: Tensor, index: Tensor) -> list[Tensor | None]:
+        total = sum(self.sizes)
         sums = weights.new_zeros(weights.shape[0], total + 1)  # the last place takes what has no position
         places = torch.where(index >= 0, index, total)
         sums = sums.scatter_add(1, places.flatten(1), weights.detach().flatten(1))
-        return [sums[:, s.offset : s.offset + s.key.shape[2]] for s in self.segments]
+        return [sums[:, piece.offset : piece.offset + piece.size] for piece in self.pieces]
 
-    def shape_out(self, out: Tensor) -> Tensor:
+    def shape_out(self, out: Tensor, values: _Values) -> Tensor:
         """The core's (N,O,Cv,P) as the public output."""
-        out = out.to(self.out_dtype)
-        if self.folded:
-            out = torch.unflatten(out.squeeze(0), 0, self.fold)
+        out = out.to(values.dtype)
+        if values.fold is not None:
+            out = torch.unflatten(out.squeeze(0), 0, values.fold)
         out = torch.unflatten(out, 3, self.query_shape)
-        return out if self.per_object else out.squeeze(1)
+        return out if values.per_object else out.squeeze(1)
 
-    def shape_queries(self, rows: Tensor) -> Tensor:
-        rows = torch.unflatten(rows, -1, self.query_shape)
-        return rows.expand(self.fold[0], *rows.shape[1:]) if getattr(self, "folded", False) else rows
+    def shape_queries(self, rows: Tensor, values: _Values | None = None) -> Tensor:
+        return _unfold_batch(torch.unflatten(rows, -1, self.query_shape), values)
 
-    def shape_usage(self, usage: list[Tensor]) -> Tensor | list[Tensor]:
+    def shape_usage(self, usage: list[Tensor | None], values: _Values | None = None) -> Tensor | list[Tensor]:
+        """The pieces' usage (None: not used) as one (N,*M) per segment."""
+        like = next((used for used in usage if used is not None), self.query)
+
+        def unused(count: int) -> Tensor:
+            return like.new_zeros((self.batch, count), dtype=self.wide)
+
         shaped = []
-        for used, segment in zip(usage, self.segments, strict=True):
-            after = math.prod(segment.shape) - segment.start - used.shape[1]
-            whole = torch.nn.functional.pad(used.detach(), (segment.start, after))
-            whole = torch.unflatten(whole, 1, segment.shape)
-            shaped.append(
-                whole.expand(self.fold[0], *whole.shape[1:]) if getattr(self, "folded", False) else whole
-            )
+        for i, (shape, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
+            parts, end = [], 0
+            for piece, used in zip(self.pieces, usage, strict=True):
+                if piece.segment == i and piece.size and used is not None:
+                    parts += [unused(piece.start - end), used.detach()]
+                    end = piece.start + piece.size
+            whole = torch.cat([*parts, unused(size - end)], 1)
+            shaped.append(_unfold_batch(torch.unflatten(whole, 1, shape), values))
         return shaped if self.segmented else shaped[0]
+
+
+def _fold_batch(values: list[Tensor]) -> list[Tensor]:
+    """Values (N,O,Cv,M) as those (1,O,Cv,M) of N times as many objects, batch element by batch element."""
+    if len(values) == 1:
+        return [values[0].flatten(0, 1).unsqueeze(0)]
+    return [value[n : n + 1] for n in range(values[0].shape[0]) for value in values]
+
+
+def _unfold_batch(tensor: Tensor, values: _Values | None) -> Tensor:
+    """What batch elements that became objects share, (1,...), repeated for each."""
+    if values is None or values.fold is None:
+        return tensor
+    return tensor.expand(values.fold[0], *tensor.shape[1:])
+
+
+def _check_groups(groups: Any, valid: Any) -> list[Valid | None]:
+    if valid is not None:
+        raise ValueError("valid must be None with groups, which hold one for each group")
+    if not isinstance(groups, Sequence) or isinstance(groups, str) or len(groups) == 0:
+        raise TypeError("groups must be a sequence of what valid may be, one for each group")
+    return list(groups)
+
+
+def _is_range(valid: Any) -> bool:
+    return isinstance(valid, tuple) and len(valid) == 2 and all(isinstance(end, int) for end in valid)
+
+
+def _that_share_scores(valids: list[Valid | None]) -> list[list[int]]:
+    """The groups in sets that one pass over the scores serves: all those of ranges, each of masks alone."""
+    shared = [g for g, valid in enumerate(valids) if valid is None or _is_range(valid)]
+    alone = [[g] for g in range(len(valids)) if g not in shared]
+    return [shared, *alone] if shared else alone
+
+
+def _cut(sizes: list[int], ranges: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(segment, start, stop) of the pieces between the ranges' ends that lie in a range; an empty one if a range is."""
+    ends = sorted({end for each in ranges for end in each})
+    pieces, offset = [], 0
+    for segment, size in enumerate(sizes):
+        inner = [end - offset for end in ends if 0 < end - offset < size]
+        for first, last in zip([0, *inner], [*inner, size], strict=True):
+            wanted = any(start <= offset + first and offset + last <= stop for start, stop in ranges)
+            if first < last and wanted:
+                pieces.append((segment, first, last))
+        offset += size
+    if any(start >= min(stop, offset) for start, stop in ranges):
+        pieces.append((0, 0, 0))
+    return pieces
 
 
 def _segments(name: str, value: Any, count: int | None) -> list[Any]:
@@ -488,7 +666,7 @@ def _valid_range(valid: Valid | None, count: int, total: int) -> tuple[int, int,
     """`valid` as a range of positions and one mask (or None) per segment."""
     if valid is None:
         return 0, total, [None] * count
-    if isinstance(valid, tuple) and len(valid) == 2 and all(isinstance(end, int) for end in valid):
+    if _is_range(valid):
         start, stop = (int(end) for end in valid)  # type: ignore[arg-type]
         if not 0 <= start <= stop:
             raise ValueError(f"valid must be a range (start, stop) with 0 <= start <= stop, got {valid}")
@@ -518,30 +696,31 @@ def _gather_segments(
     kernels: backends.Implementation,
     weights: Tensor,
     index: Tensor,
-    values: list[Tensor],
+    values: list[list[Tensor]],
     offsets: list[int],
 ) -> Tensor:
-    """Gather from each segment what was chosen of it, and add up."""
-    if len(values) > 1 and not any(offsets):
-        sizes = [value.shape[3] for value in values]
-        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    """Gather from each segment what was chosen of it, and add up; `offsets`: position of its first value."""
     total: Tensor | None = None
-    for value, offset in zip(values, offsets, strict=True):
+    for objects, offset in zip(values, offsets, strict=True):
         local = index - offset
-        local = torch.where((index >= 0) & (local >= 0) & (local < value.shape[3]), local, -1)
-        part = kernels.run("memory_gather", weights, local, value)
+        local = torch.where((index >= 0) & (local >= 0) & (local < objects[0].shape[3]), local, -1)
+        parts = [kernels.run("memory_gather", weights, local, value) for value in objects]
+        part = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         total = part if total is None else total + part
     assert total is not None
     return total
 
 
 def _read_with_prior(
-    memory: _Memory, values: list[Tensor], prior: float, top_k: int | None, query_key: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    memory: _Memory, values: _Values, prior: float, top_k: int | None, query_key: Tensor
+) -> tuple[Tensor, list[Tensor | None], Tensor]:
     """The read with KMN's Gaussian, through the whole affinity."""
-    if memory.segmented or query_key.dim() < 4:
-        raise ValueError("prior must be None with segments, and needs query_key of shape (N,Ck,H,W)")
-    query, key, shrinkage, query_bias, key_bias, scale, _ = memory.core(memory.segments[0])
+    if len(memory.pieces) > 1 or memory.segmented or query_key.dim() < 4:
+        raise ValueError(
+            "prior must be None with segments or several groups, and needs query_key of shape (N,Ck,H,W)"
+        )
+    (piece,) = memory.pieces
+    query, key, shrinkage, query_bias, key_bias, scale, _ = memory.core(piece)
     scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
     scores = scores + gaussian_prior(scores, memory.query_shape[-2:], prior)
     if top_k is not None and top_k < scores.shape[1]:
@@ -549,7 +728,8 @@ def _read_with_prior(
         kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
         scores = scores.masked_fill(~kept, -torch.inf)
     weights, lse = softmax_over_memory(scores)
-    return values[0].to(weights.dtype) @ weights[:, None], [weights.sum(2)], lse
+    objects = [value.to(weights.dtype) @ weights[:, None] for value in values.of(piece)]
+    return torch.cat(objects, 1), [weights.sum(2)], lse
 
 
 # ---- The registered pieces.
@@ -562,6 +742,12 @@ def _wide(key: Tensor) -> torch.dtype:
 def _fake_read(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, queries = query.shape[0], query.shape[2]
     return value.new_empty(*value.shape[:3], queries), query.new_empty((batch, queries), dtype=_wide(key))
+
+
+def _fake_read_list(query: Tensor, key: Tensor, values: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _fake_read(query, key, values[0])
+    objects = sum(value.shape[1] for value in values)
+    return out.new_empty(out.shape[0], objects, *out.shape[2:]), lse
 
 
 def _setup_read(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -816,6 +1002,9 @@ for _name in _SCHEMAS:
 for _suffix, _available in (("", HAS_CPP), ("_triton", True)):
     if _available:
         _register(_suffix)
+if HAS_CPP:
+    torch.library.register_fake("vosops::memory_read_list", _fake_read_list)
+    register_vmap("memory_read_list")
 
 
 def _cpp(kernel: str, *args: Any) -> Any:

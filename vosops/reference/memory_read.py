@@ -186,7 +186,7 @@ def gaussian_prior(scores: Tensor, size: Sequence[int], sigma: float) -> Tensor:
 def memory_read(
     query_key: Tensor,
     memory_key: Tensor,
-    memory_value: Tensor,
+    memory_value: Tensor | Sequence[Tensor],
     *,
     similarity: str = "dot",
     scale: float | None = None,
@@ -199,7 +199,12 @@ def memory_read(
     return_usage: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`vosops.memory_read` of one segment in plain PyTorch; see there. Memory: the affinity, N times M times P."""
+    """`vosops.memory_read` of one segment and one group in plain PyTorch; see there.
+
+    Memory: the affinity, N times M times P.
+    """
+    if not isinstance(memory_value, Tensor):
+        memory_value = torch.stack(list(memory_value), 1)
     weights, lse = memory_affinity(
         query_key,
         memory_key,
