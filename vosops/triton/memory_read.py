@@ -27,6 +27,7 @@ from vosops.triton._common import dot, launch_on, product_precision
 from vosops.triton.memory_scores import (
     LN2,
     LOG2E,
+    MIN_BLOCK,
     Scores,
     aligned,
     block_of,
@@ -651,9 +652,11 @@ Launch = tuple[dict[str, Any], dict[str, int]]
 def read_launch(scores: Scores, columns: int, value_channels: int, value_kind: str) -> Launch:
     """Tiles of ``_read``."""
     kind = slowest((scores.kind, value_kind))
+    capability = scores.target.capability
+    half = {9: (128, 64, 256), 10: (128, 32, 256)}.get(capability, (128, 64, 128))
     block_p, block_m, block_v, options = {
-        "half": (128, 64, 256, options_of(8, 2)),
-        "tf32": (64, 32, 128, options_of(4, 2)),
+        "half": (*half, options_of(8, 2)),
+        "tf32": (64, 32, 64 if capability == 10 else 128, options_of(4, 2)),
         "tf32x3": (64, 32, 64, options_of(4, 2)),
         "ieee": (64, 32, 64, options_of(4, 2)),
     }[kind]
@@ -673,11 +676,17 @@ def usage_launch(scores: Scores) -> Launch:
 
 def gradient_launch(scores: Scores, columns: int, value_channels: int, value_kind: str) -> Launch:
     """Tiles of ``_query_gradient`` and ``_key_gradient``."""
+    kind = slowest((scores.kind, value_kind))
+    block_v = {"half": 64, "tf32": 64, "tf32x3": 16, "ieee": 32}[kind]
+    if scores.target.capability != 9:
+        block_v = min(32, block_v)
     blocks = {
         **_square_blocks(scores),
-        "BLOCK_V": block_of(columns, 64 if value_kind in ("half", "tf32") else 32),
+        "BLOCK_V": block_of(columns, block_v),
         "BLOCK_G": block_of(scores.channels, 64 if scores.kind in ("half", "tf32") else 32),
     }
+    if scores.kind == "tf32x3":
+        blocks["BLOCK_C"] = MIN_BLOCK
     return {**scores.constants, **value_constants(value_channels, value_kind), **blocks}, _gradient_options(
         scores.kind, value_kind
     )

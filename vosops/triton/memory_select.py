@@ -1,12 +1,12 @@
 """The two phases of a top-k memory read: select the k best positions of each query exactly, gather their values.
 
-Select looks at the scores twice. ``_scan`` with COLLECT off keeps, per query and part of the memory, the greatest score
+Select looks at the scores twice. ``_scan`` for MAXIMA keeps, per query and part of the memory, the greatest score
 of each column of the tile over all steps: one maximum per score, no sorting. ``_threshold`` takes the k-th greatest of
 these maxima: at least k scores reach it, and little more than k do, for neighbouring positions fall into different
-groups. ``_scan`` with COLLECT on computes the same scores again, bit for bit, and appends what reaches the threshold to
-a list per query and part, in order, by a prefix sum. Scores that defeat the threshold (ties, above all) fill the list:
-it is then cut to its k best, whose last becomes the threshold. ``_finish`` joins the lists, cuts them to k and ranks
-the rest by counting. Entries are 64-bit integers,
+groups. ``_scan`` for COLLECT computes the same scores again, bit for bit, and appends what reaches the threshold to a
+list per query and part, in order, by a prefix sum. Scores that defeat the threshold (ties, above all) overflow it:
+then ``_scan`` for REPAIR goes over that part again and cuts the list to its k best whenever it is full, whose last
+becomes the threshold. ``_finish`` joins the lists, cuts them to k and ranks the rest by counting. Entries are 64-bit,
 the score's bits in sortable form above the complement of the position, so that ties go to the lowest position. At T=20,
 480p/16, Ck=128 that is twice 13.4 Gflop and no more bytes than two reads of the keys; the scores never exist.
 
@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vosops.triton._common import INTERPRET, launch_on, power_of_two
-from vosops.triton.memory_read import load_column_rows, load_columns
+from vosops.triton.memory_read import load_columns
 from vosops.triton.memory_scores import (
+    MIN_BLOCK,
     Scores,
     block_of,
     channel_block,
@@ -43,9 +44,10 @@ from vosops.triton.memory_scores import (
 LIST_ROWS = 64 if INTERPRET else 16
 """Queries of a program that works on lists; the interpreter is slow by the program."""
 
+REPAIR_WIDTH = 16
 LIST_WIDTH = 32
 MAX_LIST_WIDTH = 128
-"""Places of a list that are looked at in a step: in passing, and by programs that work on lists alone."""
+"""Places of a list that are looked at in a step: in repairs, and by programs that work on lists alone."""
 
 MAX_PARTS = 32
 """Parts into which the memory is cut."""
@@ -59,6 +61,11 @@ LEAST_INT = tl.constexpr(-(2**31))
 
 LEAST = tl.constexpr(-2139095041)
 """The sortable form of -inf: scores must be greater."""
+
+MAXIMA = tl.constexpr(0)
+COLLECT = tl.constexpr(1)
+REPAIR = tl.constexpr(2)
+"""What ``_scan`` does with the scores."""
 
 BEYOND = tl.constexpr(2**31 - 1)
 """A threshold that no score exceeds."""
@@ -147,7 +154,7 @@ def _scan(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
-    COLLECT: tl.constexpr,
+    MODE: tl.constexpr,
     CAPACITY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -169,14 +176,18 @@ def _scan(
         query, p, query_c, query_p, query_end, 0, C, SQUARES, True, WIDE, BLOCK_C
     )
     row_bias = load_vector(of_batch(query_bias, n, query_bias_n), p, P, 0.0)
-    if COLLECT:
+    begin = part * part_steps * BLOCK_M
+    end = tl.minimum(begin + part_steps * BLOCK_M, M)
+    if MODE == MAXIMA:
+        greatest = tl.full((BLOCK_P, BLOCK_M), LEAST, tl.int32)
+    else:
         limit = tl.load(thresholds + row, mask=p < P, other=BEYOND)
         count = tl.zeros((BLOCK_P,), tl.int32)
         lists = entries + (row * parts + part)[:, None] * CAPACITY
-    else:
-        greatest = tl.full((BLOCK_P, BLOCK_M), LEAST, tl.int32)
-    begin = part * part_steps * BLOCK_M
-    for first in range(begin, tl.minimum(begin + part_steps * BLOCK_M, M), BLOCK_M):
+        if MODE == REPAIR:
+            collected = tl.load(counts + row * parts + part, mask=p < P, other=0)
+            end = tl.where(tl.max(collected, axis=0) > CAPACITY, end, begin)
+    for first in range(begin, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         product = products(
             query_tile, query_squares, query, key, p, m, query_c, query_p, key_c, key_m, query_end, key_end,
@@ -192,10 +203,12 @@ def _scan(
             shrinkage is not None,
         )
         code = sortable(score)
-        if COLLECT:
+        if MODE == MAXIMA:
+            greatest = tl.maximum(greatest, code)
+        else:
             hit = (code > limit[:, None]).to(tl.int32)
             hits = tl.sum(hit, axis=1)
-            if tl.max(hits, axis=0) > 0:
+            if MODE == REPAIR:
                 if tl.max(count + hits, axis=0) > CAPACITY:
                     tl.debug_barrier()
                     longest = tl.max(count, axis=0)
@@ -205,16 +218,18 @@ def _scan(
                     limit = tl.maximum(limit, (bar >> 32).to(tl.int32))
                     hit = (code > limit[:, None]).to(tl.int32)
                     hits = tl.sum(hit, axis=1)
-                entry = (code.to(tl.int64) << 32) | (m ^ LOW_BITS).to(tl.int64)[None, :]
-                tl.store(lists + count[:, None] + tl.cumsum(hit, axis=1) - 1, entry, mask=hit > 0)
-                count += hits
-        else:
-            greatest = tl.maximum(greatest, code)
-    if COLLECT:
-        tl.store(counts + row * parts + part, count, mask=p < P)
-    else:
+            else:
+                room = count + hits <= CAPACITY
+                hit = hit & room.to(tl.int32)[:, None]
+                hits = tl.where(room, hits, CAPACITY + 1)
+            entry = (code.to(tl.int64) << 32) | (m ^ LOW_BITS).to(tl.int64)[None, :]
+            tl.store(lists + count[:, None] + tl.cumsum(hit, axis=1) - 1, entry, mask=hit > 0)
+            count = tl.minimum(count + hits, CAPACITY + 1)
+    if MODE == MAXIMA:
         pointers = maxima + (row * parts + part)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.store(pointers, greatest, mask=(p < P)[:, None])
+    else:
+        tl.store(counts + row * parts + part, count, mask=p < tl.where(begin < end, P, 0))
 
 
 @triton.jit
@@ -297,7 +312,7 @@ def _gather(
         at = (n * slots + slot) * P + p
         m = tl.load(index + at, mask=p < P, other=-1)
         w = tl.load(weight + at, mask=m >= 0, other=0.0)
-        end = tl.where(m >= 0, m + 1, 0)
+        end = tl.where(m >= 0, m + 1, m)
         v = load_columns(value + n * value_n, m, column, value_m, value_o, value_c, end, columns, VALUE_C)
         acc += w[:, None] * v.to(tl.float32)
     pointers = out + (n * columns + column)[None, :] * P + p[:, None]
@@ -331,15 +346,13 @@ def _weight_gradient(
     row = (tl.program_id(0) // p_blocks).to(tl.int64)
     n = row // slots
     m = tl.load(index + row * P + p, mask=p < P, other=-1)
-    end = tl.where(m >= 0, m + 1, 0)
+    end = tl.where(m >= 0, m + 1, m)
     total = tl.zeros((BLOCK_P,), tl.float32)
     for first in range(0, columns, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
         v = load_columns(value + n * value_n, m, column, value_m, value_o, value_c, end, columns, VALUE_C)
-        g = load_column_rows(grad + n * grad_n, column, p, grad_p, grad_o, grad_c, P, columns, VALUE_C)
-        total += tl.sum(
-            tl.where((m >= 0)[:, None], v.to(tl.float32) * tl.trans(g).to(tl.float32), 0.0), axis=1
-        )
+        g = load_columns(grad + n * grad_n, p, column, grad_p, grad_o, grad_c, P, columns, VALUE_C)
+        total += tl.sum(tl.where((m >= 0)[:, None], v.to(tl.float32) * g.to(tl.float32), 0.0), axis=1)
     tl.store(grad_weight + row * P + p, total, mask=p < P)
 
 
@@ -353,7 +366,7 @@ def _gathered_value_gradient(
     P,
     M,
     columns,
-    entries,
+    entry_count,
     m_blocks,
     column_blocks,
     BLOCK_M: tl.constexpr,
@@ -361,7 +374,8 @@ def _gathered_value_gradient(
 ):
     """Grid (blocks of positions * column blocks * N).
 
-    Contiguous: grad_rows (N, P, columns), weight and order (N, entries), bounds (N, M + 1), grad_value (N, columns, M).
+    Contiguous: grad_rows (N, P, columns), weight and order (N, entry_count), bounds (N, M + 1),
+    grad_value (N, columns, M).
     """
     m = tl.program_id(0) % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) // m_blocks % column_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -371,8 +385,8 @@ def _gathered_value_gradient(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for step in range(tl.max(end - begin, axis=0)):
         listed = begin + step < end
-        entry = tl.load(order + n * entries + begin + step, mask=listed, other=0)
-        w = tl.load(weight + n * entries + entry, mask=listed, other=0.0)
+        entry = tl.load(order + n * entry_count + begin + step, mask=listed, other=0)
+        w = tl.load(weight + n * entry_count + entry, mask=listed, other=0.0)
         pointers = grad_rows + (n * P + entry % P)[:, None] * columns + column[None, :]
         g = tl.load(pointers, mask=listed[:, None] & (column < columns)[None, :], other=0.0)
         acc += w[:, None] * g.to(tl.float32)
@@ -382,20 +396,21 @@ def _gathered_value_gradient(
     )
 
 
-def scan_launch(scores: Scores, top_k: int, *, collect: bool) -> tuple[dict[str, Any], dict[str, int]]:
-    """Compile-time arguments and options of ``_scan``; the scores of both passes come from the same tiles."""
+def scan_launch(scores: Scores, top_k: int, mode: tl.constexpr) -> tuple[dict[str, Any], dict[str, int]]:
+    """Compile-time arguments and options of ``_scan``; all modes cut the scores into the same tiles."""
     half = scores.kind == "half"
     block_p = block_of(scores.queries, 64)
     block_m = block_of(scores.memory, 64 if half else 32)
     blocks = {
         "BLOCK_P": block_p,
         "BLOCK_M": block_m,
-        "BLOCK_C": channel_block(scores),
-        "COLLECT": collect,
+        "BLOCK_C": MIN_BLOCK if scores.kind == "tf32x3" else channel_block(scores),
+        "MODE": mode.value,
         "CAPACITY": triton.cdiv(top_k, LIST_WIDTH) * LIST_WIDTH + 2 * block_m,
-        "WIDTH": LIST_WIDTH,
+        "WIDTH": REPAIR_WIDTH,
     }
-    return {**scores.constants, **blocks}, options_of(4, 2)
+    warps = 4 if mode.value == COLLECT.value and scores.target.capability == 10 else 8
+    return {**scores.constants, **blocks}, options_of(warps, 2)
 
 
 def list_width(top_k: int) -> int:
@@ -431,7 +446,7 @@ def memory_select(
     kept = min(top_k, memory)
     if score.numel() == 0 or kept == 0:
         return score, index
-    constants, options = scan_launch(scores, kept, collect=False)
+    constants, options = scan_launch(scores, kept, MAXIMA)
     block_m, capacity = constants["BLOCK_M"], constants["CAPACITY"]
     tiles = triton.cdiv(queries, constants["BLOCK_P"])
     steps = triton.cdiv(memory, block_m)
@@ -453,10 +468,12 @@ def memory_select(
         if memory > capacity:
             _scan[grid](*scores.arguments, *rest, **constants, **options)
             rows = batch * queries
+            widest = {**lists, "WIDTH": MAX_LIST_WIDTH}
             grid_rows = (triton.cdiv(rows, LIST_ROWS),)
-            _threshold[grid_rows](maxima, thresholds, rows, parts * block_m, kept, **lists)
-        constants, options = scan_launch(scores, kept, collect=True)
-        _scan[grid](*scores.arguments, *rest, **constants, **options)
+            _threshold[grid_rows](maxima, thresholds, rows, parts * block_m, kept, **widest)
+        for mode in (COLLECT, REPAIR):
+            constants, options = scan_launch(scores, kept, mode)
+            _scan[grid](*scores.arguments, *rest, **constants, **options)
         blocks = triton.cdiv(queries, LIST_ROWS)
         _finish[(blocks * batch,)](
             *(counts, entries, score, index, queries, blocks, parts, kept, top_k), CAPACITY=capacity, **lists
@@ -541,7 +558,7 @@ def memory_gather_backward(
             p_blocks,
             VALUE_C=channels,
             **GATHER_BLOCKS,
-            **options_of(4, 2),
+            **options_of(8, 2),
         )
         _gathered_value_gradient[(m_blocks * column_blocks * batch,)](
             grad_rows,
