@@ -189,7 +189,7 @@ class MaskBits {
 
   // `count` (at most 32) bits of object `o` in row `y` from padded column `x`.
   uint32_t lanes(int64_t o, int64_t y, int64_t x, int count) const {
-    return static_cast<uint32_t>(word_at(&bits_[row_of(o, y)], x)) & ((uint64_t{1} << count) - 1);
+    return static_cast<uint32_t>(word_at(&bits_[row_of(o, y)], x) & ((uint64_t{1} << count) - 1));
   }
 
   // The first and last column in [begin, end) of row y that any object needs; false where there is none.

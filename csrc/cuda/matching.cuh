@@ -70,6 +70,9 @@ template <class S>
 Pixels<S> pixels(const Tensor& tensor) {
   const bool frames = tensor.dim() == 5;
   const int y = frames ? 3 : 2;
+  const int64_t planes = frames ? tensor.size(2) : 1, rows = tensor.size(y), columns = tensor.size(y + 1);
+  STD_TORCH_CHECK(rows == 0 || columns == 0 || planes <= kMostPixels / rows / columns,
+                  "2^31 pixels or more in one batch element");
   return {static_cast<const S*>(tensor.const_data_ptr()),
           tensor.stride(0),
           tensor.stride(1),
@@ -77,9 +80,9 @@ Pixels<S> pixels(const Tensor& tensor) {
           tensor.stride(y),
           tensor.stride(y + 1),
           int(tensor.size(1)),
-          frames ? int(tensor.size(2)) : 1,
-          int(tensor.size(y)),
-          int(tensor.size(y + 1))};
+          int(planes),
+          int(rows),
+          int(columns)};
 }
 
 // Rows of pixels, and what belongs to each pixel.

@@ -131,7 +131,7 @@ __global__ __launch_bounds__(kThreads) void unpack_kernel(const float* rows, int
                                                           S* out) {
   DYNAMIC_SHARED(UnpackSmem, s);
   const unsigned tiles = unsigned(ceil_div(count, int64_t{kUnpackPixels}));
-  const int64_t n = blockIdx.x / tiles, first = blockIdx.x % tiles * kUnpackPixels;
+  const int64_t n = blockIdx.x / tiles, first = blockIdx.x % tiles * int64_t{kUnpackPixels};
   for (int start = 0; start < channels; start += kUnpackChannels) {
     for (int i = int(threadIdx.x); i < kUnpackPixels * kUnpackChannels; i += kThreads) {
       const int pixel = i / kUnpackChannels, c = i % kUnpackChannels;

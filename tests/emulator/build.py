@@ -23,6 +23,8 @@ MAX_JOBS = 2
 
 COMMON = ["-std=c++20", "-O2", "-g1", "-fPIC", "-ftls-model=initial-exec", "-fvisibility=hidden", "-Wall"]
 COMMON += ["-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# A 64-bit size or index must not become a 32-bit one unsaid; nvcc has no such warning.
+COMMON += ["-Wconversion", "-Wno-sign-conversion", "-Wno-float-conversion"]
 KERNEL_FLAGS = {
     # The calls of __tsan_* and __ubsan_* go to emulator.cpp: the sanitizers' own libraries are not linked.
     "checked": ["-fsanitize=thread,alignment", "-Wno-tsan"],
