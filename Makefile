@@ -43,10 +43,13 @@ wheel: $(VENV)/ready
 asan: $(VENV)/ready
 	$(BIN)/python tests/sanitized.py
 
-# What the compilers make of every GPU kernel: registers, spills, shared memory, tensor-core instructions.
+# What the compilers make of every GPU kernel: registers, spills, occupancy, tensor-core instructions. sm_120 and AMD's
+# gfx942 are shown only, the others are compared with the committed tables.
 cuda-report: $(VENV)/ready
-	$(BIN)/python benchmarks/cuda_report.py --check benchmarks/results/cuda_report.json
-	$(BIN)/python benchmarks/triton_report.py --check benchmarks/results/triton_report.json
+	$(BIN)/python benchmarks/cuda_report.py --targets sm_80 sm_90a sm_100 sm_120 \
+	  --check benchmarks/results/cuda_report.json
+	$(BIN)/python benchmarks/triton_report.py --targets sm_80 sm_90 sm_100 gfx942 \
+	  --check benchmarks/results/triton_report.json
 
 # docs/performance-gpu.md and its plots from the newest runs of benchmarks/gpu_check.sh.
 gpu-report: $(VENV)/ready

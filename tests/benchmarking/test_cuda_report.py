@@ -1,0 +1,96 @@
+"""benchmarks/cuda_report.py: occupancy, comparison, and what the committed table must show of every kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "benchmarks/results/cuda_report.json"
+
+
+@pytest.fixture(scope="module")
+def cuda_report():
+    spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "benchmarks/cuda_report.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict]:
+    """Every kernel of the committed table on every target."""
+    targets = json.loads(COMMITTED.read_text())["targets"]
+    return {f"{target} {name}": row for target, kernels in targets.items() for name, row in kernels.items()}
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "blocks"),
+    [
+        (32, 256, 8),  # 64 warps hold 8 blocks, their registers are just there
+        (33, 256, 6),  # 40 registers a thread are given out: 51 warps, 48 in fours
+        (255, 256, 1),
+        (168, 384, 1),
+        (16, 32, 32),  # no more than 32 blocks
+        (255, 1024, 0),  # does not fit at all
+    ],
+)
+def test_blocks_that_registers_and_threads_allow(cuda_report, registers, threads, blocks):
+    assert cuda_report.resident_blocks(registers, threads, cuda_report.LIMITS["sm_90a"]) == blocks
+
+
+def test_smaller_chips_hold_fewer_warps(cuda_report):
+    assert cuda_report.resident_blocks(32, 256, cuda_report.LIMITS["sm_120"]) == 6
+
+
+def test_shared_memory_left_for_each_block(cuda_report):
+    limits = cuda_report.LIMITS["sm_90a"]
+    assert cuda_report.shared_room(1, limits) == 227 << 10
+    assert cuda_report.shared_room(2, limits) == 113 << 10
+    assert cuda_report.shared_room(0, limits) == 0
+
+
+def test_names_keep_every_template_argument(cuda_report):
+    kernel = "vosops::cuda::(anonymous namespace)::tensor::kernel"
+    name = f"void {kernel}<c10::BFloat16, (int)2, (vosops::cuda::Arithmetic)1>(int)"
+    assert cuda_report.short_name(name) == "tensor::kernel<BFloat16, 2, 1>"
+
+
+def test_differences_are_named_and_other_targets_left_alone(cuda_report):
+    row, changed = {"registers": 32}, {"registers": 40}
+    committed = {"sm_80": {"a": row, "gone": row}, "sm_90a": {"a": row}}
+    table = {"sm_80": {"a": changed, "new": row}, "sm_120": {"a": row}}
+    assert cuda_report.differences(table, committed) == [
+        "sm_80 a: {'registers': 32} -> {'registers': 40}",
+        "sm_80 gone: {'registers': 32} -> None",
+        "sm_80 new: None -> {'registers': 32}",
+    ]
+    assert cuda_report.differences({"sm_90a": {"a": row}}, committed) == []
+
+
+def test_the_committed_table_has_every_target_and_the_same_kernels_on_each(cuda_report):
+    targets = json.loads(COMMITTED.read_text())["targets"]
+    assert set(targets) == set(cuda_report.TARGETS)
+    assert len({frozenset(kernels) for kernels in targets.values()}) == 1
+    sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} - {"version"}
+    assert {name.split(":")[0] for name in targets["sm_90a"]} == sources
+
+
+def test_no_kernel_spills(rows):
+    assert [name for name, row in rows.items() if row["spills"] or row["stack"]] == []
+
+
+def test_every_kernel_fits_on_a_multiprocessor(rows):
+    assert [name for name, row in rows.items() if row["blocks"] < 1] == []
+
+
+def test_products_use_tensor_cores_and_arrive_by_asynchronous_copies_of_16_bytes(rows):
+    products = {name: row for name, row in rows.items() if "tensor::kernel" in name}
+    assert products
+    assert [n for n, row in products.items() if not (row["HMMA"] or row["HGMMA"])] == []
+    assert [n for n, row in products.items() if not row["LDGSTS"]] == []
