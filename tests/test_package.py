@@ -21,7 +21,11 @@ LIBRARIES = sorted(FOLDER.glob("libvosops_*.so"))
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=240,
     )
 
 
@@ -80,7 +84,11 @@ def test_cuda_library_loads_where_torch_has_cuda():
 
 def undefined_symbols(library: Path) -> set[str]:
     listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", library],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
     )
     return {line.split()[-1] for line in listing.stdout.splitlines()}
 
@@ -94,7 +102,7 @@ def test_libraries_use_no_symbol_newer_than_torch_2_10(library, tmp_path):
     include = Path(torch.__file__).parent / "include"
     command = ["g++", "-std=c++20", "-E", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += ["-DUSE_CUDA", f"-I{include}", f"-I{include}/torch/csrc/api/include", str(source)]
-    declared = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    declared = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
     offered = set(re.findall(r"\b(?:aoti_torch|torch)_\w+", declared))
     symbols = {name.split("@")[0] for name in undefined_symbols(library)}
     shims = {name for name in symbols if re.match(r"(aoti_)?torch_", name)}

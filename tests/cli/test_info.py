@@ -66,6 +66,8 @@ def test_a_missing_build_is_said():
 def test_the_module_needs_no_optional_package():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['typer', 'rich', 'av', 'PIL', 'torchvision']));"
     code = f"{blocked} import runpy; runpy.run_module('vosops.info', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("vosops ")

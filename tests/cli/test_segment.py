@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -248,8 +249,13 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(vosops, clip, mask, out
     arguments = [clip, "--mask", mask, "--out", out, "--device", "cpu", "--size", 32]
     command = [sys.executable, "-c", SLOW_RUN, "segment", *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    patience = time.monotonic() + 120
     while not (out / "00002.png").exists():
         assert process.poll() is None, process.stderr.read()
+        if time.monotonic() > patience:
+            process.kill()
+            pytest.fail("no third mask after two minutes")
+        time.sleep(0.01)
     process.send_signal(number)
     printed = process.communicate(timeout=60)[1]
     assert process.returncode == 130

@@ -60,7 +60,7 @@ def cache_directory() -> Path:
 
 def run(command: list[str]) -> None:
     """Run a compiler; its messages become the exception's."""
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
 

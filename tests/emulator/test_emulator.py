@@ -67,7 +67,11 @@ def mode(request: pytest.FixtureRequest) -> str:
 def run(mode: str, case: str, **environment: str) -> tuple[int, str]:
     """Run one case in a process of its own."""
     result = subprocess.run(
-        [build.build_cases(mode), case], capture_output=True, text=True, env={**os.environ, **environment}
+        [build.build_cases(mode), case],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
     )
     return result.returncode, result.stdout + result.stderr
 
@@ -120,5 +124,7 @@ def test_limits_follow_the_architecture() -> None:
 
 
 def test_every_case_is_tested() -> None:
-    listing = subprocess.run([build.build_cases("plain")], capture_output=True, text=True).stdout.split()
+    listing = subprocess.run(
+        [build.build_cases("plain")], capture_output=True, text=True, timeout=300
+    ).stdout.split()
     assert set(listing) == {*CORRECT, *FOUND_IN_EVERY_MODE, *FOUND_IN_CHECKED, *FOUND_IN_ADDRESS}

@@ -159,7 +159,10 @@ def test_no_access_out_of_bounds() -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to find libasan.so")
     runtime = subprocess.run(
-        [compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True
+        [compiler(), "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     ).stdout.strip()
     environment = {
         **os.environ,
@@ -173,6 +176,7 @@ def test_no_access_out_of_bounds() -> None:
         text=True,
         env=environment,
         cwd=Path(__file__).parents[2],
+        timeout=580,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout == f"{len(LOCAL_CASES) + len(GLOBAL_CASES) + 1} cases\n"
