@@ -407,7 +407,7 @@ def scan_launch(scores: Scores, top_k: int, mode: tl.constexpr) -> tuple[dict[st
         "BLOCK_C": MIN_BLOCK if scores.kind == "tf32x3" else channel_block(scores),
         "MODE": mode.value,
         "CAPACITY": triton.cdiv(top_k, LIST_WIDTH) * LIST_WIDTH + 2 * block_m,
-        "WIDTH": REPAIR_WIDTH,
+        "WIDTH": LIST_WIDTH if scores.target.capability == 10 else REPAIR_WIDTH,
     }
     warps = 4 if mode.value == COLLECT.value and scores.target.capability == 10 else 8
     return {**scores.constants, **blocks}, options_of(warps, 2)
