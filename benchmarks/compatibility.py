@@ -1,0 +1,109 @@
+"""Writes the table of docs/compatibility.md: each op in each implementation and dtype, and how that was proved.
+
+    python benchmarks/compatibility.py            rewrites what lies between the marks
+    python benchmarks/compatibility.py --check    exit code 1 if the page is not up to date
+
+What is there is read off the sources and the registered ops, what ran on a GPU off benchmarks/results/gpu_*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vosops
+from vosops.benchmarking.gpu_cases import MODES, implementation
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
+RESULTS = ROOT / "benchmarks" / "results"
+REGION = re.compile(r"(<!-- proofs -->\n).*?(<!-- end of proofs -->)", re.DOTALL)
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+ON_GPUS = ("f32", "f16", "bf16")
+NOTHING = "-"
+
+
+def has_cuda(op: str) -> bool:
+    """Whether a CUDA C++ kernel of the op is registered."""
+    wanted = f'm.impl("{op}"'
+    return any(wanted in path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def has_triton(op: str) -> bool:
+    """Whether a Triton kernel of the op is registered."""
+    return hasattr(torch.ops.vosops, f"{op}_triton")
+
+
+def gpu_proof(op: str, backend: str, dtype: str, reports: Sequence[dict[str, Any]]) -> str | None:
+    """Card and date of the newest run in which an implementation was right in a dtype; None if there is none."""
+    modes = [name for name, mode in MODES.items() if mode.dtype == DTYPES[dtype]]
+    for report in sorted(reports, key=lambda r: str(r["date"]), reverse=True):
+        cells = report["steps"].get("times", {}).get("data", {}).get("cells", {}).values()
+        for cell in cells:
+            if cell.get("op") == op and cell.get("mode") in modes:
+                ours = [v for v in cell["variants"] if v["name"] == implementation(backend)]
+                if ours and all(v["right"] for v in ours):
+                    return f"**{report['device']['name']}, {report['date'][:10]}**"
+    return None
+
+
+def rows(op: str, reports: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The implementations of an op: where it runs, then how each dtype was proved."""
+
+    def on_gpu(backend: str, without: str) -> list[str]:
+        proofs = [gpu_proof(op, backend, dtype, reports) for dtype in ON_GPUS]
+        return [f"{proof}; {without}" if proof else without for proof in proofs] + [NOTHING]
+
+    absent = [NOTHING] * len(DTYPES)
+    cuda, triton = has_cuda(op), has_triton(op)
+    return [
+        [f"`{op}`", "reference, any device", *["oracle"] * len(DTYPES)],
+        ["", "cpp, CPU", *["run"] * len(DTYPES)],
+        ["", "cpp, NVIDIA sm_80 and newer", *(on_gpu("cpp", "emulator, compiled") if cuda else absent)],
+        [
+            "",
+            "triton, NVIDIA sm_80 and newer",
+            *(on_gpu("triton", "interpreter, compiled") if triton else absent),
+        ],
+        ["", "triton, AMD gfx942", *(["compiled"] * len(ON_GPUS) + [NOTHING] if triton else absent)],
+    ]
+
+
+def table(reports: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of all ops."""
+    header = ["op", "implementation", *DTYPES]
+    body = [row for op in vosops.list_ops() for row in rows(op, reports)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body])
+
+
+def rewritten(text: str, reports: Sequence[dict[str, Any]]) -> str:
+    """The page with its table made anew; ValueError if it has no place for one."""
+    if not REGION.search(text):
+        raise ValueError("the page lacks <!-- proofs --> and <!-- end of proofs -->")
+    return REGION.sub(lambda m: f"{m[1]}\n{table(reports)}\n\n{m[2]}", text)
+
+
+def main() -> None:
+    """Rewrite or check the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, say whether it is up to date")
+    check = parser.parse_args().check
+    reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("gpu_*.json"))]
+    text = PAGE.read_text()
+    fresh = rewritten(text, reports)
+    if check:
+        sys.exit(f"{PAGE} is not up to date: python benchmarks/compatibility.py" if fresh != text else 0)
+    PAGE.write_text(fresh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The table of docs/compatibility.md says of each op, implementation and dtype how it was proved."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+import vosops
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compatibility():
+    spec = importlib.util.spec_from_file_location("compatibility", ROOT / "benchmarks/compatibility.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_of(card: str, date: str, *, right: bool = True) -> dict:
+    """A run in which bf16 local matching by CUDA C++ was right, or wrong."""
+    variants = [{"name": "vosops cpp", "right": right}, {"name": "tiled GEMM", "right": True}]
+    cells = {"a": {"op": "local_matching", "mode": "bf16", "variants": variants}, "b": {"failed": "x"}}
+    return {"date": date, "device": {"name": card}, "steps": {"times": {"data": {"cells": cells}}}}
+
+
+def test_the_page_is_up_to_date(compatibility):
+    """`python benchmarks/compatibility.py` renews it."""
+    runs = [json.loads(file.read_text()) for file in sorted(compatibility.RESULTS.glob("gpu_*.json"))]
+    text = compatibility.PAGE.read_text()
+    assert compatibility.rewritten(text, runs) == text
+
+
+def test_every_op_is_listed_in_every_implementation(compatibility):
+    listed = [row.split(" | ") for row in compatibility.table([]).splitlines()[2:]]
+    assert [row[0].strip("| `") for row in listed if "`" in row[0]] == vosops.list_ops()
+    assert len(listed) == 5 * len(vosops.list_ops())
+
+
+def test_without_a_run_nothing_is_said_to_have_run_on_a_gpu(compatibility):
+    assert "**" not in compatibility.table([])
+    assert compatibility.gpu_proof("local_matching", "cpp", "bf16", []) is None
+
+
+def test_the_newest_run_that_was_right_is_named(compatibility):
+    runs = [
+        run_of("A", "2026-01-01T00"),
+        run_of("B", "2026-03-01T00"),
+        run_of("C", "2026-05-01T00", right=False),
+    ]
+    assert compatibility.gpu_proof("local_matching", "cpp", "bf16", runs) == "**B, 2026-03-01**"
+    for op, backend, dtype in (
+        ("global_matching", "cpp", "bf16"),
+        ("local_matching", "triton", "bf16"),
+        ("local_matching", "cpp", "f16"),
+    ):
+        assert compatibility.gpu_proof(op, backend, dtype, runs) is None
+
+
+def test_a_page_without_a_place_is_refused(compatibility):
+    with pytest.raises(ValueError, match="lacks <!-- proofs -->"):
+        compatibility.rewritten("nothing", [])
