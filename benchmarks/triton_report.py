@@ -60,6 +60,8 @@ class Case:
     constants: dict[str, Any]
     options: dict[str, int]
     tensor_cores: bool = False
+    multiples_of_16: tuple[str, ...] = ()
+    """Sizes and strides that are, as in the layouts that the kernels read in wide pieces."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,127 @@ def cases(target: str) -> Iterator[Case]:
         {"ROWS": global_matching.PACK_ROWS},
         _common.compile_options(2),
     )
+    yield from memory_cases(chip)
+
+
+def memory_cases(chip: Any) -> Iterator[Case]:
+    """The kernels of memory_read: 480p/16, T=20, 128 key channels (64 with a selection) and 512 value channels.
+
+    Keys and values channel-last, as MemoryBank stores them.
+    """
+    from vosops.triton import _common, memory_read, memory_scores, memory_select
+
+    def scores(dtype: torch.dtype, precision: str, selection: bool) -> memory_scores.Scores:
+        wide = selection and dtype != torch.float32
+        precision = _common.product_precision("tf32x3" if wide else precision, chip)
+        channels = 64 if selection else 128
+        constants = {"C": channels, "SQUARES": selection, "WIDE": selection, "PRECISION": precision}
+        kind = precision if selection or dtype == torch.float32 else "half"
+        return memory_scores.Scores((), constants, 1, 1620, 32400, channels, chip, kind)
+
+    def case(
+        name: str,
+        kernel: Any,
+        launch: tuple[dict[str, Any], dict[str, int]],
+        dtype: torch.dtype,
+        *,
+        selection: bool = False,
+        tensor_cores: bool = False,
+        **pointers: str,
+    ) -> Case:
+        names, data = kernel.arg_names, POINTER[dtype]
+        kinds = {"query": "*fp32" if selection else data, "key": data, "value": data, "grad": data}
+        kinds |= {"shrinkage": "*fp32", "query_bias": "*fp32", "key_bias": "*fp32", "scale": "fp32"}
+        kinds |= {"out": data, "lse": "*fp32", "mean": "*fp32", "weight": "*fp32", "index": "*i64"}
+        kinds |= {"usage": "*fp32", "part_out": "*fp32", "part_lse": "*fp32", "grad_rows": data}
+        kinds |= {"grad_query": "*fp32", "grad_key": data, "grad_value": data, "grad_weight": "*fp32"}
+        kinds |= {f"grad_{vector}": "*fp32" for vector in ("shrinkage", "query_bias", "key_bias", "lse")}
+        kinds |= {
+            "maxima": "*i32",
+            "thresholds": "*i32",
+            "counts": "*i32",
+            "entries": "*i64",
+            "score": "*fp32",
+        }
+        constants = dict(launch[0]) | {"key_c": 1, "value_c": 1, "query_p": 1, "grad_p": 1}
+        if not selection:
+            constants |= {"shrinkage": None, "query_bias": None}
+        constants = {key: value for key, value in constants.items() if key in names}
+        kinds = {
+            key: kind for key, kind in (kinds | pointers).items() if key in names and key not in constants
+        }
+        wide = (
+            "query_n",
+            "query_c",
+            "query_end",
+            "key_n",
+            "key_m",
+            "key_end",
+            "value_n",
+            "value_o",
+            "value_m",
+        )
+        wide += ("value_end", "grad_n", "grad_o", "grad_c", "grad_end", "columns")
+        multiples = tuple(key for key in wide if key in names and key not in constants)
+        return Case(f"memory {name}", kernel, kinds, constants, launch[1], tensor_cores, multiples)
+
+    half = torch.bfloat16
+    precisions = [
+        (label, dtype, precision)
+        for label, dtype, precision in PRECISIONS
+        if label != "fp16" and _common.product_precision(precision, chip) == precision
+    ]
+    for label, dtype, precision in precisions:
+        kind = precision if dtype == torch.float32 else "half"
+        launch = memory_read.read_launch(scores(dtype, precision, False), 512, 512, kind)
+        yield case(
+            f"read {label}", memory_read._read, launch, dtype, tensor_cores=label != "ieee", out="*fp32"
+        )
+    selected, plain = scores(half, "ieee", True), scores(half, "ieee", False)
+    launch = memory_read.read_launch(selected, 512, 512, "half")
+    yield case(
+        "read bf16 with selection",
+        memory_read._read,
+        launch,
+        half,
+        selection=True,
+        tensor_cores=True,
+        out="*fp32",
+    )
+    yield case("usage bf16", memory_read._usage, memory_read.usage_launch(plain), half, tensor_cores=True)
+    single = scores(torch.float32, "tf32x3", True)
+    gradients = (memory_read._query_gradient, memory_read._key_gradient)
+    for name, kernel in zip(("query", "key"), gradients, strict=True):
+        launch = memory_read.gradient_launch(plain, 512, 512, "half")
+        yield case(f"{name} gradient bf16", kernel, launch, half, tensor_cores=True)
+        if chip.capability >= 8:
+            launch = memory_read.gradient_launch(single, 512, 512, "tf32x3")
+            yield case(
+                f"{name} gradient tf32x3 with selection", kernel, launch, torch.float32, selection=True
+            )
+    launch = memory_read.value_gradient_launch(plain, 512, 512, "half")
+    yield case("value gradient bf16", memory_read._value_gradient, launch, half, tensor_cores=True)
+    tile = {"BLOCK": memory_read.MERGE_BLOCK, "VALUE_C": 512}
+    four_warps = memory_scores.options_of(4, 2)
+    yield case("merge bf16", memory_read._merge, (tile, four_warps), half)
+    yield case("mean gradient bf16", memory_read._mean_gradient, (tile, four_warps), half)
+
+    for name in ("MAXIMA", "COLLECT", "REPAIR"):
+        launch = memory_select.scan_launch(plain, 30, getattr(memory_select, name))
+        yield case(f"scan bf16, {name.lower()}", memory_select._scan, launch, half, tensor_cores=True)
+    launch = memory_select.scan_launch(selected, 30, memory_select.REPAIR)
+    yield case("scan bf16 with selection, repair", memory_select._scan, launch, half, selection=True)
+    lists = {"ROWS": memory_select.LIST_ROWS, "WIDTH": memory_select.MAX_LIST_WIDTH}
+    lists |= {"CAPACITY": launch[0]["CAPACITY"]}
+    yield case("threshold", memory_select._threshold, (lists, four_warps), half)
+    yield case("finish", memory_select._finish, (lists, four_warps), half)
+    tile = {**memory_select.GATHER_BLOCKS, "VALUE_C": 512}
+    yield case("gather bf16", memory_select._gather, (tile, memory_scores.options_of(4, 3)), half)
+    eight_warps = memory_scores.options_of(8, 2)
+    yield case("weight gradient bf16", memory_select._weight_gradient, (tile, eight_warps), half)
+    launch = (memory_select.SCATTER_BLOCKS, four_warps)
+    kernel = memory_select._gathered_value_gradient
+    yield case("gathered value gradient bf16", kernel, launch, half, order="*i64", bounds="*i64")
 
 
 def compile_case(case: Case, target: str) -> tuple[Any, str]:
@@ -214,7 +337,8 @@ def compile_case(case: Case, target: str) -> tuple[Any, str]:
     signature = {
         name: case.pointers.get(name, "constexpr" if name in case.constants else "i32") for name in names
     }
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.pointers}
+    pointers = [name for name, kind in case.pointers.items() if kind.startswith("*")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *case.multiples_of_16)}
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=aligned)
     if target not in NVIDIA:
         options = {name: value for name, value in case.options.items() if name != "maxnreg"}

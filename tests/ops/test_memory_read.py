@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vosops
-from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE, load
+from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE, INTERPRETED, load
 from tests.ops.matching import LAYOUTS
 from vosops import reference
 from vosops.reference.memory_read import (
@@ -214,6 +214,8 @@ def test_core_read_usage_and_gradients(backend, dtype, case):
 @pytest.mark.parametrize("top_k", [1, 5, 40, 130])
 @pytest.mark.parametrize("case", CORE_CASES)
 def test_core_selects_the_greatest_scores(backend, dtype, case, top_k):
+    if backend is INTERPRETED and top_k != 5 and (dtype != torch.float32 or case == "many positions"):
+        pytest.skip("seconds a case in Triton's interpreter; other lengths are selected in float32")
     query, key, _, vectors = core_problem(case, dtype, backend.device)
     got = backend.op("memory_select")(query, key, *vectors.values(), SCALE, "ieee", top_k)
     assert_selects(*got, memory_scores(*wide_core(query, key, *vectors.values()), SCALE), top_k)

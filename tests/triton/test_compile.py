@@ -33,7 +33,7 @@ def table(tmp_path_factory) -> dict:
         "--write",
         str(written),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     return json.loads(written.read_text())
 
@@ -73,9 +73,8 @@ def test_products_run_on_tensor_cores_except_in_ieee_float32(rows):
 
 def test_half_precision_runs_two_programs_on_a_multiprocessor_of_an_h100(rows):
     """The epilogue of one program runs beside the products of the other."""
-    half = [
-        row for row in rows if row["target"] == "sm_90" and ("bf16," in row["case"] or "fp16," in row["case"])
-    ]
+    products = [row for row in rows if row["target"] == "sm_90" and " match " in row["case"]]
+    half = [row for row in products if "bf16," in row["case"] or "fp16," in row["case"]]
     assert half
     assert [label(row) for row in half if row["occupancy"] < 2] == []
 
@@ -83,3 +82,18 @@ def test_half_precision_runs_two_programs_on_a_multiprocessor_of_an_h100(rows):
 def test_key_tiles_arrive_by_asynchronous_copies_of_16_bytes(rows):
     pipelined = [row for row in rows if " match " in row["case"] and "neighbors" not in row["case"]]
     assert [label(row) for row in pipelined if not row["async_copies"]] == []
+
+
+def test_memory_is_read_by_tensor_cores_and_asynchronous_copies_except_in_ieee_float32(rows):
+    reads = [row for row in rows if row["case"].startswith("memory read")]
+    assert {row["case"].removeprefix("memory read ") for row in reads} >= {"bf16", "tf32", "tf32x3", "ieee"}
+    wrong = [label(row) for row in reads if bool(row["tensor_cores"]) == ("ieee" in row["case"])]
+    assert wrong == []
+    assert [label(row) for row in reads if not row["async_copies"]] == []
+
+
+def test_gradients_usage_and_selection_of_memory_run_on_tensor_cores_in_half_precision(rows):
+    names = ("usage", "query gradient", "key gradient", "value gradient", "scan")
+    half = [row for row in rows for name in names if row["case"].startswith(f"memory {name} bf16")]
+    assert len({row["case"] for row in half}) >= len(names)
+    assert [label(row) for row in half if not row["tensor_cores"]] == []
