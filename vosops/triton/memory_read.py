@@ -72,7 +72,7 @@ def store_transposed(
 ):
     """Store a tile (BLOCK_I, BLOCK_J) at rows first_j and columns first_i of a matrix (end_j, end_i).
 
-    Offsets within the tile are 32-bit, which saves registers; hence MAX_QUERIES.
+    Offsets within the tile are 32-bit, which saves registers; hence MAX_QUERIES and MAX_MEMORY.
     """
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)

@@ -36,6 +36,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 ALIGNMENT = 16
 """Elements: strides that are multiples of this are read in pieces of 16 bytes, by asynchronous copies."""
 
+MAX_QUERIES = 2**23
+MAX_MEMORY = 2**24
+"""Above these, 32-bit offsets within an output tile would overflow (`store_transposed`)."""
+
 MIN_BLOCK = 16
 """The least side of a tile that tensor cores multiply."""
 
@@ -253,6 +257,11 @@ def score_operands(
     if query.shape[0] != batch or query.shape[1] not in (channels, 2 * channels):
         raise ValueError(
             f"query must have shape (N,C,P) or (N,2C,P) for keys {tuple(key.shape)}, got {tuple(query.shape)}"
+        )
+    if queries > MAX_QUERIES or memory > MAX_MEMORY:
+        raise ValueError(
+            f"query and key must have at most {MAX_QUERIES} pixels and {MAX_MEMORY} positions for the Triton "
+            f"kernels, got {queries} and {memory}"
         )
     vectors = {
         "shrinkage": (shrinkage, memory),
