@@ -19,6 +19,7 @@ from vosops.benchmarking.gpu import Done, Run
 from vosops.benchmarking.gpu_cases import CELLS, MODES, SMALL, Case, Cell, MemorySize
 from vosops.benchmarking.gpu_steps import FAILED, PASSED, SKIPPED, UNFINISHED, Outcome
 from vosops.benchmarking.measure import Clock
+from vosops.ops import _registration
 
 CPU = torch.device("cpu")
 CARD = {
@@ -38,6 +39,12 @@ def quick_collections():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """Triton's kernels are for GPUs here, also where other tests interpret them."""
+    monkeypatch.setattr(_registration, "TRITON_INTERPRETED", False)
 
 
 class Machine:
@@ -560,11 +567,16 @@ def test_every_small_problem_is_right_in_every_arithmetic():
 
 
 def test_checks_that_need_a_gpu_say_so():
-    outcome = gpu_steps.runtime(CPU, SMALL[:1])
+    outcome = gpu_steps.runtime(CPU, 60, SMALL[:1])
     assert (outcome.status, outcome.reasons) == (FAILED, ["no check could run here"])
     by_check = {c["check"]: c["outcome"] for c in outcome.data["checks"] if c["implementation"] == "cpp"}
     assert by_check["graph"] == "cannot: CUDA graphs need a CUDA device"
     assert by_check["device"] == "cannot: needs two CUDA devices, there are 0"
+
+
+def test_checks_without_time_are_left_for_another_run():
+    outcome = gpu_steps.runtime(CPU, -1, SMALL[:1])
+    assert (outcome.status, outcome.reasons) == (UNFINISHED, ["no time was left for 12 of 12 checks"])
 
 
 def test_a_step_s_process_reads_the_run_and_writes_its_outcome(tmp_path, monkeypatch):
