@@ -29,6 +29,7 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/vosops bench local_matching --json benchmarks/results/local_matching_cpu.json
 	$(BIN)/vosops bench global_matching --json benchmarks/results/global_matching_cpu.json
+	$(BIN)/vosops bench memory_read --json benchmarks/results/memory_read_cpu.json
 
 docs: $(VENV)/ready
 	$(BIN)/pip install -q "mkdocs-material>=9.5" "mkdocstrings[python]>=0.25"

@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from vosops.benchmarking import BENCHMARKS
-from vosops.benchmarking.cases import Case
+from vosops.benchmarking.cases import Plan
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 REGION = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MISSING = "not measured"
-WRITTEN_LIKE_CFBI = ("CFBI loop", "CFBI chunks")
+ORIGINALS = {
+    "local_matching": ("CFBI", ("CFBI loop",)),
+    "global_matching": ("CFBI", ("CFBI chunks",)),
+    "memory_read": ("STM or STCN", ("bmm, softmax, bmm", "STCN top-k")),
+}
+"""Op -> whose code came first, and the contenders written in its manner."""
 BUSY_LOAD = 1.5
 """A load average above this is told: other programs were at work."""
 
@@ -39,7 +44,7 @@ def load(op: str) -> Report:
     return json.loads(file.read_text()) if file.exists() else {"machine": None, "results": []}
 
 
-def results_of(report: Report, case: Case) -> Report | None:
+def results_of(report: Report, case: Plan) -> Report | None:
     """The result of a case."""
     return next((r for r in report["results"] if r["case"] == case.name), None)
 
@@ -78,7 +83,7 @@ def machine_line(report: Report, op: str) -> str:
     )
 
 
-def planned(case: Case) -> dict[str, float]:
+def planned(case: Plan) -> dict[str, float]:
     """The goals of a case by the names that results give them."""
     goals = {f"x {name}": goal for name, goal in case.goals.items()}
     if case.goal_share is not None:
@@ -142,6 +147,7 @@ def everything(op: str) -> str:
 def brief(op: str) -> str:
     """One row for each case: vosops, the code of the original, and the best other contender."""
     report = load(op)
+    author, contenders = ORIGINALS[op]
     rows = []
     for case in BENCHMARKS[op].cases:
         result = results_of(report, case)
@@ -149,11 +155,11 @@ def brief(op: str) -> str:
             rows.append([case.title, *[MISSING] * 3])
             continue
         ours, *others = result["variants"]
-        original = next((v for v in others if v["name"] in WRITTEN_LIKE_CFBI), None)
+        original = next((v for v in others if v["name"] in contenders), None)
         others = [v for v in others if not v["name"].startswith("vosops")] or others
         best = min(others, key=lambda v: v["median"])
         rows.append([case.title, cost(ours), cost(original), f"{best['name']}: {cost(best)}"])
-    header = [op, "vosops", "in the manner of CFBI", "best other"]
+    header = [op, "vosops", f"in the manner of {author}", "best other"]
     return table(header, rows) + "\n\n" + machine_line(report, op)
 
 

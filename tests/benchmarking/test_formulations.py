@@ -1,19 +1,22 @@
 """Every contender computes what the op computes: distances, gradients, and the work that is counted."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
 from vosops import reference
-from vosops.benchmarking import BENCHMARKS, Case, Inputs
+from vosops.benchmarking import BENCHMARKS, Case, Inputs, Variant
+from vosops.benchmarking.memory_read import MemoryCase, MemorySize
 from vosops.benchmarking.runner import _compare
 
 CPU = torch.device("cpu")
+MATCHINGS = {op: BENCHMARKS[op] for op in ("local_matching", "global_matching")}
 PEERS = {"faiss flat": "faiss", "KeOps": "pykeops"}
 CONTENDERS = [
     pytest.param(op, v, id=f"{op}-{v.name}")
-    for op, benchmark in BENCHMARKS.items()
+    for op, benchmark in MATCHINGS.items()
     for v in benchmark.variants
     if v.name != "torch.compile"
 ]
@@ -56,7 +59,7 @@ def test_contenders_compute_the_same_gradients(op, variant):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
-@pytest.mark.parametrize("op", BENCHMARKS)
+@pytest.mark.parametrize("op", MATCHINGS)
 def test_useful_operations_are_counted_pair_by_pair(op, case):
     inputs = Inputs.of(case, CPU)
     belongs = inputs.mask[0].any(0)
@@ -66,13 +69,13 @@ def test_useful_operations_are_counted_pair_by_pair(op, case):
         bool(belongs[ky, kx]) and abs(ky - qy) <= near and abs(kx - qx) <= near
         for (ky, kx), (qy, qx) in itertools.product(pixels, pixels)
     )
-    assert BENCHMARKS[op].flops(inputs) == 2 * inputs.query.shape[1] * pairs
+    assert BENCHMARKS[op].work(case, inputs)[0] == 2 * inputs.query.shape[1] * pairs
 
 
 def test_embeddings_are_told_apart_by_the_normalised_distance():
     """Otherwise comparing results would prove nothing: tanh(d / 2) is 1 for every large d."""
     inputs = Inputs.of(CASES["bands"], CPU)
-    for op in BENCHMARKS:
+    for op in MATCHINGS:
         found = expected(op, inputs)
         near = found[found < 1]  # 1 is an object outside of the window
         assert near.min() > 0.1 and near.max() < 0.99
@@ -96,3 +99,36 @@ def test_results_that_differ_in_one_pixel_are_not_the_same():
     b[0, 0, 0, 0] = torch.nan
     with pytest.raises(DisagreementError, match="2 of 50"):
         _compare("vosops", [a], "other", [b], torch.float32)
+
+
+READS = [v for v in BENCHMARKS["memory_read"].variants if not v.compiles]
+READ_SIZE = MemorySize("tiny", 18, 3, objects=2, key_channels=8, value_channels=16)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("variant", READS, ids=lambda v: v.name)
+def test_reads_compute_the_same_values_and_gradients(variant, top_k):
+    if (top_k is None) == (variant.name == "embedding_bag") or (top_k and "SDPA" in variant.name):
+        pytest.skip("computes the other kind of read")
+    case = MemoryCase("tiny", dataclasses.replace(READ_SIZE, top_k=top_k), backward=True)
+    inputs = case.inputs(CPU)
+
+    def read(query, key, value, inputs):
+        return reference.memory_read(query, key, value, top_k=inputs.top_k)
+
+    wanted = Variant("reference", read).call(inputs, backward=True)()
+    found = variant.call(inputs, backward=True)()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_work_of_a_read_is_two_products():
+    case = MemoryCase("tiny", READ_SIZE)
+    assert BENCHMARKS["memory_read"].work(case, case.inputs(CPU))[0] == 2 * 18 * 54 * (8 + 2 * 16)
+
+
+def test_layouts_of_values_are_what_the_case_says():
+    for channel_major in (False, True):
+        size = dataclasses.replace(READ_SIZE, top_k=4, channel_major=channel_major)
+        value = MemoryCase("tiny", size).inputs(CPU).value
+        assert value.is_contiguous() == channel_major and value.shape == (1, 2, 16, 54)

@@ -78,7 +78,10 @@ def test_a_contender_that_computes_something_else_stops_the_run(run, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("convolution",), "OP: expected one of local_matching, global_matching, all; got 'convolution'"),
+        (
+            ("convolution",),
+            "OP: expected one of local_matching, global_matching, memory_read, all; got 'convolution'",
+        ),
         (("local_matching", "--case", "huge"), "--case: expected one of tiny, tiny-training; got 'huge'"),
         (("local_matching", "--dtype", "int8"), "--dtype: expected one of"),
         (("local_matching", "--device", "tpu"), "--device: expected cpu or cuda"),

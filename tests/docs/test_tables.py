@@ -90,7 +90,7 @@ def test_regions_are_replaced_and_the_rest_is_kept(measured):
 
 def test_every_region_of_the_pages_is_known(make_tables):
     regions = [match for page in make_tables.PAGES for match in make_tables.REGION.finditer(page.read_text())]
-    assert len(regions) == 7
+    assert len(regions) == 10
     for match in regions:
         kind, name = match[2], match[3]
         assert kind in make_tables.KINDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +16,22 @@ EMBEDDING_RANGE = 0.25
 """Embeddings lie in [0, this): distances then fall where tanh(d / 2) still tells them apart."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One size of one op.
+BEST = "the best other"
+"""In a case's goals: whichever contender of other origin is fastest."""
+
+SMALL_SIDE = 8
+"""Side of the feature map of a small call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every case has, whatever its op.
 
     Attributes:
         name: short, unique within the op.
-        height: of the feature map.
-        width: of the feature map.
-        objects: how many; together they cover the frame, unless `coverage` is below 1.
-        radius: of the window, for local matching.
-        backward: time the gradients of query and key as well.
+        backward: time the gradients as well.
         dtype: of the embeddings.
-        coverage: share of the frame that belongs to objects.
-        goals: least speed-up over contenders, by name: what vosops sets out to reach.
+        goals: least speed-up over contenders, by name (or `BEST`): what vosops sets out to reach.
         goal_share: least share of the machine's arithmetic.
         goal_memory: bytes above the inputs to stay below.
         left_out: contenders that this case does without, and why.
@@ -38,13 +41,8 @@ class Case:
     """
 
     name: str
-    height: int
-    width: int
-    objects: int
-    radius: int = 0
     backward: bool = False
     dtype: torch.dtype = torch.float32
-    coverage: float = 1.0
     goals: Mapping[str, float] = field(default_factory=dict)
     goal_share: float | None = None
     goal_memory: float | None = None
@@ -59,6 +57,44 @@ class Case:
     @property
     def title(self) -> str:
         """What it is, for people."""
+        raise NotImplementedError
+
+    @property
+    def mismatched_share(self) -> float:
+        """Share of the output that may differ between two contenders."""
+        return 0.0
+
+    def inputs(self, device: torch.device) -> Any:
+        """The tensors of the case, `Inputs` or the like."""
+        raise NotImplementedError
+
+    def small(self) -> Plan:
+        """The same of few pixels."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Case(Plan):
+    """One size of a matching.
+
+    Attributes:
+        height: of the feature map.
+        width: of the feature map.
+        objects: how many; together they cover the frame, unless `coverage` is below 1.
+        radius: of the window, for local matching.
+        coverage: share of the frame that belongs to objects.
+    """
+
+    name: str
+    height: int
+    width: int
+    objects: int
+    radius: int = 0
+    coverage: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
         parts = [f"{self.height}x{self.width}", f"{self.objects} object{'s' * (self.objects != 1)}"]
         parts += [f"radius {self.radius}"] if self.radius else []
         parts += [f"mask {self.coverage:.0%} of the frame"] if self.coverage < 1 else []
@@ -66,6 +102,14 @@ class Case:
         parts += ["forward + backward" if self.backward else "forward"]
         parts += [f"{self.threads} threads"] if self.threads else []
         return ", ".join(parts)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """Its tensors."""
+        return Inputs.of(self, device)
+
+    def small(self) -> Case:
+        """The same of few pixels."""
+        return replace(self, height=SMALL_SIDE, width=SMALL_SIDE, radius=min(self.radius, 1))
 
 
 @dataclass(frozen=True)
@@ -92,6 +136,16 @@ class Inputs:
         weight = torch.rand(mask.shape, generator=generator).to(device)
         return Inputs(query, key, mask, case.radius, weight)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is differentiated."""
+        return self.query, self.key
+
+    @property
+    def rest(self) -> tuple[Tensor, int]:
+        """What formulations take besides."""
+        return self.mask, self.radius
+
     def in_float32(self) -> Inputs:
         """The same embeddings in float32."""
         return replace(self, query=self.query.float(), key=self.key.float())
@@ -109,8 +163,8 @@ def _objects(case: Case) -> Tensor:
     return torch.stack(disks)[None]
 
 
-Formulation = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(query, key, mask, radius) -> normalised distances (1,O,H,W)."""
+Formulation = Callable[..., Tensor]
+"""An op on `tensors` and `rest` of the inputs; of a matching (query, key, mask, radius) -> distances (1,O,H,W)."""
 
 
 @dataclass(frozen=True)
@@ -133,25 +187,41 @@ class Variant:
     differentiable: bool = True
     package: str | None = None
     gpu: bool = True
-    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    prepare: Callable[[Any], Any] = lambda inputs: inputs
     special: bool = False
     compiles: bool = False
 
-    def call(self, inputs: Inputs, backward: bool) -> Callable[[], list[Tensor]]:
-        """The function to time: the distances, and with `backward` the gradients of query and key as well."""
+    def call(self, inputs: Any, backward: bool) -> Callable[[], list[Tensor]]:
+        """The function to time: the output, and with `backward` the gradients of the inputs' tensors as well."""
         prepared = self.prepare(inputs)
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
-                return [self.formulation(prepared.query, prepared.key, prepared.mask, prepared.radius)]
+                return [self.formulation(*prepared.tensors, *prepared.rest)]
 
         def forward_backward() -> list[Tensor]:
-            query, key = (t.detach().requires_grad_() for t in (prepared.query, prepared.key))
-            output = self.formulation(query, key, prepared.mask, prepared.radius)
-            gradients = torch.autograd.grad(output, (query, key), prepared.weight)
+            leaves = [t.detach().requires_grad_() for t in prepared.tensors]
+            output = self.formulation(*leaves, *prepared.rest)
+            gradients = torch.autograd.grad(output, leaves, prepared.weight)
             return [output.detach(), *gradients]
 
         return forward_backward if backward else forward
+
+
+def matching_work(flops: Callable[[Inputs], float]) -> Callable[[Any, Any], tuple[float, float]]:
+    """The work of a matching that takes so many operations forward; each tensor is read or written once."""
+
+    def work(case: Case, inputs: Inputs) -> tuple[float, float]:
+        operations = flops(inputs)
+        embeddings = inputs.query.nbytes + inputs.key.nbytes
+        output = 4 * inputs.mask.numel()
+        moved = embeddings + inputs.mask.nbytes + output
+        if case.backward:
+            operations += 4.0 * inputs.query.shape[1] * inputs.mask.numel()
+            moved += embeddings * 2 + output
+        return operations, moved
+
+    return work
 
 
 @dataclass(frozen=True)
@@ -160,24 +230,26 @@ class Benchmark:
 
     op: str
     variants: tuple[Variant, ...]
-    cases: tuple[Case, ...]
-    flops: Callable[[Inputs], float]
-    """Useful operations of a forward call."""
+    cases: tuple[Plan, ...]
+    work: Callable[[Any, Any], tuple[float, float]]
+    """(case, inputs) -> operations and bytes without which the case cannot be done."""
+    result: str = "distances"
+    """What the op's output holds."""
 
-    def case(self, name: str) -> Case:
+    def case(self, name: str) -> Plan:
         """The case of that name; ValueError with the names there are."""
         for case in self.cases:
             if case.name == name:
                 return case
         raise ValueError(f"case: expected one of {', '.join(map(str, self.cases))}; got {name!r}")
 
-    def contenders(self, case: Case) -> list[Variant]:
+    def contenders(self, case: Plan) -> list[Variant]:
         """Those who run in a case, vosops first."""
         first, *others = self.variants
         if case.only:
             return [first, *(v for v in others if v.name in case.only)]
         return [first, *(v for v in others if not v.special and v.name not in case.left_out)]
 
-    def our_call(self, case: Case, device: str) -> Callable[[], list[Tensor]]:
+    def our_call(self, case: Plan, device: str) -> Callable[[], list[Tensor]]:
         """The call of vosops alone that a case times."""
-        return self.variants[0].call(Inputs.of(case, torch.device(device)), case.backward)
+        return self.variants[0].call(case.inputs(torch.device(device)), case.backward)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vosops
-from vosops.benchmarking.cases import Benchmark, Case, Inputs, Variant
+from vosops.benchmarking.cases import Benchmark, Case, Inputs, Variant, matching_work
 from vosops.benchmarking.local_matching import FAR, MB, normalise, one_thread
 
 CHUNKS = 20
@@ -185,5 +185,5 @@ BENCHMARK = Benchmark(
             only=("vosops, one thread",),
         ),
     ),
-    flops=flops,
+    work=matching_work(flops),
 )

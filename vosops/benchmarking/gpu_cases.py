@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import embedding_bag, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 import vosops
 from vosops.benchmarking.cases import Case, Inputs, Variant
 from vosops.benchmarking.global_matching import pixels
 from vosops.benchmarking.local_matching import normalise
-from vosops.benchmarking.runner import BENCHMARKS, work
+from vosops.benchmarking.memory_read import (
+    MemoryInputs,
+    MemorySize,
+    bag_read,
+    flex_read,
+    memory_work,
+    naive_read,
+    read_by,
+)
+from vosops.benchmarking.runner import BENCHMARKS
 
 IMPLEMENTATIONS = ("cpp", "triton")
 
@@ -42,32 +50,6 @@ MODES: Mapping[str, Mode] = {
     "bf16": Mode(torch.bfloat16),
     "f16": Mode(torch.float16),
 }
-
-
-@dataclass(frozen=True)
-class MemorySize:
-    """A memory read: `pixels` queries, `frames` times as many memory positions, `objects` values per position."""
-
-    name: str
-    pixels: int
-    frames: int
-    objects: int = 1
-    key_channels: int = 128
-    value_channels: int = 512
-    batch: int = 1
-    top_k: int | None = None
-    anisotropic: bool = False
-    """XMem's similarity, with shrinkage and selection, instead of the dot product."""
-
-    @property
-    def title(self) -> str:
-        """What it is, for people."""
-        kind = "XMem's similarity" if self.anisotropic else "dot product"
-        parts = [f"{self.pixels} queries, {self.frames} frames, {self.objects} objects", kind]
-        parts += [f"keys {self.key_channels}, values {self.value_channels} channels"]
-        parts += [f"batch {self.batch}"] if self.batch > 1 else []
-        parts += [f"top {self.top_k}"] if self.top_k else []
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -225,7 +207,7 @@ def _matching(cell: Cell, size: Case, device: torch.device) -> Problem:
             contenders[variant.name] = variant.call(inputs, cell.backward)
     on_cpu = Inputs.of(case, torch.device("cpu")).in_float32()
     oracle = ours(None, None).call(on_cpu, cell.backward)
-    flops, moved = work(benchmark, case, inputs)
+    flops, moved = benchmark.work(case, inputs)
     return Problem((inputs.query, inputs.key), oracle, contenders, left_out, flops, moved)
 
 
@@ -245,98 +227,7 @@ def faiss_gpu(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
     return normalise(torch.stack(nearest).view(mask.shape))
 
 
-# ---- The memory read. Formulations take query (N,Ck,P), key (N,Ck,M), value (N,O,Cv,M) and give (N,O,Cv,P).
-
-
-@dataclass(frozen=True)
-class MemoryInputs:
-    """The tensors of a read; shrinkage (N,1,M) and selection (N,Ck,P) of XMem's similarity, or None."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    shrinkage: Tensor | None
-    selection: Tensor | None
-    weight: Tensor
-    """(N,O,Cv,P): what the output's gradient is."""
-    top_k: int | None
-
-    @staticmethod
-    def of(size: MemorySize, dtype: torch.dtype, device: torch.device) -> MemoryInputs:
-        """Random numbers, the same on every machine; the values' memory is channel-last with top_k, as banks store."""
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
-        n, c, o, cv = size.batch, size.key_channels, size.objects, size.value_channels
-        memory = size.pixels * size.frames
-        value = normal(n, o, memory, cv).transpose(2, 3) if size.top_k else normal(n, o, cv, memory)
-        shrinkage = selection = None
-        if size.anisotropic:
-            shrinkage = normal(n, 1, memory).float().abs() + 1
-            selection = normal(n, c, size.pixels).sigmoid()
-        query, key, weight = normal(n, c, size.pixels), normal(n, c, memory), normal(n, o, cv, size.pixels)
-        return MemoryInputs(query, key, value, shrinkage, selection, weight, size.top_k)
-
-    def call(self, read: Callable[[MemoryInputs], Tensor], backward: bool) -> Call:
-        """The function to time: the output, and with `backward` the gradients of query, key and value as well."""
-
-        def forward() -> list[Tensor]:
-            with torch.no_grad():
-                return [read(self)]
-
-        def forward_backward() -> list[Tensor]:
-            leaves = [t.detach().requires_grad_() for t in (self.query, self.key, self.value)]
-            output = read(replace(self, query=leaves[0], key=leaves[1], value=leaves[2]))
-            return [output.detach(), *torch.autograd.grad(output, leaves, self.weight)]
-
-        return forward_backward if backward else forward
-
-    def position_major(self) -> MemoryInputs:
-        """The same with every position's channels, of all objects, side by side: what attention kernels take."""
-        query, key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (self.query, self.key))
-        value = self.value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-        return replace(self, query=query, key=key, value=value)
-
-
-def affinity(inputs: MemoryInputs) -> Tensor:
-    """The scores (N,M,P) as STM, or XMem, computes them."""
-    query, key, channels = inputs.query, inputs.key, inputs.query.shape[1]
-    if inputs.selection is None or inputs.shrinkage is None:
-        products: Tensor = key.transpose(1, 2) @ query / math.sqrt(channels)
-        return products
-    keys, selection = key.transpose(1, 2), inputs.selection
-    squares = keys.square() @ selection
-    products = 2 * (keys @ (query * selection))
-    constant = (selection * query.square()).sum(1, keepdim=True)
-    scores: Tensor = (products - squares - constant) * inputs.shrinkage.transpose(1, 2) / math.sqrt(channels)
-    return scores
-
-
-def naive_read(inputs: MemoryInputs) -> Tensor:
-    """STM's bmm, softmax, bmm; with top_k STCN's scatter into the dense affinity."""
-    scores, value = affinity(inputs), inputs.value
-    if inputs.top_k is None:
-        weights = scores.softmax(1)
-    else:
-        best, indices = scores.topk(inputs.top_k, 1)
-        weights = torch.zeros_like(scores).scatter_(1, indices, best.softmax(1))
-    out: Tensor = value.flatten(1, 2) @ weights.to(value.dtype)
-    return torch.unflatten(out, 1, value.shape[1:3])
-
-
-def bag_read(inputs: MemoryInputs) -> Tensor:
-    """The best rewrite of top_k that we know in PyTorch: topk along the last dimension, embedding_bag."""
-    assert inputs.top_k is not None
-    best, indices = affinity(inputs).transpose(1, 2).contiguous().topk(inputs.top_k, 2)
-    weights = best.softmax(2).to(inputs.value.dtype)
-    rows = [
-        embedding_bag(indices[n], values.t().contiguous(), per_sample_weights=weights[n], mode="sum").t()
-        for n, objects in enumerate(inputs.value)
-        for values in objects
-    ]
-    return torch.unflatten(torch.stack(rows), 0, inputs.value.shape[:2])
+# ---- The memory read.
 
 
 def attention_read(backend: SDPBackend, split: bool) -> Callable[[MemoryInputs], Tensor]:
@@ -351,30 +242,6 @@ def attention_read(backend: SDPBackend, split: bool) -> Callable[[MemoryInputs],
             return scaled_dot_product_attention(query, key, value)
 
     return read_by(attention, split)
-
-
-def flex_read() -> Callable[[MemoryInputs], Tensor]:
-    """FlexAttention, compiled, on position-major inputs."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return read_by(torch.compile(flex_attention, dynamic=False), split=False)
-
-
-def read_by(attention: Callable[..., Any], split: bool) -> Callable[[MemoryInputs], Tensor]:
-    """A read of position-major inputs by `attention` (query, key, value: (N,heads,length,width))."""
-
-    def read(inputs: MemoryInputs) -> Tensor:
-        batch, objects, channels, memory = inputs.value.shape
-        query, key = (t.transpose(1, 2)[:, None] for t in (inputs.query, inputs.key))
-        value = inputs.value.permute(0, 3, 1, 2).reshape(batch, memory, 1, objects * channels).transpose(1, 2)
-        if split:
-            width = inputs.key.shape[1]
-            value = value[:, 0].unflatten(2, (-1, width)).transpose(1, 2)
-            query, key = (t.expand(-1, value.shape[1], -1, -1) for t in (query, key))
-        out = attention(query, key, value)
-        return torch.unflatten(out.transpose(1, 2).flatten(2).transpose(1, 2), 1, (objects, channels))
-
-    return read
 
 
 SDPA = {
@@ -431,22 +298,5 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
         on_cpu, query=query, key=key, value=value, selection=selection, weight=on_cpu.weight.float()
     )
     oracle = on_cpu.call(ours(None, None), cell.backward)
-    flops, moved = _memory_work(size, inputs, cell.backward)
+    flops, moved = memory_work(size, inputs, cell.backward)
     return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, {}, flops, moved)
-
-
-def _memory_work(size: MemorySize, inputs: MemoryInputs, backward: bool) -> tuple[float, float]:
-    """Operations and bytes without which the read cannot be done: each tensor read or written once.
-
-    Forward: two products, scores and values. Backward: the scores again and the gradients of both products.
-    """
-    pairs = 2.0 * size.batch * size.pixels
-    memory, values = size.pixels * size.frames, size.objects * size.value_channels
-    scores = memory * size.key_channels * (2 if size.anisotropic else 1)
-    read = (size.top_k or memory) * values
-    flops = pairs * ((4 * scores + 3 * read) if backward else scores + read)
-    tensors = inputs.query.nbytes + inputs.key.nbytes + inputs.weight.nbytes
-    # With top_k only the chosen values must be read, each at least once: at most as many as there are.
-    share = min(1.0, size.pixels * size.top_k / memory) if size.top_k else 1.0
-    moved = tensors + share * inputs.value.nbytes
-    return flops, moved * (2 if backward else 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vosops
-from vosops.benchmarking.cases import Benchmark, Case, Inputs, Variant
+from vosops.benchmarking.cases import Benchmark, Case, Inputs, Variant, matching_work
 
 FAR = 5e4
 """The distance of what is not there, as CFBI pads with."""
@@ -259,5 +259,5 @@ BENCHMARK = Benchmark(
             only=("vosops, one thread",),
         ),
     ),
-    flops=flops,
+    work=matching_work(flops),
 )
