@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -412,7 +414,8 @@ def test_the_committed_runs_can_be_read():
 
 def test_a_dry_run_needs_no_gpu_and_says_what_would_be_done():
     command = [str(gpu.ROOT / "benchmarks/gpu_check.sh"), "--dry-run", "--only", "ceilings,times"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert "ceilings   up to" in done.stdout and "build" not in done.stdout.splitlines()[1]
     assert all(cell.key in done.stdout for cell in CELLS)
