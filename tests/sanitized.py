@@ -40,12 +40,17 @@ def build(only: str | None) -> None:
     environment = {**os.environ, "VOSOPS_SANITIZE": "1", "VOSOPS_CUDA": "0"}
     if only is not None:
         environment["VOSOPS_CPU_ONLY"] = only
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", BUILD, "--build-lib", LIBRARY]
+    # By force: libraries that were built in place are copied along, and would pass for finished.
+    command = [sys.executable, "setup.py", "-q", "build", "--force"]
+    command += ["--build-base", str(BUILD), "--build-lib", str(LIBRARY)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=BUILD_SECONDS)
 
 
 def run(capability: str, selection: str) -> None:
     """The selected op tests on one instruction set; the first finding of a sanitizer ends the process."""
+    tested = LIBRARY / "vosops" / f"libvosops_cpu_{capability}.so"
+    if b"__asan_init" not in tested.read_bytes():
+        sys.exit(f"{tested} was built without AddressSanitizer")
     gcc = ["g++", "-print-file-name=libasan.so"]
     library = subprocess.run(gcc, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     environment = {
