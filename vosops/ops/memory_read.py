@@ -872,45 +872,44 @@ def _setup_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(*inputs[:5], output[1])
 
 
-def _backward_select(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    """Through the selected scores only, in differentiable PyTorch: O(N C K P) memory."""
-    query, key, shrinkage, query_bias, key_bias, index = ctx.saved_tensors
-    wide, scale, squares = _wide(key), ctx.scale, query.shape[1] != key.shape[1]
-    batch, channels, positions = key.shape
-    if positions == 0:
-        return *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors[:5]), None, None, None
-    grad = torch.where(index >= 0, grad, 0)
-    places = index.clamp(min=0).flatten(1)
+def _backward_select_by(gather: str, gather_backward: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        """Through the selected scores only, by the gather ops, which sum in a fixed order: with the score's gradient
+        as weights, the query's gradient is a gather of keys, and the keys' is that of values under the query.
+        """
+        query, key, shrinkage, query_bias, key_bias, index = ctx.saved_tensors
+        if key.shape[2] == 0:
+            return *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors[:5]), *(None,) * 3
+        wide, scale, channels = _wide(key), ctx.scale, key.shape[1]
+        forward, backward = (getattr(torch.ops.vosops, name) for name in (gather, gather_backward))
+        grad = torch.where(index >= 0, grad, 0)
+        grad_raw = grad
+        if shrinkage is not None:
+            at = index.clamp(min=0).flatten(1)
+            grad_raw = grad * torch.unflatten(shrinkage.gather(1, at), 1, index.shape[1:])
+        keys, queries = key.to(wide), query.to(wide)[:, None]
+        keys = torch.cat([keys, keys.square()], 1) if query.shape[1] != channels else keys
+        raw, grad_keys = backward(queries, grad_raw, index, keys[:, None])
+        raw, grad_keys = scale * raw, scale * grad_keys.squeeze(1)
+        if query_bias is not None:
+            raw = raw + query_bias[:, None]
+        if query.shape[1] != channels:
+            grad_keys = grad_keys[:, :channels] + 2 * keys[:, :channels] * grad_keys[:, channels:]
+        one, empty = torch.ones_like(queries[:, :, :1]), torch.zeros_like(keys[:, None, :1])
 
-    def chosen(vector: Tensor) -> Tensor:
-        return torch.unflatten(vector.gather(1, places), 1, index.shape[1:])
+        def sum_at_positions(vector: Tensor | None, rows: Tensor) -> Tensor | None:
+            return None if vector is None else backward(one, rows, index, empty)[1].flatten(1)
 
-    def spread(rows: Tensor) -> Tensor:
-        """Sum rows (N,...,K,P) at the selected positions to (N,...,M)."""
-        at = places.view(batch, *(1,) * (rows.dim() - 3), -1).expand(*rows.shape[:-2], -1)
-        return rows.new_zeros(*rows.shape[:-2], positions).scatter_add(-1, at, rows.flatten(-2))
+        return (
+            (scale * forward(grad_raw, index, keys[:, None]).squeeze(1)).to(query.dtype),
+            grad_keys.to(key.dtype),
+            sum_at_positions(shrinkage, grad * raw),
+            None if query_bias is None else grad_raw.sum(1),
+            sum_at_positions(key_bias, grad),
+            *(None,) * 3,
+        )
 
-    selected = torch.unflatten(
-        key.gather(2, places[:, None].expand(-1, channels, -1)).to(wide), 2, index.shape[1:]
-    )
-    selected = torch.cat([selected, selected.square()], 1) if squares else selected
-    wide_query = query.to(wide)
-    raw = scale * (selected * wide_query[:, :, None]).sum(1)
-    raw = raw if query_bias is None else raw + query_bias[:, None]
-    grad_raw = grad if shrinkage is None else grad * chosen(shrinkage)
-    grad_selected = scale * grad_raw[:, None] * wide_query[:, :, None]
-    if squares:
-        grad_selected = grad_selected[:, :channels] + 2 * selected[:, :channels] * grad_selected[:, channels:]
-    return (
-        (scale * (grad_raw[:, None] * selected).sum(2)).to(query.dtype),
-        spread(grad_selected).to(key.dtype),
-        None if shrinkage is None else spread(grad * raw),
-        None if query_bias is None else grad_raw.sum(1),
-        None if key_bias is None else spread(grad),
-        None,
-        None,
-        None,
-    )
+    return backward
 
 
 def _fake_gather(weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
@@ -984,7 +983,11 @@ def _register(suffix: str) -> None:
     pieces: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., None]]] = {
         "memory_read": (_fake_read, _backward_read_by(read), _setup_read),
         "memory_read_backward": (_fake_read_backward, _backward_read_backward, _setup_read_backward),
-        "memory_select": (_fake_select, _backward_select, _setup_select),
+        "memory_select": (
+            _fake_select,
+            _backward_select_by(f"memory_gather{suffix}", gather),
+            _setup_select,
+        ),
         "memory_gather": (_fake_gather, _backward_gather_by(gather), _setup_gather),
         "memory_gather_backward": (
             _fake_gather_backward,
