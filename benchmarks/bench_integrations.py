@@ -26,6 +26,7 @@ from vosops.integrations import accelerate
 FRAME = (30, 54)
 PIXELS = FRAME[0] * FRAME[1]
 FRAMES, OBJECTS, LONG = 20, 3, 10_000
+SEQUENCE = 60
 WORKING = 10  # frames, beside a full long-term memory
 CHUNK_BATCH, CHUNK_FRAMES, CHUNK_SIDE = 4, 3, 24  # of the training reads
 ROUNDS = 3
@@ -55,10 +56,36 @@ def xmem() -> list[Case]:
     manager.long_mem.add(key, [value], shrinkage, selection=None, objects=None)
     query, _, selection, _ = _frame(1)
     title = f"{LONG} long-term and {WORKING} frames, {OBJECTS} objects"
+    small = {**config, "max_mid_term_frames": 6, "min_mid_term_frames": 3, "num_prototypes": 32}
     return [
         (title, module, lambda: [manager.match_memory(query, selection)]),
+        (
+            f"sequence of {SEQUENCE} frames of 6 x 8, 3 groups",
+            module,
+            lambda: _sequence_of_xmem(module, small),
+        ),
         ("training, 3 objects", module, _training_of_xmem(util, 3 * 512)),
     ]
+
+
+def _sequence_of_xmem(module: Any, config: dict[str, Any]) -> list[torch.Tensor]:
+    """All reads of a new manager's life: objects appear twice, frames are consolidated many times."""
+    generator = torch.Generator().manual_seed(0)
+    manager, reads = module.MemoryManager(config), []
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, 6, 8, generator=generator)
+
+    for t in range(SEQUENCE):
+        key, shrinkage, selection = random(64), random(1).square() + 1, random(64).sigmoid()
+        if t > 0:
+            reads.append(manager.match_memory(key, selection))
+        objects = 1 + (t >= SEQUENCE // 6) + (t >= SEQUENCE // 3)
+        if t % 2 == 0:
+            manager.add_memory(
+                key, shrinkage, random(objects, 512), list(range(1, objects + 1)), selection=selection
+            )
+    return reads
 
 
 def cutie() -> list[Case]:
@@ -247,6 +274,11 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
+        if arguments.json.exists():  # keep what was not measured now
+            named = {row["system"] for row in rows}
+            rows = [
+                r for r in json.loads(arguments.json.read_text())["rows"] if r["system"] not in named
+            ] + rows
         facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "rows": rows}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
 
