@@ -1,0 +1,462 @@
+// The memory read on the GPU: softmax over the memory in a streaming pass; the affinity never exists.
+//
+// tensor::kernel (16-bit values; float32 values as TF32 or split): a block of 8 warps owns 64 queries x 512
+// value columns (channels of all objects, which share the scores) or 128 x 256, and a share of the memory,
+// which it walks 32 positions at a time. A warp holds 64 queries x 64 columns of sums in 128 registers.
+// Queries stay in shared memory, keys and values come by cp.async through two stages each, values in place
+// from channel-major or channel-last memory. Between two barriers a block multiplies the next tile's scores
+// and adds this tile's weights times values, so that the latency of one hides behind the other. Shared memory
+// for Ck = 128, Cv = 512, bf16: 108 KB. A tile brings 41 KB for 1.3 M multiply-adds, 1000 cycles at the rate
+// of mma.sync: the second-level cache's bandwidth is the next bound. fma::kernel (float32, IEEE, and rows too
+// long for the above): 64 queries x 256 columns, 8 x 8 sums a thread. Where queries and columns make fewer
+// blocks than there are multiprocessors, the memory is cut into shares, whose results merge_kernel joins by
+// their log-sum-exp. usage_kernel: a block owns 128 positions and walks all queries.
+#include <algorithm>
+#include <cfloat>
+#include <tuple>
+
+#include "memory_scores.cuh"
+
+namespace vosops::cuda {
+namespace {
+
+constexpr int kTileMemory = 32;  // positions that are read between two looks at the maximum
+constexpr int kThreads = kTileThreads, kWarps = kThreads / kWarp;
+
+// (N, O, C, M) of any strides; columns are the channels of all objects.
+template <class V>
+struct Values {
+  const V* data;
+  int64_t batch_stride, object_stride, channel_stride, pixel_stride;
+  int channels, columns;
+
+  __device__ int64_t offset(int column) const {
+    return column / channels * object_stride + column % channels * channel_stride;
+  }
+};
+
+template <class V>
+Values<V> values_of(const Tensor& value) {
+  STD_TORCH_CHECK(value.size(1) * value.size(2) <= kMostPixels / 4, "too many value channels");
+  return {static_cast<const V*>(value.const_data_ptr()),
+          value.stride(0),
+          value.stride(1),
+          value.stride(2),
+          value.stride(3),
+          int(value.size(2)),
+          int(value.size(1) * value.size(2))};
+}
+
+// Where results go: the op's outputs, or with several shares of the memory parts of them.
+template <class V>
+struct Target {
+  V* out;           // [N][columns][P]
+  float* lse;       // [N][P]
+  float* part_out;  // [shares][N][columns][P]
+  float* part_lse;  // [shares][N][P]
+  int shares;
+};
+
+// What a block works on.
+struct Share {
+  int share, column_tile;
+  int64_t n, first_query, begin, end;  // positions [begin, end)
+
+  __device__ Share(int64_t queries, int64_t memory, int tile_queries, int column_tiles, int shares) {
+    int64_t block = blockIdx.x;
+    share = int(block % shares);
+    block /= shares;
+    column_tile = int(block % column_tiles);
+    block /= column_tiles;
+    const int64_t tiles = ceil_div(queries, int64_t{tile_queries});
+    first_query = block % tiles * tile_queries;
+    n = block / tiles;
+    const int64_t memory_tiles = ceil_div(memory, int64_t{kTileMemory});
+    begin = memory_tiles * share / shares * kTileMemory;
+    end = min(memory_tiles * (share + 1) / shares * kTileMemory, memory);
+  }
+};
+
+template <class V>
+struct Writer {
+  const Target<V>& target;
+  int64_t n, batch, queries;
+  int columns, share;
+
+  __device__ void out(int column, int64_t p, float x) const {
+    const int64_t at = (n * columns + column) * queries + p;
+    if (target.shares == 1)
+      target.out[at] = from_float<V>(x);
+    else
+      target.part_out[share * batch * columns * queries + at] = x;
+  }
+  __device__ void lse(int64_t p, float x) const {
+    const int64_t at = n * queries + p;
+    if (target.shares == 1)
+      target.lse[at] = x;
+    else
+      target.part_lse[share * batch * queries + at] = x;
+  }
+};
+
+// The running softmax of one query.
+struct Running {
+  float maximum = -INFINITY, sum = 0;
+
+  // Takes a tile's maximum in; returns what earlier sums are to be multiplied by.
+  __device__ float raise(float greatest) {
+    const float before = maximum;
+    maximum = fmaxf(maximum, greatest);
+    const float rescale = exp2f((before - base()) * kLog2E);
+    sum *= rescale;
+    return rescale;
+  }
+  __device__ float base() const { return maximum == -INFINITY ? 0.f : maximum; }
+  __device__ float weight(float score) const { return exp2f((score - base()) * kLog2E); }
+  static __device__ float lse(float base, float sum) { return sum == 0 ? -INFINITY : base + logf(sum); }
+  static __device__ float inverse(float sum) { return sum == 0 ? 0.f : 1 / sum; }
+};
+
+// ---- float32 FMA kernel ----
+namespace fma {
+constexpr int kTileQueries = 64, kTileColumns = 256;
+constexpr int kSide = 16;  // 16 x 16 threads hold 4 x 2 scores each: query 16 i + ty, position 16 j + tx
+constexpr int kOwnQueries = kTileQueries / kSide, kOwnPositions = kTileMemory / kSide;
+constexpr int kChunk = 8, kPitch = kChunk + 4, kVectors = kChunk / 4;
+constexpr int kSums = 8;  // a thread holds 8 x 8 sums: queries 8 warp + i, columns 4 lane + j and 128 more
+static_assert(kSums * kWarps == kTileQueries && kSums * kWarp == kTileColumns);
+
+struct Smem {
+  alignas(16) float rows[2][kTileQueries + kTileMemory][kPitch];
+  alignas(16) float values[kTileMemory][kTileColumns + 4];
+  alignas(16) float weights[kTileMemory][kTileQueries + 4];
+  float rescale[kTileQueries];
+  int64_t offset[kTileColumns];
+};
+
+template <class V>
+__global__ __launch_bounds__(kThreads, 1) void kernel(Scores<float> in, Values<V> value, int64_t batch,
+                                                      int column_tiles, Target<V> target) {
+  DYNAMIC_SHARED(Smem, s);
+  const int thread = int(threadIdx.x), tx = thread % kSide, ty = thread / kSide, warp = thread / kWarp,
+            lane = thread % kWarp;
+  const Share share(in.queries, in.memory, kTileQueries, column_tiles, target.shares);
+  const int first_column = share.column_tile * kTileColumns;
+  const int columns = min(value.columns - first_column, kTileColumns);
+  const V* values = value.data + share.n * value.batch_stride;
+  if (thread < kTileColumns) s.offset[thread] = thread < columns ? value.offset(first_column + thread) : 0;
+
+  const float* queries = in.queries_of(share.n);
+  const float* keys = in.keys_of(share.n);
+  float bias[kOwnQueries];
+  for (int i = 0; i < kOwnQueries; ++i)
+    bias[i] = in.bias_of(share.n, min(share.first_query + kSide * i + ty, in.queries - 1));
+
+  Running running[kOwnQueries];
+  float sums[kSums][kSums] = {};
+  for (int64_t first = share.begin; first < share.end; first += kTileMemory) {
+    const auto stage = [&](int chunk) {
+      for (int i = thread; i < (kTileQueries + kTileMemory) * kVectors; i += kThreads) {
+        const int row = i / kVectors, column = i % kVectors * 4;
+        const float* from = row < kTileQueries
+                                ? queries + min(share.first_query + row, in.queries - 1) * in.row_columns
+                                : keys + min(first + row - kTileQueries, in.memory - 1) * in.row_columns;
+        copy_async<16>(&s.rows[chunk % 2][row][column], from + chunk * kChunk + column);
+      }
+      copy_async_commit();
+    };
+    float scores[kOwnQueries][kOwnPositions] = {};
+    const int chunks = in.row_columns / kChunk;
+    stage(0);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      copy_async_wait<0>();
+      __syncthreads();
+      if (chunk + 1 < chunks) stage(chunk + 1);
+      const auto& rows = s.rows[chunk % 2];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float4 q[kOwnQueries];
+#pragma unroll
+        for (int i = 0; i < kOwnQueries; ++i) q[i] = reinterpret_cast<const float4*>(rows[kSide * i + ty])[v];
+#pragma unroll
+        for (int j = 0; j < kOwnPositions; ++j) {
+          const float4 k = reinterpret_cast<const float4*>(rows[kTileQueries + kSide * j + tx])[v];
+#pragma unroll
+          for (int i = 0; i < kOwnQueries; ++i)
+            scores[i][j] =
+                fmaf(q[i].w, k.w, fmaf(q[i].z, k.z, fmaf(q[i].y, k.y, fmaf(q[i].x, k.x, scores[i][j]))));
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kOwnPositions; ++j) {
+      const int64_t m = first + kSide * j + tx, read = min(m, in.memory - 1);
+      const float slope = in.slope_of(share.n, read), shift = in.shift_of(share.n, read);
+#pragma unroll
+      for (int i = 0; i < kOwnQueries; ++i)
+        scores[i][j] = m < share.end ? fmaf(slope, fmaf(in.scale, scores[i][j], bias[i]), shift) : -INFINITY;
+    }
+
+    // The values follow while their place is free: everyone has passed the chunks' barriers.
+    const bool columns_innermost = value.channel_stride == 1;
+    for (int i = thread; i < kTileMemory * kTileColumns; i += kThreads) {
+      const int m = columns_innermost ? i / kTileColumns : i % kTileMemory;
+      const int column = columns_innermost ? i % kTileColumns : i / kTileMemory;
+      float x = 0;
+      if (column < columns && first + m < share.end)
+        x = to_float(values[s.offset[column] + (first + m) * value.pixel_stride]);
+      s.values[m][column] = x;
+    }
+#pragma unroll
+    for (int i = 0; i < kOwnQueries; ++i) {
+      float greatest = scores[i][0];
+#pragma unroll
+      for (int j = 1; j < kOwnPositions; ++j) greatest = fmaxf(greatest, scores[i][j]);
+      for (int bits = 1; bits < kSide; bits *= 2)
+        greatest = fmaxf(greatest, __shfl_xor_sync(kAllLanes, greatest, bits));
+      const float rescale = running[i].raise(greatest);
+      if (tx == 0) s.rescale[kSide * i + ty] = rescale;
+#pragma unroll
+      for (int j = 0; j < kOwnPositions; ++j) {
+        const float weight = running[i].weight(scores[i][j]);
+        running[i].sum += weight;
+        s.weights[kSide * j + tx][kSide * i + ty] = weight;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const float rescale = s.rescale[kSums * warp + i];
+#pragma unroll
+      for (int j = 0; j < kSums; ++j) sums[i][j] *= rescale;
+    }
+#pragma unroll 2
+    for (int m = 0; m < kTileMemory; ++m) {
+      float w[kSums], v[kSums];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<float4*>(w + 4 * half) =
+            *reinterpret_cast<const float4*>(&s.weights[m][kSums * warp + 4 * half]);
+        *reinterpret_cast<float4*>(v + 4 * half) =
+            *reinterpret_cast<const float4*>(&s.values[m][4 * lane + kTileColumns / 2 * half]);
+      }
+#pragma unroll
+      for (int i = 0; i < kSums; ++i)
+#pragma unroll
+        for (int j = 0; j < kSums; ++j) sums[i][j] = fmaf(w[i], v[j], sums[i][j]);
+    }
+  }
+
+  const Writer<V> write{target, share.n, batch, in.queries, value.columns, share.share};
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kOwnQueries; ++i) {
+    float sum = running[i].sum;
+    for (int bits = 1; bits < kSide; bits *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bits);
+    const int64_t p = share.first_query + kSide * i + ty;
+    if (tx != 0) continue;
+    s.rescale[kSide * i + ty] = Running::inverse(sum);
+    if (share.column_tile == 0 && p < in.queries) write.lse(p, Running::lse(running[i].base(), sum));
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) {
+    const int column = 4 * lane + j % 4 + j / 4 * (kTileColumns / 2);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int64_t p = share.first_query + kSums * warp + i;
+      if (column < columns && p < in.queries)
+        write.out(first_column + column, p, sums[i][j] * s.rescale[kSums * warp + i]);
+    }
+  }
+}
+}  // namespace fma
+
+// ---- Joining the shares of the memory ----
+template <class V>
+__global__ __launch_bounds__(kThreads) void merge_kernel(Target<V> target, int64_t batch, int columns,
+                                                         int64_t queries) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= batch * max(columns, 1) * queries) return;
+  const int64_t p = at % queries, column = at / queries % max(columns, 1), n = at / queries / max(columns, 1);
+  const float* lse = target.part_lse + n * queries + p;
+  const int64_t lse_step = batch * queries, out_step = batch * columns * queries;
+  float greatest = -INFINITY;
+  for (int i = 0; i < target.shares; ++i) greatest = fmaxf(greatest, lse[i * lse_step]);
+  const float base = greatest == -INFINITY ? 0.f : greatest;
+  float sum = 0, total = 0;
+  for (int i = 0; i < target.shares; ++i) {
+    const float weight = expf(lse[i * lse_step] - base);
+    sum += weight;
+    if (columns > 0) total += weight * target.part_out[i * out_step + at];
+  }
+  if (columns > 0) target.out[at] = from_float<V>(total * Running::inverse(sum));
+  if (column == 0) target.lse[n * queries + p] = Running::lse(base, sum);
+}
+
+// The number of shares that fills the multiprocessors best; a few more shares must be worth their merge.
+constexpr int kMostShares = 16;
+int choose_shares(int64_t blocks, int64_t memory) {
+  const int64_t tiles = ceil_div(memory, int64_t{kTileMemory}),
+                multiprocessors = device_limits().multiprocessors;
+  int best = 1;
+  double least = 0;
+  for (int shares = 1; shares <= std::min<int64_t>(tiles, kMostShares); ++shares) {
+    const double time = double(ceil_div(blocks * shares, multiprocessors)) / shares + 0.01 * shares;
+    if (shares == 1 || time < 0.95 * least) {
+      best = shares;
+      least = time;
+    }
+  }
+  return best;
+}
+
+// The outputs, and what must live until they are written.
+template <class V>
+struct Outputs {
+  Tensor &out, &lse;
+  Tensor part_out, part_lse;
+
+  // Chooses the shares, launches `kernel(blocks, target)` and joins them.
+  template <class Kernel>
+  void run(int64_t tiles, int64_t memory, Stream stream, const Kernel& kernel) {
+    const int64_t batch = out.size(0), columns = out.size(1) * out.size(2), queries = out.size(3);
+    Target<V> target{static_cast<V*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>(), nullptr, nullptr,
+                     choose_shares(tiles, memory)};
+    if (target.shares > 1) {
+      part_out = torch::stable::new_empty(lse, std::vector<int64_t>{target.shares, batch, columns, queries});
+      part_lse = torch::stable::new_empty(lse, std::vector<int64_t>{target.shares, batch, queries});
+      target.part_out = part_out.mutable_data_ptr<float>();
+      target.part_lse = part_lse.mutable_data_ptr<float>();
+    }
+    kernel(checked_blocks(tiles * target.shares), target);
+    if (target.shares > 1)
+      LAUNCH(
+          merge_kernel<V>,
+          dim3(checked_blocks(ceil_div(batch * std::max<int64_t>(columns, 1) * queries, int64_t{kThreads}))),
+          dim3(kThreads), 0, stream, target, batch, int(columns), queries);
+  }
+};
+
+template <class V>
+void read_by_fma(const ScoreInputs& in, const Tensor& value, Tensor& out, Tensor& lse, Stream stream) {
+  ScoreMemory memory;
+  const Scores<float> scores = pack_scores<float>(in, stream, memory);
+  const Values<V> values = values_of<V>(value);
+  const int column_tiles = std::max(1, ceil_div(values.columns, fma::kTileColumns));
+  const int64_t tiles = in.batch() * ceil_div(in.queries(), int64_t{fma::kTileQueries}) * column_tiles;
+  Outputs<V> outputs{out, lse, {}, {}};
+  outputs.run(tiles, in.memory(), stream, [&](unsigned blocks, const Target<V>& target) {
+    LAUNCH(fma::kernel<V>, dim3(blocks), dim3(kThreads), sizeof(fma::Smem), stream, scores, values,
+           in.batch(), column_tiles, target);
+  });
+}
+
+void check_value(const ScoreInputs& in, const Tensor& value) {
+  check_shape("value", value, {in.batch(), kAnySize, kAnySize, in.memory()});
+}
+
+std::tuple<Tensor, Tensor> memory_read(const Tensor& query, const Tensor& key, const Tensor& value,
+                                       const std::optional<Tensor>& shrinkage,
+                                       const std::optional<Tensor>& query_bias,
+                                       const std::optional<Tensor>& key_bias, double scale,
+                                       std::string_view precision) {
+  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
+  check_scores(in);
+  check_value(in, value);
+  const Precision arithmetic = parse_precision(precision);
+  Tensor out = torch::stable::new_empty(
+      value, std::vector<int64_t>{in.batch(), value.size(1), value.size(2), in.queries()});
+  Tensor lse =
+      torch::stable::new_empty(query, std::vector<int64_t>{in.batch(), in.queries()}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  const DeviceScope device(query);
+  if (in.memory() == 0) {
+    torch::stable::fill_(out, 0);
+    torch::stable::fill_(lse, -INFINITY);
+    return {out, lse};
+  }
+  (void)arithmetic;
+  dispatch(value.scalar_type(),
+           [&](auto sample) { read_by_fma<decltype(sample)>(in, value, out, lse, device.stream()); });
+  return {out, lse};
+}
+
+// ---- Usage: the sum of each position's weights over the queries ----
+template <class Tile>
+struct UsageSmem {
+  typename Tile::Smem tile;
+  float sums[kSharers][kTileB];
+};
+
+template <class Tile>
+__global__ __launch_bounds__(kThreads) void usage_kernel(Scores<typename Tile::Element> in, const float* lse,
+                                                         float* usage) {
+  using Shared = UsageSmem<Tile>;
+  DYNAMIC_SHARED(Shared, s);
+  const int64_t tiles = ceil_div(in.memory, int64_t{kTileB}), n = blockIdx.x / tiles,
+                first = blockIdx.x % tiles * kTileB;
+  float slope[kOwnB], shift[kOwnB], sums[kOwnB] = {};
+#pragma unroll
+  for (int j = 0; j < kOwnB; ++j) {
+    const int64_t m = min(first + Tile::column(j), in.memory - 1);
+    slope[j] = in.slope_of(n, m);
+    shift[j] = in.shift_of(n, m);
+  }
+  for (int64_t p0 = 0; p0 < in.queries; p0 += kTileA) {
+    float products[kOwnA][kOwnB];
+    Tile::multiply(s.tile, {in.queries_of(n), p0, in.queries}, {in.keys_of(n), first, in.memory},
+                   in.row_columns, products);
+#pragma unroll
+    for (int i = 0; i < kOwnA; ++i) {
+      const int64_t p = p0 + Tile::row(i), read = min(p, in.queries - 1);
+      const float bias = in.bias_of(n, read), query_lse = lse[n * in.queries + read];
+      const bool reads = p < in.queries && query_lse != -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kOwnB; ++j) {
+        const float score = fmaf(slope[j], fmaf(in.scale, products[i][j], bias), shift[j]);
+        if (reads) sums[j] += exp2f((score - query_lse) * kLog2E);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kOwnB; ++j) s.sums[Tile::sharer()][Tile::column(j)] = sums[j];
+  __syncthreads();
+  const int64_t m = first + threadIdx.x;
+  if (threadIdx.x >= kTileB || m >= in.memory) return;
+  float total = 0;
+  for (int i = 0; i < kSharers; ++i) total += s.sums[i][threadIdx.x];
+  usage[n * in.memory + m] = total;
+}
+
+Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<Tensor>& shrinkage,
+                    const std::optional<Tensor>& query_bias, const std::optional<Tensor>& key_bias,
+                    double scale, std::string_view precision, const Tensor& lse) {
+  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
+  check_scores(in);
+  check_shape("lse", lse, {in.batch(), in.queries()});
+  check_dtype("lse", lse, ScalarType::Float);
+  const Products products = score_products(in, parse_precision(precision));
+  Tensor usage = torch::stable::new_empty(lse, std::vector<int64_t>{in.batch(), in.memory()});
+  if (usage.numel() == 0) return usage;
+  const DeviceScope device(query);
+  if (in.queries() == 0) return torch::stable::fill_(usage, 0);
+  const Tensor lses = torch::stable::contiguous(lse);
+  with_tile(products, key.scalar_type(), [&](auto tile) {
+    using Tile = decltype(tile);
+    ScoreMemory memory;
+    const auto scores = pack_scores<typename Tile::Element>(in, device.stream(), memory);
+    LAUNCH(usage_kernel<Tile>, dim3(checked_blocks(in.batch() * ceil_div(in.memory(), int64_t{kTileB}))),
+           dim3(kThreads), sizeof(UsageSmem<Tile>), device.stream(), scores, lses.const_data_ptr<float>(),
+           usage.mutable_data_ptr<float>());
+  });
+  return usage;
+}
+
+}  // namespace
+}  // namespace vosops::cuda
+
+VOSOPS_CUDA_LIBRARY(m) {
+  m.impl("memory_read", TORCH_BOX(&vosops::cuda::memory_read));
+  m.impl("memory_usage", TORCH_BOX(&vosops::cuda::memory_usage));
+}

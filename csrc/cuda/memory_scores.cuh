@@ -1,0 +1,390 @@
+// The scores of a memory read, shared by its kernels: score[m, p] = shrinkage[m] * (scale * key[m] . query[p]
+// + query_bias[p]) + key_bias[m]. A query of twice the key's channels meets the key's channels and their
+// squares.
+//
+// Keys and queries become rows of contiguous channels first (zeros behind the last): a copy of both, a fifth
+// of the values' bytes or less, after which products are of rows with rows and know no strides. Products of
+// 16-bit rows are exact in mma; rows of float32 are multiplied by FMA, as TF32, or split into two TF32
+// numbers, as a half-precision key needs that meets a float32 query (an anisotropic similarity cancels:
+// float32 accuracy is needed).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <vector>
+
+#include "matching.cuh"
+#include "tensor_core.cuh"
+
+namespace vosops::cuda {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr int kTileThreads = 256;
+
+struct ScoreInputs {
+  const Tensor& query;                      // (N, C or 2 C, P)
+  const Tensor& key;                        // (N, C, M)
+  const std::optional<Tensor>& shrinkage;   // (N, M) of float32, as both biases
+  const std::optional<Tensor>& query_bias;  // (N, P)
+  const std::optional<Tensor>& key_bias;    // (N, M)
+  double scale;
+
+  int64_t batch() const { return query.size(0); }
+  int64_t queries() const { return query.size(2); }
+  int64_t memory() const { return key.size(2); }
+  bool squares() const { return query.size(1) != key.size(1); }
+};
+
+inline bool is_16_bit(ScalarType type) {
+  return type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+inline void check_scores(const ScoreInputs& in) {
+  check_shape("query", in.query, {kAnySize, kAnySize, kAnySize});
+  check_shape("key", in.key, {in.batch(), kAnySize, kAnySize});
+  STD_TORCH_CHECK(in.query.size(1) == in.key.size(1) || in.query.size(1) == 2 * in.key.size(1),
+                  "query must have the channels of key or twice as many");
+  STD_TORCH_CHECK(is_16_bit(in.key.scalar_type()) || in.key.scalar_type() == ScalarType::Float,
+                  "the CUDA kernels take float32, float16 and bfloat16 only");
+  STD_TORCH_CHECK(
+      in.query.scalar_type() == ScalarType::Float || in.query.scalar_type() == in.key.scalar_type(),
+      "query must have the dtype of key or float32");
+  STD_TORCH_CHECK(in.queries() <= kMostPixels && in.memory() <= kMostPixels,
+                  "a batch element is limited to 2^31 - 1 queries and positions");
+  const auto check_vector = [&](const char* name, const std::optional<Tensor>& vector, int64_t size) {
+    if (!vector) return;
+    check_shape(name, *vector, {in.batch(), size});
+    check_dtype(name, *vector, ScalarType::Float);
+  };
+  check_vector("shrinkage", in.shrinkage, in.memory());
+  check_vector("query_bias", in.query_bias, in.queries());
+  check_vector("key_bias", in.key_bias, in.memory());
+}
+
+inline unsigned checked_blocks(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
+  return unsigned(blocks);
+}
+
+// ---- Rows ----
+template <class S>
+struct Matrix {
+  const S* data;
+  int64_t batch_stride, row_stride, column_stride;
+  int64_t rows;
+  int columns;
+};
+
+constexpr int kPackRows = 32, kPackColumns = 64;
+
+struct PackRowsSmem {
+  float tile[kPackRows][kPackColumns + 1];
+};
+
+// A block copies 32 rows x 64 columns; with `squares` the columns are followed by their squares. Zeros fill
+// the rows.
+template <class S, class E>
+__global__ __launch_bounds__(kTileThreads) void rows_kernel(Matrix<S> source, bool squares, int row_columns,
+                                                            E* out) {
+  DYNAMIC_SHARED(PackRowsSmem, s);
+  const int column_tiles = ceil_div(row_columns, kPackColumns);
+  const int64_t row_tiles = ceil_div(source.rows, int64_t{kPackRows}), tile = blockIdx.x / column_tiles;
+  const int64_t n = tile / row_tiles, first = tile % row_tiles * kPackRows;
+  const int start = int(blockIdx.x % column_tiles) * kPackColumns;
+  const bool columns_innermost = source.column_stride == 1;
+  for (int i = int(threadIdx.x); i < kPackRows * kPackColumns; i += kTileThreads) {
+    const int row = columns_innermost ? i / kPackColumns : i % kPackRows;
+    const int column = columns_innermost ? i % kPackColumns : i / kPackRows;
+    const bool squared = squares && start + column >= source.columns;
+    const int from = start + column - (squared ? source.columns : 0);
+    float x = 0;
+    if (first + row < source.rows && from < source.columns)
+      x = to_float(source.data[n * source.batch_stride + (first + row) * source.row_stride +
+                               from * source.column_stride]);
+    s.tile[row][column] = squared ? x * x : x;
+  }
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < kPackRows * kPackColumns; i += kTileThreads) {
+    const int row = i / kPackColumns, column = i % kPackColumns;
+    if (first + row < source.rows && start + column < row_columns)
+      out[(n * source.rows + first + row) * row_columns + start + column] =
+          from_float<E>(s.tile[row][column]);
+  }
+}
+
+constexpr int kRowGranule16 = kStepBytes / 2;  // elements to which rows are filled up: whole steps of mma
+constexpr int row_columns_of(int64_t columns) {
+  return int(ceil_div(columns, int64_t{kRowGranule16})) * kRowGranule16;
+}
+
+template <class E>
+constexpr ScalarType kScalarType = std::is_same_v<E, float>  ? ScalarType::Float
+                                   : std::is_same_v<E, half> ? ScalarType::Half
+                                                             : ScalarType::BFloat16;
+
+// Rows of a (batch, rows, columns) tensor of any strides: [batch][rows][row_columns_of(columns)] of E.
+template <class E>
+Tensor rows_of(const Tensor& tensor, int row_dim, int column_dim, bool squares, Stream stream) {
+  const int64_t rows = tensor.size(row_dim), columns = tensor.size(column_dim);
+  STD_TORCH_CHECK(columns <= kMostPixels / 4, "too many channels");
+  const int row_columns = row_columns_of(squares ? 2 * columns : columns);
+  Tensor out = torch::stable::new_empty(tensor, std::vector<int64_t>{tensor.size(0), rows, row_columns},
+                                        kScalarType<E>);
+  const int64_t blocks =
+      tensor.size(0) * ceil_div(rows, int64_t{kPackRows}) * ceil_div(row_columns, kPackColumns);
+  const auto pack = [&](auto sample) {
+    using S = decltype(sample);
+    if constexpr (std::is_same_v<S, E> || std::is_same_v<E, float>) {
+      const Matrix<S> source{static_cast<const S*>(tensor.const_data_ptr()),
+                             tensor.stride(0),
+                             tensor.stride(row_dim),
+                             tensor.stride(column_dim),
+                             rows,
+                             int(columns)};
+      LAUNCH((rows_kernel<S, E>), dim3(checked_blocks(blocks)), dim3(kTileThreads), sizeof(PackRowsSmem),
+             stream, source, squares, row_columns, static_cast<E*>(out.mutable_data_ptr()));
+    }
+  };
+  dispatch(tensor.scalar_type(), pack);
+  return out;
+}
+
+// ---- Score operands ----
+// Pointers to what scores are made of; a vector that is absent is null.
+template <class E>
+struct Scores {
+  const E *query, *key;            // rows
+  int64_t query_batch, key_batch;  // elements from one batch element to the next; 0 if all are the same
+  int row_columns;
+  const float *query_bias, *shrinkage, *key_bias;
+  int64_t queries, memory;
+  float scale;
+
+  __device__ const E* queries_of(int64_t n) const { return query + n * query_batch; }
+  __device__ const E* keys_of(int64_t n) const { return key + n * key_batch; }
+  __device__ float bias_of(int64_t n, int64_t p) const {
+    return query_bias ? query_bias[n * queries + p] : 0.f;
+  }
+  __device__ float slope_of(int64_t n, int64_t m) const {
+    return shrinkage ? shrinkage[n * memory + m] : 1.f;
+  }
+  __device__ float shift_of(int64_t n, int64_t m) const { return key_bias ? key_bias[n * memory + m] : 0.f; }
+};
+
+// The memory behind Scores.
+struct ScoreMemory {
+  Tensor query, key;
+  std::optional<Tensor> query_bias, shrinkage, key_bias;
+};
+
+// A batch that only repeats its first element, once.
+inline Tensor without_repeats(const Tensor& tensor) {
+  Tensor copy = tensor;
+  return tensor.size(0) > 1 && tensor.stride(0) == 0 ? torch::stable::narrow(copy, 0, 0, 1) : copy;
+}
+
+template <class E>
+Scores<E> pack_scores(const ScoreInputs& in, Stream stream, ScoreMemory& memory) {
+  const auto vector = [](const std::optional<Tensor>& given, std::optional<Tensor>& kept) -> const float* {
+    if (!given) return nullptr;
+    kept = torch::stable::contiguous(*given);
+    return kept->const_data_ptr<float>();
+  };
+  memory.query = rows_of<E>(without_repeats(in.query), 2, 1, false, stream);
+  memory.key = rows_of<E>(without_repeats(in.key), 2, 1, in.squares(), stream);
+  const auto batch_elements = [](const Tensor& rows) {
+    return rows.size(0) == 1 ? int64_t{0} : rows.size(1) * rows.size(2);
+  };
+  return {static_cast<const E*>(memory.query.const_data_ptr()),
+          static_cast<const E*>(memory.key.const_data_ptr()),
+          batch_elements(memory.query),
+          batch_elements(memory.key),
+          int(memory.query.size(2)),
+          vector(in.query_bias, memory.query_bias),
+          vector(in.shrinkage, memory.shrinkage),
+          vector(in.key_bias, memory.key_bias),
+          in.queries(),
+          in.memory(),
+          float(in.scale)};
+}
+
+// ---- Tiles: 64 rows times 128 rows by a block of 256 threads, each with 4 x 8 of the products ----
+constexpr int kTileA = 64, kTileB = 128;
+constexpr int kOwnA = 4, kOwnB = 8;       // of a thread
+constexpr int kSharers = kTileA / kOwnA;  // threads that share a row of B
+
+// Rows of one batch element. Those beyond `count` are read as the last.
+template <class E>
+struct RowSpan {
+  const E* rows;
+  int64_t first, count;
+};
+
+template <class E, int kStages, int kChunkVectors, int kPitch>
+struct StagedRows {
+  struct alignas(16) Smem {
+    unsigned char rows[kStages][kTileA + kTileB][kPitch];
+  };
+
+  // Starts the copy of one chunk of all rows: part of a pipeline whose depth is kStages.
+  static __device__ __forceinline__ void stage(Smem& s, const RowSpan<E>& a, const RowSpan<E>& b,
+                                               int row_columns, int chunk) {
+    const int row_bytes = row_columns * int(sizeof(E));
+#pragma unroll 2
+    for (int i = int(threadIdx.x); i < (kTileA + kTileB) * kChunkVectors; i += kTileThreads) {
+      const int row = i / kChunkVectors, vector = i % kChunkVectors,
+                at = (chunk * kChunkVectors + vector) * kVectorBytes;
+      const RowSpan<E>& side = row < kTileA ? a : b;
+      const int64_t index = min(side.first + (row < kTileA ? row : row - kTileA), side.count - 1);
+      const bool inside = at < row_bytes;
+      copy_async<16>(
+          &s.rows[chunk % kStages][row][vector * kVectorBytes],
+          reinterpret_cast<const unsigned char*>(side.rows) + index * row_bytes + (inside ? at : 0),
+          inside ? kVectorBytes : 0);
+    }
+    copy_async_commit();
+  }
+};
+
+// By mma: a warp owns 32 x 32 products.
+template <class T, Arithmetic kArithmetic>
+struct TensorTile {
+  using Element = T;
+  static constexpr int kSteps = 4, kWarpsB = kTileB / 32;
+  using Staged = StagedRows<T, 2, kSteps * kStepBytes / kVectorBytes, kRowPitch<kSteps>>;
+  using Smem = typename Staged::Smem;
+
+  // Row of A of this thread's product i, row of B of its product j.
+  static __device__ __forceinline__ int row(int i) {
+    return int(threadIdx.x) / kWarp / kWarpsB * 32 + i / 2 * 16 + i % 2 * 8 + int(threadIdx.x) % kWarp / 4;
+  }
+  static __device__ __forceinline__ int column(int j) {
+    return int(threadIdx.x) / kWarp % kWarpsB * 32 + j / 2 * 8 + int(threadIdx.x) % 4 * 2 + j % 2;
+  }
+  // This thread's number among those that share its rows of B.
+  static __device__ __forceinline__ int sharer() {
+    return int(threadIdx.x) / kWarp / kWarpsB * 8 + int(threadIdx.x) % kWarp / 4;
+  }
+
+  static __device__ __forceinline__ void multiply(Smem& s, const RowSpan<T>& a, const RowSpan<T>& b,
+                                                  int row_columns, float (&products)[kOwnA][kOwnB]) {
+    const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+    const int first_a = warp / kWarpsB * 32, first_b = kTileA + warp % kWarpsB * 32;
+    float c[kOwnA / 2][kOwnB / 2][4] = {};
+    const int chunks = ceil_div(row_columns * int(sizeof(T)), kSteps * kStepBytes);
+    __syncthreads();  // everyone is done with what the stages held
+    if (chunks > 0) Staged::stage(s, a, b, row_columns, 0);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      copy_async_wait<0>();
+      __syncthreads();
+      if (chunk + 1 < chunks) Staged::stage(s, a, b, row_columns, chunk + 1);
+      const auto& rows = s.rows[chunk % 2];
+#pragma unroll(kArithmetic == Arithmetic::kSplit ? 1 : kSteps)
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t left[2][4], left_low[2][4] = {};
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          load_matrices<4>(left[m], rows[first_a + 16 * m + lane % 16] + k * kStepBytes + lane / 16 * 16);
+          prepare<T, kArithmetic>(left[m], left_low[m]);
+        }
+#pragma unroll
+        for (int pair = 0; pair < 4; pair += 2) {
+          uint32_t loaded[4];
+          load_matrices<4>(loaded, rows[first_b + 8 * pair + lane % 8 + lane / 16 * 8] + k * kStepBytes +
+                                       lane / 8 % 2 * 16);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            uint32_t right[2] = {loaded[2 * j], loaded[2 * j + 1]}, right_low[2] = {};
+            prepare<T, kArithmetic>(right, right_low);
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+              step<T, kArithmetic>(c[m][pair + j], left[m], left_low[m], right, right_low);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwnA; ++i)
+#pragma unroll
+      for (int j = 0; j < kOwnB; ++j) products[i][j] = c[i / 2][j / 2][i % 2 * 2 + j % 2];
+  }
+};
+
+// By FMA: 16 x 16 threads.
+struct FmaTile {
+  using Element = float;
+  static constexpr int kSide = 16, kChunk = 8, kPitch = (kChunk + 4) * 4;
+  static_assert(kSide * kOwnA == kTileA && kSide * kOwnB == kTileB && kSide * kSide == kTileThreads);
+  using Staged = StagedRows<float, 2, kChunk / 4, kPitch>;
+  using Smem = Staged::Smem;
+
+  static __device__ __forceinline__ int row(int i) { return kSide * i + int(threadIdx.x) / kSide; }
+  static __device__ __forceinline__ int column(int j) { return kSide * j + int(threadIdx.x) % kSide; }
+  static __device__ __forceinline__ int sharer() { return int(threadIdx.x) / kSide; }
+
+  static __device__ __forceinline__ void multiply(Smem& s, const RowSpan<float>& a, const RowSpan<float>& b,
+                                                  int row_columns, float (&products)[kOwnA][kOwnB]) {
+#pragma unroll
+    for (int i = 0; i < kOwnA; ++i)
+#pragma unroll
+      for (int j = 0; j < kOwnB; ++j) products[i][j] = 0;
+    const int chunks = row_columns / kChunk;
+    __syncthreads();  // everyone is done with what the stages held
+    if (chunks > 0) Staged::stage(s, a, b, row_columns, 0);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      copy_async_wait<0>();
+      __syncthreads();
+      if (chunk + 1 < chunks) Staged::stage(s, a, b, row_columns, chunk + 1);
+      const auto& rows = s.rows[chunk % 2];
+#pragma unroll
+      for (int v = 0; v < kChunk / 4; ++v) {
+        float4 left[kOwnA];
+#pragma unroll
+        for (int i = 0; i < kOwnA; ++i) left[i] = reinterpret_cast<const float4*>(rows[row(i)])[v];
+#pragma unroll
+        for (int j = 0; j < kOwnB; ++j) {
+          const float4 right = reinterpret_cast<const float4*>(rows[kTileA + column(j)])[v];
+#pragma unroll
+          for (int i = 0; i < kOwnA; ++i)
+            products[i][j] = fmaf(
+                left[i].w, right.w,
+                fmaf(left[i].z, right.z, fmaf(left[i].y, right.y, fmaf(left[i].x, right.x, products[i][j]))));
+        }
+      }
+    }
+  }
+};
+
+using Tf32Tile = TensorTile<float, Arithmetic::kPlain>;
+using SplitTile = TensorTile<float, Arithmetic::kSplit>;
+
+// How products of queries and keys are made.
+enum class Products { kSixteenBit, kFma, kTf32, kSplit };
+
+inline Products score_products(const ScoreInputs& in, Precision precision) {
+  if (is_16_bit(in.key.scalar_type()))
+    return in.query.scalar_type() == in.key.scalar_type() && !in.squares() ? Products::kSixteenBit
+                                                                           : Products::kSplit;
+  return precision == Precision::kIeee   ? Products::kFma
+         : precision == Precision::kTf32 ? Products::kTf32
+                                         : Products::kSplit;
+}
+
+// Calls f with the tile that makes them.
+template <class F>
+void with_tile(Products products, ScalarType key, F f) {
+  switch (products) {
+    case Products::kFma:
+      return f(FmaTile{});
+    case Products::kTf32:
+      return f(Tf32Tile{});
+    case Products::kSplit:
+      return f(SplitTile{});
+    case Products::kSixteenBit:
+      return key == ScalarType::Half ? f(TensorTile<half, Arithmetic::kPlain>{})
+                                     : f(TensorTile<bfloat16, Arithmetic::kPlain>{});
+  }
+}
+
+}  // namespace vosops::cuda
