@@ -15,9 +15,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/checks.h"
@@ -309,6 +311,17 @@ void dispatch(ScalarType type, F f) {
     default:
       STD_TORCH_CHECK(false, "the CUDA kernels take float32, float16 and bfloat16 only");
   }
+}
+
+// aten::sort.stable along the last dimension, ascending: values, order.
+inline std::tuple<Tensor, Tensor> stable_sort(const Tensor& tensor) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(tensor), from(std::optional<bool>(true)), from(int64_t{-1}),
+                                    from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 }  // namespace vosops::cuda

@@ -8,7 +8,6 @@
 // wait in `carried`. join_kernel: the chunk in which a crossing segment begins adds its parts in order.
 // unpack_kernel: float32 rows of channels become the channel-major result, 32 pixels x 64 channels through
 // shared memory. Rows make every read and write contiguous; each entry moves two rows, which bounds the time.
-#include <array>
 #include <tuple>
 
 #include "matching.cuh"
@@ -146,17 +145,6 @@ __global__ __launch_bounds__(kThreads) void unpack_kernel(const float* rows, int
     }
     __syncthreads();
   }
-}
-
-// aten::sort.stable along the last dimension, ascending: values, order.
-std::tuple<Tensor, Tensor> stable_sort(const Tensor& tensor) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 4> stack{from(tensor), from(std::optional<bool>(true)), from(int64_t{-1}),
-                                    from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 template <class S>

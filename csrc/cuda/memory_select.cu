@@ -1,0 +1,470 @@
+// The k best memory positions of each query on the GPU, exactly, and the reads that follow.
+//
+// select_kernel: a block of 256 threads owns 64 queries and a share of the memory, 128 positions at a time;
+// the scores stay in registers (32 a thread). A score that reaches its query's bar, the k-th best so far,
+// goes to the query's buffer of 64 in shared memory; a full buffer is merged into the query's sorted list by
+// one warp, by ranks: each element's place is the number of those that come before it. Candidates are ordered
+// by score, then position, so neither the order of arrival nor the cut into shares changes the result. Lists
+// stay in shared memory up to k = 128 or so. About k ln(M / k) candidates a query and share pass the bar, so
+// products bound the time. join_kernel: a warp merges the lists of a query's shares. gather_kernel: a block
+// owns 32 queries x 64 channels; lanes are channels where the values are channel-last, so that a position is
+// one contiguous read, else queries. weight_kernel: a warp per query and chosen position. value_kernel: lanes
+// are positions, each walks the queries that chose it, in order: the entries are sorted by position first (a
+// stable sort, by torch), so the sums have a fixed order.
+#include <algorithm>
+#include <cfloat>
+#include <tuple>
+
+#include "memory_scores.cuh"
+
+namespace vosops::cuda {
+namespace {
+
+constexpr int kThreads = kTileThreads, kWarps = kThreads / kWarp;
+constexpr int kBuffer = 64;              // candidates that wait, per query
+constexpr int kMergeFrom = kBuffer / 2;  // as many are worth a merge
+constexpr int kMostShares = 32;
+
+// ---- Sorted lists ----
+// Merges `count` candidates, all different, into an ascending list of `size` by one warp. Entries that are
+// kNoCandidate do not count. The list's last entries fall out.
+__device__ void merge(Candidate* list, int size, const Candidate* found, int count) {
+  const int lane = int(threadIdx.x) % kWarp;
+  constexpr int kParts = kBuffer / kWarp;
+  Candidate own[kParts];
+  int place[kParts];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int i = part * kWarp + lane;
+    own[part] = i < count ? found[i] : kNoCandidate;
+    int begin = 0, end = own[part] == kNoCandidate ? 0 : size;
+    while (begin < end) {
+      const int middle = (begin + end) / 2;
+      if (list[middle] < own[part])
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    place[part] = begin;
+  }
+  for (int i = 0; i < count; ++i)
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) place[part] += found[i] < own[part];
+  __syncwarp();
+  for (int first = (size - 1) / kWarp * kWarp; first >= 0; first -= kWarp) {
+    const int at = first + lane;
+    const Candidate entry = at < size ? list[at] : kNoCandidate;
+    int to = at;
+    for (int i = 0; i < count; ++i) to += found[i] < entry;
+    if (!__any_sync(kAllLanes, to != at)) break;  // nor do those before it move
+    __syncwarp();
+    if (at < size && to < size) list[to] = entry;
+    __syncwarp();
+  }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part)
+    if (own[part] != kNoCandidate && place[part] < size) list[place[part]] = own[part];
+  __syncwarp();
+}
+
+__device__ float score_of(Candidate c) {
+  const uint32_t bits = uint32_t(c >> 32);
+  return 0.f - __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+// ---- Selection ----
+template <class Tile>
+struct SelectSmem {
+  typename Tile::Smem tile;
+  Candidate found[kTileA][kBuffer];
+  Candidate worst[kTileA];  // of the list: what a candidate must be less than
+  float bar[kTileA];        // its score
+  int counts[kTileA];       // arrivals since the last merge; more than kBuffer were turned away
+};
+
+template <class Tile, bool kSharedLists>
+__global__ __launch_bounds__(kThreads) void select_kernel(Scores<typename Tile::Element> in, int top_k,
+                                                          int shares, Candidate* lists) {
+  using Shared = SelectSmem<Tile>;
+  DYNAMIC_SHARED(Shared, s);
+  const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int64_t query_tiles = ceil_div(in.queries, int64_t{kTileA}), share = blockIdx.x % shares;
+  const int64_t n = blockIdx.x / shares / query_tiles,
+                first_query = blockIdx.x / shares % query_tiles * kTileA;
+  const int64_t tiles = ceil_div(in.memory, int64_t{kTileB});
+  const int64_t begin = tiles * share / shares, end = tiles * (share + 1) / shares;
+  const auto global_list = [&](int q) {
+    return lists + ((n * in.queries + first_query + q) * shares + share) * top_k;
+  };
+  const auto list = [&](int q) {
+    return kSharedLists ? reinterpret_cast<Candidate*>(&s + 1) + int64_t{q} * top_k : global_list(q);
+  };
+  // A list in global memory was filled by the host.
+  if constexpr (kSharedLists)
+    for (int i = thread; i < kTileA * top_k; i += kThreads) list(0)[i] = kNoCandidate;
+  if (thread < kTileA) {
+    s.worst[thread] = kNoCandidate;
+    s.bar[thread] = -FLT_MAX;
+    s.counts[thread] = 0;
+  }
+  float bias[kOwnA];
+#pragma unroll
+  for (int i = 0; i < kOwnA; ++i) bias[i] = in.bias_of(n, min(first_query + Tile::row(i), in.queries - 1));
+
+  // Merges the buffers of this warp's queries that hold at least `least`.
+  const auto merge_buffers = [&](int least) {
+    for (int q = warp; q < kTileA && first_query + q < in.queries; q += kWarps) {
+      const int count = min(s.counts[q], kBuffer);
+      if (count < least) continue;
+      merge(list(q), top_k, s.found[q], count);
+      if (lane == 0) {
+        s.counts[q] = 0;
+        s.worst[q] = list(q)[top_k - 1];
+        s.bar[q] = s.worst[q] == kNoCandidate ? -FLT_MAX : score_of(s.worst[q]);
+      }
+      __syncwarp();
+    }
+  };
+
+  for (int64_t tile = begin; tile < end; ++tile) {
+    float scores[kOwnA][kOwnB];
+    const int64_t first = tile * kTileB;
+    Tile::multiply(s.tile, {in.queries_of(n), first_query, in.queries}, {in.keys_of(n), first, in.memory},
+                   in.row_columns, scores);
+    unsigned waiting = 0;  // a bit for each score that reaches its bar
+#pragma unroll
+    for (int j = 0; j < kOwnB; ++j) {
+      const int64_t m = first + Tile::column(j), read = min(m, in.memory - 1);
+      const float slope = in.slope_of(n, read), shift = in.shift_of(n, read);
+#pragma unroll
+      for (int i = 0; i < kOwnA; ++i) {
+        const float score = fmaf(slope, fmaf(in.scale, scores[i][j], bias[i]), shift);
+        scores[i][j] = score;
+        const bool reaches =
+            m < in.memory && first_query + Tile::row(i) < in.queries && score >= s.bar[Tile::row(i)];
+        waiting |= unsigned(reaches) << (i * kOwnB + j);
+      }
+    }
+    while (true) {
+      unsigned turned_away = 0;
+      if (waiting) {
+#pragma unroll
+        for (int i = 0; i < kOwnA; ++i)
+#pragma unroll
+          for (int j = 0; j < kOwnB; ++j) {
+            if (!(waiting >> (i * kOwnB + j) & 1)) continue;
+            const int q = Tile::row(i);
+            const Candidate c = candidate(ordered(0.f - scores[i][j]), uint32_t(first + Tile::column(j)));
+            if (c >= s.worst[q]) continue;
+            const int slot = atomicAdd(&s.counts[q], 1);
+            if (slot < kBuffer)
+              s.found[q][slot] = c;
+            else
+              turned_away |= 1u << (i * kOwnB + j);
+          }
+      }
+      waiting = turned_away;
+      const bool again = __syncthreads_or(waiting != 0);
+      merge_buffers(kMergeFrom);
+      if (!again) break;
+      __syncthreads();
+    }
+  }
+  __syncthreads();
+  merge_buffers(1);
+  if constexpr (kSharedLists) {
+    __syncthreads();
+    const int64_t used = min(int64_t{kTileA}, in.queries - first_query);
+    for (int i = thread; i < int(used) * top_k; i += kThreads) global_list(i / top_k)[i % top_k] = list(0)[i];
+  }
+}
+
+// A warp joins the lists of a query's shares into the first and writes the result.
+__global__ __launch_bounds__(kThreads) void join_kernel(Candidate* lists, int64_t batch, int64_t queries,
+                                                        int top_k, int shares, float* score, int64_t* index) {
+  const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
+  if (at >= batch * queries) return;
+  Candidate* joined = lists + at * shares * top_k;
+  for (int share = 1; share < shares; ++share) {
+    const Candidate* more = joined + int64_t{share} * top_k;
+    for (int first = 0; first < top_k && more[first] < joined[top_k - 1]; first += kBuffer)
+      merge(joined, top_k, more + first, min(kBuffer, top_k - first));
+  }
+  for (int k = int(threadIdx.x) % kWarp; k < top_k; k += kWarp) {
+    const Candidate c = joined[k];
+    const int64_t to = (at / queries * top_k + k) * queries + at % queries;
+    score[to] = c == kNoCandidate ? -INFINITY : score_of(c);
+    index[to] = c == kNoCandidate ? -1 : int64_t(c & 0xffffffffu);
+  }
+}
+
+std::tuple<Tensor, Tensor> memory_select(const Tensor& query, const Tensor& key,
+                                         const std::optional<Tensor>& shrinkage,
+                                         const std::optional<Tensor>& query_bias,
+                                         const std::optional<Tensor>& key_bias, double scale,
+                                         std::string_view precision, int64_t top_k) {
+  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
+  check_scores(in);
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= kMostPixels, "top_k must be at least 1");
+  const Products products = score_products(in, parse_precision(precision));
+  const std::vector<int64_t> shape{in.batch(), top_k, in.queries()};
+  Tensor score = torch::stable::new_empty(query, shape, ScalarType::Float);
+  Tensor index = torch::stable::new_empty(query, shape, ScalarType::Long);
+  if (score.numel() == 0) return {score, index};
+  const DeviceScope device(query);
+  const Stream stream = device.stream();
+  if (in.memory() == 0) {
+    torch::stable::fill_(score, -INFINITY);
+    torch::stable::fill_(index, -1);
+    return {score, index};
+  }
+  const int64_t query_tiles = in.batch() * ceil_div(in.queries(), int64_t{kTileA});
+  const int64_t memory_tiles = ceil_div(in.memory(), int64_t{kTileB});
+  const int64_t wanted = ceil_div(int64_t{2} * device_limits().multiprocessors, query_tiles);
+  const int shares = int(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(memory_tiles, kMostShares)));
+  Tensor lists = torch::stable::fill_(
+      torch::stable::new_empty(query, std::vector<int64_t>{in.batch(), in.queries(), shares, top_k},
+                               ScalarType::Long),
+      -1);  // kNoCandidate
+  auto* candidates = static_cast<Candidate*>(lists.mutable_data_ptr());
+  with_tile(products, key.scalar_type(), [&](auto tile) {
+    using Tile = decltype(tile);
+    ScoreMemory memory;
+    const auto scores = pack_scores<typename Tile::Element>(in, stream, memory);
+    const size_t bytes = sizeof(SelectSmem<Tile>), list_bytes = size_t(top_k) * kTileA * sizeof(Candidate);
+    const dim3 blocks(checked_blocks(query_tiles * shares));
+    if (bytes + list_bytes <= device_limits().shared_bytes)
+      LAUNCH((select_kernel<Tile, true>), blocks, dim3(kThreads), bytes + list_bytes, stream, scores,
+             int(top_k), shares, candidates);
+    else
+      LAUNCH((select_kernel<Tile, false>), blocks, dim3(kThreads), bytes, stream, scores, int(top_k), shares,
+             candidates);
+  });
+  LAUNCH(join_kernel, dim3(checked_blocks(ceil_div(in.batch() * in.queries(), int64_t{kWarps}))),
+         dim3(kThreads), 0, stream, candidates, in.batch(), in.queries(), int(top_k), shares,
+         score.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
+  return {score, index};
+}
+
+// ---- Gather ----
+// weight and index are contiguous (N, K, P); an image is one object of one batch element.
+template <class S>
+struct Gather {
+  const float* weight;
+  const int64_t* index;
+  const S *value, *grad;  // grad (N, O, C, P) is contiguous
+  int64_t batch_stride, object_stride, channel_stride, pixel_stride;
+  int64_t batch, objects, channels, memory, top_k, queries;
+
+  __device__ const S* image(int64_t image) const {
+    return value + image / objects * batch_stride + image % objects * object_stride;
+  }
+  __device__ int64_t entry(int64_t n, int64_t k, int64_t p) const { return (n * top_k + k) * queries + p; }
+};
+
+constexpr int kGatherQueries = 32, kGatherChannels = 64;
+static_assert(kGatherQueries == kWarp);
+
+struct GatherSmem {
+  float sums[kGatherChannels][kGatherQueries + 1];
+};
+
+template <class S>
+__global__ __launch_bounds__(kThreads) void gather_kernel(Gather<S> in, S* out) {
+  DYNAMIC_SHARED(GatherSmem, s);
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int64_t channel_tiles = ceil_div(in.channels, int64_t{kGatherChannels}),
+                query_tiles = ceil_div(in.queries, int64_t{kGatherQueries});
+  const int64_t first_channel = blockIdx.x % channel_tiles * kGatherChannels,
+                rest = blockIdx.x / channel_tiles;
+  const int64_t first_query = rest % query_tiles * kGatherQueries, image = rest / query_tiles,
+                n = image / in.objects;
+  const S* values = in.image(image);
+  if (in.channel_stride == 1) {
+    for (int q = warp; q < kGatherQueries && first_query + q < in.queries; q += kWarps) {
+      float sums[kGatherChannels / kWarp] = {};
+      for (int64_t k = 0; k < in.top_k; ++k) {
+        const int64_t at = in.entry(n, k, first_query + q), m = in.index[at];
+        if (m < 0) continue;
+        const float weight = in.weight[at];
+#pragma unroll
+        for (int i = 0; i < kGatherChannels / kWarp; ++i) {
+          const int64_t c = first_channel + i * kWarp + lane;
+          if (c < in.channels) sums[i] = fmaf(weight, to_float(values[m * in.pixel_stride + c]), sums[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kGatherChannels / kWarp; ++i) s.sums[i * kWarp + lane][q] = sums[i];
+    }
+  } else if (first_query + lane < in.queries) {
+    constexpr int kOwn = kGatherChannels / kWarps;
+    float sums[kOwn] = {};
+    for (int64_t k = 0; k < in.top_k; ++k) {
+      const int64_t at = in.entry(n, k, first_query + lane), m = in.index[at];
+      if (m < 0) continue;
+      const float weight = in.weight[at];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int64_t c = first_channel + warp * kOwn + i;
+        if (c < in.channels)
+          sums[i] = fmaf(weight, to_float(values[m * in.pixel_stride + c * in.channel_stride]), sums[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) s.sums[warp * kOwn + i][lane] = sums[i];
+  }
+  __syncthreads();
+  for (int c = warp; c < kGatherChannels && first_channel + c < in.channels; c += kWarps)
+    if (first_query + lane < in.queries)
+      out[(image * in.channels + first_channel + c) * in.queries + first_query + lane] =
+          from_float<S>(s.sums[c][lane]);
+}
+
+// The gradient of a weight: a warp per entry, the product of its query's gradient with the value it chose.
+template <class S>
+__global__ __launch_bounds__(kThreads) void weight_kernel(Gather<S> in, float* grad_weight) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
+  if (at >= in.batch * in.top_k * in.queries) return;
+  const int64_t n = at / in.queries / in.top_k, p = at % in.queries, m = in.index[at];
+  float sum = 0;
+  if (m >= 0)
+    for (int64_t o = 0; o < in.objects; ++o) {
+      const S* values = in.image(n * in.objects + o) + m * in.pixel_stride;
+      const S* grads = in.grad + (n * in.objects + o) * in.channels * in.queries + p;
+      for (int64_t c = lane; c < in.channels; c += kWarp)
+        sum = fmaf(to_float(values[c * in.channel_stride]), to_float(grads[c * in.queries]), sum);
+    }
+  for (int bits = 1; bits < kWarp; bits *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bits);
+  if (lane == 0) grad_weight[at] = sum;
+}
+
+// The first of `count` ascending keys that is at least `key`.
+__device__ int64_t first_at_least(const int64_t* keys, int64_t count, int64_t key) {
+  int64_t begin = 0, end = count;
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (keys[middle] < key)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+// The gradient of the values: a lane per position, a warp per channel. `keys` are the indices in ascending
+// order, `order` the entries that they come from.
+template <class S>
+__global__ __launch_bounds__(kThreads) void value_kernel(Gather<S> in, const int64_t* keys,
+                                                         const int64_t* order, S* grad_value) {
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int64_t channel_tiles = ceil_div(in.channels, int64_t{kGatherChannels}),
+                memory_tiles = ceil_div(in.memory, int64_t{kWarp});
+  const int64_t first_channel = blockIdx.x % channel_tiles * kGatherChannels,
+                rest = blockIdx.x / channel_tiles;
+  const int64_t m = rest % memory_tiles * kWarp + lane, image = rest / memory_tiles, n = image / in.objects;
+  if (m >= in.memory) return;
+  const int64_t entries = in.top_k * in.queries;
+  keys += n * entries;
+  order += n * entries;
+  const int64_t begin = first_at_least(keys, entries, m), end = first_at_least(keys, entries, m + 1);
+  constexpr int kOwn = kGatherChannels / kWarps;
+  float sums[kOwn] = {};
+  for (int64_t i = begin; i < end; ++i) {
+    const float weight = in.weight[n * entries + order[i]];
+    const S* grads = in.grad + (image * in.channels + first_channel) * in.queries + order[i] % in.queries;
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      const int64_t c = warp * kOwn + own;
+      if (first_channel + c < in.channels)
+        sums[own] = fmaf(weight, to_float(grads[c * in.queries]), sums[own]);
+    }
+  }
+#pragma unroll
+  for (int own = 0; own < kOwn; ++own) {
+    const int64_t c = first_channel + warp * kOwn + own;
+    if (c < in.channels) grad_value[(image * in.channels + c) * in.memory + m] = from_float<S>(sums[own]);
+  }
+}
+
+void check_gather(const Tensor& weight, const Tensor& index, const Tensor& value) {
+  check_shape("value", value, {kAnySize, kAnySize, kAnySize, kAnySize});
+  check_shape("weight", weight, {value.size(0), kAnySize, kAnySize});
+  check_dtype("weight", weight, ScalarType::Float);
+  check_shape("index", index, {value.size(0), weight.size(1), weight.size(2)});
+  check_dtype("index", index, ScalarType::Long);
+}
+
+template <class S>
+Gather<S> gather_of(const Tensor& weight, const Tensor& index, const Tensor& value, const Tensor* grad) {
+  return {weight.const_data_ptr<float>(),
+          index.const_data_ptr<int64_t>(),
+          static_cast<const S*>(value.const_data_ptr()),
+          grad ? static_cast<const S*>(grad->const_data_ptr()) : nullptr,
+          value.stride(0),
+          value.stride(1),
+          value.stride(2),
+          value.stride(3),
+          value.size(0),
+          value.size(1),
+          value.size(2),
+          value.size(3),
+          weight.size(1),
+          weight.size(2)};
+}
+
+Tensor memory_gather(const Tensor& weight, const Tensor& index, const Tensor& value) {
+  check_gather(weight, index, value);
+  Tensor out = torch::stable::new_empty(
+      value, std::vector<int64_t>{value.size(0), value.size(1), value.size(2), weight.size(2)});
+  if (out.numel() == 0) return out;
+  const DeviceScope device(value);
+  const Tensor weights = torch::stable::contiguous(weight), indices = torch::stable::contiguous(index);
+  const int64_t blocks = value.size(0) * value.size(1) * ceil_div(weight.size(2), int64_t{kGatherQueries}) *
+                         ceil_div(value.size(2), int64_t{kGatherChannels});
+  dispatch(value.scalar_type(), [&](auto sample) {
+    using S = decltype(sample);
+    LAUNCH(gather_kernel<S>, dim3(checked_blocks(blocks)), dim3(kThreads), sizeof(GatherSmem),
+           device.stream(), gather_of<S>(weights, indices, value, nullptr),
+           static_cast<S*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> memory_gather_backward(const Tensor& grad, const Tensor& weight,
+                                                  const Tensor& index, const Tensor& value) {
+  check_gather(weight, index, value);
+  check_shape("grad", grad, {value.size(0), value.size(1), value.size(2), weight.size(2)});
+  check_dtype("grad", grad, value.scalar_type());
+  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
+  Tensor grad_value = torch::stable::new_empty(value, value.sizes());
+  if (grad_weight.numel() == 0 && grad_value.numel() == 0) return {grad_weight, grad_value};
+  const DeviceScope device(value);
+  const Tensor weights = torch::stable::contiguous(weight), indices = torch::stable::contiguous(index),
+               grads = torch::stable::contiguous(grad);
+  const int64_t entries = weight.size(1) * weight.size(2);
+  const int64_t blocks = value.size(0) * value.size(1) * ceil_div(value.size(3), int64_t{kWarp}) *
+                         ceil_div(value.size(2), int64_t{kGatherChannels});
+  const auto [keys, order] =
+      stable_sort(torch::stable::view(indices, std::vector<int64_t>{value.size(0), entries}));
+  dispatch(value.scalar_type(), [&](auto sample) {
+    using S = decltype(sample);
+    const Gather<S> in = gather_of<S>(weights, indices, value, &grads);
+    LAUNCH(weight_kernel<S>, dim3(checked_blocks(ceil_div(value.size(0) * entries, int64_t{kWarps}))),
+           dim3(kThreads), 0, device.stream(), in, grad_weight.mutable_data_ptr<float>());
+    if (grad_value.numel() > 0)
+      LAUNCH(value_kernel<S>, dim3(checked_blocks(blocks)), dim3(kThreads), 0, device.stream(), in,
+             keys.template const_data_ptr<int64_t>(), order.template const_data_ptr<int64_t>(),
+             static_cast<S*>(grad_value.mutable_data_ptr()));
+  });
+  return {grad_weight, grad_value};
+}
+
+}  // namespace
+}  // namespace vosops::cuda
+
+VOSOPS_CUDA_LIBRARY(m) {
+  m.impl("memory_select", TORCH_BOX(&vosops::cuda::memory_select));
+  m.impl("memory_gather", TORCH_BOX(&vosops::cuda::memory_gather));
+  m.impl("memory_gather_backward", TORCH_BOX(&vosops::cuda::memory_gather_backward));
+}
