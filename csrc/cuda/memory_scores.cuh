@@ -371,20 +371,25 @@ inline Products score_products(const ScoreInputs& in, Precision precision) {
                                          : Products::kSplit;
 }
 
-// Calls f with the tile that makes them.
+// Calls f with the tile that makes them; of float32 rows only.
 template <class F>
-void with_tile(Products products, ScalarType key, F f) {
+void with_float_tile(Products products, F f) {
   switch (products) {
     case Products::kFma:
       return f(FmaTile{});
     case Products::kTf32:
       return f(Tf32Tile{});
-    case Products::kSplit:
+    default:
       return f(SplitTile{});
-    case Products::kSixteenBit:
-      return key == ScalarType::Half ? f(TensorTile<half, Arithmetic::kPlain>{})
-                                     : f(TensorTile<bfloat16, Arithmetic::kPlain>{});
   }
+}
+
+// The same of any rows.
+template <class F>
+void with_tile(Products products, ScalarType key, F f) {
+  if (products != Products::kSixteenBit) return with_float_tile(products, f);
+  if (key == ScalarType::Half) return f(TensorTile<half, Arithmetic::kPlain>{});
+  f(TensorTile<bfloat16, Arithmetic::kPlain>{});
 }
 
 }  // namespace vosops::cuda
