@@ -1030,13 +1030,6 @@ def _reference(kernel: str, *args: Any) -> Any:
     return cores[kernel](*args)
 
 
-def _cpp_reasons_not(tensor: Tensor) -> list[str]:
-    reasons = cpp_reasons_not(tensor)
-    return (
-        [*reasons, "there is no CUDA kernel of memory_read yet"] if tensor.device.type == "cuda" else reasons
-    )
-
-
 def _prepare(
     query_key: Tensor, memory_key: Segments, memory_value: ValueSegments, **options: Any
 ) -> tuple[Any, ...]:
@@ -1050,7 +1043,7 @@ backends.register_op(
         name="memory_read",
         prepare=_prepare,
         implementations=(
-            backends.Implementation("cpp", _cpp, _cpp_reasons_not),
+            backends.Implementation("cpp", _cpp, cpp_reasons_not),
             backends.Implementation("triton", _triton, triton_reasons_not),
             backends.Implementation("reference", _reference, lambda *_: []),
         ),
