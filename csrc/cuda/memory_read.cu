@@ -12,7 +12,7 @@
 // blocks than there are multiprocessors, the memory is cut into shares, whose results merge_kernel joins by
 // their log-sum-exp. usage_kernel: a block owns 128 positions and walks all queries.
 #include <algorithm>
-#include <cfloat>
+#include <cstring>
 #include <tuple>
 
 #include "memory_scores.cuh"
@@ -272,6 +272,325 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<float> in, Values<V
 }
 }  // namespace fma
 
+// ---- tensor-core kernel ----
+namespace tensor {
+constexpr int kWarpQueries = 64;  // of a warp's sums
+constexpr int kStages = 2;
+
+// The shape of a block: S is the element of the scores' rows, V that of values and weights.
+template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, bool kChannelLast>
+struct Shape {
+  static constexpr int kWarpsN = kWarps / kWarpsM;
+  static constexpr int kTilesN = sizeof(V) == 2 ? 8 : 4;  // of 8 columns, of a warp
+  static constexpr int kTileQueries = kWarpsM * kWarpQueries, kWarpColumns = 8 * kTilesN;
+  static constexpr int kTileColumns = kWarpsN * kWarpColumns;
+  // Scores: a warp multiplies 16 queries with 1 / kParts of the positions.
+  static constexpr int kParts = kWarps * 16 / kTileQueries;
+  static constexpr int kScoreTiles = kTileMemory / 8 / kParts;
+  static constexpr int kWeightPitch = kTileMemory * int(sizeof(V)) + kVectorBytes;
+  // Values lie as they come. The pitches keep ldmatrix, and of float32 the reads by word, free of bank
+  // conflicts.
+  static constexpr int kValueRows = kChannelLast ? kTileMemory : kTileColumns;
+  static constexpr int kValueRowBytes = (kChannelLast ? kTileColumns : kTileMemory) * int(sizeof(V));
+  static constexpr int kValuePitch = kValueRowBytes + (kChannelLast && sizeof(V) == 4 ? 2 : 1) * kVectorBytes;
+
+  struct Smem {
+    alignas(16) unsigned char values[kStages][kValueRows][kValuePitch];
+    alignas(16) unsigned char weights[kTileQueries][kWeightPitch];
+    float slope[kStages][kTileMemory], shift[kStages][kTileMemory];
+    float greatest[kParts][kTileQueries];
+    float rescale[kTileQueries];  // of the sums before this tile is added; at the end 1 / (sum of weights)
+    int64_t offset[kTileColumns];
+    // Behind it: the queries' rows, then kStages times those of the keys, all with Pitch(steps).
+  };
+  static constexpr size_t shared_bytes(int row_pitch) {
+    return sizeof(Smem) + size_t(kTileQueries + kStages * kTileMemory) * row_pitch;
+  }
+};
+
+// How a tile of values is copied: by vectors of so many bytes, or 0 for one element after the other.
+struct ValueCopy {
+  int vector_bytes;
+};
+
+template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, bool kChannelLast>
+__global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> value, ValueCopy copy,
+                                                      int64_t batch, int column_tiles, Target<V> target) {
+  using X = Shape<S, kScore, V, kValue, kWarpsM, kChannelLast>;
+  using Shared = typename X::Smem;
+  DYNAMIC_SHARED(Shared, s);
+  const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int g = lane / 4, t = lane % 4;  // of the fragments: rows g and g + 8, columns 2t and 2t + 1
+  const Share share(in.queries, in.memory, X::kTileQueries, column_tiles, target.shares);
+  const int first_column = share.column_tile * X::kTileColumns;
+  const int columns = min(value.columns - first_column, X::kTileColumns);
+  const V* values = value.data + share.n * value.batch_stride;
+  const int row_bytes = in.row_columns * int(sizeof(S)), row_pitch = row_bytes + kVectorBytes;
+  auto* query_rows = reinterpret_cast<unsigned char*>(&s + 1);
+  const auto key_rows = [&](int64_t tile) {
+    return query_rows + (X::kTileQueries + int(tile % kStages) * kTileMemory) * row_pitch;
+  };
+  const int64_t tiles = ceil_div(share.end - share.begin, int64_t{kTileMemory});
+
+  for (int i = thread; i < X::kTileColumns; i += kThreads)
+    s.offset[i] = i < columns ? value.offset(first_column + i) : 0;
+  if (thread < kTileMemory)
+    for (int i = 0; i < kStages; ++i) {
+      if (!in.shrinkage) s.slope[i][thread] = 1;
+      if (!in.key_bias) s.shift[i][thread] = 0;
+    }
+  const auto copy_rows = [&](unsigned char* to, const S* rows, int64_t first, int64_t count, int size) {
+    const int vectors = row_bytes / kVectorBytes;
+    for (int i = thread; i < size * vectors; i += kThreads) {
+      const int row = i / vectors, at = i % vectors * kVectorBytes;
+      const auto* from =
+          reinterpret_cast<const unsigned char*>(rows + min(first + row, count - 1) * in.row_columns);
+      copy_async<16>(to + row * row_pitch + at, from + at);
+    }
+  };
+  const auto copy_keys = [&](int64_t tile) {
+    if (tile >= tiles) return;
+    const int64_t first = share.begin + tile * kTileMemory;
+    copy_rows(key_rows(tile), in.keys_of(share.n), first, in.memory, kTileMemory);
+    if (thread < kTileMemory) {
+      const int64_t m = share.n * in.memory + min(first + thread, in.memory - 1);
+      if (in.shrinkage) copy_async<4>(&s.slope[tile % kStages][thread], in.shrinkage + m);
+      if (in.key_bias) copy_async<4>(&s.shift[tile % kStages][thread], in.key_bias + m);
+    }
+  };
+  const auto copy_vectors = [&]<int kBytes>(auto& to, int64_t first) {
+    constexpr int kVectors = X::kValueRowBytes / kBytes, kElements = kBytes / int(sizeof(V));
+    for (int i = thread; i < X::kValueRows * kVectors; i += kThreads) {
+      const int row = i / kVectors, at = i % kVectors * kElements;
+      const int m = kChannelLast ? row : at, column = kChannelLast ? at : row;
+      const int64_t left = share.end - first - m;  // positions that there still are
+      int used = 0;
+      if (column < columns && left > 0)
+        used = kChannelLast ? kBytes : min(left, int64_t{kElements}) * int(sizeof(V));
+      const V* from = used ? values + s.offset[column] + (first + m) * value.pixel_stride : values;
+      copy_async<kBytes>(&to[row][at * int(sizeof(V))], from, used);
+    }
+  };
+  const auto copy_values = [&](int64_t tile) {
+    if (tile >= tiles) return;
+    auto& to = s.values[tile % kStages];
+    const int64_t first = share.begin + tile * kTileMemory;
+    if (copy.vector_bytes == 16) return copy_vectors.template operator()<16>(to, first);
+    if (copy.vector_bytes == 8) return copy_vectors.template operator()<8>(to, first);
+    if (copy.vector_bytes == 4) return copy_vectors.template operator()<4>(to, first);
+    for (int i = thread; i < kTileMemory * X::kTileColumns; i += kThreads) {
+      const int m = kChannelLast ? i / X::kTileColumns : i % kTileMemory;
+      const int column = kChannelLast ? i % X::kTileColumns : i / kTileMemory;
+      V x = from_float<V>(0);
+      if (column < columns && first + m < share.end)
+        x = values[s.offset[column] + (first + m) * value.pixel_stride];
+      auto* row = reinterpret_cast<V*>(to[kChannelLast ? m : column]);
+      row[kChannelLast ? column : m] = x;
+    }
+  };
+
+  // ---- Scores of a tile: this warp's queries are score_row + g and + 8, its positions from score_position.
+  const int score_row = warp / X::kParts * 16, part = warp % X::kParts,
+            score_position = part * X::kScoreTiles * 8;
+  float bias[2], scores[X::kScoreTiles][4];
+  for (int r = 0; r < 2; ++r)
+    bias[r] = in.bias_of(share.n, min(share.first_query + score_row + g + 8 * r, in.queries - 1));
+  const auto multiply_scores = [&](int64_t tile) {
+    const unsigned char* keys = key_rows(tile);
+#pragma unroll
+    for (int j = 0; j < X::kScoreTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[j][e] = 0;
+#pragma unroll(kScore == Arithmetic::kSplit ? 1 : 2)
+    for (int at = 0; at < row_bytes; at += kStepBytes) {
+      uint32_t a[4], a_low[4] = {};
+      load_matrices<4>(a, query_rows + (score_row + lane % 16) * row_pitch + at + lane / 16 * 16);
+      prepare<S, kScore>(a, a_low);
+#pragma unroll
+      for (int pair = 0; pair < X::kScoreTiles; pair += 2) {
+        uint32_t loaded[4];
+        load_matrices<4>(loaded, keys + (score_position + 8 * pair + lane % 8 + lane / 16 * 8) * row_pitch +
+                                     at + lane / 8 % 2 * 16);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t b[2] = {loaded[2 * j], loaded[2 * j + 1]}, b_low[2] = {};
+          prepare<S, kScore>(b, b_low);
+          step<S, kScore>(scores[pair + j], a, a_low, b, b_low);
+        }
+      }
+    }
+    const int64_t left = share.end - share.begin - tile * kTileMemory;
+    float greatest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int j = 0; j < X::kScoreTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int m = score_position + 8 * j + 2 * t + e % 2;
+        const float score = fmaf(s.slope[tile % kStages][m], fmaf(in.scale, scores[j][e], bias[e / 2]),
+                                 s.shift[tile % kStages][m]);
+        scores[j][e] = m < left ? score : -INFINITY;
+        greatest[e / 2] = fmaxf(greatest[e / 2], scores[j][e]);
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      for (int bits = 1; bits < 4; bits *= 2)
+        greatest[r] = fmaxf(greatest[r], __shfl_xor_sync(kAllLanes, greatest[r], bits));
+      if (t == 0) s.greatest[part][score_row + g + 8 * r] = greatest[r];
+    }
+  };
+  // Weights of the tile whose scores this thread holds.
+  Running running[2];
+  const auto write_weights = [&] {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = score_row + g + 8 * r;
+      float greatest = s.greatest[0][row];
+      for (int i = 1; i < X::kParts; ++i) greatest = fmaxf(greatest, s.greatest[i][row]);
+      const float rescale = running[r].raise(greatest);
+      if (part == 0 && t == 0) s.rescale[row] = rescale;
+#pragma unroll
+      for (int j = 0; j < X::kScoreTiles; ++j) {
+        V pair[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float weight = running[r].weight(scores[j][2 * r + e]);
+          running[r].sum += weight;
+          pair[e] = from_float<V>(weight);
+        }
+        auto* to = s.weights[row] + (score_position + 8 * j + 2 * t) * int(sizeof(V));
+        if constexpr (sizeof(V) == 2) {
+          uint32_t bits;
+          memcpy(&bits, pair, 4);
+          *reinterpret_cast<uint32_t*>(to) = bits;
+        } else {
+          *reinterpret_cast<float2*>(to) = {pair[0], pair[1]};
+        }
+      }
+    }
+  };
+
+  // ---- Sums: this warp's queries are from sum_row, its columns from sum_column.
+  const int sum_row = warp / X::kWarpsN * kWarpQueries, sum_column = warp % X::kWarpsN * X::kWarpColumns;
+  const int used_tiles = ceil_div(columns - sum_column, 8);  // of 8 columns; the others have nothing to add
+  float sums[kWarpQueries / 16][X::kTilesN][4] = {};
+  const auto add_values = [&](int64_t tile) {
+    const auto& rows = s.values[tile % kStages];
+#pragma unroll
+    for (int i = 0; i < kWarpQueries / 16; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float rescale = s.rescale[sum_row + 16 * i + g + 8 * r];
+#pragma unroll
+        for (int j = 0; j < X::kTilesN; ++j) {
+          sums[i][j][2 * r] *= rescale;
+          sums[i][j][2 * r + 1] *= rescale;
+        }
+      }
+    constexpr int kSteps = kTileMemory * int(sizeof(V)) / kStepBytes, kDepth = kTileMemory / kSteps;
+#pragma unroll(kValue == Arithmetic::kSplit ? 1 : kSteps)
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t a[kWarpQueries / 16][4], a_low[kWarpQueries / 16][4] = {};
+#pragma unroll
+      for (int i = 0; i < kWarpQueries / 16; ++i) {
+        load_matrices<4>(a[i], s.weights[sum_row + 16 * i + lane % 16] + k * kStepBytes + lane / 16 * 16);
+        prepare<V, kValue>(a[i], a_low[i]);
+      }
+#pragma unroll
+      for (int pair = 0; pair < X::kTilesN; pair += 2) {
+        if (pair >= used_tiles) break;
+        uint32_t loaded[4];
+        const int column = sum_column + 8 * pair;
+        if constexpr (sizeof(V) == 2 && kChannelLast) {
+          load_matrices<4, true>(loaded,
+                                 rows[k * kDepth + lane % 16] + (column + lane / 16 * 8) * int(sizeof(V)));
+        } else if constexpr (!kChannelLast) {
+          load_matrices<4>(loaded,
+                           rows[column + lane % 8 + lane / 16 * 8] + k * kStepBytes + lane / 8 % 2 * 16);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            loaded[i] = *reinterpret_cast<const uint32_t*>(rows[k * kDepth + i % 2 * 4 + t] +
+                                                           (column + i / 2 * 8 + g) * int(sizeof(V)));
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t b[2] = {loaded[2 * j], loaded[2 * j + 1]}, b_low[2] = {};
+          prepare<V, kValue>(b, b_low);
+#pragma unroll
+          for (int i = 0; i < kWarpQueries / 16; ++i)
+            step<V, kValue>(sums[i][pair + j], a[i], a_low[i], b, b_low);
+        }
+      }
+    }
+  };
+
+  __syncthreads();  // the columns' offsets
+  copy_rows(query_rows, in.queries_of(share.n), share.first_query, in.queries, X::kTileQueries);
+  copy_keys(0);
+  copy_async_commit();
+  copy_values(0);
+  copy_keys(1);
+  copy_async_commit();
+  copy_async_wait<1>();
+  __syncthreads();
+  if (tiles > 0) {
+    multiply_scores(0);
+    __syncthreads();
+    write_weights();
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    copy_async_wait<0>();
+    __syncthreads();
+    copy_values(tile + 1);
+    copy_keys(tile + 2);
+    copy_async_commit();
+    if (tile + 1 < tiles) multiply_scores(tile + 1);
+    add_values(tile);
+    if (tile + 1 == tiles) break;
+    __syncthreads();
+    write_weights();
+  }
+  copy_async_wait<0>();
+
+  // The sums of weights over the lanes and warps that share a query.
+  const Writer<V> write{target, share.n, batch, in.queries, value.columns, share.share};
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = running[r].sum;
+    for (int bits = 1; bits < 4; bits *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bits);
+    if (t == 0) s.greatest[part][score_row + g + 8 * r] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = score_row + g + 8 * r;
+    if (part != 0 || t != 0) continue;
+    float sum = 0;
+    for (int i = 0; i < X::kParts; ++i) sum += s.greatest[i][row];
+    s.rescale[row] = Running::inverse(sum);
+    if (share.column_tile == 0 && share.first_query + row < in.queries)
+      write.lse(share.first_query + row, Running::lse(running[r].base(), sum));
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < X::kTilesN; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = sum_column + 8 * j + 2 * t + e;
+      if (column >= columns) continue;
+#pragma unroll
+      for (int i = 0; i < kWarpQueries / 16; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = sum_row + 16 * i + g + 8 * r;
+          if (share.first_query + row < in.queries)
+            write.out(first_column + column, share.first_query + row, sums[i][j][2 * r + e] * s.rescale[row]);
+        }
+    }
+}
+}  // namespace tensor
+
 // ---- Joining the shares of the memory ----
 template <class V>
 __global__ __launch_bounds__(kThreads) void merge_kernel(Target<V> target, int64_t batch, int columns,
@@ -352,6 +671,79 @@ void read_by_fma(const ScoreInputs& in, const Tensor& value, Tensor& out, Tensor
   });
 }
 
+// ---- Choosing a kernel ----
+// Whether values lie so that rows of a tile (channels of a position, or positions of a channel) are
+// contiguous in memory, and by how many bytes at a time they may be copied.
+template <class V>
+int vector_bytes(const Values<V>& value, bool channel_last, int64_t batch) {
+  if ((channel_last ? value.channel_stride : value.pixel_stride) != 1) return 0;
+  int bytes = kVectorBytes;
+  const auto divides = [&](int64_t elements) { return elements * int64_t{sizeof(V)} % bytes == 0; };
+  for (; bytes >= 4; bytes /= 2) {
+    if (reinterpret_cast<uintptr_t>(value.data) % bytes) continue;
+    if (batch > 1 && !divides(value.batch_stride)) continue;
+    if (!divides(channel_last ? value.pixel_stride : value.channel_stride)) continue;
+    // A vector of channels must not reach into the next object's, nor beyond the last.
+    if (channel_last && !divides(value.channels)) continue;
+    if (value.columns == value.channels || divides(value.object_stride)) return bytes;
+  }
+  return 0;
+}
+
+template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, bool kChannelLast>
+bool launch_tensor(const Scores<S>& scores, const Values<V>& values, int64_t batch, Tensor& out, Tensor& lse,
+                   Stream stream) {
+  using X = tensor::Shape<S, kScore, V, kValue, kWarpsM, kChannelLast>;
+  const size_t bytes = X::shared_bytes(scores.row_columns * int(sizeof(S)) + kVectorBytes);
+  if (bytes > device_limits().shared_bytes) return false;
+  const int column_tiles = std::max(1, ceil_div(values.columns, X::kTileColumns));
+  const int64_t tiles = batch * ceil_div(scores.queries, int64_t{X::kTileQueries}) * column_tiles;
+  const tensor::ValueCopy copy{vector_bytes(values, kChannelLast, batch)};
+  Outputs<V> outputs{out, lse, {}, {}};
+  outputs.run(tiles, scores.memory, stream, [&](unsigned blocks, const Target<V>& target) {
+    LAUNCH((tensor::kernel<S, kScore, V, kValue, kWarpsM, kChannelLast>), dim3(blocks), dim3(kThreads), bytes,
+           stream, scores, values, copy, batch, column_tiles, target);
+  });
+  return true;
+}
+
+// False where the rows are too long for shared memory.
+template <class S, Arithmetic kScore, class V, Arithmetic kValue>
+bool read_by_tensor_cores(const ScoreInputs& in, const Tensor& value, Tensor& out, Tensor& lse,
+                          Stream stream) {
+  ScoreMemory memory;
+  const Scores<S> scores = pack_scores<S>(in, stream, memory);
+  const Values<V> values = values_of<V>(value);
+  const auto launch = [&]<int kWarpsM>() {
+    if (values.channel_stride == 1 && values.pixel_stride != 1)
+      return launch_tensor<S, kScore, V, kValue, kWarpsM, true>(scores, values, in.batch(), out, lse, stream);
+    return launch_tensor<S, kScore, V, kValue, kWarpsM, false>(scores, values, in.batch(), out, lse, stream);
+  };
+  if constexpr (sizeof(V) == 2 && sizeof(S) == 2)
+    if (values.columns <= 256 && in.queries() > tensor::kWarpQueries && launch.template operator()<2>())
+      return true;
+  return launch.template operator()<1>();
+}
+
+// Sixteen-bit keys are exact in either arithmetic; float32 is reduced only as far as `precision` allows.
+template <class V>
+bool read_by_tensor_cores(const ScoreInputs& in, const Tensor& value, Precision precision, Tensor& out,
+                          Tensor& lse, Stream stream) {
+  constexpr auto kPlain = Arithmetic::kPlain, kSplit = Arithmetic::kSplit;
+  const Products products = score_products(in, precision);
+  if (products == Products::kFma) return false;
+  if constexpr (sizeof(V) == 4) {
+    if (precision == Precision::kIeee) return false;
+    if (precision == Precision::kTf32 && products != Products::kSplit)
+      return read_by_tensor_cores<float, kPlain, float, kPlain>(in, value, out, lse, stream);
+    return read_by_tensor_cores<float, kSplit, float, kSplit>(in, value, out, lse, stream);
+  } else {
+    if (products == Products::kSixteenBit && in.key.scalar_type() == kScalarType<V>)
+      return read_by_tensor_cores<V, kPlain, V, kPlain>(in, value, out, lse, stream);
+    return read_by_tensor_cores<float, kSplit, V, kPlain>(in, value, out, lse, stream);
+  }
+}
+
 void check_value(const ScoreInputs& in, const Tensor& value) {
   check_shape("value", value, {in.batch(), kAnySize, kAnySize, in.memory()});
 }
@@ -376,9 +768,11 @@ std::tuple<Tensor, Tensor> memory_read(const Tensor& query, const Tensor& key, c
     torch::stable::fill_(lse, -INFINITY);
     return {out, lse};
   }
-  (void)arithmetic;
-  dispatch(value.scalar_type(),
-           [&](auto sample) { read_by_fma<decltype(sample)>(in, value, out, lse, device.stream()); });
+  dispatch(value.scalar_type(), [&](auto sample) {
+    using V = decltype(sample);
+    if (!read_by_tensor_cores<V>(in, value, arithmetic, out, lse, device.stream()))
+      read_by_fma<V>(in, value, out, lse, device.stream());
+  });
   return {out, lse};
 }
 
