@@ -9,9 +9,10 @@
 //   result.
 // Q~ carries two more rows, ones and the query's bias, and slope K~ one more, the slopes: their products are
 // the sums that the gradients of shrinkage and biases need. finish_kernel turns dK~ into those of key,
-// shrinkage and key bias. A chunk is as long as keeps its three arrays of weights under kChunkBytes, whatever
-// the size of the memory. All operands are float32 rows: 16-bit inputs are exact in TF32, which multiplies
-// them. Products bound the time: 4 of the size of the forward's two.
+// shrinkage and key bias. A chunk gives each multiprocessor kTilesPerMultiprocessor tiles of the weights: 54
+// MB for all three arrays on an H100, whatever the sizes of query and memory. All operands of gradients are
+// float32 rows: 16-bit inputs are exact in TF32, which multiplies them. Products bound the time: four for the
+// forward's two.
 #include <algorithm>
 #include <tuple>
 
@@ -21,7 +22,7 @@ namespace vosops::cuda {
 namespace {
 
 constexpr int kThreads = kTileThreads, kWarps = kThreads / kWarp;
-constexpr int64_t kChunkBytes = int64_t{96} << 20;
+constexpr int64_t kTilesPerMultiprocessor = 4;
 
 // The tile (of A's rows and B's) that a block works on.
 struct BlockTile {
@@ -261,8 +262,8 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
     return torch::stable::new_empty(in.query, shape, ScalarType::Float);
   };
   const int query_columns = row_columns_of(queries);
-  const int64_t longest =
-      std::clamp<int64_t>(kChunkBytes / (12 * int64_t{query_columns}), kTileB, in.memory());
+  const int64_t tiles = kTilesPerMultiprocessor * device_limits().multiprocessors;
+  const int64_t longest = std::min(ceil_div(tiles * kTileA, int64_t{query_columns}) * kTileB, in.memory());
   const auto threads = [](int64_t count) { return dim3(checked_blocks(ceil_div(count, int64_t{kThreads}))); };
   const auto multiply = [&]<class T>(const float* a, int64_t count_a, const float* b, int64_t count_b,
                                      int depth, const Result<T>& result) {

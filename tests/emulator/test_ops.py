@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.emulator.build import compiler, load_emulated_ops
 from vosops.reference.global_matching import global_matching_core
 from vosops.reference.local_matching import local_matching_core
+from vosops.reference.memory_read import memory_read_core, memory_select_core
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux and g++")
 
@@ -51,6 +52,28 @@ GLOBAL_CASES = {
     "tensor: TF32": ((1, 100, 6, 7), (1, 11, 13), 2, 1, FLOAT, "tf32"),
     "tensor: split TF32": ((1, 100, 6, 7), (1, 11, 13), 2, 2, FLOAT, "tf32x3"),
 }
+
+# N, O, C, Cv, P, M; dtypes of query and key, and of the value; whether the value is channel-last; precision
+READ_CASES = {
+    "fma: two tiles of columns": ((1, 2, 9, 150, 66, 40), FLOAT, FLOAT, False, "ieee"),
+    "fma: rows too long for shared memory": ((1, 1, 1200, 8, 5, 40), HALF, HALF, False, "ieee"),
+    "tensor: 16 bytes, channel-major": ((1, 2, 16, 24, 70, 64), BFLOAT, BFLOAT, False, "ieee"),
+    "tensor: 8 bytes, channel-major": ((1, 1, 16, 24, 9, 68), HALF, HALF, False, "ieee"),
+    "tensor: 4 bytes, channel-major": ((2, 1, 16, 24, 9, 70), BFLOAT, BFLOAT, False, "ieee"),
+    "tensor: 2 bytes, channel-major": ((1, 1, 16, 24, 9, 71), HALF, HALF, False, "ieee"),
+    "tensor: 16 bytes, channel-last": ((1, 2, 16, 24, 70, 64), HALF, HALF, True, "ieee"),
+    "tensor: 8 bytes, channel-last": ((2, 2, 16, 20, 9, 50), BFLOAT, BFLOAT, True, "ieee"),
+    "tensor: 4 bytes, channel-last": ((1, 2, 16, 18, 9, 50), HALF, HALF, True, "ieee"),
+    "tensor: 2 bytes, channel-last": ((1, 2, 16, 19, 9, 50), BFLOAT, BFLOAT, True, "ieee"),
+    "tensor: two tiles of 512 columns": ((1, 2, 24, 300, 9, 100), BFLOAT, BFLOAT, True, "ieee"),
+    "tensor: long rows": ((1, 1, 256, 16, 9, 40), HALF, HALF, False, "ieee"),
+    "tensor: other values than keys": ((1, 2, 20, 9, 70, 100), HALF, BFLOAT, True, "ieee"),
+    "tensor: TF32, channel-major": ((1, 1, 20, 40, 9, 100), FLOAT, FLOAT, False, "tf32"),
+    "tensor: TF32, channel-last": ((1, 1, 20, 40, 9, 100), FLOAT, FLOAT, True, "tf32"),
+    "tensor: split TF32, channel-last": ((1, 2, 20, 140, 9, 100), FLOAT, FLOAT, True, "tf32x3"),
+}
+READ_ERROR = {FLOAT: 1e-5, HALF: 2e-3, BFLOAT: 1.5e-2}
+MORE_CASES = 3  # popular keys, a long backward, long lists
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +131,48 @@ def test_reduced_precision_is_the_one_that_was_asked_for(precision: str) -> None
     assert index.unique().tolist() == local.unique().tolist() == [wanted]
 
 
+def read_inputs(sizes, dtype, value_dtype, channel_last) -> tuple[Tensor, Tensor, Tensor]:
+    n, o, c, v, p, m = sizes
+    value = torch.randn(n, o, v, m).to(value_dtype)
+    value = value.mT.contiguous().mT if channel_last else value
+    return torch.randn(n, c, p).to(dtype), torch.randn(n, c, m).to(dtype), value
+
+
+@pytest.mark.parametrize("case", READ_CASES)
+def test_memory_read(case: str) -> None:
+    sizes, dtype, value_dtype, channel_last, precision = READ_CASES[case]
+    inputs = read_inputs(sizes, dtype, value_dtype, channel_last)
+    scale = sizes[2] ** -0.5
+    out, lse = torch.ops.vosops_emulated.memory_read(*inputs, None, None, None, scale, precision)
+    want, want_lse = memory_read_core(*(t.double() for t in inputs), None, None, None, scale)
+    error = 4e-3 if precision == "tf32" else READ_ERROR[value_dtype]
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=error)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=4e-3 if precision == "tf32" else 1e-5)
+
+
+def test_memory_select_of_lists_beyond_shared_memory() -> None:
+    query, key = integers((1, 3, 70), FLOAT), integers((1, 3, 700), FLOAT)
+    vectors = (None, None, None, 0.5)
+    assert_same(
+        torch.ops.vosops_emulated.memory_select(query, key, *vectors, "ieee", 500),
+        memory_select_core(query, key, *vectors, 500),
+    )
+
+
+def test_memory_read_backward_in_chunks() -> None:
+    query, key, value = read_inputs((1, 1, 5, 6, 600, 400), FLOAT, FLOAT, False)
+    inputs = [t.double().requires_grad_() for t in (query, key, value)]
+    results = memory_read_core(*inputs, None, None, None, 0.4)
+    outputs = [t.detach().float() for t in results]
+    grads = [torch.randn_like(t) for t in outputs]
+    wanted = torch.autograd.grad(results, inputs, [t.double() for t in grads])
+    got = torch.ops.vosops_emulated.memory_read_backward(
+        *grads, query, key, value, None, None, None, 0.4, "ieee", *outputs
+    )
+    for have, want in zip(got, wanted, strict=False):
+        torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("architecture", ["80", "86", "90"])
 @pytest.mark.parametrize(
     "case", ["tensor: seven steps", "tensor: eight steps", "tensor: TF32", "fma: sorted lists"]
@@ -144,7 +209,10 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.Monke
         lambda: ops.local_matching(*local),
         lambda: ops.global_matching(*across),
         lambda: ops.matching_backward(*backward),
+        lambda: ops.memory_read(*read, None, None, None, 0.3, "ieee"),
+        lambda: ops.memory_select(*read[:2], None, None, None, 0.3, "ieee", 40),
     ]
+    read = read_inputs((1, 2, 16, 24, 70, 200), BFLOAT, BFLOAT, True)
     local, across = local_inputs("tensor: phases of the dilation"), global_inputs("tensor: sorted lists")
     backward = backward_inputs()
     in_order = [call() for call in calls]
@@ -179,7 +247,7 @@ def test_no_access_out_of_bounds() -> None:
         timeout=580,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout == f"{len(LOCAL_CASES) + len(GLOBAL_CASES) + 1} cases\n"
+    assert result.stdout == f"{len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + MORE_CASES} cases\n"
 
 
 if __name__ == "__main__":
@@ -188,5 +256,9 @@ if __name__ == "__main__":
         test_local_matching(name)
     for name in GLOBAL_CASES:
         test_global_matching(name)
+    for name in READ_CASES:
+        test_memory_read(name)
     test_backward_of_a_popular_key()
-    print(len(LOCAL_CASES) + len(GLOBAL_CASES) + 1, "cases")
+    test_memory_select_of_lists_beyond_shared_memory()
+    test_memory_read_backward_in_chunks()
+    print(len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + MORE_CASES, "cases")
