@@ -784,8 +784,8 @@ struct UsageSmem {
 };
 
 template <class Tile>
-__global__ __launch_bounds__(kThreads) void usage_kernel(Scores<typename Tile::Element> in, const float* lse,
-                                                         float* usage) {
+__global__ __launch_bounds__(kThreads, Tile::kBlocks) void usage_kernel(Scores<typename Tile::Element> in,
+                                                                        const float* lse, float* usage) {
   using Shared = UsageSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
   const int64_t tiles = ceil_div(in.memory, int64_t{kTileB}), n = blockIdx.x / tiles,

@@ -21,7 +21,7 @@
 namespace vosops::cuda {
 namespace {
 
-constexpr int kThreads = kTileThreads, kWarps = kThreads / kWarp;
+constexpr int kThreads = kTileThreads;
 constexpr int64_t kTilesPerMultiprocessor = 4;
 
 // The tile (of A's rows and B's) that a block works on.

@@ -251,6 +251,7 @@ struct StagedRows {
 template <class T, Arithmetic kArithmetic>
 struct TensorTile {
   using Element = T;
+  static constexpr int kBlocks = 2;  // of a multiprocessor, that leave the tile enough registers
   static constexpr int kSteps = 4, kWarpsB = kTileB / 32;
   using Staged = StagedRows<T, 2, kSteps * kStepBytes / kVectorBytes, kRowPitch<kSteps>>;
   using Smem = typename Staged::Smem;
@@ -314,6 +315,7 @@ struct TensorTile {
 // By FMA: 16 x 16 threads.
 struct FmaTile {
   using Element = float;
+  static constexpr int kBlocks = 1;
   static constexpr int kSide = 16, kChunk = 8, kPitch = (kChunk + 4) * 4;
   static_assert(kSide * kOwnA == kTileA && kSide * kOwnB == kTileB && kSide * kSide == kTileThreads);
   using Staged = StagedRows<float, 2, kChunk / 4, kPitch>;
@@ -337,7 +339,7 @@ struct FmaTile {
       __syncthreads();
       if (chunk + 1 < chunks) Staged::stage(s, a, b, row_columns, chunk + 1);
       const auto& rows = s.rows[chunk % 2];
-#pragma unroll
+#pragma unroll 1
       for (int v = 0; v < kChunk / 4; ++v) {
         float4 left[kOwnA];
 #pragma unroll

@@ -83,8 +83,9 @@ struct SelectSmem {
 };
 
 template <class Tile, bool kSharedLists>
-__global__ __launch_bounds__(kThreads) void select_kernel(Scores<typename Tile::Element> in, int top_k,
-                                                          int shares, Candidate* lists) {
+__global__ __launch_bounds__(kThreads, Tile::kBlocks) void select_kernel(Scores<typename Tile::Element> in,
+                                                                         int top_k, int shares,
+                                                                         Candidate* lists) {
   using Shared = SelectSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
   const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -252,12 +253,15 @@ template <class S>
 struct Gather {
   const float* weight;
   const int64_t* index;
-  const S *value, *grad;  // grad (N, O, C, P) is contiguous
+  const S *value, *grad;  // grad as rows [N][P][grad_columns] of the channels of all objects
   int64_t batch_stride, object_stride, channel_stride, pixel_stride;
-  int64_t batch, objects, channels, memory, top_k, queries;
+  int64_t batch, objects, channels, memory, top_k, queries, grad_columns;
 
   __device__ const S* image(int64_t image) const {
     return value + image / objects * batch_stride + image % objects * object_stride;
+  }
+  __device__ const S* grad_of(int64_t image, int64_t p) const {
+    return grad + (image / objects * queries + p) * grad_columns + image % objects * channels;
   }
   __device__ int64_t entry(int64_t n, int64_t k, int64_t p) const { return (n * top_k + k) * queries + p; }
 };
@@ -283,14 +287,25 @@ __global__ __launch_bounds__(kThreads) void gather_kernel(Gather<S> in, S* out) 
   if (in.channel_stride == 1) {
     for (int q = warp; q < kGatherQueries && first_query + q < in.queries; q += kWarps) {
       float sums[kGatherChannels / kWarp] = {};
-      for (int64_t k = 0; k < in.top_k; ++k) {
-        const int64_t at = in.entry(n, k, first_query + q), m = in.index[at];
-        if (m < 0) continue;
-        const float weight = in.weight[at];
+      for (int64_t first = 0; first < in.top_k; first += kWarp) {
+        int64_t own = -1;
+        float own_weight = 0;
+        if (first + lane < in.top_k) {
+          const int64_t at = in.entry(n, first + lane, first_query + q);
+          own = in.index[at];
+          own_weight = in.weight[at];
+        }
+        const int count = int(min(in.top_k - first, int64_t{kWarp}));
+#pragma unroll 4
+        for (int k = 0; k < count; ++k) {
+          const int64_t m = __shfl_sync(kAllLanes, own, k);
+          const float weight = __shfl_sync(kAllLanes, own_weight, k);
 #pragma unroll
-        for (int i = 0; i < kGatherChannels / kWarp; ++i) {
-          const int64_t c = first_channel + i * kWarp + lane;
-          if (c < in.channels) sums[i] = fmaf(weight, to_float(values[m * in.pixel_stride + c]), sums[i]);
+          for (int i = 0; i < kGatherChannels / kWarp; ++i) {
+            const int64_t c = first_channel + i * kWarp + lane;
+            if (m >= 0 && c < in.channels)
+              sums[i] = fmaf(weight, to_float(values[m * in.pixel_stride + c]), sums[i]);
+          }
         }
       }
 #pragma unroll
@@ -331,9 +346,9 @@ __global__ __launch_bounds__(kThreads) void weight_kernel(Gather<S> in, float* g
   if (m >= 0)
     for (int64_t o = 0; o < in.objects; ++o) {
       const S* values = in.image(n * in.objects + o) + m * in.pixel_stride;
-      const S* grads = in.grad + (n * in.objects + o) * in.channels * in.queries + p;
+      const S* grads = in.grad_of(n * in.objects + o, p);
       for (int64_t c = lane; c < in.channels; c += kWarp)
-        sum = fmaf(to_float(values[c * in.channel_stride]), to_float(grads[c * in.queries]), sum);
+        sum = fmaf(to_float(values[c * in.channel_stride]), to_float(grads[c]), sum);
     }
   for (int bits = 1; bits < kWarp; bits *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bits);
   if (lane == 0) grad_weight[at] = sum;
@@ -372,12 +387,11 @@ __global__ __launch_bounds__(kThreads) void value_kernel(Gather<S> in, const int
   float sums[kOwn] = {};
   for (int64_t i = begin; i < end; ++i) {
     const float weight = in.weight[n * entries + order[i]];
-    const S* grads = in.grad + (image * in.channels + first_channel) * in.queries + order[i] % in.queries;
+    const S* grads = in.grad_of(image, order[i] % in.queries) + first_channel;
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       const int64_t c = warp * kOwn + own;
-      if (first_channel + c < in.channels)
-        sums[own] = fmaf(weight, to_float(grads[c * in.queries]), sums[own]);
+      if (first_channel + c < in.channels) sums[own] = fmaf(weight, to_float(grads[c]), sums[own]);
     }
   }
 #pragma unroll
@@ -410,7 +424,8 @@ Gather<S> gather_of(const Tensor& weight, const Tensor& index, const Tensor& val
           value.size(2),
           value.size(3),
           weight.size(1),
-          weight.size(2)};
+          weight.size(2),
+          grad ? grad->size(2) : 0};
 }
 
 Tensor memory_gather(const Tensor& weight, const Tensor& index, const Tensor& value) {
@@ -440,8 +455,7 @@ std::tuple<Tensor, Tensor> memory_gather_backward(const Tensor& grad, const Tens
   Tensor grad_value = torch::stable::new_empty(value, value.sizes());
   if (grad_weight.numel() == 0 && grad_value.numel() == 0) return {grad_weight, grad_value};
   const DeviceScope device(value);
-  const Tensor weights = torch::stable::contiguous(weight), indices = torch::stable::contiguous(index),
-               grads = torch::stable::contiguous(grad);
+  const Tensor weights = torch::stable::contiguous(weight), indices = torch::stable::contiguous(index);
   const int64_t entries = weight.size(1) * weight.size(2);
   const int64_t blocks = value.size(0) * value.size(1) * ceil_div(value.size(3), int64_t{kWarp}) *
                          ceil_div(value.size(2), int64_t{kGatherChannels});
@@ -449,6 +463,10 @@ std::tuple<Tensor, Tensor> memory_gather_backward(const Tensor& grad, const Tens
       stable_sort(torch::stable::view(indices, std::vector<int64_t>{value.size(0), entries}));
   dispatch(value.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
+    const Tensor grads = rows_of<S>(
+        torch::stable::reshape(
+            grad, std::vector<int64_t>{value.size(0), value.size(1) * value.size(2), weight.size(2)}),
+        2, 1, false, device.stream());
     const Gather<S> in = gather_of<S>(weights, indices, value, &grads);
     LAUNCH(weight_kernel<S>, dim3(checked_blocks(ceil_div(value.size(0) * entries, int64_t{kWarps}))),
            dim3(kThreads), 0, device.stream(), in, grad_weight.mutable_data_ptr<float>());
