@@ -366,7 +366,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
       const int64_t left = share.end - first - m;  // positions that there still are
       int used = 0;
       if (column < columns && left > 0)
-        used = kChannelLast ? kBytes : min(left, int64_t{kElements}) * int(sizeof(V));
+        used = kChannelLast ? kBytes : int(min(left, int64_t{kElements})) * int(sizeof(V));
       const V* from = used ? values + s.offset[column] + (first + m) * value.pixel_stride : values;
       copy_async<kBytes>(&to[row][at * int(sizeof(V))], from, used);
     }

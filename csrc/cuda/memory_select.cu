@@ -82,10 +82,21 @@ struct SelectSmem {
   int counts[kTileA];       // arrivals since the last merge; more than kBuffer were turned away
 };
 
+// Of a multiprocessor: two where that leaves registers enough (not on Ampere, whose copies take more of
+// them).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class Tile>
+constexpr int kSelectBlocks = 1;
+#else
+template <class Tile>
+constexpr int kSelectBlocks = Tile::kBlocks;
+#endif
+
 template <class Tile, bool kSharedLists>
-__global__ __launch_bounds__(kThreads, Tile::kBlocks) void select_kernel(Scores<typename Tile::Element> in,
-                                                                         int top_k, int shares,
-                                                                         Candidate* lists) {
+__global__ __launch_bounds__(kThreads,
+                             kSelectBlocks<Tile>) void select_kernel(Scores<typename Tile::Element> in,
+                                                                     int top_k, int shares,
+                                                                     Candidate* lists) {
   using Shared = SelectSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
   const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -93,7 +104,7 @@ __global__ __launch_bounds__(kThreads, Tile::kBlocks) void select_kernel(Scores<
   const int64_t n = blockIdx.x / shares / query_tiles,
                 first_query = blockIdx.x / shares % query_tiles * kTileA;
   const int64_t tiles = ceil_div(in.memory, int64_t{kTileB});
-  const int64_t begin = tiles * share / shares, end = tiles * (share + 1) / shares;
+  const int begin = int(tiles * share / shares), end = int(tiles * (share + 1) / shares);
   const auto global_list = [&](int q) {
     return lists + ((n * in.queries + first_query + q) * shares + share) * top_k;
   };
@@ -108,10 +119,6 @@ __global__ __launch_bounds__(kThreads, Tile::kBlocks) void select_kernel(Scores<
     s.bar[thread] = -FLT_MAX;
     s.counts[thread] = 0;
   }
-  float bias[kOwnA];
-#pragma unroll
-  for (int i = 0; i < kOwnA; ++i) bias[i] = in.bias_of(n, min(first_query + Tile::row(i), in.queries - 1));
-
   // Merges the buffers of this warp's queries that hold at least `least`.
   const auto merge_buffers = [&](int least) {
     for (int q = warp; q < kTileA && first_query + q < in.queries; q += kWarps) {
@@ -127,11 +134,14 @@ __global__ __launch_bounds__(kThreads, Tile::kBlocks) void select_kernel(Scores<
     }
   };
 
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     float scores[kOwnA][kOwnB];
-    const int64_t first = tile * kTileB;
+    const int64_t first = int64_t{tile} * kTileB;
     Tile::multiply(s.tile, {in.queries_of(n), first_query, in.queries}, {in.keys_of(n), first, in.memory},
                    in.row_columns, scores);
+    float bias[kOwnA];
+#pragma unroll
+    for (int i = 0; i < kOwnA; ++i) bias[i] = in.bias_of(n, min(first_query + Tile::row(i), in.queries - 1));
     unsigned waiting = 0;  // a bit for each score that reaches its bar
 #pragma unroll
     for (int j = 0; j < kOwnB; ++j) {
@@ -274,7 +284,7 @@ struct GatherSmem {
 };
 
 template <class S>
-__global__ __launch_bounds__(kThreads) void gather_kernel(Gather<S> in, S* out) {
+__global__ __launch_bounds__(kThreads, 4) void gather_kernel(Gather<S> in, S* out) {
   DYNAMIC_SHARED(GatherSmem, s);
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t channel_tiles = ceil_div(in.channels, int64_t{kGatherChannels}),
@@ -288,11 +298,11 @@ __global__ __launch_bounds__(kThreads) void gather_kernel(Gather<S> in, S* out) 
     for (int q = warp; q < kGatherQueries && first_query + q < in.queries; q += kWarps) {
       float sums[kGatherChannels / kWarp] = {};
       for (int64_t first = 0; first < in.top_k; first += kWarp) {
-        int64_t own = -1;
+        int own = -1;
         float own_weight = 0;
         if (first + lane < in.top_k) {
           const int64_t at = in.entry(n, first + lane, first_query + q);
-          own = in.index[at];
+          own = int(in.index[at]);
           own_weight = in.weight[at];
         }
         const int count = int(min(in.top_k - first, int64_t{kWarp}));
@@ -407,6 +417,7 @@ void check_gather(const Tensor& weight, const Tensor& index, const Tensor& value
   check_dtype("weight", weight, ScalarType::Float);
   check_shape("index", index, {value.size(0), weight.size(1), weight.size(2)});
   check_dtype("index", index, ScalarType::Long);
+  STD_TORCH_CHECK(value.size(3) <= kMostPixels, "a batch element is limited to 2^31 - 1 positions");
 }
 
 template <class S>
