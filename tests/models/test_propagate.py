@@ -223,9 +223,11 @@ def test_every_object_can_be_removed() -> None:
     assert not model.step(frame, output="labels").any()
 
 
-def test_resuming_from_a_saved_state_is_bit_identical() -> None:
+@pytest.mark.parametrize("memory", [False, True])
+def test_resuming_from_a_saved_state_is_bit_identical(monkeypatch, memory: bool) -> None:
+    monkeypatch.setattr("vosops.models.propagate.MEMORY_EVERY", 2)
     clip = list(moving(7, second=True))
-    model = make_model()
+    model = make_model(memory=memory)
     model.initialize(*clip[0])
     for frame, _ in clip[1:3]:
         model.step(frame)
@@ -233,21 +235,64 @@ def test_resuming_from_a_saved_state_is_bit_identical() -> None:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    resumed = make_model()
+    resumed = make_model(memory=memory)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.object_ids == model.object_ids
     for frame, _ in clip[4:]:
         assert torch.equal(model.step(frame), resumed.step(frame))
 
 
-def test_the_memory_budget_is_never_passed_and_the_error_says_how_many_frames_fit() -> None:
+def test_the_memory_holds_the_labelled_frames_and_the_latest_of_every_fifth(monkeypatch) -> None:
+    monkeypatch.setattr("vosops.models.propagate.MEMORY_EVERY", 1)
+    monkeypatch.setattr("vosops.models.propagate.MEMORY_FRAMES", 3)
+    clip = list(moving(8, second=True))
+    model = make_model(memory=True)
+    model.initialize(*clip[0])
+    for frame, _ in clip[1:6]:
+        model.step(frame)
+    assert [(f.frame, f.permanent) for f in model._memory.frames] == [
+        (-1, True),
+        (3, False),
+        (4, False),
+        (5, False),
+    ]
+    model.step(clip[6][0], clip[6][1])  # a correction: new features, the memory starts anew
+    model.step(clip[7][0])
+    assert [(f.frame, f.permanent) for f in model._memory.frames] == [(-1, True), (-2, True), (1, False)]
+    model.remove_object(7)
+    assert [f.frame for f in model._memory.frames] == [-1, -2]
+    assert model.step(clip[7][0]).shape[0] == 2
+
+
+def test_cells_of_the_memory_are_half_of_the_objects_then_background_near_them(monkeypatch) -> None:
+    from vosops.models.propagate import _memory_cells
+
+    monkeypatch.setattr("vosops.models.propagate.MEMORY_CELLS", 8)
+    monkeypatch.setattr("vosops.models.propagate.SEARCH_RADIUS", 1)
+    probabilities = torch.zeros(2, 6, 6)
+    probabilities[0] = 1
+    probabilities[:, :3, :3] = torch.tensor([0.0, 1.0])[:, None, None]  # 9 cells; 7 around them
+    cells = _memory_cells(probabilities)
+    rows, columns = cells // 6, cells % 6
+    of_object = (rows < 3) & (columns < 3)
+    assert of_object.tolist() == [True] * 4 + [False] * 4
+    assert ((rows < 4) & (columns < 4)).all()
+    probabilities[:, 3:] = 0  # nothing is known of the lower half
+    probabilities[:, :, 3:] = 0
+    assert len(set(_memory_cells(probabilities).tolist())) == 8
+    assert of_object.sum() == 4 and (_memory_cells(probabilities) // 6 < 3).all()
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_the_memory_budget_is_never_passed_and_the_error_says_how_many_frames_fit(memory: bool) -> None:
     from vosops.memory import MemoryBudgetError
 
-    frames = list(moving(6, second=True))
+    frames = list(moving(8, second=True))
     free = make_model()
     free.initialize(*frames[0])
     free.step(frames[1][0], frames[1][1])
-    limited = make_model(memory_budget=free.memory_bytes() * 2)
+    budget = free.memory_bytes() * 2 + (2 << 20 if memory else 0)
+    limited = make_model(memory_budget=budget, memory=memory)
     stored = 0
     with pytest.raises(MemoryBudgetError, match=r"memory_budget must be at least \d+ .*: (\d+) fit") as error:
         for frame, labels in frames:

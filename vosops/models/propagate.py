@@ -3,8 +3,9 @@
 Each cell of a coarse grid (stride 8) is compared with the cells of every object, and of the background, in
 the permanent frames (global matching: the mean of the nearest few) and in recent frames (local matching: the
 nearest in a window). The features are whitened by the covariance within the classes. A linear classifier
-fitted to the permanent frames adds its score; a softmax over the classes gives coarse probabilities, which a
-guided filter brings to the frame's edges. docs/models/propagate.md tells what was measured.
+fitted to the permanent frames adds its score, and, if wanted, a memory of every fifth frame what it reads. A softmax
+over these gives coarse probabilities, which a guided filter brings to the frame's edges. docs/models/propagate.md tells
+what was measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import vosops
-from vosops.memory import MemoryBudgetError, parse_bytes
+from vosops.memory import MemoryBank, MemoryBudgetError, parse_bytes
 from vosops.models.features import create_backbone
 from vosops.models.guided_filter import GuidedFilter, box_mean
 
@@ -41,6 +42,12 @@ FEWEST_CELLS = 3.0  # a class with fewer counts less in the classifier
 RECENT_WEIGHT = 0.5  # of the recent frames in the classifier, beside the permanent ones
 RECENT_RATE = 0.1  # of the running mean over the recent frames
 CONFIDENT = 0.6  # cells with a less probable class teach the classifier nothing
+MEMORY_EVERY = 5  # frames from one that enters the memory to the next
+MEMORY_FRAMES = 6  # in the memory beside the permanent ones
+MEMORY_CELLS = 1024  # of a frame in the memory, half of them of the objects, if they have so many
+MEMORY_NEIGHBORS = 16  # of a cell, whose classes the memory read averages
+MEMORY_WEIGHT = 0.5  # of the logarithm of that average beside similarity / TEMPERATURE
+MEMORY_FLOOR = 0.02  # the least average that counts
 CLASSIFIER_WEIGHT = 1.0  # of the classifier's score (-1 to 1) beside similarity / TEMPERATURE
 SEARCH_RADIUS = 12  # cells farther than this from every object are background without a look
 SEARCH_PROBABILITY = 0.3  # what makes a cell part of an object, for the search
@@ -56,6 +63,8 @@ _SAVED_TENSORS = (
     "permanent_moments",
     "recent_moments",
 )
+_MEMORY_OVERHEAD = (1 << 20) + 1024  # bytes of the memory's scratch and alignment, at most
+_ALL_CLASSES = 0  # the memory's one object: the classes are channels of its values
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,7 +88,8 @@ class Propagate:
     size: the short side of the computation in pixels (frames are resized to it and results are given at the frame's
     own size); -1 computes at the frame's size. device: where everything runs; results stay there. memory_budget: bytes,
     or a text such as "2GB", that what is remembered of the frames takes at most; MemoryBudgetError, with how many
-    permanent frames fit, before it would be passed.
+    permanent frames fit, before it would be passed. memory: whether every fifth frame is remembered too, in a
+    :class:`vosops.memory.MemoryBank`; None: if there is a budget for it.
     Cost: one backbone pass, then time and memory linear in the cells near the objects times those of the
     permanent frames.
     """
@@ -93,6 +103,7 @@ class Propagate:
         size: int = -1,
         device: str | torch.device = "cpu",
         memory_budget: int | str | None = None,
+        memory: bool | None = None,
     ) -> None:
         if weights is not None:
             raise ValueError(
@@ -105,6 +116,7 @@ class Propagate:
         self.size = size
         self.device = torch.device(device)
         self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
+        self.with_memory = memory_budget is not None if memory is None else memory
         self.reset()
 
     def reset(self) -> None:
@@ -119,6 +131,8 @@ class Propagate:
         self._recent_moments = torch.empty(0)
         self._recent_keys: list[Tensor] = []  # (D,h,w) each, the latest last
         self._recent_probabilities: list[Tensor] = []  # (O+1,h,w) each
+        self._memory = self._new_memory(None)
+        self._steps = 0  # since the memory was begun
 
     @torch.no_grad()
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
@@ -193,16 +207,20 @@ class Propagate:
         self._permanent_masks = [_without(mask, channel) for mask in self._permanent_masks]
         self._recent_probabilities = [_normalised(_without(x, channel)) for x in self._recent_probabilities]
         self._restart_classifier()
+        self._restart_memory()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
         return {
             "backbone": self.backbone_name,
             "size": self.size,
+            "with_memory": self.with_memory,
             "object_ids": list(self.object_ids),
             "frame_size": list(self._frame_size or ()),
             **{name: list(getattr(self, f"_{name}")) for name in _SAVED_LISTS},
             **{name: getattr(self, f"_{name}") for name in _SAVED_TENSORS},
+            "memory": self._memory.state_dict(),
+            "steps": self._steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -210,7 +228,7 @@ class Propagate:
         expected = self.state_dict()
         if set(state) != set(expected):
             raise ValueError(f"state must have the keys {sorted(expected)}, but has {sorted(state)}")
-        for option in ("backbone", "size"):
+        for option in ("backbone", "size", "with_memory"):
             if state[option] != expected[option]:
                 raise ValueError(
                     f"state must be of a model with {option} {expected[option]!r}, but has {state[option]!r}"
@@ -221,6 +239,9 @@ class Propagate:
             setattr(self, f"_{name}", [x.to(self.device) for x in state[name]])
         for name in _SAVED_TENSORS:
             setattr(self, f"_{name}", state[name].to(self.device))
+        self._memory = self._new_memory(self._memory_room())
+        self._memory.load_state_dict(state["memory"])
+        self._steps = state["steps"]
 
     def _check_started(self) -> None:
         if self._frame_size is None:
@@ -265,28 +286,65 @@ class Propagate:
         self._permanent_keys = self._embedded(stacked)
         self._recent_keys, self._recent_probabilities = [self._permanent_keys[:, -1]], [probabilities]
         self._restart_classifier()
+        self._restart_memory()
 
     def memory_bytes(self) -> int:
         """Bytes of what is remembered of the frames."""
         lists = [getattr(self, f"_{name}") for name in _SAVED_LISTS]
         tensors = [*(x for saved in lists for x in saved), self._permanent_keys]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        stored: int = sum(x.numel() * x.element_size() for x in tensors)
+        return stored + self._memory.bytes_reserved
 
     def _check_budget(self, features: Tensor, objects: int) -> None:
         """Raise MemoryBudgetError unless one more permanent frame of these features and so many objects fits."""
         if self.memory_budget is None:
             return
-        channels, cells = features.shape[0], features[0].numel()
-        kept = min(EMBEDDING_CHANNELS, channels)
-        permanent = cells * (4 * (channels + kept) + objects + 1)  # features and keys; masks
-        recent = max(WINDOWS) * cells * 4 * (kept + objects + 1)  # keys and probabilities
         frames = len(self._permanent_features) + 1
-        if frames * permanent + recent > self.memory_budget:
-            fit = max((self.memory_budget - recent) // permanent, 0)
+        permanent, recent, memory, scratch = _bytes_of(features, objects)
+        if not self.with_memory:
+            memory = scratch = 0
+        each, once = permanent + memory, recent + scratch
+        if frames * each + once > self.memory_budget:
+            fit = max((self.memory_budget - once) // each, 0)
             raise MemoryBudgetError(
-                f"memory_budget must be at least {frames * permanent + recent} bytes for {frames} permanent frames of "
+                f"memory_budget must be at least {frames * each + once} bytes for {frames} permanent frames of "
                 f"{objects} objects, but is {self.memory_budget}: {fit} fit"
             )
+
+    def _memory_room(self) -> int | None:
+        """The bytes that the budget leaves for the memory, if there is one."""
+        if self.memory_budget is None or not self._permanent_features:
+            return None
+        permanent, recent, _, _ = _bytes_of(self._permanent_features[0], len(self.object_ids))
+        return self.memory_budget - len(self._permanent_features) * permanent - recent
+
+    def _new_memory(self, budget: int | None) -> MemoryBank:
+        return MemoryBank(
+            policy="window",
+            mem_every=MEMORY_EVERY,
+            max_mem_frames=MEMORY_FRAMES + 1,
+            top_k=MEMORY_NEIGHBORS,
+            similarity="dot",
+            scale=1 / TEMPERATURE,
+            budget=budget,
+            device=self.device,
+        )
+
+    @_full_precision
+    def _restart_memory(self) -> None:
+        """Makes the permanent frames all that the memory holds, if there is one."""
+        if not self.with_memory:
+            return
+        self._memory = self._new_memory(self._memory_room())
+        self._steps = 0
+        for i, masks in enumerate(self._permanent_masks):
+            self._memorize(-1 - i, self._permanent_keys[:, i], masks.float(), permanent=True)
+
+    def _memorize(self, number: int, keys: Tensor, probabilities: Tensor, *, permanent: bool = False) -> None:
+        """Adds MEMORY_CELLS cells to the memory: keys (D,h,w), probabilities (O+1,h,w)."""
+        cells = _memory_cells(probabilities)
+        key, value = (x.flatten(1)[:, cells][None, :, None] for x in (keys, probabilities))
+        self._memory.add(number, key, value[:, None], [_ALL_CLASSES], permanent=permanent)
 
     def _all_masks(self) -> Tensor:
         """Bool (O+1,T,h,w): the classes of the permanent frames' cells."""
@@ -310,6 +368,9 @@ class Propagate:
         confidence = ((shares.amax(0) - CONFIDENT) / (1 - CONFIDENT)).clamp(min=0)
         moments = _moments(keys[:, near], shares * confidence)
         self._recent_moments = torch.lerp(self._recent_moments, moments, RECENT_RATE)
+        self._steps += 1
+        if self.with_memory and self._steps % MEMORY_EVERY == 0:
+            self._memorize(self._steps, keys, means)
 
     def _learn(self, features: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
         """Takes labels (H,W) as the truth where they say something -> the corrected probabilities (O+1,H,W).
@@ -384,6 +445,9 @@ class Propagate:
         classifier = _ridge(torch.lerp(self._permanent_moments, self._recent_moments, RECENT_WEIGHT))
         score = torch.tensordot(classifier[:, :-1], query, 1) + classifier[:, -1, None, None]
         logits = torch.lerp(far, near, local) / TEMPERATURE + CLASSIFIER_WEIGHT * score
+        if self.with_memory:
+            classes = self._memory.read(query[:, search][None])[0, 0]
+            logits[:, search] += MEMORY_WEIGHT * classes.clamp(min=MEMORY_FLOOR).log()
         background = torch.zeros_like(logits)
         background[0] = 1
         return torch.where(search, logits.softmax(0), background)
@@ -391,11 +455,7 @@ class Propagate:
     def _search_region(self) -> Tensor:
         """bool (h,w): the cells near the objects, or all cells when one of the objects is lost."""
         objects = self._recent_probabilities[-1][1:] > SEARCH_PROBABILITY
-        near = objects.any(0)[None].float()
-        window = 2 * SEARCH_RADIUS + 1
-        for kernel, padding in (((window, 1), (SEARCH_RADIUS, 0)), ((1, window), (0, SEARCH_RADIUS))):
-            near = functional.max_pool2d(near, kernel, 1, padding)
-        return (near[0] > 0) | ~objects.flatten(1).any(1).all()
+        return _around(objects.any(0)) | ~objects.flatten(1).any(1).all()
 
     def _enlarge(self, coarse: Tensor, image: Tensor) -> Tensor:
         """Coarse probabilities (O+1,h,w) -> (O+1,H,W) at the image's size, along its edges."""
@@ -427,6 +487,46 @@ class Propagate:
         dtype = torch.uint8 if max(self.object_ids, default=0) <= IGNORED else torch.int64
         ids = torch.tensor([0, *self.object_ids], dtype=dtype, device=self.device)
         return ids[probabilities.argmax(0)]
+
+
+def _around(cells: Tensor) -> Tensor:
+    """Bool (h,w): what lies within SEARCH_RADIUS of the cells."""
+    near = cells[None].float()
+    window = 2 * SEARCH_RADIUS + 1
+    for kernel, padding in (((window, 1), (SEARCH_RADIUS, 0)), ((1, window), (0, SEARCH_RADIUS))):
+        near = functional.max_pool2d(near, kernel, 1, padding)
+    return near[0] > 0
+
+
+def _memory_cells(probabilities: Tensor) -> Tensor:
+    """Indices of the MEMORY_CELLS cells of (O+1,h,w), or all, that stand for a frame in the memory.
+
+    Half of them are of the objects, the others of the background near them, in a fixed random order; where there are
+    not enough, cells far from the objects, then more of the objects, then those of which nothing is known.
+    """
+    best, winner = (x.flatten() for x in probabilities.max(0))
+    objects = (winner > 0) & (best > 0)
+    random = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(winner), generator=random).to(winner.device)
+    rank = order.argsort()  # of each cell in the random order
+    place = torch.where(objects[order], 1, 0).cumsum(0)[rank]  # of an object's cell among such cells, from 1
+    near = _around(objects.view(probabilities.shape[1:])).flatten()
+    kind = torch.where(objects, torch.where(2 * place <= MEMORY_CELLS, 0, 3), torch.where(near, 1, 2))
+    kind = torch.where(best > 0, kind, 4)
+    return (kind * len(winner) + rank).argsort()[:MEMORY_CELLS]
+
+
+def _bytes_of(features: Tensor, objects: int) -> tuple[int, int, int, int]:
+    """Bytes, at most, of a permanent frame, of the recent ones, of a frame in the memory, and of what that needs too.
+
+    features (C,h,w) as they come from the backbone.
+    """
+    channels, cells = features.shape[0], features[0].numel()
+    kept, classes = min(EMBEDDING_CHANNELS, channels), objects + 1
+    permanent = cells * (4 * (channels + kept) + classes)  # features and keys; masks
+    recent = max(WINDOWS) * cells * 4 * (kept + classes)  # keys and probabilities
+    memory = min(MEMORY_CELLS, cells) * (4 * (kept + classes) + 1)
+    return permanent, recent, memory, _MEMORY_OVERHEAD
 
 
 def _embedding(features: Tensor, masks: Tensor) -> Tensor:
