@@ -479,7 +479,8 @@ class _Memory:
                 each = [values[group].of(piece) for group in alike]
                 out, lse = self._read_piece(piece, [value for parts in each for value in parts])
                 sizes = [values[group].objects for group in alike]
-                for group, share in zip(alike, out.split(sizes, 1), strict=True):
+                shares = [out] if len(alike) == 1 else out.split(sizes, 1)  # a split's gradient is a copy
+                for group, share in zip(alike, shares, strict=True):
                     parts[group].append((share, lse))
         results = []
         for group, reads in enumerate(parts):
