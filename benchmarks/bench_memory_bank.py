@@ -85,12 +85,13 @@ def run(options: dict, frames: int, budget: str, read_every: int, objects: int) 
     residents, reserved, positions = [], 0, []
     for frame in range(frames):
         part = parts[frame * PARTS // frames]
-        data = encoder(frame)
-        if bank.objects and frame % read_every == 0:
+        reads, adds = bool(bank.objects) and frame % read_every == 0, bank.due(frame)
+        data = encoder(frame) if reads or adds else {}
+        if reads:
             start = clock()
             bank.read(data["key"], data["selection"])
             part["read"].append(clock() - start)
-        if bank.due(frame):
+        if adds:
             start = clock()
             bank.add(
                 frame,
