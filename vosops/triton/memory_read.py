@@ -353,6 +353,7 @@ def _query_gradient(
     grad_o,
     grad_c,
     grad_p,
+    grad_end,
     batch,
     columns,
     tiles,
@@ -418,7 +419,7 @@ def _query_gradient(
         flow = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
         for first_column in range(0, columns, BLOCK_V):
             column = first_column + tl.arange(0, BLOCK_V)
-            g = load_columns(grad, p, column, grad_p, grad_o, grad_c, P, columns, VALUE_C)
+            g = load_columns(grad, p, column, grad_p, grad_o, grad_c, grad_end, columns, VALUE_C)
             v = load_column_rows(value, column, m, value_m, value_o, value_c, value_end, columns, VALUE_C)
             flow = dot(g, v, flow, VALUE_PRECISION)
         slope = weight * (flow - row_mean[:, None])
@@ -474,6 +475,7 @@ def _key_gradient(
     value_o,
     value_c,
     value_m,
+    value_end,
     grad_n,
     grad_o,
     grad_c,
@@ -536,7 +538,7 @@ def _key_gradient(
         flow = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
         for first_column in range(0, columns, BLOCK_V):
             column = first_column + tl.arange(0, BLOCK_V)
-            v = load_columns(value, m, column, value_m, value_o, value_c, M, columns, VALUE_C)
+            v = load_columns(value, m, column, value_m, value_o, value_c, value_end, columns, VALUE_C)
             g = load_column_rows(grad, column, p, grad_p, grad_o, grad_c, grad_end, columns, VALUE_C)
             flow = dot(v, g, flow, VALUE_PRECISION)
         slope = weight * (flow - tl.load(mean + p, mask=p < P, other=0.0)[None, :])
@@ -901,18 +903,20 @@ def memory_read_backward(
             BLOCK=MERGE_BLOCK,
             **options_of(4, 2),
         )
-        streamed = aligned(value)
+        # Also the side that a program owns is read again at every step, for lack of registers.
+        value, grad_out = aligned(value), aligned(grad_out)
         _query_gradient[(tiles * channel_blocks * batch * parts,)](
             *streams_memory.arguments,
-            streamed,
+            value,
             grad_out,
             lse,
             mean,
             part_query,
             part_query_bias,
-            *streamed.stride(),
-            streamed.shape[3],
+            *value.stride(),
+            value.shape[3],
             *grad_out.stride(),
+            grad_out.shape[3],
             batch,
             columns,
             tiles,
@@ -921,19 +925,19 @@ def memory_read_backward(
             **constants,
             **options,
         )
-        streamed = aligned(grad_out)
         _key_gradient[(memory_tiles * channel_blocks * batch,)](
             *streams_queries.arguments,
             value,
-            streamed,
+            grad_out,
             lse,
             mean,
             matrices[1],
             grad_shrinkage,
             grad_key_bias,
             *value.stride(),
-            *streamed.stride(),
-            streamed.shape[3],
+            value.shape[3],
+            *grad_out.stride(),
+            grad_out.shape[3],
             columns,
             memory_tiles,
             channel_blocks,
@@ -946,11 +950,11 @@ def memory_read_backward(
             column_blocks = triton.cdiv(columns, constants["BLOCK_V"])
             _value_gradient[(tiles * column_blocks * batch,)](
                 *streams_queries.arguments,
-                streamed,
+                grad_out,
                 lse,
                 matrices[2],
-                *streamed.stride(),
-                streamed.shape[3],
+                *grad_out.stride(),
+                grad_out.shape[3],
                 columns,
                 tiles,
                 column_blocks,
