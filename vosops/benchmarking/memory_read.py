@@ -187,7 +187,11 @@ def naive_read(inputs: MemoryInputs) -> Tensor:
 def bag_read(inputs: MemoryInputs) -> Tensor:
     """The best rewrite of top_k that we know in PyTorch: topk along the last dimension, embedding_bag."""
     assert inputs.top_k is not None
-    best, indices = affinity(inputs).transpose(1, 2).contiguous().topk(inputs.top_k, 2)
+    if inputs.selection is None:
+        scores = (inputs.query / math.sqrt(inputs.query.shape[1])).transpose(1, 2) @ inputs.key
+    else:
+        scores = affinity(inputs).transpose(1, 2).contiguous()
+    best, indices = scores.topk(inputs.top_k, 2)
     weights = best.softmax(2).to(inputs.value.dtype)
     rows = [
         embedding_bag(indices[n], values.t().contiguous(), per_sample_weights=weights[n], mode="sum").t()
