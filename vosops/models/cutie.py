@@ -172,7 +172,7 @@ def _configuration(state: dict[str, Tensor], changes: dict[str, Any] | None) -> 
         raise ValueError("weights must be of Cutie, but have no pix_feat_proj.weight")
     folder = Path(next(iter(cutie.__path__))) / "config"
     evaluation = OmegaConf.load(folder / "eval_config.yaml")
-    model = OmegaConf.load(folder / "model" / "base.yaml")
+    model: Any = OmegaConf.load(folder / "model" / "base.yaml")
     if features.shape[1] != _BASE_CHANNELS:
         model = OmegaConf.merge(model, OmegaConf.load(folder / "model" / "small.yaml"))
     own = {"use_long_term": True, "mem_every": _MEMORY_EVERY, "model": model}
