@@ -12,6 +12,7 @@ from tests.integrations.conftest import CHECKOUT, assert_agree
 from vosops.integrations import accelerate
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
+from vosops.models._tracking import most_probable
 from vosops.models.checkouts import MemoryPlan, plan_memory
 
 HEIGHT, WIDTH = 64, 90  # 4 x 6 positions
@@ -110,7 +111,7 @@ def test_given_labels_are_the_result(make):
     tracker.step(frame(1))
     got = tracker.step(frame(2), labels(1, 5))
     assert tracker.object_ids == [1, 5]
-    assert torch.equal(tracker._to_labels(got), labels(1, 5))
+    assert torch.equal(most_probable(got, tracker.object_ids), labels(1, 5))
 
 
 def test_unknown_pixels_take_the_prediction(make):
@@ -119,7 +120,7 @@ def test_unknown_pixels_take_the_prediction(make):
     predicted = tracker._predict(frame(1))
     given = labels(1)
     given[40:] = 255
-    got = tracker._to_labels(tracker.step(frame(1), given))
+    got = most_probable(tracker.step(frame(1), given), tracker.object_ids)
     assert torch.equal(got[:40], labels(1)[:40])
     assert torch.equal(got[40:].long(), predicted[40:])
 

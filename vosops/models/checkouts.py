@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops.memory import MemoryBudgetError, parse_bytes
-from vosops.models.propagate import IGNORED, _check_frame, _check_labels, _ids_of
+from vosops.models._tracking import (
+    IGNORED,
+    check_first,
+    check_frame,
+    check_labels,
+    check_output,
+    ids_of,
+    most_probable,
+)
 
 _STRIDE = 16  # of the memory's positions, in pixels
 _FLOAT = 4  # bytes
@@ -92,10 +100,7 @@ class CheckoutTracker(ABC):
 
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
         """Forgets everything and starts from this frame: see :class:`vosops.models.Tracker`."""
-        _check_frame(frame)
-        _check_labels(labels, frame)
-        if not _ids_of(labels):
-            raise ValueError("labels must hold at least one object, but are all background or unknown")
+        check_first(frame, labels)
         self.reset()
         self._frame_size = (frame.shape[1], frame.shape[2])
         with torch.inference_mode():
@@ -117,27 +122,26 @@ class CheckoutTracker(ABC):
         output: "probs", or "labels" for a map of ids (H,W).
         """
         self._check_started()
-        _check_frame(frame, self._frame_size)
-        if output not in ("probs", "labels"):
-            raise ValueError(f"output must be 'probs' or 'labels', but is {output!r}")
+        check_frame(frame, self._frame_size)
+        check_output(output)
         with torch.inference_mode():
             if labels is not None:
-                _check_labels(labels, frame)
+                check_labels(labels, frame)
                 probabilities = self._give(frame, labels, end=end)
             else:
                 probabilities = self._sized(self._advance(self._image(frame), None, permanent, end))
         probabilities = probabilities.clone()  # outside of inference mode: an ordinary tensor
-        return probabilities if output == "probs" else self._to_labels(probabilities)
+        return probabilities if output == "probs" else most_probable(probabilities, self.object_ids)
 
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
         """Adds objects, or corrects known ones, in the frame that was segmented last; 0 says nothing of the others."""
         if self._core is None:
             self.initialize(frame, labels)
             return
-        _check_frame(frame, self._frame_size)
-        _check_labels(labels, frame)
+        check_frame(frame, self._frame_size)
+        check_labels(labels, frame)
         with torch.inference_mode():
-            given = _ids_of(labels)
+            given = ids_of(labels)
             labels = labels.to(self.device)
             predicted = self._predict(frame)
             others = torch.tensor([i for i in self.object_ids if i not in given], device=self.device)
@@ -220,7 +224,7 @@ class CheckoutTracker(ABC):
         unknown = labels == IGNORED
         if self.object_ids and bool(unknown.any()):
             labels = torch.where(unknown, self._predict(frame), labels)
-        new = [i for i in _ids_of(labels) if i not in self.object_ids]
+        new = [i for i in ids_of(labels) if i not in self.object_ids]
         image = self._image(frame)
         height, width = image.shape[1:]
         self._fit_memory(-(-height // _STRIDE) * -(-width // _STRIDE), new)
@@ -237,7 +241,7 @@ class CheckoutTracker(ABC):
         with torch.inference_mode():
             probabilities = self._sized(self._advance(self._image(frame), None, False, True))
         self.load_state_dict(state)
-        return self._to_labels(probabilities).long()
+        return most_probable(probabilities, self.object_ids).long()
 
     def _image(self, frame: Tensor) -> Tensor:
         """The frame (3,H,W), float32 in [0, 1], at the size of the computation."""
@@ -260,12 +264,6 @@ class CheckoutTracker(ABC):
         return functional.interpolate(
             probabilities[None], self._frame_size, mode="bilinear", align_corners=False
         )[0]
-
-    def _to_labels(self, probabilities: Tensor) -> Tensor:
-        """(O+1,H,W) -> (H,W) ids of the most probable class."""
-        dtype = torch.uint8 if max(self.object_ids, default=0) <= IGNORED else torch.int64
-        ids = torch.tensor([0, *self.object_ids], dtype=dtype, device=self.device)
-        return ids[probabilities.argmax(0)]
 
 
 def saved(value: Any, skip: Sequence[str] = ()) -> Any:

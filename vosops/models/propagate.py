@@ -21,13 +21,21 @@ from torch.nn import functional
 
 import vosops
 from vosops.memory import MemoryBank, MemoryBudgetError, parse_bytes
+from vosops.models._tracking import (
+    IGNORED,
+    check_first,
+    check_frame,
+    check_labels,
+    check_output,
+    ids_of,
+    most_probable,
+)
 from vosops.models.features import create_backbone
 from vosops.models.guided_filter import GuidedFilter, box_mean
 
 __all__ = ["Propagate"]
 
 SIZE_MULTIPLE = 16  # of the computation's height and width
-IGNORED = 255  # the label of pixels about which nothing is known
 CONTEXT_RADIUS = 1  # of the box over neighbouring cells that adds context to a cell's features
 CONTEXT_WEIGHT = 0.4  # of the context beside the cell's own features
 SHRINKAGE = 0.6  # of the covariance within the classes towards its mean variance, before whitening
@@ -137,10 +145,7 @@ class Propagate:
     @torch.no_grad()
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
         """Forgets everything and starts from this frame: see :class:`vosops.models.Tracker`."""
-        _check_frame(frame)
-        _check_labels(labels, frame)
-        if not _ids_of(labels):
-            raise ValueError("labels must hold at least one object, but are all background or unknown")
+        check_first(frame, labels)
         self.reset()
         self._frame_size = (frame.shape[1], frame.shape[2])
         features = self._features(self._image(frame))
@@ -164,16 +169,15 @@ class Propagate:
         ids fit, else int64.
         """
         self._check_started()
-        _check_frame(frame, self._frame_size)
-        if output not in ("probs", "labels"):
-            raise ValueError(f"output must be 'probs' or 'labels', but is {output!r}")
+        check_frame(frame, self._frame_size)
+        check_output(output)
         image = self._image(frame)
         features = self._features(image)
         keys = self._embedded(features)
         fine = self._enlarge(self._match(keys), image)
         probabilities = _resized(fine, (frame.shape[1], frame.shape[2]))
         if labels is not None:
-            _check_labels(labels, frame)
+            check_labels(labels, frame)
             probabilities = self._learn(features, labels, probabilities)
         elif not end:
             if permanent:
@@ -181,7 +185,7 @@ class Propagate:
             self._remember(keys, fine)
             if permanent:
                 self._keep(features, _hard(self._recent_probabilities[-1]), self._recent_probabilities[-1])
-        return probabilities if output == "probs" else self._to_labels(probabilities)
+        return probabilities if output == "probs" else most_probable(probabilities, self.object_ids)
 
     @torch.no_grad()
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
@@ -192,8 +196,8 @@ class Propagate:
         if self._frame_size is None:
             self.initialize(frame, labels)
             return
-        _check_frame(frame, self._frame_size)
-        _check_labels(labels, frame)
+        check_frame(frame, self._frame_size)
+        check_labels(labels, frame)
         previous = _resized(self._recent_probabilities[-1], (frame.shape[1], frame.shape[2]))
         self._learn(self._features(self._image(frame)), labels, previous)
 
@@ -379,7 +383,7 @@ class Propagate:
         cells that are mostly such, are no reference.
         """
         labels = labels.to(self.device).long()
-        ids = _ids_of(labels)
+        ids = ids_of(labels)
         new = [i for i in ids if i not in self.object_ids]
         self._check_budget(features, len(self.object_ids) + len(new))
         self.object_ids += new
@@ -481,12 +485,6 @@ class Propagate:
         classes = torch.cat([1 - objects.sum(0, keepdim=True), objects])
         fine[inside] = _normalised(classes.clamp_(0, 1))
         return fine
-
-    def _to_labels(self, probabilities: Tensor) -> Tensor:
-        """(O+1,H,W) -> (H,W) ids of the most probable class."""
-        dtype = torch.uint8 if max(self.object_ids, default=0) <= IGNORED else torch.int64
-        ids = torch.tensor([0, *self.object_ids], dtype=dtype, device=self.device)
-        return ids[probabilities.argmax(0)]
 
 
 def _around(cells: Tensor) -> Tensor:
@@ -611,25 +609,3 @@ def _normalised(probabilities: Tensor) -> Tensor:
 
 def _without(x: Tensor, channel: int) -> Tensor:
     return torch.cat([x[:channel], x[channel + 1 :]])
-
-
-def _ids_of(labels: Tensor) -> list[int]:
-    return [i for i in torch.unique(labels).tolist() if i not in (0, IGNORED)]
-
-
-def _check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
-    if frame.ndim != 3 or frame.shape[0] != 3 or 0 in frame.shape:
-        raise ValueError(f"frame must be (3,H,W), but is {tuple(frame.shape)}")
-    if frame.dtype != torch.uint8 and not frame.is_floating_point():
-        raise TypeError(f"frame must be uint8 or floating in [0, 1], but is {frame.dtype}")
-    if size is not None and tuple(frame.shape[1:]) != size:
-        raise ValueError(f"frame must have the first frame's size {size}, but has {tuple(frame.shape[1:])}")
-
-
-def _check_labels(labels: Tensor, frame: Tensor) -> None:
-    if labels.shape != frame.shape[1:]:
-        raise ValueError(f"labels must be (H,W) = {tuple(frame.shape[1:])}, but are {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels must be integers, but are {labels.dtype}")
-    if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(f"labels must be >= 0, but hold {int(labels.min())}")

@@ -1,0 +1,56 @@
+"""What the trackers share: the checks of frames and labels, and label maps from probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IGNORED = 255  # the label of pixels about which nothing is known
+
+
+def ids_of(labels: Tensor) -> list[int]:
+    """The ids of the objects in labels, ascending."""
+    return [i for i in torch.unique(labels).tolist() if i not in (0, IGNORED)]
+
+
+def check_first(frame: Tensor, labels: Tensor) -> None:
+    """Raises ValueError or TypeError unless a tracker can start from this frame."""
+    check_frame(frame)
+    check_labels(labels, frame)
+    if not ids_of(labels):
+        raise ValueError("labels must hold at least one object, but are all background or unknown")
+
+
+def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
+    """Raises ValueError or TypeError unless frame is (3,H,W) uint8 or floating, of this size."""
+    if frame.ndim != 3 or frame.shape[0] != 3 or 0 in frame.shape:
+        raise ValueError(f"frame must be (3,H,W), but is {tuple(frame.shape)}")
+    if frame.dtype != torch.uint8 and not frame.is_floating_point():
+        raise TypeError(f"frame must be uint8 or floating in [0, 1], but is {frame.dtype}")
+    if size is not None and tuple(frame.shape[1:]) != size:
+        raise ValueError(f"frame must have the first frame's size {size}, but has {tuple(frame.shape[1:])}")
+
+
+def check_labels(labels: Tensor, frame: Tensor) -> None:
+    """Raises ValueError or TypeError unless labels are integers >= 0 of the frame's size."""
+    if labels.shape != frame.shape[1:]:
+        raise ValueError(f"labels must be (H,W) = {tuple(frame.shape[1:])}, but are {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers, but are {labels.dtype}")
+    if labels.numel() and int(labels.min()) < 0:
+        raise ValueError(f"labels must be >= 0, but hold {int(labels.min())}")
+
+
+def check_output(output: str) -> None:
+    """Raises ValueError unless output is "probs" or "labels"."""
+    if output not in ("probs", "labels"):
+        raise ValueError(f"output must be 'probs' or 'labels', but is {output!r}")
+
+
+def most_probable(probabilities: Tensor, object_ids: Sequence[int]) -> Tensor:
+    """(O+1,H,W) -> (H,W) ids of the most probable class: uint8 where the ids fit, else int64."""
+    dtype = torch.uint8 if max(object_ids, default=0) <= IGNORED else torch.int64
+    ids = torch.tensor([0, *object_ids], dtype=dtype, device=probabilities.device)
+    return ids[probabilities.argmax(0)]
