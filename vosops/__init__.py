@@ -11,6 +11,7 @@ from vosops.ops import (
     memory_read,
     memory_select,
     merge_reads,
+    soft_aggregate,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "memory_select",
     "merge_reads",
     "segment",
+    "soft_aggregate",
     "use_backend",
 ]
 

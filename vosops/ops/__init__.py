@@ -3,6 +3,7 @@
 from vosops.ops.global_matching import global_matching
 from vosops.ops.local_matching import local_matching
 from vosops.ops.memory_read import MemoryWeights, memory_gather, memory_read, memory_select, merge_reads
+from vosops.ops.soft_aggregate import soft_aggregate
 
 __all__ = [
     "MemoryWeights",
@@ -12,4 +13,5 @@ __all__ = [
     "memory_read",
     "memory_select",
     "merge_reads",
+    "soft_aggregate",
 ]

@@ -3,5 +3,13 @@
 from vosops.reference.global_matching import global_matching, global_matching_core
 from vosops.reference.local_matching import local_matching, local_matching_core
 from vosops.reference.memory_read import memory_read
+from vosops.reference.soft_aggregate import soft_aggregate
 
-__all__ = ["global_matching", "global_matching_core", "local_matching", "local_matching_core", "memory_read"]
+__all__ = [
+    "global_matching",
+    "global_matching_core",
+    "local_matching",
+    "local_matching_core",
+    "memory_read",
+    "soft_aggregate",
+]
