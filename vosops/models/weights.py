@@ -1,0 +1,104 @@
+"""Weights from files: safetensors, or checkpoints read without running what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_weights", "read_weights"]
+
+_NESTED = ("state_dict", "model")  # where training scripts put the weights
+_PREFIX = "module."  # that DataParallel puts before every name
+_COUNTER = "num_batches_tracked"  # of batch norm: older checkpoints lack it, and nothing depends on it
+_SHOWN = 3  # names of each kind in an error
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Loads a module's weights from a file; every parameter and buffer must be there, with its shape.
+
+    path: safetensors (by its suffix) or a checkpoint of ``torch.save``, read with ``weights_only=True``; for what may
+    be in it see :func:`read_weights`. The values are brought to the module's dtypes and device. Raises ValueError that
+    names the first keys missing, unexpected or misshapen, and then changes nothing; FileNotFoundError.
+
+        >>> import torch
+        >>> from vosops.models.weights import load_weights
+        >>> torch.save({"module.weight": torch.ones(1, 2), "module.bias": torch.zeros(1)}, "linear.pth")
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> load_weights(layer, "linear.pth")
+        >>> layer.weight.tolist()
+        [[1.0, 1.0]]
+    """
+    given = read_weights(path)
+    own = module.state_dict()
+    missing = [name for name in own if name not in given and not name.endswith(_COUNTER)]
+    unexpected = [name for name in given if name not in own]
+    misshapen = [
+        f"{name} is {tuple(given[name].shape)} and must be {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"weights must be those of {type(module).__name__}, but of its {len(own)} tensors in {path} "
+            f"{'; '.join(problems)}"
+        )
+    module.load_state_dict(given, strict=False)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file by their names, on the CPU.
+
+    A dictionary of tensors, or one under "state_dict" or "model"; a ``module.`` before every name is taken off. Raises
+    ValueError for what cannot be read or holds anything else, FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {path} do not exist")
+    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    for name in _NESTED:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(x, Tensor) for x in found.values()):
+        raise ValueError(f"weights must be tensors by their names, but {path} holds {_describe(found)}")
+    prefixed = all(str(name).startswith(_PREFIX) for name in found)
+    return {str(name).removeprefix(_PREFIX) if prefixed else str(name): x for name, x in found.items()}
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError("safetensors files need: pip install 'vosops[video]'") from error
+    try:
+        return load_file(path)
+    except Exception as error:  # its own kind, that is no public name
+        raise ValueError(f"weights {path} cannot be read as safetensors: {_first_line(error)}") from error
+
+
+def _read_checkpoint(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, by what the file is
+        raise ValueError(
+            f"weights {path} cannot be read as a checkpoint of tensors: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _describe(found: Any) -> str:
+    if isinstance(found, Mapping):
+        others: Sequence[str] = [str(name) for name, x in found.items() if not isinstance(x, Tensor)]
+        return f"other things ({', '.join(others[:_SHOWN])})" if found else "nothing"
+    return f"a {type(found).__name__}"
