@@ -3,5 +3,6 @@
 from .api import segment
 from .errors import VosopsError
 from .loop import Propagation, SegmentedFrame
+from .tracker import Tracker
 
-__all__ = ["Propagation", "SegmentedFrame", "VosopsError", "segment"]
+__all__ = ["Propagation", "SegmentedFrame", "Tracker", "VosopsError", "segment"]

@@ -15,14 +15,14 @@ from .masks import MaskSet, masks_from_python
 from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
 
 if TYPE_CHECKING:
-    from vosops.models import Tracker
+    from vosops.models import VideoTracker
 
 
 def segment(
     video: Any,
     mask: Any,
     *,
-    model: str | Tracker = DEFAULT_MODEL,
+    model: str | VideoTracker = DEFAULT_MODEL,
     weights: str | Path | None = None,
     backbone: str | None = None,
     device: str | None = None,

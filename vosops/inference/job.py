@@ -25,7 +25,7 @@ from .report import REPORT
 from .run import Mode, Run, Summary, prepare_folder
 
 if TYPE_CHECKING:
-    from vosops.models import Tracker
+    from vosops.models import VideoTracker
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Job:
         return find_device(self.settings.device)
 
     @cached_property
-    def _tracker(self) -> Tracker:
+    def _tracker(self) -> VideoTracker:
         s = self.settings
         return make_tracker(
             s.model,

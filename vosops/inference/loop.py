@@ -22,7 +22,7 @@ from .resize import computation_size, resize_frame, resize_labels, resize_probab
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from vosops.models import Tracker
+    from vosops.models import VideoTracker
 
 Phase = Literal["forward", "backward", "done"]
 
@@ -98,7 +98,7 @@ class Propagation:
 
     def __init__(
         self,
-        tracker: Tracker,
+        tracker: VideoTracker,
         source: FrameSource,
         masks: MaskSet,
         indices: range,

@@ -10,7 +10,7 @@ import torch
 from .errors import InputError, VosopsError
 
 if TYPE_CHECKING:
-    from vosops.models import Tracker
+    from vosops.models import VideoTracker
 
 DEFAULT_MODEL = "propagate"
 DEFAULT_SIZE = 480
@@ -45,7 +45,7 @@ def make_tracker(
     backbone: str | None = None,
     memory_budget: int | str | None = None,
     checkout: Path | None = None,
-) -> Tracker:
+) -> VideoTracker:
     """Return the model of that name; it computes at the size of the frames it gets.
 
     memory_budget: bytes, or a text such as "2GB", that the model may remember at most. checkout: folder of

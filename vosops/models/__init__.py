@@ -9,13 +9,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vosops.models.cutie import Cutie
+from vosops.models.network import Network
 from vosops.models.propagate import Propagate
 from vosops.models.xmem import XMem
 
-__all__ = ["Cutie", "Propagate", "Tracker", "XMem", "create_model", "list_models"]
+__all__ = ["Cutie", "Network", "Propagate", "VideoTracker", "XMem", "create_model", "list_models"]
 
 
-class Tracker(Protocol):
+class VideoTracker(Protocol):
     """What every model offers: first frame and labels in, then a frame at a time.
 
     frame: (3,H,W) uint8, or floating in [0, 1]; every frame of a video has the same size. labels: (H,W) integer,
@@ -57,7 +58,7 @@ class Tracker(Protocol):
         """Forgets everything."""
 
 
-_MODELS: dict[str, Callable[..., Tracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
+_MODELS: dict[str, Callable[..., VideoTracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
 
 
 def list_models() -> list[str]:
@@ -65,7 +66,7 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
-def create_model(name: str, weights: str | Path | None = None, **options: Any) -> Tracker:
+def create_model(name: str, weights: str | Path | None = None, **options: Any) -> VideoTracker:
     """Creates a model by name.
 
     weights: a file with the model's weights; None takes what the model ships with (``propagate`` is not trained and

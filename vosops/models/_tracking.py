@@ -49,8 +49,12 @@ def check_output(output: str) -> None:
         raise ValueError(f"output must be 'probs' or 'labels', but is {output!r}")
 
 
+def id_dtype(object_ids: Sequence[int]) -> torch.dtype:
+    """The dtype of a map of these ids: uint8 where they fit, else int64."""
+    return torch.uint8 if max(object_ids, default=0) <= IGNORED else torch.int64
+
+
 def most_probable(probabilities: Tensor, object_ids: Sequence[int]) -> Tensor:
     """(O+1,H,W) -> (H,W) ids of the most probable class: uint8 where the ids fit, else int64."""
-    dtype = torch.uint8 if max(object_ids, default=0) <= IGNORED else torch.int64
-    ids = torch.tensor([0, *object_ids], dtype=dtype, device=probabilities.device)
+    ids = torch.tensor([0, *object_ids], dtype=id_dtype(object_ids), device=probabilities.device)
     return ids[probabilities.argmax(0)]

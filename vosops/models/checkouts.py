@@ -67,7 +67,7 @@ def plan_memory(
 
 
 class CheckoutTracker(ABC):
-    """A tracker around an inference core; follows the protocol of :class:`vosops.models.Tracker`.
+    """A tracker around an inference core; follows the protocol of :class:`vosops.models.VideoTracker`.
 
     size: the short side of the computation in pixels, -1 for the frame's. memory_budget: bytes, or a text such as
     "2GB", that the memory's keys, values and usage may take. Pixels of label 255 take the core's own prediction, on
@@ -99,7 +99,7 @@ class CheckoutTracker(ABC):
         self._frame_size: tuple[int, int] | None = None
 
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
-        """Forgets everything and starts from this frame: see :class:`vosops.models.Tracker`."""
+        """Forgets everything and starts from this frame: see :class:`vosops.models.VideoTracker`."""
         check_first(frame, labels)
         self.reset()
         self._frame_size = (frame.shape[1], frame.shape[2])
@@ -116,7 +116,7 @@ class CheckoutTracker(ABC):
         end: bool = False,
         output: str = "probs",
     ) -> Tensor:
-        """Segments the next frame: see :class:`vosops.models.Tracker`.
+        """Segments the next frame: see :class:`vosops.models.VideoTracker`.
 
         permanent: keep this frame for good, if the checkout can. end: the last frame, which is not remembered.
         output: "probs", or "labels" for a map of ids (H,W).

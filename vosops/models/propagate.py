@@ -90,7 +90,7 @@ def _full_precision(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Propagate:
-    """The training-free tracker; it follows the protocol of :class:`vosops.models.Tracker`.
+    """The training-free tracker; it follows the protocol of :class:`vosops.models.VideoTracker`.
 
     backbone: a name for :func:`vosops.models.features.create_backbone`; pretrained=False takes random weights.
     size: the short side of the computation in pixels (frames are resized to it and results are given at the frame's
@@ -144,7 +144,7 @@ class Propagate:
 
     @torch.no_grad()
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
-        """Forgets everything and starts from this frame: see :class:`vosops.models.Tracker`."""
+        """Forgets everything and starts from this frame: see :class:`vosops.models.VideoTracker`."""
         check_first(frame, labels)
         self.reset()
         self._frame_size = (frame.shape[1], frame.shape[2])
@@ -162,7 +162,7 @@ class Propagate:
         end: bool = False,
         output: str = "probs",
     ) -> Tensor:
-        """Segments the next frame: see :class:`vosops.models.Tracker`.
+        """Segments the next frame: see :class:`vosops.models.VideoTracker`.
 
         permanent: keep this frame's result as a reference for good, as labelled frames are. end: the last frame,
         after which nothing need be remembered. output: "probs", or "labels" for a map of ids (H,W), uint8 where the
