@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -214,6 +215,27 @@ class MemoryBank:
         kept = self._work.count(permanent=True)
         plan = self._plan(self._geometry, groups, kept, self._has_temporary, len(self._work.slots))
         self._lay_out(plan)
+
+    @torch.no_grad()
+    def set_budget(self, budget: int | str | None) -> None:
+        """Change the budget; the oldest frames and the least used prototypes go where they no longer fit.
+
+        Raises MemoryBudgetError when the permanent frames do not fit, and then changes nothing. Takes a copy of what is
+        stored.
+        """
+        before, self.settings = self.settings, replace(self.settings, budget=budget)
+        if self._geometry is None:
+            return
+        kept = self._work.count(permanent=True)
+        try:
+            plan = self._plan(self._geometry, self._groups, kept, self._has_temporary, len(self._work.slots))
+        except MemoryBudgetError:
+            self.settings = before
+            raise
+        if len(self._work.slots) > plan.frames:
+            self._drop_temporary()
+        self._make_room(plan, kept, None, grows=False)
+        self.load_state_dict(self.state_dict())
 
     @torch.no_grad()
     def clear(self, *, keep_permanent: bool = True) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from vosops.models.cutie import Cutie
 from vosops.models.network import Network
 from vosops.models.propagate import Propagate
+from vosops.models.stm import STM
 from vosops.models.xmem import XMem
 
-__all__ = ["Cutie", "Network", "Propagate", "VideoTracker", "XMem", "create_model", "list_models"]
+__all__ = ["STM", "Cutie", "Network", "Propagate", "VideoTracker", "XMem", "create_model", "list_models"]
 
 
 class VideoTracker(Protocol):
