@@ -62,6 +62,12 @@ def segment(
         typer.Option(help="Of a data set, only this one, or those of a text file. Repeatable."),
     ] = None,
     resolution: Annotated[str | None, typer.Option(help="Of a DAVIS set: 480p, Full-Resolution, ...")] = None,
+    naive: Annotated[
+        bool,
+        typer.Option(
+            "--naive", help="Compute as the original code does, at its memory, to see the difference."
+        ),
+    ] = False,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also a video with coloured masks.")] = False,
     cutout: Annotated[bool, typer.Option("--cutout", help="Also the objects alone, with alpha.")] = False,
     coco: Annotated[bool, typer.Option("--json", help="Also the masks as COCO JSON.")] = False,
@@ -95,6 +101,7 @@ def segment(
         step,
         memory_budget=memory_budget,
         checkout=checkout,
+        naive=naive,
     )
     keep_freed_memory()
     with _Console() as console, _StopSignals(console.note) as signals:

@@ -30,6 +30,7 @@ def segment(
     size: int = DEFAULT_SIZE,
     memory_budget: int | str | None = None,
     checkout: str | Path | None = None,
+    naive: bool = False,
     start: int | None = None,
     end: int | None = None,
     step: int = 1,
@@ -52,6 +53,7 @@ def segment(
         size: Short side of the computation in pixels; -1 computes at the input's size.
         memory_budget: Most that the model may remember: bytes, or a text such as "2GB".
         checkout: Folder of a clone of the model's repository, for xmem.
+        naive: Compute as the original code does, at its memory: ops in plain PyTorch, memory by concatenation.
         start: First frame number to process.
         end: Frame number to stop before.
         step: Process every ``step``-th frame.
@@ -84,6 +86,7 @@ def segment(
             backbone=backbone,
             memory_budget=memory_budget,
             checkout=None if checkout is None else Path(checkout),
+            naive=naive,
         )
     propagation = Propagation(
         model,
@@ -94,6 +97,7 @@ def segment(
         device=place,
         dtype=kind,
         keep_probabilities=probabilities,
+        naive=naive,
     )
     yield from propagation
     if propagation.problem:

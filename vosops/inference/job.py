@@ -43,6 +43,7 @@ class Settings:
     step: int = 1
     memory_budget: int | str | None = None
     checkout: Path | None = None
+    naive: bool = False
 
 
 @dataclass
@@ -132,6 +133,7 @@ class Job:
             short_side=self.settings.size,
             device=self._device,
             dtype=find_dtype(self.settings.dtype),
+            naive=self.settings.naive,
         )
         return Run(
             out=out,
@@ -158,6 +160,7 @@ class Job:
             backbone=s.backbone,
             memory_budget=s.memory_budget,
             checkout=s.checkout,
+            naive=s.naive,
         )
 
     @cached_property
@@ -181,6 +184,7 @@ class Job:
             "step": s.step,
             "memory-budget": s.memory_budget,
             "checkout": None if s.checkout is None else str(s.checkout),
+            "naive": s.naive,
         }
 
     def _write_dataset_report(self, summaries: Sequence[Summary], problems: Sequence[str]) -> None:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vosops.backends import use_backend
 from vosops.memory import MemoryBudgetError
 
 from .errors import InputError, VosopsError
 from .frames import FrameSource, RawFrame, read_ahead, with_last
 from .masks import IGNORE, MaskSet
 from .resize import computation_size, resize_frame, resize_labels, resize_probability, to_labels
+from .tracker import Tracker
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -94,6 +96,7 @@ class Propagation:
         device: Where frames go.
         dtype: Autocast type of the tracker's computation; float32 means no autocast.
         keep_probabilities: Fill ``SegmentedFrame.probabilities``.
+        naive: Run the ops in plain PyTorch.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Propagation:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         keep_probabilities: bool = False,
+        naive: bool = False,
     ) -> None:
         self.tracker = tracker
         self.source = source
@@ -117,6 +121,7 @@ class Propagation:
         self.device = device
         self.dtype = dtype
         self.keep_probabilities = keep_probabilities
+        self.naive = naive
         self.first = masks.frames[0]
         self.phase: Phase = "forward"
         self.position = self.first
@@ -194,7 +199,7 @@ class Propagation:
         with read_ahead(resized) as ahead:
             for (raw, image, frame), last in with_last(ahead):
                 try:
-                    with torch.inference_mode(), self._autocast():
+                    with torch.inference_mode(), self._autocast(), self._backend():
                         segmented = self._segment(raw, image, frame.to(self.device), raw.index in given, last)
                 except MemoryBudgetError as error:
                     raise VosopsError(
@@ -208,6 +213,9 @@ class Propagation:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def _backend(self) -> AbstractContextManager[Any]:
+        return use_backend("reference") if self.naive else nullcontext()
+
     def _segment(
         self, raw: RawFrame, image: Tensor, frame: Tensor, given: bool, last: bool
     ) -> SegmentedFrame:
@@ -217,6 +225,13 @@ class Propagation:
         if given:
             labels = self._apply_mask(raw.index, frame, last)
             best = torch.ones(self.size)
+        elif (
+            isinstance(self.tracker, Tracker)
+            and self.compute_size == self.size
+            and not self.keep_probabilities
+        ):
+            labels = self.tracker.step(frame, end=last, output="labels").cpu()
+            best = self.tracker.confidence().cpu()
         else:
             probabilities = self.tracker.step(frame, end=last)
             labels, best = to_labels(probabilities, self.tracker.object_ids, self.size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import InputError, VosopsError
+from .tracker import Tracker
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker
@@ -45,31 +46,43 @@ def make_tracker(
     backbone: str | None = None,
     memory_budget: int | str | None = None,
     checkout: Path | None = None,
+    naive: bool = False,
 ) -> VideoTracker:
     """Return the model of that name; it computes at the size of the frames it gets.
 
     memory_budget: bytes, or a text such as "2GB", that the model may remember at most. checkout: folder of
-    a clone of the model's repository, for those that need one.
+    a clone of the model's repository, for those that need one. naive: what :class:`Tracker` says, for networks.
     """
     from vosops.memory import parse_bytes
-    from vosops.models import create_model, list_models
+    from vosops.models import Network, create_model, list_models, tracks_by_itself
 
     if name not in list_models():
         raise InputError(f"--model {name} is not known: choose one of {', '.join(list_models())}")
     if weights is not None and not weights.is_file():
         raise InputError(f"--weights {weights} does not exist")
-    options: dict[str, Any] = {"device": device, "size": -1}
+    options: dict[str, Any] = {}
     if backbone is not None:
         options["backbone"] = backbone
     if checkout is not None:
         options["checkout"] = checkout
+    budget = None
     if memory_budget is not None:
         try:
-            options["memory_budget"] = parse_bytes(memory_budget)
+            budget = parse_bytes(memory_budget)
         except ValueError as error:
             raise InputError(f"--memory-budget {memory_budget} cannot be used: {error}") from error
+    if tracks_by_itself(name):
+        options["memory_budget"] = budget
+    elif weights is None:
+        raise InputError(f"--model {name} needs --weights FILE: no weights come with it")
     try:
-        return create_model(name, weights=weights, **options)
+        model = create_model(name, weights=weights, device=device, **options)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise VosopsError(f"model {name} cannot be made: {reason}") from error
+    if tracks_by_itself(name):
+        tracker: VideoTracker = model
+        return tracker
+    if not isinstance(model, Network):
+        raise InputError(f"--model {name} does not follow objects through a video")
+    return Tracker(model, memory_budget=budget, naive=naive)

@@ -195,6 +195,12 @@ class Tracker:
         self._latest = replace(latest, labels=labels, score_ids=score_ids)
         self._object_ids.remove(object_id)
 
+    def confidence(self) -> Tensor:
+        """The probability (H,W) float32 of the most probable class, in the frame that was segmented last."""
+        latest = self._started()
+        with self._running():
+            return self._maps(latest, self._object_ids).confidence()
+
     def memory_bytes(self) -> int:
         """Bytes of what is remembered of the frames."""
         return sum(memory.memory_bytes() for memory in self._memories)
@@ -373,6 +379,13 @@ class _Maps:
         out = torch.empty(self.geometry.frame, dtype=ids.dtype, device=self.device)
         for rows in self._tiles():
             out[rows.start : rows.stop] = ids[self.rows(rows).argmax(0)]
+        return out
+
+    def confidence(self) -> Tensor:
+        """(H,W) float32: the probability of the most probable class."""
+        out = torch.empty(self.geometry.frame, device=self.device)
+        for rows in self._tiles():
+            out[rows.start : rows.stop] = self.rows(rows).amax(0)
         return out
 
     def classes(self) -> Tensor:

@@ -6,15 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vosops.models.cutie import Cutie
 from vosops.models.network import Network
 from vosops.models.propagate import Propagate
 from vosops.models.stm import STM
+from vosops.models.weights import load_weights
 from vosops.models.xmem import XMem
 
-__all__ = ["STM", "Cutie", "Network", "Propagate", "VideoTracker", "XMem", "create_model", "list_models"]
+__all__ = [
+    "STM",
+    "Cutie",
+    "Network",
+    "Propagate",
+    "VideoTracker",
+    "XMem",
+    "create_model",
+    "list_models",
+    "load_weights",
+    "tracks_by_itself",
+]
 
 
 class VideoTracker(Protocol):
@@ -59,21 +72,45 @@ class VideoTracker(Protocol):
         """Forgets everything."""
 
 
-_MODELS: dict[str, Callable[..., VideoTracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
+_TRACKERS: dict[str, Callable[..., VideoTracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {"stm": STM}
+_SEED = 0  # of the weights of a network that are not loaded
 
 
 def list_models() -> list[str]:
     """The names that :func:`create_model` knows."""
-    return sorted(_MODELS)
+    return sorted([*_TRACKERS, *_NETWORKS])
 
 
-def create_model(name: str, weights: str | Path | None = None, **options: Any) -> VideoTracker:
-    """Creates a model by name.
+def tracks_by_itself(name: str) -> bool:
+    """Whether the model of that name is a :class:`VideoTracker`; the others are networks."""
+    return name in _TRACKERS
 
-    weights: a file with the model's weights; None takes what the model ships with (``propagate`` is not trained and
-    takes no file; ``cutie`` and ``xmem`` need theirs). options: of the model's class. Raises ``ValueError`` for an
-    unknown name.
+
+def create_model(
+    name: str, weights: str | Path | None = None, *, device: str | torch.device = "cpu", **options: Any
+) -> Any:
+    """Creates a model by name, on a device.
+
+    ``cutie``, ``propagate`` and ``xmem`` track by themselves, as :class:`VideoTracker` says. The others are networks
+    (``torch.nn.Module``, in eval mode), which :class:`vosops.inference.Tracker` leads through videos.
+
+    weights: a file with the model's weights, safetensors or a checkpoint (:func:`vosops.models.weights.load_weights`).
+    None takes what the model ships with: ``propagate`` is not trained and takes no file, ``cutie`` and ``xmem`` need
+    theirs, and a network gets random weights, always the same ones. options: of the model's class. Raises ValueError
+    for an unknown name or a file that is not the model's, which names the first keys missing, unexpected or misshapen.
+
+        >>> from vosops.models import create_model
+        >>> sum(x.numel() for x in create_model("stm").parameters())
+        38925570
     """
-    if name not in _MODELS:
+    if name in _TRACKERS:
+        return _TRACKERS[name](weights=weights, device=device, **options)
+    if name not in _NETWORKS:
         raise ValueError(f"model must be one of {', '.join(list_models())}, but is {name!r}")
-    return _MODELS[name](weights=weights, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        network = _NETWORKS[name](**options)
+    if weights is not None:
+        load_weights(network, weights)
+    return network.to(device).eval()

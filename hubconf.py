@@ -1,0 +1,23 @@
+"""Entry points for ``torch.hub``: ``torch.hub.load("CHECKOUT", "stm", source="local", weights="STM.pth")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vosops.models import create_model, list_models
+
+dependencies = ["torch"]
+
+
+def _entry_point(name: str) -> Callable[..., Any]:
+    def create(weights: str | Path | None = None, **options: Any) -> Any:
+        return create_model(name, weights, **options)
+
+    create.__name__ = name
+    create.__doc__ = f"The model {name!r}: see vosops.models.create_model."
+    return create
+
+
+globals().update({name: _entry_point(name) for name in list_models()})
