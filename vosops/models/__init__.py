@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vosops.models.cutie import Cutie
+from vosops.models.feelvos import FEELVOS
 from vosops.models.network import Network
 from vosops.models.propagate import Propagate
 from vosops.models.stm import STM
@@ -17,6 +18,7 @@ from vosops.models.weights import load_weights
 from vosops.models.xmem import XMem
 
 __all__ = [
+    "FEELVOS",
     "STM",
     "Cutie",
     "Network",
@@ -73,7 +75,7 @@ class VideoTracker(Protocol):
 
 
 _TRACKERS: dict[str, Callable[..., VideoTracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {"stm": STM}
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {"feelvos": FEELVOS, "stm": STM}
 _SEED = 0  # of the weights of a network that are not loaded
 
 
