@@ -54,6 +54,11 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "memory_gather_backward(Tensor grad, Tensor weight, Tensor index, Tensor value) -> (Tensor "
       "grad_weight, "
       "Tensor grad_value)");
+  m.def(
+      "global_conv_split(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, "
+      "Tensor? addend, str precision) -> Tensor");
+  m.def("global_conv_merge(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor");
+  m.def("global_conv_weight(Tensor x, Tensor grad, int kernel_h, int kernel_w, str precision) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vosops, CompositeExplicitAutograd, m) {

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from vosops.backends import explain, list_ops, use_backend
 from vosops.ops import (
     MemoryWeights,
+    global_conv,
+    global_conv_prepare,
     global_matching,
     local_matching,
     memory_gather,
@@ -21,6 +23,8 @@ __version__ = "0.1.0"
 __all__ = [
     "MemoryWeights",
     "explain",
+    "global_conv",
+    "global_conv_prepare",
     "global_matching",
     "list_ops",
     "local_matching",

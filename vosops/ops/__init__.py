@@ -1,5 +1,6 @@
 """The operators: one room each, with its public function and its registered pieces."""
 
+from vosops.ops.global_conv import global_conv, global_conv_prepare
 from vosops.ops.global_matching import global_matching
 from vosops.ops.local_matching import local_matching
 from vosops.ops.memory_read import MemoryWeights, memory_gather, memory_read, memory_select, merge_reads
@@ -7,6 +8,8 @@ from vosops.ops.soft_aggregate import soft_aggregate
 
 __all__ = [
     "MemoryWeights",
+    "global_conv",
+    "global_conv_prepare",
     "global_matching",
     "local_matching",
     "memory_gather",

@@ -1,0 +1,434 @@
+"""The global convolution: a large kernel as two pairs of line convolutions (Large Kernel Matters, RGMP)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops import _checks, backends
+from vosops.ops._registration import HAS_CPP, cpp_reasons_not
+from vosops.reference.global_conv import global_conv_merge_core, global_conv_split_core
+
+CPU_PRECISIONS = ("exact", "winograd")
+PRECISIONS = (*CPU_PRECISIONS, *_checks.PRECISIONS)
+
+
+def global_conv(
+    x: Tensor,
+    l1_weight: Tensor,
+    l2_weight: Tensor,
+    r1_weight: Tensor,
+    r2_weight: Tensor,
+    *,
+    l1_bias: Tensor | None = None,
+    l2_bias: Tensor | None = None,
+    r1_bias: Tensor | None = None,
+    r2_bias: Tensor | None = None,
+    prepared: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """A (kh,kw) convolution of low rank: (kh,1) then (1,kw), plus (1,kw) then (kh,1), both sums of channels.
+
+    The result is `conv(conv(x, l1), l2) + conv(conv(x, r1), r2)` with zeros around every map, stride 1, and no
+    non-linearity inside. Both first convolutions read x in one pass; both second ones write one sum.
+
+    Args:
+        x: (N,C,H,W); float32, float16, bfloat16, on the CPU also float64. Any strides.
+        l1_weight: (Ml,C,kh,1), of the dtype of x, as the other weights and biases are.
+        l2_weight: (M,Ml,1,kw).
+        r1_weight: (Mr,C,1,kw).
+        r2_weight: (M,Mr,kh,1). kh and kw are odd.
+        l1_bias: (Ml,).
+        l2_bias: (M,).
+        r1_bias: (Mr,).
+        r2_bias: (M,).
+        prepared: (N or 1,Ml+Mr,H,W) from `global_conv_prepare`: the part of the first stage that channels beyond
+            those of x contribute, with the first stage's biases, which must then not be given here. x then has the
+            first channels of l1_weight and r1_weight.
+        precision: on the CPU "exact" (PyTorch's own convolution) or "winograd" (float32 only; 2.8 times fewer
+            multiplications, error below 2e-5 of the result's root mean square); on a GPU "ieee", "tf32x3" or "tf32".
+            "exact" and "ieee" mean the same. None means "winograd" for float32 on the CPU unless
+            torch.use_deterministic_algorithms is on, and on a GPU "ieee" unless
+            torch.backends.cuda.matmul.allow_tf32 is on.
+
+    Returns:
+        (N,M,H,W) in the dtype of x; channels_last where x is.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        NotImplementedError: under forward-mode differentiation.
+
+    Under autocast the arguments are cast to its dtype, as those of PyTorch's convolutions. Differentiable to any
+    order in x, weights, biases and prepared. Time O(N H W (Ml + Mr) (C max(kh,kw) + M max(kh,kw))); memory beyond
+    the result: the first stage's (N,Ml+Mr,H,W).
+
+    Source: Peng et al., Large Kernel Matters, CVPR 2017; Oh et al., RGMP, CVPR 2018.
+
+        >>> import torch, vosops
+        >>> l1, r1 = torch.randn(8, 16, 7, 1), torch.randn(8, 16, 1, 7)
+        >>> l2, r2 = torch.randn(4, 8, 1, 7), torch.randn(4, 8, 7, 1)
+        >>> vosops.global_conv(torch.randn(1, 16, 15, 27), l1, l2, r1, r2).shape
+        torch.Size([1, 4, 15, 27])
+    """
+    _checks.refuse_forward_mode("global_conv")
+    names = ("l1_weight", "l2_weight", "r1_weight", "r2_weight", "l1_bias", "l2_bias", "r1_bias", "r2_bias")
+    given = (l1_weight, l2_weight, r1_weight, r2_weight, l1_bias, l2_bias, r1_bias, r2_bias)
+    x, *cast = _under_autocast(x, *given, prepared)
+    l1_weight, l2_weight, r1_weight, r2_weight, l1_bias, l2_bias, r1_bias, r2_bias, prepared = cast
+    _check_map("x", x)
+    for name, value in zip(names, cast, strict=False):
+        _check_parameter(name, value, x)
+    _check_lines("l1_weight", l1_weight, "r1_weight", r1_weight)
+    _check_lines("r2_weight", r2_weight, "l2_weight", l2_weight)
+    channels = x.shape[1]
+    if prepared is None:
+        _check_first_stage("x", x, l1_weight, r1_weight)
+    else:
+        if l1_bias is not None or r1_bias is not None:
+            raise ValueError("l1_bias and r1_bias must be None with prepared, which holds them already")
+        if channels > l1_weight.shape[1]:
+            raise ValueError(
+                f"x must have at most the {l1_weight.shape[1]} channels of l1_weight, got {channels}"
+            )
+        _check_parameter("prepared", prepared, x)
+        batch = 1 if isinstance(prepared, Tensor) and prepared.shape[:1] == (1,) else x.shape[0]
+        middle = l1_weight.shape[0] + r1_weight.shape[0]
+        _checks.check_tensor("prepared", prepared, (batch, middle, x.shape[2], x.shape[3]))
+        if channels < l1_weight.shape[1]:
+            l1_weight, r1_weight = l1_weight[:, :channels], r1_weight[:, :channels]
+    for name, weight, first in (("l2_weight", l2_weight, l1_weight), ("r2_weight", r2_weight, r1_weight)):
+        height, width = weight.shape[2:]
+        _checks.check_tensor(name, weight, (r2_weight.shape[0], first.shape[0], height, width))
+    for name, bias, weight in zip(names[4:], cast[4:8], cast[:4], strict=True):
+        if bias is not None:
+            _checks.check_tensor(name, bias, (weight.shape[0],))
+    precision = _resolve_precision(precision, x)
+    run = backends.choose("global_conv", (x,)).run
+    middle = run("split", x, l1_weight, r1_weight, l1_bias, r1_bias, prepared, precision)
+    bias = r2_bias if l2_bias is None else l2_bias if r2_bias is None else l2_bias + r2_bias
+    result: Tensor = run("merge", middle, l2_weight, r2_weight, bias, precision)
+    return result
+
+
+def global_conv_prepare(
+    reference: Tensor,
+    l1_weight: Tensor,
+    r1_weight: Tensor,
+    *,
+    l1_bias: Tensor | None = None,
+    r1_bias: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """What the last channels of `global_conv`'s input contribute to its first stage, biases included.
+
+    RGMP concatenates the features of every frame with those of the same first frame: the half of the first stage
+    that reads the latter is the same for a whole video.
+
+    Args:
+        reference: (N,C',H,W), the last C' of the C channels that l1_weight and r1_weight read.
+        l1_weight: (Ml,C,kh,1).
+        r1_weight: (Mr,C,1,kw).
+        l1_bias: (Ml,).
+        r1_bias: (Mr,).
+        precision: as that of `global_conv`.
+
+    Returns:
+        (N,Ml+Mr,H,W), the `prepared` of `global_conv`. Differentiable to any order.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `global_conv`.
+
+        >>> import torch, vosops
+        >>> target, reference = torch.randn(2, 1, 16, 15, 27)
+        >>> l1, r1 = torch.randn(8, 32, 7, 1), torch.randn(8, 32, 1, 7)
+        >>> l2, r2 = torch.randn(4, 8, 1, 7), torch.randn(4, 8, 7, 1)
+        >>> prepared = vosops.global_conv_prepare(reference, l1, r1)
+        >>> both = vosops.global_conv(torch.cat([target, reference], 1), l1, l2, r1, r2)
+        >>> torch.allclose(vosops.global_conv(target, l1, l2, r1, r2, prepared=prepared), both, atol=2e-2)
+        True
+    """
+    _checks.refuse_forward_mode("global_conv_prepare")
+    reference, l1_weight, r1_weight, l1_bias, r1_bias = _under_autocast(
+        reference, l1_weight, r1_weight, l1_bias, r1_bias
+    )
+    _check_map("reference", reference)
+    for name, value in (("l1_weight", l1_weight), ("r1_weight", r1_weight)):
+        _check_parameter(name, value, reference)
+    for name, bias, weight in (("l1_bias", l1_bias, l1_weight), ("r1_bias", r1_bias, r1_weight)):
+        if bias is not None:
+            _check_parameter(name, bias, reference)
+            _checks.check_tensor(name, bias, (weight.shape[0],))
+    _check_lines("l1_weight", l1_weight, "r1_weight", r1_weight)
+    first = l1_weight.shape[1] - reference.shape[1]
+    if first < 0 or r1_weight.shape[1] != l1_weight.shape[1]:
+        raise ValueError(
+            f"l1_weight and r1_weight must have the same channels, at least the {reference.shape[1]} of reference, "
+            f"got {l1_weight.shape[1]} and {r1_weight.shape[1]}"
+        )
+    if first > 0:
+        l1_weight, r1_weight = l1_weight[:, first:], r1_weight[:, first:]
+    run = backends.choose("global_conv", (reference,)).run
+    precision = _resolve_precision(precision, reference)
+    result: Tensor = run("split", reference, l1_weight, r1_weight, l1_bias, r1_bias, None, precision)
+    return result
+
+
+def _under_autocast(x: Any, *others: Any) -> list[Any]:
+    """The arguments in autocast's dtype where it is on, as PyTorch's convolutions take them."""
+    given = [x, *others]
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return given
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(value: Any) -> Any:
+        wide = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if wide else value
+
+    return [cast(value) for value in given]
+
+
+def _check_map(name: str, x: Tensor) -> None:
+    _checks.check_tensor(name, x, ("N", "C", "H", "W"))
+    _checks.check_floating(name, x)
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one channel, got C = 0")
+
+
+def _check_parameter(name: str, value: Tensor | None, x: Tensor) -> None:
+    """Check that a weight or an optional bias is a tensor of the dtype and on the device of x."""
+    if value is None and name.endswith("bias"):
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {value.dtype}")
+    _checks.check_same_device(name, value, "x", x)
+
+
+def _check_lines(vertical_name: str, vertical: Tensor, horizontal_name: str, horizontal: Tensor) -> None:
+    _checks.check_tensor(vertical_name, vertical, ("M", "C", "kh", 1))
+    _checks.check_tensor(horizontal_name, horizontal, ("M", "C", 1, "kw"))
+    for name, size in ((vertical_name, vertical.shape[2]), (horizontal_name, horizontal.shape[3])):
+        if size % 2 != 1:
+            raise ValueError(f"{name} must have an odd kernel size, got {size}")
+
+
+def _check_first_stage(name: str, x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> None:
+    for weight_name, weight in (("l1_weight", l1_weight), ("r1_weight", r1_weight)):
+        if weight.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"{weight_name} must read the {x.shape[1]} channels of {name}, got {tuple(weight.shape)}"
+            )
+
+
+def _resolve_precision(precision: str | None, x: Tensor) -> str:
+    """The core's precision: "exact" or "winograd" on the CPU, elsewhere one of tensor-core products."""
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if x.device.type != "cpu":
+        if precision == "winograd":
+            raise ValueError("precision 'winograd' is computed on the CPU only")
+        return _checks.resolve_precision("ieee" if precision == "exact" else precision, x)
+    if precision == "winograd" and x.dtype != torch.float32:
+        raise ValueError(f"precision 'winograd' needs float32, got {x.dtype}")
+    if precision is None:
+        fast = x.dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled()
+        return "winograd" if fast else "exact"
+    return "winograd" if precision == "winograd" else "exact"
+
+
+# ---- The registered pieces. split and merge are each other's gradients of the input: with flipped weights, input
+# and output channels exchanged.
+
+
+def flipped(weight: Tensor) -> Tensor:
+    """The weight (C,M,kh,kw) of the gradient of a line convolution with weight (M,C,kh,kw)."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _empty_map(x: Tensor, channels: int) -> Tensor:
+    """An empty (N,channels,H,W) in the memory format of x."""
+    last = x.stride(1) == 1 and not x.is_contiguous()
+    return torch.empty(
+        (x.shape[0], channels, *x.shape[2:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+def _fake_split(x: Tensor, first: Tensor, second: Tensor, *_: Any) -> Tensor:
+    return _empty_map(x, first.shape[0] + second.shape[0])
+
+
+def _fake_merge(x: Tensor, first: Tensor, *_: Any) -> Tensor:
+    return _empty_map(x, first.shape[0])
+
+
+def _fake_weight(x: Tensor, grad: Tensor, kernel_h: int, kernel_w: int, _: str) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1], kernel_h, kernel_w))
+
+
+def _sum_of_bias(ctx: Any, position: int, grad: Tensor) -> Tensor | None:
+    return grad.sum((0, 2, 3)) if ctx.needs_input_grad[position] else None
+
+
+def _setup_split(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, first, second, *_, addend, ctx.precision = inputs
+    ctx.repeated = addend is not None and addend.shape[0] != x.shape[0]
+    ctx.save_for_backward(x, first, second)
+
+
+def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, first, second, _, ctx.precision = inputs
+    ctx.save_for_backward(x, first, second)
+
+
+def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, grad, _, _, ctx.precision = inputs
+    ctx.save_for_backward(x, grad)
+
+
+class _Kernels:
+    """The three ops of one library, C++ ("") or Triton ("_triton")."""
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
+
+    def __call__(self, op: str, *args: Any) -> Any:
+        return getattr(torch.ops.vosops, f"global_conv_{op}{self.suffix}")(*args)
+
+    def line_conv(self, x: Tensor, weight: Tensor, precision: str) -> Tensor:
+        """One line convolution: a split without a second half."""
+        result: Tensor = self("split", x, weight, weight[:0], None, None, None, precision)
+        return result
+
+    def weight_gradient(self, x: Tensor, grad: Tensor, like: Tensor, precision: str) -> Tensor:
+        result: Tensor = self("weight", x, grad, like.shape[2], like.shape[3], precision)
+        return result
+
+    def backward_split(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, second = ctx.saved_tensors
+        needs, middle = ctx.needs_input_grad, first.shape[0]
+        halves = grad[:, :middle], grad[:, middle:]
+        grad_x = (
+            self("merge", grad, flipped(first), flipped(second), None, ctx.precision) if needs[0] else None
+        )
+        weights = (
+            self.weight_gradient(x, half, weight, ctx.precision) if need else None
+            for need, half, weight in zip(needs[1:3], halves, (first, second), strict=True)
+        )
+        grad_addend = (grad.sum(0, keepdim=True) if ctx.repeated else grad) if needs[5] else None
+        biases = (_sum_of_bias(ctx, 3 + i, half) for i, half in enumerate(halves))
+        return grad_x, *weights, *biases, grad_addend, None
+
+    def backward_merge(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, second = ctx.saved_tensors
+        needs, channels = ctx.needs_input_grad, first.shape[1]
+        grad_x = None
+        if needs[0]:
+            grad_x = self("split", grad, flipped(first), flipped(second), None, None, None, ctx.precision)
+        halves = x[:, :channels], x[:, channels:]
+        weights = (
+            self.weight_gradient(half, grad, weight, ctx.precision) if need else None
+            for need, half, weight in zip(needs[1:3], halves, (first, second), strict=True)
+        )
+        return grad_x, *weights, _sum_of_bias(ctx, 3, grad), None
+
+    def backward_weight(self, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """The op is bilinear: the cotangent is a weight that convolves x, and flipped the gradient."""
+        x, grad = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_x = self.line_conv(grad, flipped(cotangent), ctx.precision) if needs[0] else None
+        grad_grad = self.line_conv(x, cotangent, ctx.precision) if needs[1] else None
+        return grad_x, grad_grad, None, None, None
+
+    def vmap_maps(self, op: str) -> Callable[..., Any]:
+        """The vmap rule of split and merge: maps are folded into N; batched weights are taken one by one."""
+
+        def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, int]:
+            size = info.batch_size
+            maps = (0, 5) if op == "split" else (0,)
+            batched = [i for i, dim in enumerate(in_dims) if dim is not None]
+            if any(i not in maps for i in batched):
+                return self._one_by_one(op, size, in_dims, args), 0
+            folded = list(args)
+            for i in maps:
+                if args[i] is None or (in_dims[i] is None and i != 0 and args[i].shape[0] == 1):
+                    continue
+                one = args[i].unsqueeze(0) if in_dims[i] is None else args[i].movedim(in_dims[i], 0)
+                n = args[0].shape[0] if in_dims[0] is None else args[0].movedim(in_dims[0], 0).shape[1]
+                folded[i] = one.expand(size, n, *one.shape[2:]).flatten(0, 1)
+            return self(op, *folded).unflatten(0, (size, -1)), 0
+
+        return vmap
+
+    def vmap_weight(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, int]:
+        """The vmap rule of the weight gradient: the side that is batched is folded into its channels."""
+        size = info.batch_size
+        x_dim, grad_dim = in_dims[:2]
+        if x_dim is not None and grad_dim is not None:
+            return self._one_by_one("weight", size, in_dims, args), 0
+        x, grad, *others = args
+        if x_dim is not None:
+            x = x.movedim(x_dim, 1).flatten(1, 2)
+            return self("weight", x, grad, *others).unflatten(1, (size, -1)), 1
+        grad = grad.movedim(grad_dim, 1).flatten(1, 2)
+        return self("weight", x, grad, *others).unflatten(0, (size, -1)), 0
+
+    def _one_by_one(self, op: str, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Tensor:
+        def entry(i: int) -> list[Any]:
+            pairs = zip(args, in_dims, strict=True)
+            return [arg if dim is None else arg.select(dim, i) for arg, dim in pairs]
+
+        return torch.stack([self(op, *entry(i)) for i in range(size)])
+
+    def register(self) -> None:
+        """Give the three ops their fake kernels, derivatives and vmap rules."""
+        pieces: dict[str, tuple[Any, Any, Any, Any]] = {
+            "split": (_fake_split, _setup_split, self.backward_split, self.vmap_maps("split")),
+            "merge": (_fake_merge, _setup_merge, self.backward_merge, self.vmap_maps("merge")),
+            "weight": (_fake_weight, _setup_weight, self.backward_weight, self.vmap_weight),
+        }
+        for op, (fake, setup_context, backward, vmap) in pieces.items():
+            name = f"vosops::global_conv_{op}{self.suffix}"
+            torch.library.register_fake(name, fake)
+            torch.library.register_autograd(name, backward, setup_context=setup_context)
+            torch.library.register_vmap(name, vmap)
+
+
+CPP = _Kernels("")
+if HAS_CPP:
+    CPP.register()
+
+
+def _reference(op: str, *args: Any) -> Tensor:
+    cores: dict[str, Callable[..., Tensor]] = {
+        "split": global_conv_split_core,
+        "merge": global_conv_merge_core,
+    }
+    return cores[op](*args[:-1])
+
+
+def _prepare(x: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
+    """The core's first argument, which says what serves a call."""
+    return (x if isinstance(x, Tensor) else torch.empty(0),)
+
+
+backends.register_op(
+    backends.Op(
+        name="global_conv",
+        prepare=_prepare,
+        implementations=(
+            backends.Implementation("cpp", CPP, cpp_reasons_not),
+            backends.Implementation("reference", _reference, lambda *_: []),
+        ),
+        orders={
+            "cpu": backends.Order(measured="benchmarks/results/global_conv_cpu.json"),
+            "cuda": backends.Order(("reference",)),
+        },
+    )
+)
