@@ -1,0 +1,262 @@
+"""STM: the original's numbers and parameters, its memory, and that frugal and naive ways agree."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+import vosops
+from tests.conftest import SHARED
+from vosops.inference import Tracker, segment
+from vosops.memory import MemoryBudgetError
+from vosops.models import STM, create_model
+from vosops.models import stm as module
+
+SIZE = (40, 56)  # of the clips' frames: 48 x 64 with padding
+CLOSE = {"atol": 1e-4, "rtol": 0}
+FRAME_BYTES = 4 * (128 + 512) * 3 * 4  # of an object in a frame of SIZE
+
+
+@pytest.fixture(scope="module")
+def network() -> STM:
+    return create_model("stm")
+
+
+@pytest.fixture(scope="module")
+def original() -> STM:
+    """With the weights of the golden cases."""
+    path = SHARED / "golden/recipe.py"
+    if not path.exists():
+        pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe.apply_recipe(STM().eval())
+
+
+def clip(frames: int, objects: int) -> tuple[list[Tensor], Tensor]:
+    """Smooth moving noise, and the labels of its first frame: a square for each object."""
+    noise = functional.interpolate(torch.rand(1, 3, 12, 14), (SIZE[0] + 8, SIZE[1] + 8), mode="bicubic")[0]
+    images = [noise.clamp(0, 1)[:, t : t + SIZE[0], t : t + SIZE[1]] for t in range(frames)]
+    labels = torch.zeros(SIZE, dtype=torch.int64)
+    for o in range(objects):
+        labels[4 + 10 * o : 13 + 10 * o, 6 + 12 * o : 18 + 12 * o] = 1 + o
+    return images, labels
+
+
+def run(network: STM, images: list[Tensor], labels: Tensor, **options) -> list[Tensor]:
+    tracker = Tracker(network, **options)
+    tracker.initialize(images[0], labels)
+    return [tracker.step(image) for image in images[1:]]
+
+
+def assert_all_close(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+class TestOriginal:
+    def test_parameters_bear_its_names(self, network):
+        path = SHARED / "params/params_stm.txt"
+        if not path.exists():
+            pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
+        lines = [line.split("\t") for line in path.read_text().splitlines() if not line.startswith("#")]
+        wanted = {name: shape for name, shape, *_ in lines}
+        assert {name: str(tuple(x.shape)) for name, x in network.state_dict().items()} == wanted
+
+    def test_its_checkpoint_loads(self, network, tmp_path):
+        state = {f"module.{name}": x for name, x in network.state_dict().items()}
+        torch.save(state, tmp_path / "STM_weights.pth")
+        loaded = create_model("stm", tmp_path / "STM_weights.pth")
+        assert all(torch.equal(x, state[f"module.{name}"]) for name, x in loaded.state_dict().items())
+
+    def test_memorises_the_same(self, original, golden):
+        case = golden("stm_model.pt")["single"]
+        with torch.no_grad():
+            mask = case["masks"][0, 1:, 0]
+            key, value = original.memorise(case["frames"][:, :, 0], mask, torch.zeros_like(mask))
+        torch.testing.assert_close(key, case["key0"][0, 1:, :, 0], **CLOSE)
+        torch.testing.assert_close(value, case["value0"][0, 1:, :, 0], **CLOSE)
+
+    @pytest.mark.parametrize("options", [{}, {"naive": True}, {"channels_last": True}])
+    def test_segments_the_same(self, original, golden, options):
+        case = golden("stm_model.pt")["single"]
+        frames, labels = case["frames"][0].unbind(1), case["masks"][0, :, 0].argmax(0)
+        found = run(original, frames, labels, memory_every=case["mem_every"], **options)
+        assert_all_close(found, list(case["Es"][0].unbind(1))[1:])
+        assert all(torch.equal(p.argmax(0), x) for p, x in zip(found, case["pred"][1:].long(), strict=True))
+
+    def test_has_the_same_logits(self, original, golden):
+        case = golden("stm_model.pt")["single"]
+        memory = original.new_memory()
+        frames = case["frames"][0].unbind(1)
+        with torch.no_grad():
+            masks = vosops.models.network.TensorMasks(case["masks"][0, :, 0], [1])
+            memory.add(frames[0][None], masks, frame=0, permanent=True, keep=True)
+            scores = memory.segment(frames[1][None], frame=1)
+            apart = original.evidence(scores, (64, 96), range(64))
+        logits = vosops.soft_aggregate(apart, return_logits=True)
+        torch.testing.assert_close(logits, case["logit1"][0], **CLOSE)
+
+    def test_eleven_slots_leave_something_to_what_is_not_there(self):
+        network = STM(slots=11)
+        apart = torch.full((2, 1, 1), 0.5)
+        rest = 1 - network.aggregate(apart).double().sum()
+        assert 0 < rest < 8 * 1.1e-7
+        with pytest.raises(ValueError, match="slots must be at least 12"):
+            network.aggregate(torch.rand(11, 2, 2))
+
+
+class TestWaysAgree:
+    def test_naive(self, network):
+        images, labels = clip(5, 3)
+        frugal = run(network, images, labels, memory_every=2)
+        assert_all_close(run(network, images, labels, memory_every=2, naive=True), frugal)
+
+    def test_one_object_at_a_time_and_in_strips(self, network, monkeypatch):
+        images, labels = clip(3, 3)
+        together = run(network, images, labels)
+        monkeypatch.setattr(module, "_BATCH_PIXELS", 1)
+        monkeypatch.setattr(module, "_STRIP_PIXELS", 1)
+        assert_all_close(run(network, images, labels), together)
+
+    def test_strips_are_those_of_the_whole(self, network, monkeypatch):
+        monkeypatch.setattr(module, "_STRIP_PIXELS", 1)
+        shapes = [(2, 512, 4, 3), (1, 512, 4, 3), (1, 256, 8, 6), (1, 256, 16, 12)]
+        inputs = [torch.randn(*shape) for shape in shapes]
+        with torch.no_grad():
+            whole = network.Decoder(inputs[0], inputs[1].expand(2, -1, -1, -1), *inputs[2:])
+            torch.testing.assert_close(network.Decoder.in_strips(*inputs), whole, **CLOSE)
+
+    def test_training_forward_is_the_tracker(self, network):
+        images, labels = clip(3, 2)
+        images = [functional.pad(image, (4, 4, 4, 4)) for image in images]
+        labels = functional.pad(labels, (4, 4, 4, 4))
+        with torch.no_grad():
+            masks = torch.stack([labels == 1, labels == 2]).float()
+            logits = network(torch.stack(images)[None], masks[None])
+        assert_all_close(list(logits[0].softmax(1)), run(network, images, labels, memory_every=1))
+
+    def test_bfloat16(self, network):
+        images, labels = clip(3, 2)
+        exact = run(network, images, labels)
+        for ours, theirs in zip(run(network, images, labels, dtype=torch.bfloat16), exact, strict=True):
+            assert ours.dtype == torch.float32
+            assert 0 < (ours - theirs).abs().mean() < 0.05
+
+
+class TestMemory:
+    def test_holds_first_every_so_many_and_previous(self, network):
+        images, labels = clip(8, 2)
+        tracker = Tracker(network, memory_every=3)
+        tracker.initialize(images[0], labels)
+        stored = []
+        for image in images[1:]:
+            tracker.step(image)
+            banks = tracker._memories[0]._banks.values()
+            frames = [[slot.frame for slot in bank.frames] for bank in banks]
+            assert frames[0] == frames[1]
+            stored.append(frames[0])
+        assert stored == [[0], [0, 1], [0, 2], [0, 3], [0, 3, 4], [0, 3, 5], [0, 3, 6]]
+
+    def test_budget_is_never_passed_and_shared_anew(self, network):
+        images, labels = clip(8, 3)
+        budget = 20 * FRAME_BYTES
+        tracker = Tracker(network, memory_every=1, memory_budget=budget)
+        tracker.initialize(images[0], torch.where(labels == 3, 0, labels))
+        for t, image in enumerate(images[1:]):
+            tracker.step(image)
+            assert tracker.memory_bytes() <= budget
+            if t == 3:
+                tracker.add_objects(image, torch.where(labels == 3, labels, 0))
+        assert tracker.object_ids == [1, 2, 3]
+        tracker.remove_object(1)
+        assert tracker.step(images[0]).shape == (3, *SIZE)
+
+    def test_says_when_permanent_frames_do_not_fit(self, network):
+        images, labels = clip(2, 1)
+        tracker = Tracker(network, memory_budget=FRAME_BYTES // 2)
+        tracker.initialize(images[0], labels)
+        with pytest.raises(MemoryBudgetError, match="budget must be at least"):
+            tracker.step(images[1])
+
+    @pytest.mark.parametrize("naive", [False, True])
+    def test_state_goes_on_to_the_bit(self, network, tmp_path, naive):
+        images, labels = clip(6, 2)
+        one = Tracker(network, memory_every=2, naive=naive)
+        one.initialize(images[0], labels)
+        for image in images[1:4]:
+            one.step(image)
+        torch.save(one.state_dict(), tmp_path / "state.pth")
+        wanted = [one.step(image) for image in images[4:]]
+        other = Tracker(network, memory_every=2, naive=naive)
+        other.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+        assert all(torch.equal(other.step(x), y) for x, y in zip(images[4:], wanted, strict=True))
+
+    @pytest.mark.parametrize("naive", [False, True])
+    def test_objects_come_and_go(self, network, naive):
+        images, labels = clip(6, 3)
+        tracker = Tracker(network, memory_every=2, naive=naive)
+        tracker.initialize(images[0], torch.where(labels == 3, 0, labels))
+        tracker.step(images[1])
+        tracker.step(images[2], torch.where(labels == 3, labels, 255))
+        assert tracker.step(images[3]).shape == (4, *SIZE)
+        tracker.remove_object(2)
+        assert tracker.step(images[4]).shape == (3, *SIZE)
+        assert tracker.object_ids == [1, 3]
+
+
+class TestTraining:
+    def test_every_parameter_learns(self, network):
+        network = create_model("stm").train()
+        statistics = network.Encoder_Q.bn1.running_mean.clone()
+        logits = network(torch.rand(1, 3, 3, 32, 32), torch.rand(1, 2, 32, 32).round())
+        assert logits.shape == (1, 2, 3, 32, 32) and logits.dtype == torch.float32
+        functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 3, (2, 32, 32))).backward()
+        without = [name for name, x in network.named_parameters() if x.grad is None or not x.grad.any()]
+        assert without == []
+        assert torch.equal(network.Encoder_Q.bn1.running_mean, statistics)
+
+    @pytest.mark.parametrize(
+        ("shape", "message"),
+        [((1, 1, 3, 32, 32), "at least two"), ((1, 2, 3, 32, 40), "multiples of 16")],
+    )
+    def test_refuses_other_clips(self, network, shape, message):
+        with pytest.raises(ValueError, match=message):
+            network(torch.rand(shape), torch.rand(1, 1, *shape[3:]))
+
+
+class TestByName:
+    def test_untrained_weights_are_always_the_same(self, network):
+        before = torch.get_rng_state()
+        again = create_model("stm")
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(map(torch.equal, again.parameters(), network.parameters()))
+
+    def test_segments_a_video(self, network, tmp_path):
+        save_file(network.state_dict(), tmp_path / "stm.safetensors")
+        images, labels = clip(3, 2)
+        video = np.stack([(255 * image).byte().permute(1, 2, 0).numpy() for image in images])
+        options = {"model": "stm", "weights": tmp_path / "stm.safetensors", "size": -1, "device": "cpu"}
+        frames = list(segment(video, labels.numpy().astype(np.uint8), **options))
+        naive = list(segment(video, labels.numpy().astype(np.uint8), **options, naive=True))
+        uint8 = [torch.from_numpy(x).permute(2, 0, 1) for x in video]
+        for frame, other, wanted in zip(frames[1:], naive[1:], run(network, uint8, labels), strict=True):
+            agree = frame.labels == wanted.argmax(0)
+            assert agree.float().mean() > 0.999
+            assert (frame.labels == other.labels).float().mean() > 0.999
+            for o, confidence in frame.confidences.items():
+                mine = wanted.amax(0)[frame.labels == o]
+                assert confidence == pytest.approx(mine.mean().item() if len(mine) else 0, abs=1e-3)
+
+    def test_torch_hub(self, network):
+        loaded = torch.hub.load(str(Path(__file__).parents[2]), "stm", source="local", slots=11)
+        assert loaded.slots == 11
+        assert all(map(torch.equal, loaded.parameters(), network.parameters()))
