@@ -59,6 +59,23 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "Tensor? addend, str precision) -> Tensor");
   m.def("global_conv_merge(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor");
   m.def("global_conv_weight(Tensor x, Tensor grad, int kernel_h, int kernel_w, str precision) -> Tensor");
+  m.def(
+      "conv_lstm_pointwise(Tensor gates, Tensor? more_gates, Tensor cell, float forget_bias) -> (Tensor "
+      "hidden, Tensor new_cell, Tensor saved)");
+  m.def(
+      "conv_lstm_pointwise_backward(Tensor grad_hidden, Tensor grad_cell, Tensor saved, Tensor cell, Tensor "
+      "new_cell) -> (Tensor grad_gates, Tensor grad_previous_cell)");
+  m.def("conv_lstm_winograd_pack(Tensor weight) -> Tensor");
+  m.def(
+      "conv_lstm_winograd_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? hidden, Tensor? cell, float "
+      "forget_bias, int hidden_channels) -> (Tensor output, Tensor new_cell)");
+  m.def(
+      "conv_lstm_winograd(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, float "
+      "forget_bias) -> (Tensor output, Tensor cells)");
+  m.def(
+      "conv_lstm_winograd_backward(Tensor grad_output, Tensor grad_cells, Tensor x, Tensor weight, Tensor? "
+      "bias, Tensor? hidden, Tensor? cell, float forget_bias, Tensor output, Tensor cells) -> (Tensor "
+      "grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_hidden, Tensor grad_previous_cell)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vosops, CompositeExplicitAutograd, m) {

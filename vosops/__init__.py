@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vosops.backends import explain, list_ops, use_backend
 from vosops.ops import (
     MemoryWeights,
+    conv_lstm,
     global_conv,
     global_conv_prepare,
     global_matching,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "MemoryWeights",
+    "conv_lstm",
     "explain",
     "global_conv",
     "global_conv_prepare",

@@ -1,5 +1,6 @@
 """The operators: one room each, with its public function and its registered pieces."""
 
+from vosops.ops.conv_lstm import conv_lstm
 from vosops.ops.global_conv import global_conv, global_conv_prepare
 from vosops.ops.global_matching import global_matching
 from vosops.ops.local_matching import local_matching
@@ -8,6 +9,7 @@ from vosops.ops.soft_aggregate import soft_aggregate
 
 __all__ = [
     "MemoryWeights",
+    "conv_lstm",
     "global_conv",
     "global_conv_prepare",
     "global_matching",

@@ -43,6 +43,24 @@ def register_vmap(name: str) -> None:
     torch.library.register_vmap(f"vosops::{name}", vmap)
 
 
+def register_looping_vmap(name: str) -> None:
+    """Give `vosops::name` a vmap rule for weights that have no N to fold into: one call after the other."""
+
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        calls = []
+        for i in range(info.batch_size):
+            each = [
+                arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)
+            ]
+            calls.append(getattr(torch.ops.vosops, name)(*each))
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        outputs = tuple(torch.stack(out) for out in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    torch.library.register_vmap(f"vosops::{name}", vmap)
+
+
 def _fold(arg: Any, dim: Any, size: int) -> Any:
     """Fold a batched tensor's vmap dim into its leading N; repeat one that is not batched; lists entry by entry."""
     if isinstance(arg, list):

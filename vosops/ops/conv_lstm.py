@@ -1,0 +1,573 @@
+"""The convolutional LSTM: one convolution over [x; h], one fused kernel for gates and cell (Shi et al., 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vosops import _checks, backends
+from vosops.ops._registration import (
+    HAS_CPP,
+    cpp_reasons_not,
+    define_triton_op,
+    register_looping_vmap,
+    register_pieces,
+    triton_reasons_not,
+)
+from vosops.reference.conv_lstm import (
+    GATES,
+    VARIANTS,
+    conv_lstm_core,
+    conv_lstm_pointwise_backward_core,
+    conv_lstm_pointwise_core,
+    convolve,
+    hidden_channels,
+    split_weights,
+)
+
+WEIGHTS_OF = {"convolution": 1, "spatial": 2, "depthwise": 1, "separable": 2}
+"""Variant -> how many weights it has."""
+
+PRECISIONS = ("exact", "winograd")
+WINOGRAD_KERNEL = 3
+
+
+def conv_lstm(
+    x: Tensor,
+    weights: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+    *,
+    variant: str = "convolution",
+    forget_bias: float = 1.0,
+    batch_first: bool = True,
+    precision: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A convolutional LSTM over a sequence of feature maps: `output, (h, c)` in the manner of torch.nn.LSTM.
+
+    In each step, with * the gates' convolution (zero padding that keeps the size, stride 1),
+
+        i, f, g, o = W * [x; h] + bias
+        c = sigmoid(f + forget_bias) c + sigmoid(i) tanh(g)
+        h = sigmoid(o) tanh(c)
+
+    Args:
+        x: (N,T,C,H,W), T at least 1; float32, float16, bfloat16, on the CPU also float64.
+        weights: packed in the gate order i, f, g, o, of x's dtype, every kernel size odd. By variant:
+
+            - "convolution": (4*hidden, C+hidden, kh, kw);
+            - "spatial": (4*hidden, C+hidden, k, 1) and then, for each gate and each of x and h by itself,
+              (4*hidden, 2*hidden, 1, k);
+            - "depthwise": (4, C+hidden, kh, kw), one filter per gate and channel, which needs C = hidden;
+            - "separable": the same, for any C, and then (4*hidden, C+hidden, 1, 1).
+        bias: (4*hidden,).
+        state: (h, c), each (N,hidden,H,W) of x's dtype; zeros unless given.
+        variant: "convolution", "spatial", "depthwise" or "separable".
+        forget_bias: added to the forget gate before its sigmoid.
+        batch_first: False for x and output (T,N,C,H,W).
+        precision: "exact" convolves directly, "winograd" by Winograd's F(4x4,3x3), which has a quarter of the
+            multiplications and a relative error of up to 2e-5. None takes Winograd where it is there (float32 on
+            the CPU, 3x3 "convolution") unless torch.use_deterministic_algorithms is on.
+
+    Returns:
+        output (N,T,hidden,H,W), the hidden state of every step, and the last (h, c), each (N,hidden,H,W).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+        NotImplementedError: under forward-mode differentiation.
+
+    Differentiable to any order in x, weights, bias and state. Under autocast everything is computed in autocast's
+    dtype, as torch.nn.LSTM does; the cell update is float32 inside. Without Winograd the convolution of x is done
+    for all steps at once, and what a step saves for the backward is its activated gates and its states. With
+    Winograd the gates never exist as a whole: the backward computes them again from the states. Where no gradient
+    is wanted, Winograd's transformed weights are kept for as long as the weights live and stay unchanged
+    (a change through `.data` is not seen).
+
+    Time O(N T H W hidden (C + hidden) kh kw) for "convolution".
+
+    Source: Shi et al., Convolutional LSTM Network, NeurIPS 2015; variants and forget bias: Pfeuffer and Dietmayer,
+    Separable Convolutional LSTMs for Faster Video Segmentation, ITSC 2019.
+
+        >>> import torch, vosops
+        >>> frames, weight = torch.randn(1, 4, 8, 15, 27), torch.randn(4 * 16, 8 + 16, 3, 3) / 10
+        >>> output, (h, c) = vosops.conv_lstm(frames, weight)
+        >>> output.shape, torch.equal(output[:, -1], h)
+        (torch.Size([1, 4, 16, 15, 27]), True)
+    """
+    _checks.refuse_forward_mode("conv_lstm")
+    core = _prepare(
+        x,
+        weights,
+        bias,
+        state,
+        variant=variant,
+        forget_bias=forget_bias,
+        batch_first=batch_first,
+        precision=precision,
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        output, cell = backends.choose("conv_lstm", core).run(*core)
+    last = output[:, -1]
+    return (output if batch_first else output.transpose(0, 1)), (last, cell)
+
+
+def _prepare(
+    x: Tensor,
+    weights: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+    *,
+    variant: str = "convolution",
+    forget_bias: float = 1.0,
+    batch_first: bool = True,
+    precision: str | None = None,
+) -> tuple[Any, ...]:
+    """Check the public arguments and turn them into those of the core."""
+    axes = ("N", "T", "C", "H", "W") if batch_first else ("T", "N", "C", "H", "W")
+    _checks.check_tensor("x", x, axes)
+    _checks.check_floating("x", x)
+    frames = x if batch_first else x.transpose(0, 1)
+    batch, steps, channels, height, width = frames.shape
+    if steps == 0:
+        raise ValueError("x must have at least one step, got T = 0")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    given: list[Tensor] = [weights] if isinstance(weights, Tensor) else list(weights)
+    hidden_size = _check_weights(given, channels, variant)
+    if bias is not None:
+        _checks.check_tensor("bias", bias, (GATES * hidden_size,))
+    if state is not None:
+        if isinstance(state, Tensor) or len(state) != 2:
+            raise TypeError("state must be a pair (h, c) of tensors or None")
+        for name, value in zip(("state[0]", "state[1]"), state, strict=True):
+            _checks.check_tensor(name, value, (batch, hidden_size, height, width))
+    hidden: Tensor | None
+    cell: Tensor | None
+    hidden, cell = state if state is not None else (None, None)
+    if torch.is_autocast_enabled(x.device.type):
+        low = torch.get_autocast_dtype(x.device.type)
+        frames, *given = (_lowered(t, low) for t in (frames, *given))
+        bias, hidden, cell = (None if t is None else _lowered(t, low) for t in (bias, hidden, cell))
+    names = ["bias", "state[0]", "state[1]", *(f"weights[{i}]" for i in range(len(given)))]
+    for name, each in zip(names, (bias, hidden, cell, *given), strict=True):
+        if each is None:
+            continue
+        if each.dtype != frames.dtype:
+            raise TypeError(f"{name} must have the dtype of x ({frames.dtype}), got {each.dtype}")
+        _checks.check_same_device(name, each, "x", x)
+    winograd = _takes_winograd(precision, frames, given, variant)
+    return frames, given, bias, hidden, cell, variant, float(forget_bias), winograd
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In autocast's dtype; it leaves float64 alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _check_weights(weights: list[Tensor], channels: int, variant: str) -> int:
+    """Check the packed weights of a variant; the number of hidden channels."""
+    if len(weights) != WEIGHTS_OF[variant]:
+        raise ValueError(
+            f"weights of variant {variant!r} must be {WEIGHTS_OF[variant]} tensor(s), got {len(weights)}"
+        )
+    axes: list[tuple[str | int, ...]] = [("4*hidden", "C+hidden", "kh", "kw")]
+    if variant in ("depthwise", "separable"):
+        axes = [(GATES, "C+hidden", "kh", "kw")]
+    _checks.check_tensor("weights[0]", weights[0], axes[0])
+    if variant == "depthwise":
+        hidden_size = channels
+    else:
+        last = weights[-1]
+        if not isinstance(last, Tensor) or last.dim() != 4 or last.shape[0] % GATES or not last.shape[0]:
+            raise ValueError(f"weights[{len(weights) - 1}] must have 4*hidden rows, got {_shape(last)}")
+        hidden_size = last.shape[0] // GATES
+    rows, columns = GATES * hidden_size, channels + hidden_size
+    expected: dict[str, list[tuple[str | int, ...]]] = {
+        "convolution": [(rows, columns, "kh", "kw")],
+        "spatial": [(rows, columns, "k", 1), (rows, 2 * hidden_size, 1, "k")],
+        "depthwise": [(GATES, columns, "kh", "kw")],
+        "separable": [(GATES, columns, "kh", "kw"), (rows, columns, 1, 1)],
+    }
+    for i, (weight, shape) in enumerate(zip(weights, expected[variant], strict=True)):
+        _checks.check_tensor(f"weights[{i}]", weight, shape)
+        if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+            raise ValueError(f"weights[{i}] must have odd kernel sizes, got {tuple(weight.shape[2:])}")
+    return hidden_size
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _takes_winograd(precision: str | None, x: Tensor, weights: list[Tensor], variant: str) -> bool:
+    """Whether Winograd's algorithm is wanted and there is one; ValueError if it is asked for in vain."""
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be None, 'exact' or 'winograd', got {precision!r}")
+    square = tuple(weights[0].shape[2:]) == (WINOGRAD_KERNEL, WINOGRAD_KERNEL)
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and variant == "convolution" and square
+    if precision == "winograd":
+        if not fits:
+            raise ValueError(
+                "precision='winograd' must come with float32 tensors on the CPU and a 3x3 'convolution', got "
+                f"{x.dtype} on {x.device.type} and {variant!r} of {tuple(weights[0].shape[2:])}"
+            )
+        return True
+    return precision is None and fits and not torch.are_deterministic_algorithms_enabled()
+
+
+# ---- The implementations: (x, weights, bias, hidden, cell, variant, forget_bias, winograd) -> (output, last cell).
+
+
+def _cpp(
+    x: Tensor,
+    weights: list[Tensor],
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    variant: str,
+    forget_bias: float,
+    winograd: bool,
+) -> tuple[Tensor, Tensor]:
+    if not (winograd and HAS_WINOGRAD):
+        return _steps("", x, weights, bias, hidden, cell, variant, forget_bias)
+    args = (x, weights[0], bias, hidden, cell)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        output, cells = torch.ops.vosops.conv_lstm_winograd(*args, forget_bias)
+        return output, cells[:, -1]
+    result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_cached(*args, forget_bias)
+    return result
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    return _steps("_triton", *args[:-1])
+
+
+def _reference(*args: Any) -> tuple[Tensor, Tensor]:
+    return conv_lstm_core(*args[:-1])
+
+
+def _steps(
+    suffix: str,
+    x: Tensor,
+    weights: list[Tensor],
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    variant: str,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's convolutions, that of x for all steps at once, and the fused kernel of the cell update."""
+    pointwise = getattr(torch.ops.vosops, f"conv_lstm_pointwise{suffix}")
+    of_x, of_hidden = split_weights(weights, x.shape[2], variant)
+    all_gates = convolve(x.flatten(0, 1), of_x, bias, variant).unflatten(0, tuple(x.shape[:2]))
+    if cell is None:
+        cell = x.new_zeros((x.shape[0], hidden_channels(weights, variant), *x.shape[3:]))
+    steps = []
+    for gates in all_gates.unbind(1):
+        more_gates = None if hidden is None else convolve(hidden, of_hidden, None, variant)
+        hidden, cell, _ = pointwise(gates, more_gates, cell, forget_bias)
+        steps.append(hidden)
+    return torch.stack(steps, 1), cell
+
+
+# ---- The registered pieces of the cell update.
+
+POINTWISE = (
+    "(Tensor gates, Tensor? more_gates, Tensor cell, float forget_bias)"
+    " -> (Tensor hidden, Tensor new_cell, Tensor saved)"
+)
+POINTWISE_BACKWARD = (
+    "(Tensor grad_hidden, Tensor grad_cell, Tensor saved, Tensor cell, Tensor new_cell)"
+    " -> (Tensor grad_gates, Tensor grad_previous_cell)"
+)
+
+
+def _like(gates: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Empty (N,channels,H,W): channels_last where the gates are, contiguous otherwise."""
+    shape = (gates.shape[0], channels, *gates.shape[2:])
+    last = not gates.is_contiguous() and gates.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=gates.device, memory_format=layout)
+
+
+def _fake_pointwise(
+    gates: Tensor, more_gates: Tensor | None, cell: Tensor, forget_bias: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = cell.shape[1]
+    hidden, new_cell = (_like(gates, channels, t.dtype) for t in (gates, cell))
+    return hidden, new_cell, _like(gates, GATES * channels, gates.dtype)
+
+
+def _fake_pointwise_backward(
+    grad_hidden: Tensor, grad_cell: Tensor, saved: Tensor, cell: Tensor, new_cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _like(saved, saved.shape[1], saved.dtype), _like(saved, cell.shape[1], cell.dtype)
+
+
+def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, more_gates, cell, _ = inputs
+    _, new_cell, saved = output
+    ctx.has_more_gates = more_gates is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(saved, cell, new_cell)
+
+
+def _backward_pointwise_by(op: str) -> Callable[..., Any]:
+    def backward(
+        ctx: Any, grad_hidden: Tensor | None, grad_cell: Tensor | None, grad_saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved, cell, new_cell = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(cell, dtype=saved.dtype) if grad_hidden is None else grad_hidden
+        grad_cell = torch.zeros_like(cell) if grad_cell is None else grad_cell
+        grad_gates, grad_previous = getattr(torch.ops.vosops, op)(
+            grad_hidden, grad_cell, saved, cell, new_cell
+        )
+        if grad_saved is not None:  # only a second derivative asks for it
+            i, f, g, o = saved.chunk(GATES, 1)
+            slopes = torch.cat([i * (1 - i), f * (1 - f), 1 - g.square(), o * (1 - o)], 1)
+            grad_gates = grad_gates + grad_saved * slopes
+        return grad_gates, grad_gates if ctx.has_more_gates else None, grad_previous, None
+
+    return backward
+
+
+def _setup_saving_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.options = [value for value in inputs if not isinstance(value, Tensor) and value is not None]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor) or value is None))
+
+
+def _derivative_of(formula: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The derivative of an op by that of `formula`, the same in differentiable PyTorch.
+
+    The op's tensors come in order, `tensors` of them before its other options; the rest after those. Inputs
+    that the formula does not use get none: they are functions of the others.
+    """
+
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views of their own: one saved tensor may be computed from another, which must not count twice.
+            saved = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            values = [*saved[:tensors], *ctx.options, *saved[tensors:]]
+            first = formula(*values)
+            pairs = [
+                (f, c) for f, c in zip(first, cotangents, strict=True) if f is not None and f.requires_grad
+            ]
+            needs = [
+                isinstance(value, Tensor) and need
+                for value, need in zip(values, ctx.needs_input_grad, strict=True)
+            ]
+            wanted = [value for value, need in zip(values, needs, strict=True) if need]
+            grads = iter(
+                torch.autograd.grad(
+                    [f for f, _ in pairs],
+                    wanted,
+                    [c for _, c in pairs],
+                    allow_unused=True,
+                    create_graph=differentiable,
+                )
+                if pairs and wanted
+                else [None] * len(wanted)
+            )
+        return tuple(next(grads) if need else None for need in needs)
+
+    return backward
+
+
+def _register_pointwise(suffix: str) -> None:
+    backward = f"conv_lstm_pointwise_backward{suffix}"
+    register_pieces(
+        f"conv_lstm_pointwise{suffix}",
+        fake=_fake_pointwise,
+        backward=_backward_pointwise_by(backward),
+        setup_context=_setup_pointwise,
+    )
+    register_pieces(
+        backward,
+        fake=_fake_pointwise_backward,
+        backward=_derivative_of(conv_lstm_pointwise_backward_core, 5),
+        setup_context=_setup_saving_inputs,
+    )
+
+
+def _define_triton(name: str, schema: str) -> None:
+    def kernel(*args: Any) -> Any:
+        return getattr(import_module("vosops.triton.conv_lstm"), name)(*args)
+
+    define_triton_op(name, schema, kernel)
+
+
+_define_triton("conv_lstm_pointwise", POINTWISE)
+_define_triton("conv_lstm_pointwise_backward", POINTWISE_BACKWARD)
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    """Whether the compiled libraries have a kernel of an op for a dispatch key."""
+    return hasattr(torch.ops.vosops, name) and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"vosops::{name}", key)
+    )
+
+
+HAS_POINTWISE = HAS_CPP and hasattr(torch.ops.vosops, "conv_lstm_pointwise")
+for _suffix, _available in (("", HAS_POINTWISE), ("_triton", True)):
+    if _available:
+        _register_pointwise(_suffix)
+
+
+# ---- The registered pieces of Winograd's algorithm, which the CPU library has.
+
+
+def _fake_winograd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor]:
+    n, t, _, h, w = x.shape
+    shape = (n, t, weight.shape[0] // GATES, h, w)
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+def _fake_winograd_backward(
+    grad_output: Tensor,
+    grad_cells: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+    output: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, ...]:
+    n, _, c, h, w = output.shape
+    states = (x.new_empty((n, c, h, w)) for _ in range(2))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(weight.shape[0]), *states
+
+
+def _setup_winograd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.forget_bias = inputs[-1]
+    ctx.save_for_backward(*inputs[:-1], *output)
+
+
+def _backward_winograd(ctx: Any, grad_output: Tensor, grad_cells: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, hidden, cell, output, cells = ctx.saved_tensors
+    grads = torch.ops.vosops.conv_lstm_winograd_backward(
+        grad_output, grad_cells, x, weight, bias, hidden, cell, ctx.forget_bias, output, cells
+    )
+    given = (x, weight, bias, hidden, cell)
+    return *(None if t is None else grad for t, grad in zip(given, grads, strict=True)), None
+
+
+def _winograd_gradients(
+    grad_output: Tensor,
+    grad_cells: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+    output: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """What conv_lstm_winograd_backward computes, in differentiable PyTorch."""
+    given = (x, weight, bias, hidden, cell)
+    leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
+    x, weight, bias, hidden, cell = leaves  # type: ignore[assignment]
+    of_x, of_hidden = split_weights([weight], x.shape[2], "convolution")
+    zeros = torch.zeros_like(output[:, 0])
+    hidden, cell = (zeros if state is None else state for state in (hidden, cell))
+    loss = zeros.sum()
+    for t, frame in enumerate(x.unbind(1)):
+        gates = convolve(frame, of_x, bias, "convolution") + convolve(hidden, of_hidden, None, "convolution")
+        hidden, cell, _ = conv_lstm_pointwise_core(gates, None, cell, forget_bias)
+        loss = loss + (hidden * grad_output[:, t]).sum() + (cell * grad_cells[:, t]).sum()
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(loss, wanted, create_graph=True))
+    return tuple(None if leaf is None else next(found) for leaf in leaves)
+
+
+HAS_WINOGRAD = HAS_CPP and _has_kernel("conv_lstm_winograd", "CPU")
+if HAS_WINOGRAD:
+    torch.library.register_fake("vosops::conv_lstm_winograd", _fake_winograd)
+    torch.library.register_autograd(
+        "vosops::conv_lstm_winograd", _backward_winograd, setup_context=_setup_winograd
+    )
+    torch.library.register_fake("vosops::conv_lstm_winograd_backward", _fake_winograd_backward)
+    torch.library.register_autograd(
+        "vosops::conv_lstm_winograd_backward",
+        _derivative_of(_winograd_gradients, 7),
+        setup_context=_setup_saving_inputs,
+    )
+
+    _WINOGRAD_OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
+    _WINOGRAD_OPS.define(
+        "conv_lstm_winograd_cached(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, "
+        "float forget_bias) -> (Tensor output, Tensor new_cell)"
+    )
+
+    _packed: Any = WeakTensorKeyDictionary()  # weight -> (where it lies, its version, its transform)
+
+    def _winograd_cached(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor | None,
+        cell: Tensor | None,
+        forget_bias: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Without derivative: the transformed weights are kept until the weights change or die."""
+        packed = None
+        tracked = not weight.is_inference()  # a tensor of inference mode has no version
+        if tracked:
+            state = (weight.data_ptr(), weight._version, weight.shape, weight.stride())
+            kept, packed = _packed.get(weight, (None, None))
+            packed = packed if kept == state else None
+        if packed is None:
+            packed = torch.ops.vosops.conv_lstm_winograd_pack(weight)
+            if tracked:
+                _packed[weight] = (state, packed)
+        result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_packed(
+            x, packed, bias, hidden, cell, forget_bias, weight.shape[0] // GATES
+        )
+        return result
+
+    def _fake_winograd_cached(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        n, t, _, h, w = x.shape
+        channels = weight.shape[0] // GATES
+        return x.new_empty((n, t, channels, h, w)), x.new_empty((n, channels, h, w))
+
+    _WINOGRAD_OPS.impl("conv_lstm_winograd_cached", _winograd_cached, "CPU")
+    torch.library.register_fake("vosops::conv_lstm_winograd_cached", _fake_winograd_cached)
+    for _name in ("conv_lstm_winograd", "conv_lstm_winograd_backward", "conv_lstm_winograd_cached"):
+        register_looping_vmap(_name)
+
+
+def _lacks_kernel(x: Tensor) -> list[str]:
+    """Why the compiled library on x's device cannot serve although it is there."""
+    key = "CUDA" if x.device.type == "cuda" else "CPU"
+    if HAS_POINTWISE and _has_kernel("conv_lstm_pointwise", key):
+        return []
+    return [f"the compiled library has no conv_lstm_pointwise for {key}"]
+
+
+backends.register_op(
+    backends.Op(
+        name="conv_lstm",
+        prepare=_prepare,
+        implementations=(
+            backends.Implementation("cpp", _cpp, lambda x, *_: cpp_reasons_not(x) or _lacks_kernel(x)),
+            backends.Implementation("triton", _triton, lambda x, *_: triton_reasons_not(x)),
+            backends.Implementation("reference", _reference, lambda *_: []),
+        ),
+        orders={"cpu": backends.UNMEASURED, "cuda": backends.UNMEASURED},
+    )
+)
