@@ -13,12 +13,14 @@ from vosops.models.cutie import Cutie
 from vosops.models.feelvos import FEELVOS
 from vosops.models.network import Network
 from vosops.models.propagate import Propagate
+from vosops.models.rgmp import RGMP
 from vosops.models.stm import STM
 from vosops.models.weights import load_weights
 from vosops.models.xmem import XMem
 
 __all__ = [
     "FEELVOS",
+    "RGMP",
     "STM",
     "Cutie",
     "Network",
@@ -75,7 +77,7 @@ class VideoTracker(Protocol):
 
 
 _TRACKERS: dict[str, Callable[..., VideoTracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {"feelvos": FEELVOS, "stm": STM}
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {"feelvos": FEELVOS, "rgmp": RGMP, "stm": STM}
 _SEED = 0  # of the weights of a network that are not loaded
 
 

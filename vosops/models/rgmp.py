@@ -1,0 +1,297 @@
+"""RGMP: segmentation by propagating the previous mask, guided by a reference frame (Oh et al., CVPR 2018).
+
+Two streams share one encoder: the current frame with the previous frame's mask, and the reference frame with its mask.
+A large separable convolution over the deepest maps of both, the global convolution block, relates them; a decoder
+refines the result by the shallower maps of the current frame. Each object is segmented for itself, their union
+once more for the background, and the results are fused.
+
+Written from the paper and from what the original code computes. Parameters bear the original names, so that the
+published weights load. docs/models/rgmp.md tells what differs from the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vosops import soft_aggregate
+from vosops.memory import MemoryBudgetError
+from vosops.models.network import Masks, Memory, Network, TensorMasks, resize_rows
+from vosops.models.resnet import ResNet50Encoder
+from vosops.nn import GlobalConv2d
+
+__all__ = ["RGMP", "RGMPOutput"]
+
+_STAGES = (256, 512, 1024, 2048)  # channels of the encoder's maps, at strides 4, 8, 16, 32
+_CHANNELS = 256  # of the decoder
+_KERNEL = 7  # of the global convolution
+_PIXELS_AT_ONCE = 1 << 20  # of the images that are segmented in one batch: two objects at 854x480
+_FLOAT = 4  # bytes
+
+
+class RGMPOutput(NamedTuple):
+    """Logits of background and object: the result, and those of each stage for the losses of deep supervision."""
+
+    logits: Tensor  # (N,2,H,W): pred2 enlarged
+    pred2: Tensor  # (N,2,H/4,W/4)
+    pred3: Tensor  # (N,2,H/8,W/8)
+    pred4: Tensor  # (N,2,H/16,W/16)
+    pred5: Tensor  # (N,2,H/32,W/32)
+
+
+class RGMP(Network):
+    """The network; :class:`vosops.inference.Tracker` leads it through a video.
+
+    align_corners: of every enlargement in the decoder. The published weights need True, which was the meaning of the
+    original code when they were trained; with False (what the same code means to PyTorch since 0.4) probabilities
+    are off by up to 0.4. Parameters are those of the original checkpoint; the weights are random until some are loaded.
+
+        >>> import torch
+        >>> from vosops.models.rgmp import RGMP
+        >>> network = RGMP()
+        >>> frames, masks = torch.rand(2, 1, 3, 64, 96), torch.rand(2, 2, 64, 96)  # two frames, two objects
+        >>> reference = network.reference(frames[0], masks[0])
+        >>> output = network(frames[1], masks[0], reference)
+        >>> [tuple(x.shape) for x in output[:2]]
+        [(2, 2, 64, 96), (2, 2, 16, 24)]
+    """
+
+    stride = 32
+    masks_cover_padding = True
+
+    def __init__(self, *, align_corners: bool = True) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+        self.Encoder = ResNet50Encoder(mask_inputs=("p",), last_stage=5, mask_bias=True)
+        self.Decoder = _Decoder(align_corners)
+
+    def forward(self, frame: Tensor, masks: Tensor, reference: Tensor) -> RGMPOutput:
+        """Segments frames, for training: all stages, with gradients.
+
+        frame: (N,3,H,W) in [0, 1], H and W multiples of 32; masks: (N,H,W) or (N,1,H,W), the object in the previous
+        frame, a probability; reference: of :meth:`reference`. Frame, masks and reference may have a batch of 1 that
+        goes with any other.
+        """
+        coarse, *others = self.Decoder(self.Encoder(frame, masks), reference)
+        logits = _enlarged(coarse, frame.shape[2:], self.align_corners)
+        return RGMPOutput(logits, coarse, *others)
+
+    def reference(self, frame: Tensor, masks: Tensor) -> Tensor:
+        """What the decoder needs of reference frames (N,3,H,W) and masks (N,H,W), once for a video: (N,512,H/32,W/32).
+
+        It is the reference's half of the first stage of the global convolution, which is linear.
+        """
+        prepared: Tensor = self.Decoder.GC.prepare(self.Encoder.last(frame, masks))
+        return prepared
+
+    def padding(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """As the original: always to the next multiple of 32 above the size, even where it is one."""
+        height, width = (self.stride - side % self.stride for side in size)
+        return width // 2, width - width // 2, height // 2, height - height // 2
+
+    def scaled_size(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
+        """As the original: a size that changes is enlarged to the next multiple of 32 above it."""
+        if scale == 1:
+            return size
+        height, width = (int(side * scale) // self.stride * self.stride + self.stride for side in size)
+        return height, width
+
+    def new_memory(self, *, budget: int | None = None, naive: bool = False) -> Memory:
+        """The memory of one video: the references and the previous frame's masks."""
+        return _ReferenceMemory(self, budget, naive)
+
+    def evidence(self, scores: Tensor, size: tuple[int, int], rows: range) -> Tensor:
+        """The probability (K,len(rows),w) of each object for itself, and of their union if there are several."""
+        return resize_rows(scores, size, rows, align_corners=self.align_corners).sigmoid_()
+
+    def aggregate(self, evidence: Tensor) -> Tensor:
+        """One object: its probability and the rest. Several: :func:`vosops.soft_aggregate`, the union's rest first."""
+        if len(evidence) <= 1:
+            return torch.cat([1 - evidence.sum(0, keepdim=True), evidence])
+        return soft_aggregate(evidence[:-1], background=1 - evidence[-1])
+
+
+class _ReferenceMemory(Memory):
+    """For each object its reference, of the frame where it appeared first; for the union, if there are several objects,
+    that of the first frame since the objects are these. And the previous frame's masks.
+
+    naive: keep the references' deepest maps, four times as large, and convolve them with every frame, object by object.
+    """
+
+    def __init__(self, network: RGMP, budget: int | None, naive: bool) -> None:
+        self._network = network
+        self._budget = budget
+        self._naive = naive
+        self.object_ids = []
+        self._references: dict[int, Tensor] = {}  # (1,512,h/32,w/32) of each object
+        self._union: Tensor | None = None
+        self._masks: Masks = TensorMasks(torch.ones(1, 1, 1), [])
+
+    def add(self, image: Tensor, masks: Masks, *, frame: int, permanent: bool, keep: bool) -> None:
+        """Keeps the masks for the next frame, and references to this frame for what has none."""
+        self._check_budget(image, len(masks.object_ids))
+        if masks.object_ids != self.object_ids:
+            self._union = None
+        self.object_ids = list(masks.object_ids)
+        self._masks = masks
+        with_union = len(self.object_ids) > 1 and self._union is None
+        for key, mask in self._keys_and_masks(with_union):
+            if key is None:
+                self._union = self._encoded(image, mask[None])
+            elif key not in self._references:
+                self._references[key] = self._encoded(image, mask[None])
+
+    def segment(self, image: Tensor, *, frame: int) -> Tensor:
+        """Logits (K,h/4,w/4) of each object, then of the union if there are several objects."""
+        batch = 1 if self._naive else max(1, _PIXELS_AT_ONCE // (image.shape[2] * image.shape[3]))
+        waiting = self._keys_and_masks(len(self.object_ids) > 1)
+        scores = []
+        while chosen := list(islice(waiting, batch)):
+            references = torch.cat([self._reference(key) for key, _ in chosen])
+            masks = torch.stack([mask for _, mask in chosen])
+            features = self._network.Encoder(image, masks)
+            logits = self._network.Decoder.coarse(features, references).float()
+            scores.append(logits[:, 1] - logits[:, 0])
+        return torch.cat(scores) if scores else image.new_empty(0, image.shape[2] // 4, image.shape[3] // 4)
+
+    def remove_object(self, object_id: int) -> None:
+        """Forgets an object; the union's reference is then that of the next frame that is added."""
+        self.object_ids = [x for x in self.object_ids if x != object_id]
+        del self._references[object_id]
+        self._union = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The references and the previous frame's masks."""
+        masks = [mask for _, mask in self._keys_and_masks(False)]
+        return {
+            "object_ids": list(self.object_ids),
+            "references": [self._references[x].clone() for x in self.object_ids],
+            "union": None if self._union is None else self._union.clone(),
+            "masks": torch.stack(masks) if masks else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state."""
+        device = self._network.Encoder.mean.device
+        self.object_ids = list(state["object_ids"])
+        references = (x.to(device, copy=True) for x in state["references"])
+        self._references = dict(zip(self.object_ids, references, strict=True))
+        self._union = None if state["union"] is None else state["union"].to(device, copy=True)
+        masks = torch.ones(1, 1, 1) if state["masks"] is None else state["masks"].to(device)
+        if self.object_ids:  # class 0, the background, is never asked for
+            masks = torch.cat([masks.new_zeros(1, *masks.shape[1:]), masks])
+        self._masks = TensorMasks(masks, self.object_ids)
+
+    def memory_bytes(self) -> int:
+        """Bytes of the references; the previous frame's masks are the tracker's."""
+        kept = [*self._references.values(), *([] if self._union is None else [self._union])]
+        return sum(x.numel() * x.element_size() for x in kept)
+
+    def _check_budget(self, image: Tensor, objects: int) -> None:
+        """Raises MemoryBudgetError unless the references of so many objects fit."""
+        channels = _STAGES[-1] if self._naive else 2 * _CHANNELS
+        cells = image.shape[2] * image.shape[3] // self._network.stride**2
+        needed = (objects + (objects > 1)) * channels * cells * _FLOAT
+        if self._budget is not None and needed > self._budget:
+            raise MemoryBudgetError(
+                f"budget must be at least {needed} bytes for the references of {objects} objects, got {self._budget}"
+            )
+
+    def _encoded(self, image: Tensor, mask: Tensor) -> Tensor:
+        return (
+            self._network.Encoder.last(image, mask) if self._naive else self._network.reference(image, mask)
+        )
+
+    def _reference(self, key: int | None) -> Tensor:
+        reference = self._union if key is None else self._references[key]
+        assert reference is not None
+        return self._network.Decoder.GC.prepare(reference) if self._naive else reference
+
+    def _keys_and_masks(self, with_union: bool) -> Iterator[tuple[int | None, Tensor]]:
+        """The previous frame's mask (h,w) of each object, then if asked for that of their union, whose key is None."""
+        union: Tensor | None = None
+        for key in self.object_ids:
+            mask = self._masks.of(1 + self._masks.object_ids.index(key))
+            if with_union:
+                union = mask.clone() if union is None else union.add_(mask)
+            yield key, mask
+        if union is not None:
+            yield None, union
+
+
+class _Decoder(nn.Module):
+    """The global convolution block over both streams, and three steps of refinement."""
+
+    def __init__(self, align_corners: bool) -> None:
+        super().__init__()
+        self.GC = GlobalConv2d(2 * _STAGES[-1], _CHANNELS, _KERNEL, _CHANNELS)
+        self.convG1 = _conv(_CHANNELS)
+        self.convG2 = _conv(_CHANNELS)
+        self.RF4 = _Refine(_STAGES[2], align_corners)
+        self.RF3 = _Refine(_STAGES[1], align_corners)
+        self.RF2 = _Refine(_STAGES[0], align_corners)
+        self.pred5 = _conv(_CHANNELS, 2)
+        self.pred4 = _conv(_CHANNELS, 2)
+        self.pred3 = _conv(_CHANNELS, 2)
+        self.pred2 = _conv(_CHANNELS, 2)
+
+    def forward(self, features: list[Tensor], reference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The logits (N,2,...) of all stages, the finest first; features: the encoder's maps."""
+        *maps, m2 = self._refined(features, reference)
+        m5, m4, m3 = maps
+        heads = ((self.pred2, m2), (self.pred3, m3), (self.pred4, m4), (self.pred5, m5))
+        p2, p3, p4, p5 = (head(functional.relu(x)) for head, x in heads)
+        return p2, p3, p4, p5
+
+    def coarse(self, features: list[Tensor], reference: Tensor) -> Tensor:
+        """The logits (N,2,H/4,W/4) of the finest stage alone; the others are freed as soon as they have been used."""
+        for x in self._refined(features, reference):  # noqa: B007
+            pass
+        logits: Tensor = self.pred2(functional.relu(x))
+        return logits
+
+    def _refined(self, features: list[Tensor], reference: Tensor) -> Iterator[Tensor]:
+        """The maps of the decoder, strides 32, 16, 8 and 4."""
+        r2, r3, r4, r5 = features
+        x = _residual(self.GC(r5, reference), self.convG1, self.convG2)
+        yield x
+        for refine, skip in ((self.RF4, r4), (self.RF3, r3), (self.RF2, r2)):
+            x = refine(skip, x)
+            yield x
+
+
+class _Refine(nn.Module):
+    """Brings a coarse map to the size of a map of the encoder, by that map."""
+
+    def __init__(self, inputs: int, align_corners: bool) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+        self.convFS1 = _conv(inputs)
+        self.convFS2 = _conv(_CHANNELS)
+        self.convFS3 = _conv(_CHANNELS)
+        self.convMM1 = _conv(_CHANNELS)
+        self.convMM2 = _conv(_CHANNELS)
+
+    def forward(self, features: Tensor, coarse: Tensor) -> Tensor:
+        x = _residual(self.convFS1(features), self.convFS2, self.convFS3)
+        x = _enlarged(coarse, x.shape[2:], self.align_corners).add_(x)
+        return _residual(x, self.convMM1, self.convMM2)
+
+
+def _conv(inputs: int, outputs: int = _CHANNELS) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def _residual(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    """x + second(relu(first(relu(x)))), with two buffers beside x."""
+    y: Tensor = second(functional.relu(first(functional.relu(x)), inplace=True))
+    return y.add_(x)
+
+
+def _enlarged(x: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
+    return functional.interpolate(x, size, mode="bilinear", align_corners=align_corners)
