@@ -3,6 +3,7 @@
 from .api import segment
 from .errors import VosopsError
 from .loop import Propagation, SegmentedFrame
+from .semantic import SemanticTracker
 from .tracker import Tracker
 
-__all__ = ["Propagation", "SegmentedFrame", "Tracker", "VosopsError", "segment"]
+__all__ = ["Propagation", "SegmentedFrame", "SemanticTracker", "Tracker", "VosopsError", "segment"]

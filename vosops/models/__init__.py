@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from vosops.models.cutie import Cutie
 from vosops.models.feelvos import FEELVOS
+from vosops.models.lstm_icnet import LSTMICNet
 from vosops.models.network import Network
 from vosops.models.propagate import Propagate
 from vosops.models.rgmp import RGMP
 from vosops.models.stm import STM
+from vosops.models.tensorflow import load_tensorflow
 from vosops.models.weights import load_weights
 from vosops.models.xmem import XMem
 
@@ -23,6 +25,7 @@ __all__ = [
     "RGMP",
     "STM",
     "Cutie",
+    "LSTMICNet",
     "Network",
     "Propagate",
     "VideoTracker",
@@ -77,7 +80,12 @@ class VideoTracker(Protocol):
 
 
 _TRACKERS: dict[str, Callable[..., VideoTracker]] = {"cutie": Cutie, "propagate": Propagate, "xmem": XMem}
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {"feelvos": FEELVOS, "rgmp": RGMP, "stm": STM}
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "feelvos": FEELVOS,
+    "lstm_icnet": LSTMICNet,
+    "rgmp": RGMP,
+    "stm": STM,
+}
 _SEED = 0  # of the weights of a network that are not loaded
 
 
@@ -116,5 +124,6 @@ def create_model(
         torch.manual_seed(_SEED)
         network = _NETWORKS[name](**options)
     if weights is not None:
-        load_weights(network, weights)
+        load = load_tensorflow if Path(weights).suffix == ".npz" else load_weights
+        load(network, weights)
     return network.to(device).eval()

@@ -1,0 +1,184 @@
+"""Semantic segmentation of a video, a frame at a time: `SemanticTracker`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops import _checks, backends
+from vosops.models._tracking import check_frame, check_output
+from vosops.models.icnet import Branches, prepare_frames
+from vosops.models.lstm_icnet import LSTMICNet, State
+from vosops.models.network import resize_rows
+
+__all__ = ["SemanticTracker"]
+
+WINDOW = 4  # frames that the original's networks were trained on
+_TILE_BYTES = 16 << 20  # of the full-size logits that are made at a time
+_FLOAT = 4  # bytes
+_BYTE_VALUES = 256
+
+
+class SemanticTracker:
+    """Segments the frames of a video into classes; no mask is needed.
+
+    Args: model: an :class:`~vosops.models.lstm_icnet.LSTMICNet`, whose device is where everything runs; it is
+        put into eval mode. window: without streaming each frame is the last of a clip of so many frames
+        (fewer at a video's beginning), and the recurrent layers begin each clip with zeros: the original's
+        way. What a frame gives alone is computed once and kept, so only the recurrent layers work `window`
+        times. streaming: carry the recurrent state from frame to frame instead: everything is computed once,
+        and a frame sees all those before it. The same for the first `window` frames, and different after.
+        dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
+        channels_last: keep the network's weights and maps in that memory format. naive: as the original code
+        computes: reference ops, whole clips from their frames, full-size probabilities.
+
+    Memory beside the network: with a window, ``window - 1`` times the branches of a frame, 256 channels x 4
+    bytes x about 1/40 of its pixels; streaming, the state, twice the recurrent layers' maps. Not
+    differentiable.
+
+        >>> import torch
+        >>> from vosops.inference import SemanticTracker
+        >>> from vosops.models import create_model
+        >>> tracker = SemanticTracker(create_model("lstm_icnet", version="v5"))
+        >>> probabilities = tracker.step(torch.rand(3, 120, 160))
+        >>> probabilities.shape
+        torch.Size([19, 120, 160])
+    """
+
+    def __init__(
+        self,
+        model: LSTMICNet,
+        *,
+        window: int = WINDOW,
+        streaming: bool = False,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        naive: bool = False,
+    ) -> None:
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
+        self.model = model.eval()
+        self.window = _checks.check_positive_int("window", window)
+        self.streaming = streaming
+        self.dtype = dtype
+        self.naive = naive
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and results are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.model.num_classes
+
+    def reset(self) -> None:
+        """Forgets the video."""
+        self._size: tuple[int, int] | None = None
+        self._recent: deque[tuple[Tensor, ...]] = deque(maxlen=self.window)
+        self._state: State | None = None
+
+    def step(self, frame: Tensor, *, output: str = "probs", size: tuple[int, int] | None = None) -> Tensor:
+        """Segments the next frame.
+
+        frame: (3,h,w) RGB, uint8 or floating in [0, 1], sides of at least 97; all frames of a video have one
+        size. size: (H,W) of the result, the frame's by default. output: "probs": (K,H,W) float32; "labels":
+        (H,W) uint8 (int64 for more than 256 classes), the most probable class, without ever holding the
+        full-size probabilities. Raises ValueError or TypeError for another frame.
+        """
+        check_output(output)
+        if output == "labels":
+            return self.labels(frame, size=size)[0]
+        logits, size = self._segment(frame, size)
+        result = torch.empty(len(logits), *size, device=logits.device)
+        for rows in self._tiles(size):
+            tile = resize_rows(logits, size, rows, align_corners=True)
+            torch.softmax(tile, 0, out=result[:, rows.start : rows.stop])
+        return result
+
+    def labels(self, frame: Tensor, *, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Segments the next frame: (H,W) labels as `step` gives, and (H,W) float32, the probability of each one."""
+        logits, size = self._segment(frame, size)
+        dtype = torch.uint8 if len(logits) <= _BYTE_VALUES else torch.int64
+        labels = torch.empty(size, dtype=dtype, device=logits.device)
+        best = torch.empty(size, device=logits.device)
+        for rows in self._tiles(size):
+            tile = resize_rows(logits, size, rows, align_corners=True)
+            highest, chosen = tile.max(0)
+            labels[rows.start : rows.stop] = chosen
+            best[rows.start : rows.stop] = (highest - tile.logsumexp(0)).exp_()
+        return labels, best
+
+    @torch.inference_mode()
+    def _segment(self, frame: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
+        """(K,h,w) logits of the next frame, and the size of the result."""
+        check_frame(frame, self._size)
+        own = (frame.shape[1], frame.shape[2])
+        images = prepare_frames(frame[None].to(self.device), next(self.model.parameters()).dtype)
+        with self._computing():
+            logits = self._logits(images.to(memory_format=self.memory_format))
+        self._size = own
+        return logits[0], own if size is None else size
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """(1,K,h,w) of the newest frame."""
+        model = self.model
+        if self.streaming:
+            _, fused, self._state = model.recur(model.branches(images)[0], 1, self._state)
+            return model.classify(fused)
+        self._recent.append((images,) if self.naive else model.branches(images)[0])
+        maps = [torch.cat(parts) for parts in zip(*self._recent, strict=True)]
+        branches = model.branches(maps[0])[0] if self.naive else Branches(*maps)
+        _, fused, _ = model.recur(branches, len(self._recent), last=not self.naive)
+        return model.classify(fused)[-1:]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.dtype is not None and self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
+            if self.naive:
+                stack.enter_context(backends.use_backend("reference"))
+            yield
+
+    def _tiles(self, size: tuple[int, int]) -> list[range]:
+        height, width = size
+        step = height if self.naive else max(1, _TILE_BYTES // (_FLOAT * width * self.num_classes))
+        return [range(start, min(start + step, height)) for start in range(0, height, step)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, for ``torch.save`` and a weights-only load; copies."""
+        state = self._state or {}
+        return {
+            **self._settings(),
+            "size": None if self._size is None else list(self._size),
+            "recent": [[x.clone() for x in maps] for maps in self._recent],
+            "state": {name: [x.clone() for x in pair] for name, pair in state.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a saved state of a tracker with the same settings; ValueError if they differ."""
+        for name, value in self._settings().items():
+            if state[name] != value:
+                raise ValueError(f"state must be of {name}={value}, but is of {state[name]}")
+        self.reset()
+        self._size = None if state["size"] is None else (state["size"][0], state["size"][1])
+        self._recent.extend(tuple(self._copy(x) for x in maps) for maps in state["recent"])
+        saved = {name: (self._copy(h), self._copy(c)) for name, (h, c) in state["state"].items()}
+        self._state = saved or None
+
+    def _settings(self) -> dict[str, Any]:
+        return {"window": self.window, "streaming": self.streaming, "naive": self.naive}
+
+    def _copy(self, x: Tensor) -> Tensor:
+        return x.to(self.device, copy=True)
