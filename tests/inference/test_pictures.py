@@ -11,7 +11,14 @@ from PIL import Image
 from tests.inference.clips import picture, read_png, read_video, truth
 from tests.inference.test_rle import decode
 from vosops.inference.coco import CocoFile
-from vosops.inference.drawing import ContactSheet, colour_table, contours, overlay, write_cutout
+from vosops.inference.drawing import (
+    ContactSheet,
+    class_overlay,
+    colour_table,
+    contours,
+    overlay,
+    write_cutout,
+)
 from vosops.inference.report import Events, FrameRecord, Record, write_report
 from vosops.inference.video_writer import VideoWriter
 
@@ -43,6 +50,13 @@ class TestOverlay:
         np.testing.assert_array_equal(drawn[LABELS == 2], GREY[LABELS == 2])
         binary = overlay(GREY, ignored, colour_table(None, True), binary=True)
         assert (binary[LABELS == 2] != GREY[LABELS == 2]).any()
+
+    def test_classes_tint_every_pixel_in_the_palettes_own_colour(self):
+        palette = bytes([10, 20, 30, 200, 0, 0, 0, 0, 250]).ljust(768, b"\0")
+        drawn = class_overlay(GREY, LABELS, palette)
+        assert drawn[0, 0].tolist() == [55, 60, 65]
+        assert drawn[14, 14].tolist() == [150, 50, 50]
+        assert drawn[30, 40].tolist() == [50, 50, 175]
 
     def test_contours_lie_inside_the_objects(self):
         edge = contours(LABELS, 1)

@@ -1,4 +1,4 @@
-"""The command line: ``vosops segment | eval | demo | info | bench``."""
+"""The command line: ``vosops segment | semantic | eval | demo | info | bench``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-_COMMANDS = ("segment", "eval", "demo", "info", "bench")
+_COMMANDS = ("segment", "semantic", "eval", "demo", "info", "bench")
 _INTERRUPTED = 130
 
 

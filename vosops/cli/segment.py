@@ -104,7 +104,7 @@ def segment(
         naive=naive,
     )
     keep_freed_memory()
-    with _Console() as console, _StopSignals(console.note) as signals:
+    with Console() as console, StopSignals(console.note) as signals:
         job = Job(
             out=out,
             mode=mode,
@@ -126,7 +126,7 @@ def segment(
             console.summary(job.video(input, mask))
 
 
-class _StopSignals:
+class StopSignals:
     """Makes the first Ctrl-C or SIGTERM a request to stop after this frame; the second stops at once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -134,7 +134,7 @@ class _StopSignals:
         self._note = note
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
@@ -153,7 +153,7 @@ class _StopSignals:
             signal.signal(number, handler)
 
 
-class _Console:
+class Console:
     """Shows a rich progress bar with frames a second, peak memory and time left, and the summary."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class _Console:
         self._new = 0
         self._prefix = ""
 
-    def __enter__(self) -> _Console:
+    def __enter__(self) -> Console:
         self._bar.start()
         return self
 

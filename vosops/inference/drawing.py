@@ -81,6 +81,15 @@ def overlay(image: Image, labels: Labels, table: npt.NDArray[np.uint8], binary: 
     return result
 
 
+def class_overlay(image: Image, labels: Labels, palette: bytes) -> Image:
+    """Return ``image`` with every pixel tinted in its label's colour of the palette."""
+    import numpy as np
+
+    colours = np.frombuffer(palette, np.uint8).reshape(256, 3)[labels]
+    tinted: Image = (image * (1 - OPACITY) + colours * OPACITY).astype(np.uint8)
+    return tinted
+
+
 def write_cutout(path: Path, image: Image, labels: Labels, binary: bool) -> None:
     """Write the objects as an RGBA PNG; alpha is the mask, softened over one pixel at its border."""
     import numpy as np

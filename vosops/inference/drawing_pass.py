@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .coco import CocoFile
-from .drawing import ContactSheet, colour_table, overlay, write_cutout
+from .drawing import ContactSheet, class_overlay, colour_table, overlay, write_cutout
 from .errors import InterruptedRunError
 from .frames import FrameSource
-from .masks import CONTACT_SHEET, MaskSet, read_labels
+from .masks import CONTACT_SHEET, LabelMaps, read_labels
 from .progress import Progress
 from .report import FrameRecord, Record
 from .video import VideoFile
@@ -26,6 +27,10 @@ from .video_writer import VideoWriter
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    import numpy as np
+    import numpy.typing as npt
+
+    from .frames import Image
     from .masks import Labels
 
 OVERLAY = "overlay.mp4"
@@ -50,7 +55,7 @@ class DrawingPass:
 
     out: Path
     source: FrameSource
-    masks: MaskSet
+    masks: LabelMaps
     record: Record
     outputs: Outputs
     progress: Progress
@@ -73,7 +78,6 @@ class DrawingPass:
         if not needed:
             return
         captions = {r.index: _caption(r) for r in self.record if r.index in on_sheet}
-        table = colour_table(self.masks.palette, self.masks.binary)
         context: AbstractContextManager[object] = writer or nullcontext()
         self.progress.begin("draw", len(needed), 0)
         try:
@@ -83,7 +87,7 @@ class DrawingPass:
                     if raw.index in cutouts:
                         write_cutout(cutouts[raw.index], raw.image, labels, self.masks.binary)
                     if writer is not None or raw.index in on_sheet:
-                        picture = overlay(raw.image, labels, table, self.masks.binary)
+                        picture = self._picture(raw.image, labels)
                         if writer is not None:
                             writer.write(picture, raw.time)
                         if raw.index in on_sheet:
@@ -98,6 +102,16 @@ class DrawingPass:
             self.progress.end()
         if on_sheet:
             sheet.save()
+
+    def _picture(self, image: Image, labels: Labels) -> Image:
+        masks = self.masks
+        if masks.classes and masks.palette is not None:
+            return class_overlay(image, labels, masks.palette)
+        return overlay(image, labels, self._table, masks.binary)
+
+    @cached_property
+    def _table(self) -> npt.NDArray[np.uint8]:
+        return colour_table(self.masks.palette, self.masks.binary)
 
     def _missing_cutouts(self, names: dict[int, str]) -> dict[int, Path]:
         paths = {index: self.out / CUTOUT_FOLDER / f"{name}.png" for index, name in names.items()}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,31 @@ class SegmentedFrame:
     confidences: dict[int, float]
     given: bool
     probabilities: Tensor | None = None
+
+
+class FrameLoop(Protocol):
+    """What a run asks of a loop over a video: its frames, and all that going on later needs.
+
+    device: where it computes. problem: set when the input ended early; one line.
+    """
+
+    device: torch.device
+    problem: str | None
+
+    @property
+    def total(self) -> int | None:
+        """Number of frames to process, an estimate where the input's length is one; None if unknown."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what going on needs, for ``torch.save`` and a weights-only load."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict`` of a loop with the same arguments."""
+
+    def __iter__(self) -> Iterator[SegmentedFrame]:
+        """Yield the frames in the order they are computed."""
+        ...
 
 
 def frame_range(start: int | None, end: int | None, step: int, count: int | None) -> range:

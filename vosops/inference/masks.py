@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import InputError, require
 from .files import complete_or_absent, sha256
@@ -120,6 +120,19 @@ class GivenMask:
         return self.array, None
 
 
+class LabelMaps(Protocol):
+    """What drawing and reporting ask about label maps."""
+
+    palette: bytes | None
+    """Of the PNGs."""
+    binary: bool
+    """Whether 0 and 255 are the only values."""
+    classes: bool
+    """Whether the values are classes, of which 0 is one like the others."""
+    first_area: dict[int, int]
+    """Pixels of each object in its first mask; an object that is not here cannot get lost."""
+
+
 class MaskSet:
     """All masks given for one video, checked: their sizes, ids, style and palette.
 
@@ -133,6 +146,8 @@ class MaskSet:
         only_new_objects: Keep of a later mask only the objects that no earlier mask has (the protocol of
             the benchmarks, whose data sets hold the truth of later frames too).
     """
+
+    classes = False
 
     def __init__(
         self, masks: Sequence[GivenMask], size: tuple[int, int], only_new_objects: bool = False

@@ -84,5 +84,5 @@ def make_tracker(
         tracker: VideoTracker = model
         return tracker
     if not isinstance(model, Network):
-        raise InputError(f"--model {name} does not follow objects through a video")
+        raise InputError(f"--model {name} does not follow objects through a video: see vosops semantic")
     return Tracker(model, memory_budget=budget, naive=naive)

@@ -91,7 +91,7 @@ class Record:
 
 
 class Events:
-    """Finds where objects are lost and return; feed it the frames in input order."""
+    """Finds where objects of known first areas are lost and return; feed it the frames in input order."""
 
     def __init__(self, first_area: dict[str, int]) -> None:
         self._first_area = first_area
@@ -101,6 +101,8 @@ class Events:
     def add(self, frame: FrameRecord) -> None:
         """Look at the next frame."""
         for object_id, area in frame.areas.items():
+            if object_id not in self._first_area:
+                continue
             visible = area >= max(1.0, LOST_SHARE * self._first_area[object_id])
             before = self._visible.get(object_id)
             if before is not None and visible != before:

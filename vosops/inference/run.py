@@ -14,8 +14,8 @@ from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
 from .errors import IncompleteInputError, InputError, InterruptedRunError, ResumeError, disk_errors
 from .files import PART_SUFFIX
 from .frames import FrameSource
-from .loop import Propagation
-from .masks import CONTACT_SHEET, MaskSet, write_labels
+from .loop import FrameLoop
+from .masks import CONTACT_SHEET, LabelMaps, write_labels
 from .progress import NoProgress, Progress, never
 from .report import REPORT, FrameRecord, write_report
 from .usage import peak_memory
@@ -43,7 +43,7 @@ class Run:
     Args:
         out: The folder; made if it does not exist.
         source: The frames.
-        masks: The given masks.
+        masks: The given masks, or what is to be known of label maps without any.
         propagation: The loop.
         arguments: Everything that changes the masks; a resumed run must have the same.
         outputs: What else to write; may differ when resuming.
@@ -53,8 +53,8 @@ class Run:
 
     out: Path
     source: FrameSource
-    masks: MaskSet
-    propagation: Propagation
+    masks: LabelMaps
+    propagation: FrameLoop
     arguments: dict[str, Any]
     outputs: Outputs = field(default_factory=Outputs)
     progress: Progress = field(default_factory=NoProgress)

@@ -1,0 +1,111 @@
+"""``vosops semantic``: the class of every pixel through a video, from the command line."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from vosops.inference.run import Mode
+
+_FPS_DENOMINATOR = 1001  # so that 23.976 is 24000/1001
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("semantic")(semantic)
+
+
+def semantic(
+    input: Annotated[Path, typer.Argument(help="Video file or folder of frames.")],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps and everything else.")],
+    weights: Annotated[
+        Path, typer.Option(help="Weights of LSTM-ICNet, or an .npz of the original's variables.")
+    ],
+    version: Annotated[str, typer.Option(help="Where the ConvLSTMs are: icnet, v1 ... v6.")] = "v5",
+    variant: Annotated[
+        str, typer.Option(help="convolution, spatial, depthwise, separable, fast or faster.")
+    ] = "convolution",
+    classes: Annotated[int, typer.Option(help="How many classes; 19 are Cityscapes'.")] = 19,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Carry the state instead of running four frames for each.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = -1,
+    start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
+    end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
+    step: Annotated[int, typer.Option(help="Process every so many frames.")] = 1,
+    fps: Annotated[float, typer.Option(help="Rate of a folder of frames, for the overlay.")] = 24.0,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also a video with coloured classes.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+) -> None:
+    """Say of every pixel of a video what it is, with LSTM-ICNet; no mask is needed.
+
+    Writes one palette PNG of class numbers a frame, contact_sheet.png and report.json into --out.
+    """
+    from vosops.cli.segment import Console, StopSignals
+    from vosops.inference.datasets import open_source
+    from vosops.inference.drawing_pass import Outputs
+    from vosops.inference.errors import InputError
+    from vosops.inference.loop import frame_range
+    from vosops.inference.models import find_device, find_dtype
+    from vosops.inference.run import Run
+    from vosops.inference.semantic_run import (
+        ClassLabels,
+        SemanticPropagation,
+        arguments_of,
+        class_palette,
+        make_semantic_tracker,
+    )
+    from vosops.inference.usage import keep_freed_memory
+
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: give one")
+    if fps <= 0:
+        raise InputError(f"--fps must be above 0, got {fps}")
+    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+    keep_freed_memory()
+    place = find_device(device)
+    source = open_source(input, Fraction(fps).limit_denominator(_FPS_DENOMINATOR))
+    indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
+    tracker = make_semantic_tracker(
+        weights,
+        place,
+        version=version,
+        variant=variant,
+        num_classes=classes,
+        streaming=streaming,
+        dtype=find_dtype(dtype),
+    )
+    with Console() as console, StopSignals(console.note) as signals:
+        summary = Run(
+            out=out,
+            source=source,
+            masks=ClassLabels(class_palette(classes)),
+            propagation=SemanticPropagation(tracker, source, indices, short_side=size),
+            arguments=arguments_of(
+                weights,
+                source,
+                version=version,
+                variant=variant,
+                classes=classes,
+                streaming=streaming,
+                device=str(place),
+                dtype=dtype,
+                size=size,
+                start=start,
+                end=end,
+                step=step,
+            ),
+            outputs=Outputs(overlay=overlay),
+            progress=console,
+            should_stop=lambda: signals.requested,
+        ).execute(mode)
+        console.summary(summary)

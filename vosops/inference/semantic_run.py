@@ -1,0 +1,181 @@
+"""A whole ``vosops semantic`` job: classes through a video, into an output folder, resumable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops.models.icnet import MIN_SIDE
+
+from .errors import InputError, VosopsError
+from .files import sha256
+from .frames import FrameSource, RawFrame, read_ahead
+from .loop import SegmentedFrame
+from .masks import davis_palette
+from .resize import computation_size, resize_frame
+from .semantic import SemanticTracker
+
+CITYSCAPES = {  # class -> colour, in the order of the training ids
+    "road": (128, 64, 128),
+    "sidewalk": (244, 35, 232),
+    "building": (70, 70, 70),
+    "wall": (102, 102, 156),
+    "fence": (190, 153, 153),
+    "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30),
+    "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35),
+    "terrain": (152, 251, 152),
+    "sky": (70, 130, 180),
+    "person": (220, 20, 60),
+    "rider": (255, 0, 0),
+    "car": (0, 0, 142),
+    "truck": (0, 0, 70),
+    "bus": (0, 60, 100),
+    "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230),
+    "bicycle": (119, 11, 32),
+}
+_PALETTE_BYTES = 768
+
+
+def class_palette(num_classes: int) -> bytes:
+    """The palette of the label maps: Cityscapes' colours for its 19 classes, else those of DAVIS."""
+    if num_classes != len(CITYSCAPES):
+        return davis_palette()
+    return bytes(value for colour in CITYSCAPES.values() for value in colour).ljust(_PALETTE_BYTES, b"\0")
+
+
+@dataclass
+class ClassLabels:
+    """What drawing and reporting ask about label maps of classes."""
+
+    palette: bytes | None
+    binary: bool = False
+    classes: bool = True
+    first_area: dict[int, int] = field(default_factory=dict)
+
+
+class SemanticPropagation:
+    """Drives a tracker over a video; iterate over it once to get the frames, in input order.
+
+    Between two frames :meth:`state_dict` says all that :meth:`load_state_dict` needs to go on. ``problem`` is
+    set when the input ended early.
+
+    Args:
+        tracker: The tracker, whose video is forgotten.
+        source: Frames; read in a thread, a few ahead.
+        indices: Frame numbers to process.
+        short_side: Short side of the computation in pixels, -1 for the input's size.
+    """
+
+    def __init__(
+        self, tracker: SemanticTracker, source: FrameSource, indices: range, *, short_side: int
+    ) -> None:
+        self.tracker = tracker
+        self.source = source
+        self.indices = indices
+        self.compute_size = computation_size(source.size, short_side)
+        if min(self.compute_size) < MIN_SIDE:
+            height, width = self.compute_size
+            raise InputError(f"frames of {width}x{height} are too small: give --size {MIN_SIDE} or more")
+        self.device = tracker.device
+        self.problem: str | None = None
+        self.position = indices.start
+        tracker.reset()
+
+    @property
+    def total(self) -> int | None:
+        """Number of frames to process, an estimate where the input's length is one; None if unknown."""
+        count = self.source.count
+        if count is None and self.indices.stop == sys.maxsize:
+            return None
+        stop = self.indices.stop if count is None else min(self.indices.stop, count)
+        return len(range(self.indices.start, stop, self.indices.step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and the tracker's state, for ``torch.save`` and a weights-only load."""
+        return {"position": self.position, "problem": self.problem, "tracker": self.tracker.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict`` of a propagation with the same arguments."""
+        self.position = state["position"]
+        self.problem = state["problem"]
+        self.tracker.load_state_dict(state["tracker"])
+
+    def __iter__(self) -> Iterator[SegmentedFrame]:
+        step = self.indices.step
+        read = self.source.forward(range(self.position, self.indices.stop, step))
+        prepared = ((raw, torch.from_numpy(raw.image)) for raw in read)
+        resized = ((raw, x, resize_frame(x.permute(2, 0, 1), self.compute_size)) for raw, x in prepared)
+        with read_ahead(resized) as ahead:
+            for raw, image, frame in ahead:
+                segmented = self._segment(raw, image, frame)
+                self.position = raw.index + step
+                yield segmented
+        self.problem = self.source.problem
+        if self.position == self.indices.start:
+            reason = self.problem or f"{self.source.title} ends before it"
+            raise InputError(f"frame {self.indices.start} cannot be read: {reason}")
+
+    def _segment(self, raw: RawFrame, image: Tensor, frame: Tensor) -> SegmentedFrame:
+        labels, best = (x.cpu() for x in self.tracker.labels(frame.to(self.device), size=self.source.size))
+        classes = range(self.tracker.num_classes)
+        flat = labels.flatten().long()
+        areas = torch.bincount(flat, minlength=len(classes)).tolist()
+        sums = torch.bincount(flat, best.flatten().double(), minlength=len(classes)).tolist()
+        seen = [i for i in classes if areas[i]]
+        return SegmentedFrame(
+            index=raw.index,
+            name=raw.name,
+            time=float(raw.time),
+            image=image,
+            labels=labels,
+            object_ids=seen,
+            areas={i: areas[i] for i in seen},
+            confidences={i: sums[i] / areas[i] for i in seen},
+            given=False,
+        )
+
+
+def make_semantic_tracker(
+    weights: Path,
+    device: torch.device,
+    *,
+    version: str,
+    variant: str,
+    num_classes: int,
+    streaming: bool,
+    dtype: torch.dtype,
+) -> SemanticTracker:
+    """Return a tracker of LSTM-ICNet with the weights of a file; one-line errors for what a user can get wrong."""
+    from vosops.models import create_model
+
+    if not weights.is_file():
+        raise InputError(f"--weights {weights} does not exist")
+    if not 1 < num_classes < len(davis_palette()) // 3:
+        raise InputError(f"--classes must be from 2 to 255, got {num_classes}")
+    try:
+        model = create_model(
+            "lstm_icnet", weights, device=device, version=version, variant=variant, num_classes=num_classes
+        )
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise VosopsError(f"model lstm_icnet cannot be made: {reason}") from error
+    return SemanticTracker(model, streaming=streaming, dtype=dtype)
+
+
+def arguments_of(weights: Path, source: FrameSource, **options: Any) -> dict[str, Any]:
+    """Everything that changes the label maps, for a run's record."""
+    return {
+        "input": source.title,
+        "input content": source.fingerprint(),
+        "weights content": sha256(weights),
+        **options,
+    }
