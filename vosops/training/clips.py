@@ -1,0 +1,116 @@
+"""Short clips of annotated videos, for training: crops that show the objects, mirrored and enlarged at random."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vosops.inference.masks import read_labels
+from vosops.inference.resize import resize_labels
+
+IGNORED = 255
+_TRIES = 10  # crops that are tried for one with an object in it
+_LEAST_SHARE = 0.01  # of the crop, that objects cover then
+_CACHED = 256  # frames that stay decoded
+
+
+class ClipSampler:
+    """Random clips from folders in the layout of DAVIS: JPEGImages/NAME/*.jpg, Annotations/NAME/*.png.
+
+    images, annotations: the folders that hold a folder for each sequence. sequences: their names; None: all that have
+    both. frames: of a clip: the first frame, which may lie up to max_distance frames before the rest, and then
+    neighbours in time, as FEELVOS is trained. crop: side of the square clips. scales: range of the enlargement.
+    binary: whatever is not 0 is one object, 255 too (DAVIS-2016). seed: clips depend on it alone. Raises ValueError
+    if no sequence is long enough.
+
+    Each call gives (frames (T,3,crop,crop) float32 in [0, 1], labels (T,crop,crop) int64, objects): labels are 0, 1 to
+    objects, and 255 for what is unknown or an object that the first frame does not show.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        sequences: Sequence[str] | None = None,
+        *,
+        frames: int = 3,
+        max_distance: int = 25,
+        crop: int = 384,
+        scales: tuple[float, float] = (1.0, 1.3),
+        binary: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if frames < 2:
+            raise ValueError(f"frames must be at least 2, got {frames}")
+        names = (
+            sorted(p.name for p in Path(images).iterdir() if p.is_dir()) if sequences is None else sequences
+        )
+        self.sequences = [_pairs(Path(images) / name, Path(annotations) / name) for name in names]
+        self.sequences = [pairs for pairs in self.sequences if len(pairs) >= frames]
+        if not self.sequences:
+            raise ValueError(f"no sequence of {images} has {frames} annotated frames in {annotations}")
+        self.frames = frames
+        self.max_distance = max_distance
+        self.crop = crop
+        self.scales = scales
+        self.binary = binary
+        self.random = random.Random(seed)
+
+    def __call__(self) -> tuple[Tensor, Tensor, int]:
+        """A clip: see the class."""
+        pairs = self.random.choice(self.sequences)
+        neighbours = self.frames - 1
+        start = self.random.randrange(1, len(pairs) - neighbours + 1)
+        first = self.random.randrange(max(0, start - self.max_distance), start)
+        chosen = [pairs[i] for i in (first, *range(start, start + neighbours))]
+        frames, labels = (torch.stack(x) for x in zip(*(_read(*pair) for pair in chosen), strict=True))
+        if self.binary:
+            labels = (labels > 0).long()
+        if self.random.random() < 0.5:
+            frames, labels = frames.flip(3), labels.flip(2)
+        frames, labels = self._crop(frames, labels)
+        ids = [i for i in labels[0].unique().tolist() if i not in (0, IGNORED)]
+        numbered = torch.where(labels == 0, 0, IGNORED)
+        for number, object_id in enumerate(ids, 1):
+            numbered[labels == object_id] = number
+        return frames.float() / 255, numbered, len(ids)
+
+    def _crop(self, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A crop of random scale, whose first frame shows an object if one can be found."""
+        scale = self.random.uniform(*self.scales)
+        scale = max(scale, self.crop / min(frames.shape[2:]))
+        size = max(self.crop, round(frames.shape[2] * scale)), max(self.crop, round(frames.shape[3] * scale))
+        frames = functional.interpolate(frames.float(), size, mode="bilinear", align_corners=False)
+        ids = labels.unique().tolist()
+        labels = torch.stack([resize_labels(x, size, ids) for x in labels])
+        for _ in range(_TRIES):
+            top, left = (self.random.randrange(side - self.crop + 1) for side in size)
+            inside = (..., slice(top, top + self.crop), slice(left, left + self.crop))
+            shown = labels[0][inside]
+            if ((shown > 0) & (shown != IGNORED)).float().mean() >= _LEAST_SHARE:
+                break
+        return frames[inside], labels[inside]
+
+
+def _pairs(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
+    """The frames that have an annotation, with it."""
+    frames = sorted(images.glob("*.jpg")) + sorted(images.glob("*.png"))
+    pairs = [(frame, annotations / f"{frame.stem}.png") for frame in frames]
+    return [pair for pair in pairs if pair[1].is_file()]
+
+
+@lru_cache(_CACHED)
+def _read(image: Path, annotation: Path) -> tuple[Tensor, Tensor]:
+    """Frame (3,H,W) uint8 and labels (H,W) int64."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(image) as opened:
+        frame = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    return frame, torch.from_numpy(read_labels(annotation)[0].astype(np.int64))
