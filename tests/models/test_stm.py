@@ -18,6 +18,7 @@ from vosops.inference import Tracker, segment
 from vosops.memory import MemoryBudgetError
 from vosops.models import STM, create_model
 from vosops.models import stm as module
+from vosops.models.resnet import ResNet50Encoder
 
 SIZE = (40, 56)  # of the clips' frames: 48 x 64 with padding
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -260,3 +261,26 @@ class TestByName:
         loaded = torch.hub.load(str(Path(__file__).parents[2]), "stm", source="local", slots=11)
         assert loaded.slots == 11
         assert all(map(torch.equal, loaded.parameters(), network.parameters()))
+
+
+class TestEncoder:
+    def test_folding_the_norms_changes_nothing_and_follows_the_weights(self):
+        encoder = ResNet50Encoder(("m",), last_stage=5, mask_bias=True)
+        for x in encoder.buffers():
+            if x.dim() == 1:
+                x.uniform_(0.5, 1.5)
+        frame, mask = torch.rand(1, 3, 32, 64), torch.rand(2, 1, 32, 64)
+        for _ in range(2):
+            with_gradients = encoder(frame, mask)
+            with torch.no_grad():
+                for folded, plain in zip(encoder(frame, mask), with_gradients, strict=True):
+                    torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+                assert torch.equal(encoder.last(frame, mask), encoder(frame, mask)[-1])
+                for x in encoder.parameters():
+                    x.mul_(1 + 0.1 * torch.rand_like(x))
+
+    def test_refuses_other_masks_and_stages(self):
+        with pytest.raises(ValueError, match="masks must be 0, got 1"):
+            ResNet50Encoder((), last_stage=2)(torch.rand(1, 3, 32, 32), torch.rand(1, 1, 32, 32))
+        with pytest.raises(ValueError, match="last_stage must be one of"):
+            ResNet50Encoder((), last_stage=6)

@@ -97,12 +97,42 @@ class ResNet50Encoder(nn.Module):
 
 
 class _FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm by its running statistics, in training too."""
+    """Batch norm by its running statistics, in training too; without gradients folded into the convolution before."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self._folded: tuple[object, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
+
+    def after(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+        """The norm of a convolution (without bias) of x."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.forward(convolution(x))
+        return functional.conv2d(x, *self._fold(convolution), convolution.stride, convolution.padding)
+
+    def _fold(self, convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that does both; made anew when a parameter has changed."""
+        assert self.running_mean is not None and self.running_var is not None
+        tensors = (convolution.weight, self.weight, self.bias, self.running_mean, self.running_var)
+        state = [(x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in tensors]
+        if self._folded is None or self._folded[0] != state:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            weight = convolution.weight * scale[:, None, None, None]
+            self._folded = state, weight, self.bias - self.running_mean * scale
+        return self._folded[1:]
+
+
+class _Downsample(nn.Sequential):
+    """A convolution and its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm = self
+        assert isinstance(convolution, nn.Conv2d) and isinstance(norm, _FrozenBatchNorm)
+        return norm.after(convolution, x)
 
 
 class _Bottleneck(nn.Module):
@@ -119,13 +149,13 @@ class _Bottleneck(nn.Module):
         self.bn3 = _FrozenBatchNorm(outputs)
         self.downsample: nn.Module | None = None
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
+            self.downsample = _Downsample(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), _FrozenBatchNorm(outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = functional.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
+        y = functional.relu(self.bn1.after(self.conv1, x), inplace=True)
+        y = functional.relu(self.bn2.after(self.conv2, y), inplace=True)
+        y = self.bn3.after(self.conv3, y)
         y += x if self.downsample is None else self.downsample(x)
         return functional.relu(y, inplace=True)
