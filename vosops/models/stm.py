@@ -7,7 +7,8 @@ of what was read. Objects are fused by `vosops.soft_aggregate`. docs/models/stm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ _R4, _R3, _R2 = 1024, 512, 256  # channels of the encoders' maps at strides 16, 
 _DECODER = 256  # channels
 _MASK_STRIDE = 4  # of the decoder's output
 _BATCH_PIXELS = 1 << 20  # of the frames that are encoded or decoded together, an object counting as one
-_STRIP_PIXELS = 1 << 18  # of the frame whose last decoder stage is computed together
-_HALO = 3  # rows of stride 4 that the last decoder stage sees beside its own: of three 3x3 convolutions
+_STRIP_PIXELS = 1 << 20  # of the frame whose last decoder stage is computed together
+_HALO = 3  # rows that three 3x3 convolutions see beside their own
 
 
 class STM(Network):
@@ -92,8 +93,8 @@ class STM(Network):
             read = memory_read(
                 query.key.repeat_interleave(objects, 0), torch.stack(keys, 2), torch.stack(values, 2)
             )
-            each = (x.repeat_interleave(objects, 0) for x in (query.value, query.skip3, query.skip2))
-            scores = self.Decoder(read, *each)
+            shared = (query.value, query.skip3, self.Decoder.RF2.skip(query.r2))
+            scores = self.Decoder(read, *(x.repeat_interleave(objects, 0) for x in shared))
             apart = functional.interpolate(scores[:, None], frame.shape[2:], mode="bilinear").sigmoid()
             logits.append(soft_aggregate(apart.view(batch, objects, *frame.shape[2:]), return_logits=True))
             masks = logits[-1].softmax(1)[:, 1:]
@@ -111,7 +112,7 @@ class STM(Network):
         """What of a frame (N,3,h,w) all objects share."""
         r2, r3, r4 = self.Encoder_Q(image)
         key, value = self.KV_Q_r4(r4)
-        return Query(key, value, self.Decoder.RF3.skip(r3), self.Decoder.RF2.skip(r2))
+        return Query(key, value, self.Decoder.RF3.skip(r3), r2)
 
     def new_memory(self, *, budget: int | None = None, naive: bool = False) -> Memory:
         """An empty memory: one `MemoryBank` for each object, or tensors that grow by concatenation."""
@@ -127,12 +128,12 @@ class STM(Network):
 
 
 class Query(NamedTuple):
-    """What of a frame all objects share: key, value and what the decoder takes from strides 8 and 4."""
+    """What of a frame all objects share: key, value, what the decoder takes from stride 8, and the map of stride 4."""
 
     key: Tensor
     value: Tensor
     skip3: Tensor
-    skip2: Tensor
+    r2: Tensor
 
 
 class _Memory(Memory):
@@ -141,6 +142,12 @@ class _Memory(Memory):
     def __init__(self, network: STM) -> None:
         self.network = network
         self.object_ids = []
+
+    @abstractmethod
+    def store(
+        self, object_id: int, key: Tensor, value: Tensor, *, frame: int, permanent: bool, keep: bool
+    ) -> None:
+        """Remembers an object's key and value (1,C,h,w) of a frame, as `add` says."""
 
     def _memorised(self, image: Tensor, masks: Masks, together: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Object id, key and value (1,C,h,w) of each object, so many encoded together."""
@@ -166,21 +173,32 @@ class _BankMemory(_Memory):
     def add(self, image: Tensor, masks: Masks, *, frame: int, permanent: bool, keep: bool) -> None:
         new = {o: self._new_bank(image) for o in masks.object_ids if o not in self._banks}
         self._share(len(self._banks) + len(new), new)
-        banks = {**self._banks, **new}
-        for o, key, value in self._memorised(image, masks, _objects_together(image)):
-            banks[o].add(frame, key, value[None], [o], permanent=permanent, temporary=not (keep or permanent))
-        self._banks = banks
+        self._banks |= new
+        try:
+            for o, key, value in self._memorised(image, masks, _objects_together(image)):
+                self.store(o, key, value, frame=frame, permanent=permanent, keep=keep)
+        except MemoryBudgetError:
+            self._banks = {o: bank for o, bank in self._banks.items() if o not in new}
+            self._share(len(self._banks), {})
+            raise
         self.object_ids = list(masks.object_ids)
 
+    def store(
+        self, object_id: int, key: Tensor, value: Tensor, *, frame: int, permanent: bool, keep: bool
+    ) -> None:
+        temporary = not (keep or permanent)
+        bank = self._banks[object_id]
+        bank.add(frame, key, value[None], [object_id], permanent=permanent, temporary=temporary)
+
     def segment(self, image: Tensor, *, frame: int) -> Tensor:
-        query = self.network.query(image)
+        query, decoder = self.network.query(image), self.network.Decoder
         together = _objects_together(image)
-        parts = []
+        middles = []
         for start in range(0, len(self.object_ids), together):
             some = self.object_ids[start : start + together]
             read = torch.cat([self._banks[o].read(query.key)[0] for o in some])
-            parts.append(self.network.Decoder.in_strips(read, query.value, query.skip3, query.skip2))
-        return torch.cat(parts)
+            middles.append(decoder.middle(read, query.value.expand(len(some), -1, -1, -1), query.skip3))
+        return decoder.in_strips(middles, query.r2)
 
     def remove_object(self, object_id: int) -> None:
         self.object_ids.remove(object_id)
@@ -229,19 +247,27 @@ class _NaiveMemory(_Memory):
 
     def __init__(self, network: STM) -> None:
         super().__init__(network)
-        self._keys: dict[
-            int, Tensor
-        ] = {}  # (1,128,T,h,w) of each object; the last frame is replaced by the next
+        self._keys: dict[int, Tensor] = {}  # (1,128,T,h,w) of each object
         self._values: dict[int, Tensor] = {}
-        self._last_stays = True
+        self._temporary: set[int] = set()  # the objects whose last frame is replaced by the next one
 
     def add(self, image: Tensor, masks: Masks, *, frame: int, permanent: bool, keep: bool) -> None:
         for o, key, value in list(self._memorised(image, masks, len(masks.object_ids))):
-            for store, new in ((self._keys, key), (self._values, value)):
-                before = [] if o not in store else [store[o] if self._last_stays else store[o][:, :, :-1]]
-                store[o] = torch.cat([*before, new[:, :, None]], 2)
-        self._last_stays = permanent or keep
+            self.store(o, key, value, frame=frame, permanent=permanent, keep=keep)
         self.object_ids = list(masks.object_ids)
+
+    def store(
+        self, object_id: int, key: Tensor, value: Tensor, *, frame: int, permanent: bool, keep: bool
+    ) -> None:
+        for columns, new in ((self._keys, key), (self._values, value)):
+            before = []
+            if object_id in columns:
+                stays = object_id not in self._temporary
+                before = [columns[object_id] if stays else columns[object_id][:, :, :-1]]
+            columns[object_id] = torch.cat([*before, new[:, :, None]], 2)
+        self._temporary = (
+            self._temporary - {object_id} if permanent or keep else self._temporary | {object_id}
+        )
 
     def segment(self, image: Tensor, *, frame: int) -> Tensor:
         network, objects = self.network, len(self.object_ids)
@@ -264,19 +290,20 @@ class _NaiveMemory(_Memory):
     def remove_object(self, object_id: int) -> None:
         self.object_ids.remove(object_id)
         del self._keys[object_id], self._values[object_id]
+        self._temporary.discard(object_id)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "object_ids": list(self.object_ids),
             "keys": [self._keys[o].clone() for o in self.object_ids],
             "values": [self._values[o].clone() for o in self.object_ids],
-            "last_stays": self._last_stays,
+            "temporary": sorted(self._temporary),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = next(self.network.parameters()).device
         self.object_ids = list(state["object_ids"])
-        self._last_stays = state["last_stays"]
+        self._temporary = set(state["temporary"])
         self._keys, self._values = (
             {o: x.to(device, copy=True) for o, x in zip(self.object_ids, state[name], strict=True)}
             for name in ("keys", "values")
@@ -347,27 +374,34 @@ class _Decoder(nn.Module):
 
     def forward(self, read: Tensor, value: Tensor, skip3: Tensor, skip2: Tensor) -> Tensor:
         """Read and value (O,512,h,w), skips of `_Refine.skip` (O or 1,256,...) -> (O,4h,4w)."""
-        return self._scores(self.RF2(skip2, self._middle(read, value, skip3)))
+        return self._scores(self.RF2(skip2, self.middle(read, value, skip3)))
 
-    def in_strips(self, read: Tensor, value: Tensor, skip3: Tensor, skip2: Tensor) -> Tensor:
-        """As `forward`, but for rounding, with the maps of stride 4 made a few rows at a time."""
-        middle = self._middle(read, value.expand(len(read), -1, -1, -1), skip3)
-        height, width = skip2.shape[2:]
-        rows = max(4 * _HALO, _STRIP_PIXELS // (_MASK_STRIDE**2 * width * len(read)))
-        parts = []
-        for start in range(0, height, rows):
-            stop = min(start + rows, height)
-            first, last = max(start - _HALO, 0), min(stop + _HALO, height)
-            coarse = resize_rows(middle.flatten(0, 1), (height, width), range(first, last))
-            m = coarse.view(*middle.shape[:2], last - first, width).to(middle.dtype)
-            m += skip2[:, :, first:last]
-            parts.append(self._scores(self.RF2.ResMM(m))[:, start - first : stop - first])
-        return torch.cat(parts, 1)
-
-    def _middle(self, read: Tensor, value: Tensor, skip3: Tensor) -> Tensor:
+    def middle(self, read: Tensor, value: Tensor, skip3: Tensor) -> Tensor:
+        """The stages up to stride 8 -> (O,256,2h,2w)."""
         m: Tensor = self.ResMM(self.convFM(torch.cat([read, value], 1)))
         m = self.RF3(skip3, m)
         return m
+
+    def in_strips(self, middles: Sequence[Tensor], r2: Tensor) -> Tensor:
+        """The last stage a few rows at a time, after that of `middle` for some objects each -> (O,4h,4w).
+
+        The same as `forward`, but for rounding: a strip's maps are made with the rows around it that they depend on.
+        """
+        height, width = r2.shape[2:]
+        rows = max(4 * _HALO, _STRIP_PIXELS // (_MASK_STRIDE**2 * width))
+        strips = []
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            first, last = max(start - _HALO, 0), min(stop + _HALO, height)
+            top, bottom = max(first - _HALO, 0), min(last + _HALO, height)
+            skip = self.RF2.skip(r2[:, :, top:bottom])[:, :, first - top : last - top]
+            parts = []
+            for middle in middles:
+                coarse = resize_rows(middle.flatten(0, 1), (height, width), range(first, last))
+                m = skip + coarse.view(*middle.shape[:2], last - first, width).to(skip.dtype)
+                parts.append(self._scores(self.RF2.ResMM(m))[:, start - first : stop - first])
+            strips.append(torch.cat(parts))
+        return torch.cat(strips, 1)
 
     def _scores(self, m: Tensor) -> Tensor:
         logits: Tensor = self.pred2(functional.relu(m))
