@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -26,11 +27,13 @@ constexpr int kLanePanel = kTileRegisters * V::kLanes;  // pixels in a lane pane
 template <class E>
 using TileSums = typename E::Lanes::Reg[kKeyPanel][kTileRegisters];
 
-// sums[j][r] = start(j, r) + sum over elements of lanes[e][r] * keys[e][j]; then finish(sums).
+// sums[j][r] = start(j, r) + sum over elements of lanes[e][r] * keys[e][j]; then finish(sums). The lanes of
+// successive elements are lane_stride apart.
 template <class E, class Start, class Finish>
 [[gnu::always_inline]] inline void multiply(const typename E::Lanes::T* lanes,
                                             const typename E::Lanes::T* keys, int64_t elements,
-                                            const Start& start, const Finish& finish) {
+                                            const Start& start, const Finish& finish,
+                                            int64_t lane_stride = kLanePanel<typename E::Lanes>) {
   using V = typename E::Lanes;
   TileSums<E> sums;
 #pragma GCC unroll 16
@@ -49,8 +52,31 @@ template <class E, class Start, class Finish>
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
     }
-    lanes += kLanePanel<V>;
+    lanes += lane_stride;
     keys += kKeyPanel;
+  }
+  finish(sums);
+}
+
+// The same from sums of 0 with each key in a row of its own: key j of element e is rows[j][e].
+template <class E, class Finish>
+[[gnu::always_inline]] inline void multiply_rows(
+    const typename E::Lanes::T* lanes, const std::array<const typename E::Lanes::T*, kKeyPanel>& rows,
+    int64_t elements, const Finish& finish) {
+  using V = typename E::Lanes;
+  TileSums<E> sums{};
+  for (int64_t e = 0; e < elements; ++e) {
+    typename V::Reg q[kTileRegisters];
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRegisters; ++r) q[r] = V::load(lanes + r * V::kLanes);
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeyPanel; ++j) {
+      typename V::Reg key = V::set1(rows[j][e]);
+      V::pin(key);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
+    }
+    lanes += kLanePanel<V>;
   }
   finish(sums);
 }

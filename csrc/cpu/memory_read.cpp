@@ -8,14 +8,17 @@
 // loaded. Bytes: the memory is read once per kAccumulatorBytes of sums; the affinity matrix never exists.
 // Floor: 2 (C + O Cv) operations per pair of query and memory position at the FMA rate.
 //
-// The backward pass recomputes the weights from the saved log-sum-exp. Per memory block, (1) each lane panel
-// computes weights A and score gradients dS = A (V^T G - D), adds K dS to its query gradient and stores A and
-// dS transposed; (2) each group of memory positions reduces them over all queries to the gradients of values
-// and keys. No two tasks write one place, so the result does not depend on the number of threads.
+// The backward pass recomputes the weights from the saved log-sum-exp. Per block of kBackwardBlock positions,
+// (1) each lane panel sums V^T G over chunks of kChunkChannels channels, computes weights A and score
+// gradients dS = A (V^T G - D), adds K dS to its query gradient and stores A and dS transposed; (2) each
+// group of memory positions reduces them over all queries to the gradients of values and keys. G is read
+// where it lies, so that little is held beside the gradients. No two tasks write one place, so the result
+// does not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -39,6 +42,9 @@ namespace {
 
 constexpr int64_t kAccumulatorBytes = 24 << 20;
 constexpr int64_t kRunBytes = 512 << 10;
+constexpr int64_t kBackwardBlock = 192;  // memory positions: a multiple of both panel widths
+constexpr int64_t kChunkChannels = 512;
+constexpr int64_t kConflictBytes = 1024;  // rows a multiple of this apart are copied side by side
 constexpr double kLog2E = 1.4426950408889634;
 
 // The channels of the values of all objects in groups of kKeyPanel that do not cross objects.
@@ -339,19 +345,90 @@ struct Gradients {
   Tensor query, key, value, shrinkage, query_bias, key_bias;
 };
 
+// Element n of a (N, ..., channels, pixels) tensor as rows of adjacent T, one for each channel: where they
+// lie, or copied where the tensor is of another dtype or its pixels are apart.
+template <class E>
+class Rows {
+  using T = typename E::Lanes::T;
+
+ public:
+  Rows(const Tensor& tensor, int64_t n)
+      : channels_(tensor.size(tensor.dim() - 2)),
+        pixels_(tensor.size(tensor.dim() - 1)),
+        objects_(tensor.dim() == 4 ? tensor.size(1) : 1),
+        in_place_(tensor.stride(tensor.dim() - 1) == 1 && tensor.scalar_type() == kDtype),
+        copy_(in_place_ ? 0 : objects_ * channels_ * pixels_) {
+    if (in_place_) {
+      data_ = tensor.const_data_ptr<T>() + n * tensor.stride(0);
+      object_stride_ = tensor.dim() == 4 ? tensor.stride(1) : 0;
+      channel_stride_ = tensor.stride(tensor.dim() - 2);
+      return;
+    }
+    data_ = copy_.data();
+    channel_stride_ = pixels_;
+    object_stride_ = channels_ * pixels_;
+    parallel_each(objects_ * channels_, [&](int64_t row) {
+      const int64_t object = row / channels_, channel = row % channels_;
+      const int64_t within = tensor.dim() == 4 ? object * tensor.stride(1) : 0;
+      const int64_t offset = n * tensor.stride(0) + within + channel * tensor.stride(tensor.dim() - 2);
+      dispatch_floating(tensor.scalar_type(), [&]<class S>(S) {
+        const S* source = tensor.const_data_ptr<S>() + offset;
+        T* target = copy_.data() + row * pixels_;
+        for (int64_t p = 0; p < pixels_; ++p)
+          target[p] = static_cast<T>(widen(source[p * tensor.stride(tensor.dim() - 1)]));
+      });
+    });
+  }
+
+  // The rows of a channel panel; a row that the panel does not have is its last one.
+  std::array<const T*, kKeyPanel> of(const ChannelPanel& panel) const {
+    std::array<const T*, kKeyPanel> rows;
+    for (int64_t j = 0; j < kKeyPanel; ++j)
+      rows[j] = row(panel.object, panel.first + std::min(j, panel.count - 1));
+    return rows;
+  }
+
+  // Where the rows of channels [first, ...) of all objects begin, if these are as far from each other as the
+  // channels, and not so that they share sets of the cache; else null.
+  const T* even(int64_t first) const {
+    const bool is_even = objects_ == 1 || object_stride_ == channels_ * channel_stride_;
+    const bool conflict = channel_stride_ * static_cast<int64_t>(sizeof(T)) % kConflictBytes == 0;
+    return is_even && !conflict ? data_ + first * channel_stride_ : nullptr;
+  }
+  int64_t channel_stride() const { return channel_stride_; }
+
+  // `count` channels of one object.
+  StridedMatrix matrix(int64_t object, int64_t first, int64_t count) const {
+    return {row(object, first), kDtype, count, channel_stride_, 1};
+  }
+
+ private:
+  static constexpr ScalarType kDtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+  const T* row(int64_t object, int64_t channel) const {
+    return data_ + object * object_stride_ + channel * channel_stride_;
+  }
+
+  int64_t channels_, pixels_, objects_;
+  bool in_place_;
+  Workspace<T> copy_;
+  const T* data_;
+  int64_t object_stride_, channel_stride_;
+};
+
 template <class E>
 class BackwardElement {
   using V = typename E::Lanes;
   using T = typename V::T;
   using Reg = typename V::Reg;
   static constexpr int64_t kLanes = kLanePanel<V>;
+  static_assert(kBackwardBlock % kKeyPanel == 0 && kBackwardBlock % kLanes == 0);
 
  public:
   BackwardElement(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out, const Tensor& grad_lse,
                   const Tensor& out, const Tensor& lse, int64_t n, Gradients& gradients)
       : in_(in),
         value_(value),
-        grad_out_(grad_out),
         n_(n),
         positions_(in.memory()),
         objects_(value.size(1)),
@@ -360,39 +437,44 @@ class BackwardElement {
         values_(channel_panels(objects_, channels_)),
         keys_(channel_panels(1, in.query.size(1))),
         value_channels_(objects_ * channels_),
+        chunk_(std::clamp<int64_t>(value_channels_, 1, kChunkChannels)),
         queries_(in, n),
-        memory_(in, n, static_cast<T>(kLog2E)),
+        memory_(in, n, static_cast<T>(kLog2E), kBackwardBlock),
         lse_(lse, n, queries_),
         rows_(queries_.panels * kLanes),
-        grad_lanes_(queries_.panels * value_channels_ * kLanes),
-        grad_channels_(static_cast<int64_t>(values_.size()) * in.queries() * kKeyPanel),
-        query_channels_(static_cast<int64_t>(keys_.size()) * in.queries() * kKeyPanel),
+        grads_(grad_out, n),
+        query_rows_(in.query, n),
         base_(rows_),
         query_sums_(queries_.panels * query_sum_size()),
         bias_sums_(rows_),
-        value_keys_(kMemoryBlock * value_channels_),
-        key_channels_(static_cast<int64_t>(keys_.size()) * kMemoryBlock * kKeyPanel),
-        weights_(kMemoryBlock * rows_),
-        slopes_(kMemoryBlock * rows_) {
-    pack_gradients(out, grad_lse);
+        value_keys_(kBackwardBlock * chunk_),
+        key_channels_(static_cast<int64_t>(keys_.size()) * kBackwardBlock * kKeyPanel),
+        weights_(kBackwardBlock * rows_),
+        slopes_(kBackwardBlock * rows_) {
+    start(out, grad_lse);
   }
 
   void run() {
-    for (int64_t begin = 0; begin < positions_; begin += kMemoryBlock) {
-      memory_.start(begin, std::min(kMemoryBlock, positions_ - begin));
-      pack_memory();
-      parallel_tasks(queries_.panels, [&] {
-        return [&, weights = Workspace<T>(kMemoryBlock * kLanes),
-                slopes = Workspace<T>(kMemoryBlock * kLanes)](int64_t i) mutable {
-          differentiate(i, weights.data(), slopes.data());
-        };
-      });
+    for (int64_t begin = 0; begin < positions_; begin += kBackwardBlock) {
+      memory_.start(begin, std::min(kBackwardBlock, positions_ - begin));
+      pack_keys();
+      for (int64_t first = 0; first == 0 || first < value_channels_; first += chunk_) {
+        const int64_t last = std::min(first + chunk_, value_channels_);
+        pack_values(first, last);
+        parallel_tasks(queries_.panels, [&] {
+          return [&, lanes = Workspace<T>(chunk_ * kLanes), weights = Workspace<T>(kBackwardBlock * kLanes),
+                  slopes = Workspace<T>(kBackwardBlock * kLanes)](int64_t i) mutable {
+            add_products(first, last, i, lanes.data());
+            if (last == value_channels_) differentiate(i, weights.data(), slopes.data());
+          };
+        });
+      }
       const int64_t groups = panels_of(memory_.count, kLanes), run = groups_in_a_run(),
                     value_panels = static_cast<int64_t>(values_.size());
       parallel_tasks(panels_of(groups, run) * value_panels, [&] {
         return [&](int64_t task) {
           const int64_t first = task / value_panels * run;
-          write_value(first, std::min(first + run, groups), task % value_panels);
+          write_value(first, std::min(first + run, groups), values_[task % value_panels]);
         };
       });
       parallel_tasks(groups, [&] {
@@ -407,58 +489,74 @@ class BackwardElement {
  private:
   int64_t query_sum_size() const { return static_cast<int64_t>(keys_.size()) * kKeyPanel * kLanes; }
 
-  // The gradient as lane panels (dP) and as channel panels (dV), the queries as channel panels (dK), and
-  // D = sum over channels of out * grad_out - grad_lse.
-  void pack_gradients(const Tensor& out, const Tensor& grad_lse) {
-    const int64_t value_panels = values_.size();
+  // Where row m of the block and lane panel i lie in slopes_: in tiles of kLanes x kLanes, which transposing
+  // leaves in their places.
+  T* products(int64_t m, int64_t i) {
+    return slopes_.data() + (m / kLanes * rows_ + i * kLanes + m % kLanes) * kLanes;
+  }
+
+  // Calls f(object, first channel, channels, channels before them) for the parts of channels [first, last) of
+  // all objects that belong to one object.
+  template <class F>
+  void each_object(int64_t first, int64_t last, const F& f) const {
+    for (int64_t at = first; at < last;) {
+      const int64_t object = at / channels_, channel = at % channels_;
+      const int64_t count = std::min(channels_ - channel, last - at);
+      f(object, channel, count, at - first);
+      at += count;
+    }
+  }
+
+  // D = sum over channels of out * grad_out - grad_lse, and sums of 0.
+  void start(const Tensor& out, const Tensor& grad_lse) {
     const T* lse_row = grad_lse.const_data_ptr<T>() + n_ * grad_lse.stride(0);
-    parallel_each(queries_.panels, [&](int64_t i) {
-      T* base = base_.data() + i * kLanes;
-      T* lanes = grad_lanes_.data() + i * value_channels_ * kLanes;
-      Workspace<T> outs(channels_ * kLanes);
-      for (int64_t p = 0; p < kLanes; ++p)
-        base[p] = p < queries_.count(i) ? -lse_row[(i * kLanes + p) * grad_lse.stride(1)] : T{0};
-      for (int64_t o = 0; o < objects_; ++o, lanes += channels_ * kLanes) {
-        pack_pixels<E, kLanes>(
-            StridedMatrix::of(grad_out_, n_ * grad_out_.stride(0) + o * grad_out_.stride(1)), i * kLanes,
-            queries_.count(i), lanes);
-        pack_pixels<E, kLanes>(StridedMatrix::of(out, n_ * out.stride(0) + o * out.stride(1)), i * kLanes,
-                               queries_.count(i), outs.data());
-        for (int64_t c = 0; c < channels_ * kLanes; ++c) base[c % kLanes] += lanes[c] * outs[c];
-      }
-      std::fill_n(query_sums_.data() + i * query_sum_size(), query_sum_size(), T{0});
-      std::fill_n(bias_sums_.data() + i * kLanes, kLanes, T{0});
-    });
-    StridedMatrix query = StridedMatrix::of(in_.query, n_ * in_.query.stride(0));
-    std::swap(query.channel_stride, query.pixel_stride);
-    query.channels = queries_.queries;
-    const int64_t stride = queries_.queries * kKeyPanel;
-    parallel_each(value_panels + static_cast<int64_t>(keys_.size()), [&](int64_t i) {
-      if (i < value_panels) {
-        pack_pixels<E, kKeyPanel>(transposed(grad_out_, n_, values_[i].object, 0, queries_.queries),
-                                  values_[i].first, values_[i].count, grad_channels_.data() + i * stride);
-      } else {
-        const ChannelPanel& panel = keys_[i - value_panels];
-        pack_pixels<E, kKeyPanel>(query, panel.first, panel.count,
-                                  query_channels_.data() + (i - value_panels) * stride);
-      }
+    parallel_tasks(queries_.panels, [&] {
+      return [&, grads = Workspace<T>(chunk_ * kLanes),
+              outs = Workspace<T>(chunk_ * kLanes)](int64_t i) mutable {
+        T* base = base_.data() + i * kLanes;
+        for (int64_t p = 0; p < kLanes; ++p)
+          base[p] = p < queries_.count(i) ? -lse_row[(i * kLanes + p) * grad_lse.stride(1)] : T{0};
+        for (int64_t first = 0; first < value_channels_; first += chunk_) {
+          const int64_t last = std::min(first + chunk_, value_channels_);
+          pack_grads(first, last, i, grads.data());
+          each_object(first, last, [&](int64_t object, int64_t channel, int64_t count, int64_t before) {
+            pack_part<kLanes>(out, object, channel, count, i * kLanes, queries_.count(i),
+                              outs.data() + before * kLanes);
+          });
+          for (int64_t c = 0; c < (last - first) * kLanes; ++c) base[c % kLanes] += grads[c] * outs[c];
+        }
+        std::fill_n(query_sums_.data() + i * query_sum_size(), query_sum_size(), T{0});
+        std::fill_n(bias_sums_.data() + i * kLanes, kLanes, T{0});
+      };
     });
   }
 
-  // The block's keys and values as key panels, and the keys times their shrinkage and scale as channel
-  // panels.
-  void pack_memory() {
+  // Packs pixels of some channels of one object of an (N, O, C, pixels) tensor.
+  template <int kWidth>
+  void pack_part(const Tensor& tensor, int64_t object, int64_t channel, int64_t channels, int64_t begin,
+                 int64_t count, T* panel) const {
+    StridedMatrix matrix = StridedMatrix::of(
+        tensor, n_ * tensor.stride(0) + object * tensor.stride(1) + channel * tensor.stride(2));
+    matrix.channels = channels;
+    pack_pixels<E, kWidth>(matrix, begin, count, panel);
+  }
+
+  // Lane panel i of channels [first, last) of the gradient.
+  void pack_grads(int64_t first, int64_t last, int64_t i, T* lanes) const {
+    each_object(first, last, [&](int64_t object, int64_t channel, int64_t count, int64_t before) {
+      pack_pixels<E, kLanes>(grads_.matrix(object, channel, count), i * kLanes, queries_.count(i),
+                             lanes + before * kLanes);
+    });
+  }
+
+  // The block's keys as key panels, and times their shrinkage and scale as channel panels.
+  void pack_keys() {
     parallel_each(memory_.panels(), [&](int64_t i) {
       memory_.pack_panel(i);
-      T* values = value_keys_.data() + i * kKeyPanel * value_channels_;
-      const int64_t first = i * kKeyPanel, used = std::min<int64_t>(kKeyPanel, memory_.count - first);
-      for (int64_t o = 0; o < objects_; ++o, values += channels_ * kKeyPanel) {
-        pack_pixels<E, kKeyPanel>(StridedMatrix::of(value_, n_ * value_.stride(0) + o * value_.stride(1)),
-                                  memory_.begin + first, used, values);
-      }
+      const int64_t first = i * kKeyPanel;
       const T to_gradient = static_cast<T>(1 / kLog2E);  // the factors are in powers of two
       for (int64_t panel = 0; panel < static_cast<int64_t>(keys_.size()); ++panel) {
-        T* target = key_channels_.data() + (panel * kMemoryBlock + first) * kKeyPanel;
+        T* target = key_channels_.data() + (panel * kBackwardBlock + first) * kKeyPanel;
         for (int64_t m = 0; m < kKeyPanel; ++m) {
           for (int64_t j = 0; j < kKeyPanel; ++j) {
             const bool is_used = j < keys_[panel].count;
@@ -471,44 +569,75 @@ class BackwardElement {
     });
   }
 
+  // Channels [first, last) of the block's values as key panels.
+  void pack_values(int64_t first, int64_t last) {
+    parallel_each(memory_.panels(), [&](int64_t i) {
+      const int64_t position = i * kKeyPanel, used = std::min<int64_t>(kKeyPanel, memory_.count - position);
+      T* values = value_keys_.data() + position * chunk_;
+      each_object(first, last, [&](int64_t object, int64_t channel, int64_t count, int64_t before) {
+        pack_part<kKeyPanel>(value_, object, channel, count, memory_.begin + position, used,
+                             values + before * kKeyPanel);
+      });
+    });
+  }
+
+  // The products of values and gradient over channels [first, last), for lane panel i with the block; added
+  // to those of the channels before.
+  void add_products(int64_t first, int64_t last, int64_t i, T* lanes) {
+    const T* gradient = queries_.count(i) == kLanes ? grads_.even(first) : nullptr;
+    int64_t stride = grads_.channel_stride();
+    if (gradient != nullptr) {
+      gradient += i * kLanes;
+    } else {
+      pack_grads(first, last, i, lanes);
+      gradient = lanes;
+      stride = kLanes;
+    }
+    for (int64_t panel = 0; panel < memory_.panels(); ++panel) {
+      std::array<T*, kKeyPanel> sums;
+      for (int64_t j = 0; j < kKeyPanel; ++j) sums[j] = products(panel * kKeyPanel + j, i);
+      multiply<E>(
+          gradient, value_keys_.data() + panel * kKeyPanel * chunk_, last - first,
+          [&](int j, int r) { return first == 0 ? Reg{} : V::load(sums[j] + r * V::kLanes); },
+          [&](const TileSums<E>& result) {
+#pragma GCC unroll 16
+            for (int j = 0; j < kKeyPanel; ++j)
+#pragma GCC unroll 16
+              for (int r = 0; r < kTileRegisters; ++r) V::store(sums[j] + r * V::kLanes, result[j][r]);
+          },
+          stride);
+    }
+  }
+
   // Weights and score gradients of lane panel i with the block, its share of the query gradient, and both
   // tiles transposed to (group of kLanes positions, query, position).
   void differentiate(int64_t i, T* weights, T* slopes) {
     const T* bias = queries_.has_bias ? queries_.bias.data() + i * kLanes : nullptr;
-    const T* lanes = grad_lanes_.data() + i * value_channels_ * kLanes;
     Reg lse[kTileRegisters], base[kTileRegisters];
     for (int r = 0; r < kTileRegisters; ++r) {
       lse[r] = V::load(lse_.data.data() + i * kLanes + r * V::kLanes);
       base[r] = V::load(base_.data() + i * kLanes + r * V::kLanes);
     }
     for (int64_t panel = 0; panel < memory_.panels(); ++panel) {
-      T* weight = weights + panel * kKeyPanel * kLanes;
-      T* slope = slopes + panel * kKeyPanel * kLanes;
       memory_.score(panel, queries_.lanes(i), bias, [&](TileSums<E>& scores) {
 #pragma GCC unroll 16
-        for (int j = 0; j < kKeyPanel; ++j)
+        for (int j = 0; j < kKeyPanel; ++j) {
+          const int64_t m = panel * kKeyPanel + j;
 #pragma GCC unroll 16
-          for (int r = 0; r < kTileRegisters; ++r)
-            V::store(weight + j * kLanes + r * V::kLanes, exp2_of_negative<V>(scores[j][r] - lse[r]));
+          for (int r = 0; r < kTileRegisters; ++r) {
+            const Reg weight = exp2_of_negative<V>(scores[j][r] - lse[r]);
+            const Reg product = V::load(products(m, i) + r * V::kLanes);
+            V::store(weights + m * kLanes + r * V::kLanes, weight);
+            V::store(slopes + m * kLanes + r * V::kLanes, weight * (product - base[r]));
+          }
+        }
       });
-      multiply<E>(
-          lanes, value_keys_.data() + panel * kKeyPanel * value_channels_, value_channels_,
-          [](int, int) { return Reg{}; },
-          [&](const TileSums<E>& sums) {
-#pragma GCC unroll 16
-            for (int j = 0; j < kKeyPanel; ++j)
-#pragma GCC unroll 16
-              for (int r = 0; r < kTileRegisters; ++r) {
-                const int64_t at = j * kLanes + r * V::kLanes;
-                V::store(slope + at, V::load(weight + at) * (sums[j][r] - base[r]));
-              }
-          });
     }
     const int64_t rows = memory_.panels() * kKeyPanel;
     T* sums = query_sums_.data() + i * query_sum_size();
     for (size_t panel = 0; panel < keys_.size(); ++panel, sums += kKeyPanel * kLanes) {
       multiply<E>(
-          slopes, key_channels_.data() + panel * kMemoryBlock * kKeyPanel, rows,
+          slopes, key_channels_.data() + panel * kBackwardBlock * kKeyPanel, rows,
           [&](int j, int r) { return V::load(sums + j * kLanes + r * V::kLanes); },
           [&](const TileSums<E>& result) {
 #pragma GCC unroll 16
@@ -536,17 +665,14 @@ class BackwardElement {
     }
   }
 
-  // Reduces `transposed` (queries, kLanes positions) with a channel panel over all queries.
-  void reduce(const T* transposed, const T* channels, T* sums) const {
-    multiply<E>(
-        transposed, channels, queries_.queries, [](int, int) { return Reg{}; },
-        [&](const TileSums<E>& result) {
+  // Reduces `transposed` (queries, kLanes positions) with rows of channels over all queries.
+  void reduce(const T* transposed, const std::array<const T*, kKeyPanel>& channels, T* sums) const {
+    multiply_rows<E>(transposed, channels, queries_.queries, [&](const TileSums<E>& result) {
 #pragma GCC unroll 16
-          for (int j = 0; j < kKeyPanel; ++j)
+      for (int j = 0; j < kKeyPanel; ++j)
 #pragma GCC unroll 16
-            for (int r = 0; r < kTileRegisters; ++r)
-              V::store(sums + j * kLanes + r * V::kLanes, result[j][r]);
-        });
+        for (int r = 0; r < kTileRegisters; ++r) V::store(sums + j * kLanes + r * V::kLanes, result[j][r]);
+    });
   }
 
   // Groups of positions whose transposed weights stay in the second-level cache, so that the gradients of the
@@ -556,10 +682,9 @@ class BackwardElement {
     return std::max<int64_t>(1, kRunBytes / std::max<int64_t>(1, bytes));
   }
 
-  void write_value(int64_t first_group, int64_t last_group, int64_t panel) {
-    const ChannelPanel& channels = values_[panel];
+  void write_value(int64_t first_group, int64_t last_group, const ChannelPanel& channels) {
     const int64_t row = n_ * value_channels_ + channels.object * channels_ + channels.first;
-    const T* gradient = grad_channels_.data() + panel * queries_.queries * kKeyPanel;
+    const auto gradient = grads_.of(channels);
     dispatch_floating(gradients_.value.scalar_type(), [&]<class S>(S) {
       S* target = gradients_.value.mutable_data_ptr<S>() + row * positions_ + memory_.begin;
       for (int64_t group = first_group; group < last_group; ++group) {
@@ -596,8 +721,7 @@ class BackwardElement {
   void write_key(int64_t group, T* sums) {
     const T* slopes = slopes_.data() + group * rows_ * kLanes;
     for (size_t panel = 0; panel < keys_.size(); ++panel) {
-      reduce(slopes, query_channels_.data() + panel * queries_.queries * kKeyPanel,
-             sums + panel * kKeyPanel * kLanes);
+      reduce(slopes, query_rows_.of(keys_[panel]), sums + panel * kKeyPanel * kLanes);
     }
     T total[kLanes] = {}, biased[kLanes] = {};
     for (int64_t p = 0; p < queries_.queries; ++p) {
@@ -645,25 +769,23 @@ class BackwardElement {
 
   const ScoreInputs& in_;
   const Tensor& value_;
-  const Tensor& grad_out_;
   const int64_t n_, positions_, objects_, channels_;
   Gradients& gradients_;
   const std::vector<ChannelPanel> values_, keys_;
-  const int64_t value_channels_;
+  const int64_t value_channels_;  // of all objects
+  const int64_t chunk_;           // how many of them are multiplied at a time
   PackedQueries<E> queries_;
   PackedMemory<E> memory_;
   PackedLse<E> lse_;
-  const int64_t rows_;           // queries with those that fill the last lane panel
-  Workspace<T> grad_lanes_;      // (lane panel, O Cv, kLanes)
-  Workspace<T> grad_channels_;   // (channel panel of the values, P, kKeyPanel)
-  Workspace<T> query_channels_;  // (channel panel of the queries, P, kKeyPanel)
-  Workspace<T> base_;            // D, per query
-  Workspace<T> query_sums_;      // (lane panel, channels of the queries, kLanes)
-  Workspace<T> bias_sums_;       // per query
-  Workspace<T> value_keys_;      // (key panel, O Cv, kKeyPanel)
-  Workspace<T> key_channels_;    // (channel panel of the keys, kMemoryBlock, kKeyPanel)
-  Workspace<T> weights_;         // (group of positions, rows_, kLanes)
-  Workspace<T> slopes_;          // alike: the gradients of the scores
+  const int64_t rows_;  // queries with those that fill the last lane panel
+  Rows<E> grads_, query_rows_;
+  Workspace<T> base_;          // D, per query
+  Workspace<T> query_sums_;    // (lane panel, channels of the queries, kLanes)
+  Workspace<T> bias_sums_;     // per query
+  Workspace<T> value_keys_;    // (key panel, chunk_, kKeyPanel)
+  Workspace<T> key_channels_;  // (channel panel of the keys, kBackwardBlock, kKeyPanel)
+  Workspace<T> weights_;       // (group of positions, rows_, kLanes)
+  Workspace<T> slopes_;        // alike: products of values and gradient, then the gradients of the scores
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
@@ -685,6 +807,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
     const std::vector<int64_t> shape{in.batch(), input ? size : 0};
     return torch::stable::new_empty(query, shape, wide);
   };
+  Workspace<float>::release();  // what the forward pass left: the gradients are large
   Gradients gradients{torch::stable::new_empty(query, query.sizes()),
                       torch::stable::new_empty(key, key.sizes()),
                       torch::stable::new_empty(value, value.sizes()),

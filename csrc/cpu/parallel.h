@@ -39,6 +39,10 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   T* data() { return static_cast<T*>(data_); }
   T& operator[](size_t i) { return data()[i]; }
+  const T* data() const { return static_cast<const T*>(data_); }
+
+  // Gives back the buffers that are kept for later calls.
+  static void release() { pool().release(); }
 
  private:
   static constexpr size_t kAlignment = 64;
@@ -78,6 +82,13 @@ class Workspace {
         std::free(free_.front().data);
         free_.erase(free_.begin());
       }
+    }
+
+    void release() {
+      std::lock_guard lock(mutex_);
+      for (const Buffer& buffer : free_) std::free(buffer.data);
+      free_.clear();
+      retained_ = 0;
     }
 
    private:

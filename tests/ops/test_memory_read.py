@@ -753,6 +753,30 @@ def test_gradients_over_several_blocks(dtype):
         assert error < (1e-5 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("queries", [70, 256])
+@pytest.mark.parametrize("layout", ["contiguous", "pixels apart", "objects apart"])
+def test_gradients_of_many_channels_whatever_the_layout_of_the_output_gradient(layout, queries):
+    """More channels than are multiplied at a time, an object's split; rows of 256 lie in the same sets of a cache."""
+    tensors, options = make(o=3, c=8, v=200, q=(queries,), m=(400,))
+    wide, wide_options = in_float64(tensors, options)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(1, 3, 200, queries, generator=generator)
+    given = grad
+    if layout == "pixels apart":
+        given = grad.mT.contiguous().mT
+    elif layout == "objects apart":
+        given = torch.empty(1, 3, 201, queries)[:, :, :200].copy_(grad)
+    grads = []
+    cases = ((vosops.memory_read, tensors, options), (reference.memory_read, wide, wide_options))
+    for read, args, named in cases:
+        inputs = [t.requires_grad_() for t in args]
+        out = read(*args, **named)
+        cotangent = given if out.dtype == torch.float32 else grad.double()
+        grads.append(torch.autograd.grad(out, inputs, cotangent))
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours.double() - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
 def test_the_result_does_not_depend_on_the_number_of_threads():
     (query, key, value), options = make("l2 shrinkage", o=2, c=20, v=30, q=(200,), m=(700,))
     before, results = torch.get_num_threads(), []
