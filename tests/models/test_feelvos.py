@@ -275,6 +275,14 @@ def test_the_head_gives_the_same_in_bands_of_rows_and_groups_of_objects(network,
     torch.testing.assert_close(network.head(features, maps, naive=True), whole, rtol=1e-4, atol=1e-3)
 
 
+def test_the_network_is_one_graph(network):
+    frames, labels = clip(3)
+    compiled = torch.compile(network.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        got, want = (run(frames[None], labels[None, :2], [2])[0] for run in (compiled, network))
+    torch.testing.assert_close(got, want)
+
+
 # ---- Training.
 
 
@@ -464,6 +472,17 @@ def test_naive_tracking_gives_the_same(network):
         tracker.initialize(frames[0], labels[0])
         results.append(torch.stack([tracker.step(frame) for frame in frames[1:]]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-3)
+
+
+def test_scales_are_averaged(network):
+    frames, labels = clip(2)
+    results = []
+    for scales in ((1.0,), (0.8,), (0.8, 1.0)):
+        tracker = Tracker(network, scales=scales)
+        tracker.initialize(frames[0], labels[0])
+        results.append(tracker.step(frames[1]))
+    torch.testing.assert_close(results[2], (results[0] + results[1]) / 2, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(results[0], results[1])
 
 
 def test_bfloat16_and_channels_last_track(network):
