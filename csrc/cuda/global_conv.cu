@@ -169,8 +169,11 @@ template <class Products>
 struct Smem {
   alignas(16) unsigned char weights[kStages][kTileRows][kRowPitch<Products::kChunkSteps>];
   int row_of_pixel[kTilePixels];
-  // Behind it: two buffers of x, rectangle.rows() rows each.
+  // Behind it: two buffers of x, rectangle.rows() rows each. At the end sums lie over all of it.
 };
+
+constexpr int kSumPitch = kTilePixels + 1;
+constexpr size_t kSumBytes = sizeof(float) * kHalfRows * kSumPitch;
 
 template <class Products>
 __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products::Element> in) {
@@ -273,17 +276,28 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
   }
   copy_async_wait<0>();
 
+  // Sums go through shared memory, half of the rows at a time.
+  auto* sums = reinterpret_cast<float*>(&s);
+  const int pixels = rectangle.height * rectangle.width;
+  for (int half = 0; half < kWarpsRows; ++half) {
+    __syncthreads();
+    if (Products::half() == half)
 #pragma unroll
-  for (int j = 0; j < kOwnPixels; ++j) {
-    const int pixel = Products::pixel(j), y = first_y + pixel / rectangle.width,
-              column = first_x + pixel % rectangle.width;
-    if (pixel >= rectangle.height * rectangle.width || y >= in.height || column >= in.width) continue;
+      for (int i = 0; i < kOwnRows; ++i)
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i) {
-      const int row = Products::row(i), line = !in.merge && row >= kHalfRows, channel = channel_of(row);
-      if (channel < in.lines[line].rows)
+        for (int j = 0; j < kOwnPixels; ++j)
+          sums[(Products::row(i) - half * kHalfRows) * kSumPitch + Products::pixel(j)] = products.sum(i, j);
+    __syncthreads();
+    const int line = in.merge ? 0 : half;
+    const bool rows_innermost = in.sums.layout.channel_stride == 1;
+    for (int i = thread; i < kHalfRows * pixels; i += kThreads) {
+      const int row = rows_innermost ? i % kHalfRows : i / pixels;
+      const int pixel = rows_innermost ? i / kHalfRows : i % pixels;
+      const int channel = channel_of(half * kHalfRows + row);
+      const int y = first_y + pixel / rectangle.width, column = first_x + pixel % rectangle.width;
+      if (channel < in.lines[line].rows && y < in.height && column < in.width)
         in.sums.put(share, n, channel + (line ? in.lines[0].rows : 0), int64_t{y} * in.width + column,
-                    products.sum(i, j));
+                    sums[row * kSumPitch + pixel]);
     }
   }
 }
@@ -380,7 +394,8 @@ bool launch(Problem<typename Products::Element> in, const Tensor& out, Stream st
   constexpr double kProductsPerCycle = 1200;  // of mma.sync with 16 bits, on a multiprocessor
   const double cycles_of_chunk = double(in.taps) * kTileRows * kTilePixels * kChannels / kProductsPerCycle;
   const double steps_of_sums = cycles_of_sums(in.sums.count()) / cycles_of_chunk;
-  const size_t bytes = sizeof(Smem<Products>) + size_t(2) * size_t(in.rectangle.rows()) * kPitch;
+  const size_t bytes =
+      std::max(sizeof(Smem<Products>) + size_t(2) * size_t(in.rectangle.rows()) * kPitch, kSumBytes);
   sum_over_shares(out, in.sums, choose_shares(blocks, chunks, steps_of_sums), stream, [&](const auto& sums) {
     in.sums = sums;
     LAUNCH(kernel<Products>, dim3(checked_blocks(blocks * sums.shares)), dim3(kThreads), bytes, stream, in);

@@ -204,7 +204,8 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
     __syncthreads();
     stage(square + 1);
     const int number = int((square - begin) % kStages);
-    if (own_tap < in.taps) products.add(s.grad[number], x_rows + number * in.halo_rows() + own_tap * in.tap_rows(), in.pitch());
+    if (own_tap < in.taps)
+      products.add(s.grad[number], x_rows + number * in.halo_rows() + own_tap * in.tap_rows(), in.pitch());
   }
   copy_async_wait<0>();
   __syncthreads();
