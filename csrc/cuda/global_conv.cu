@@ -231,7 +231,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
         const int channel = channel_of(row);
         const bool inside = channel < line.rows && ahead_tap < line.taps;
         const E* from =
-            inside ? line.data + channel * line.row_stride + ahead_tap * line.tap_stride : line.data;
+            inside ? line.data + channel * line.row_stride + ahead_tap * line.tap_stride : in.x[part].data;
         copy(s.weights[number % kStages][row] + vector * kVectorBytes, from, first + vector,
              inside ? bytes_left(line.channels, first + vector) : 0);
       }
