@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vosops import _checks, backends
-from vosops.ops._registration import HAS_CPP, cpp_reasons_not
+from vosops.ops._registration import HAS_CPP, cpp_reasons_not, define_triton_op, triton_reasons_not
 from vosops.reference.global_conv import global_conv_merge_core, global_conv_split_core
 
 CPU_PRECISIONS = ("exact", "winograd")
@@ -400,7 +401,27 @@ class _Kernels:
             torch.library.register_vmap(name, vmap)
 
 
-CPP = _Kernels("")
+SCHEMAS = {
+    "split": "(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, Tensor? addend, "
+    "str precision) -> Tensor",
+    "merge": "(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor",
+    "weight": "(Tensor x, Tensor grad, int kernel_h, int kernel_w, str precision) -> Tensor",
+}
+
+
+def _define_triton(op: str) -> None:
+    def kernel(*args: Any) -> Tensor:
+        result: Tensor = getattr(import_module("vosops.triton.global_conv"), f"global_conv_{op}")(*args)
+        return result
+
+    define_triton_op(f"global_conv_{op}", SCHEMAS[op], kernel)
+
+
+for _op in SCHEMAS:
+    _define_triton(_op)
+
+CPP, TRITON = _Kernels(""), _Kernels("_triton")
+TRITON.register()
 if HAS_CPP:
     CPP.register()
 
@@ -424,11 +445,12 @@ backends.register_op(
         prepare=_prepare,
         implementations=(
             backends.Implementation("cpp", CPP, cpp_reasons_not),
+            backends.Implementation("triton", TRITON, triton_reasons_not),
             backends.Implementation("reference", _reference, lambda *_: []),
         ),
         orders={
             "cpu": backends.UNMEASURED,
-            "cuda": backends.Order(("reference", "cpp", "triton")),
+            "cuda": backends.UNMEASURED,
         },
     )
 )

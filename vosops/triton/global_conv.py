@@ -147,7 +147,9 @@ def _convolve(
         vertical = tl.where(on_second, SECOND_VERTICAL, FIRST_VERTICAL)
         dy = tl.where(vertical, shift, 0)
         pixels, inside = shifted_rows(x, p, P, dy, shift - dy, x_n, x_y, x_x, H, W)
-        values = tl.load(pixels + (channel_of_x + c)[None, :], mask=inside & (c < channels)[None, :], other=0.0)
+        values = tl.load(
+            pixels + (channel_of_x + c)[None, :], mask=inside & (c < channels)[None, :], other=0.0
+        )
         acc = dot(weights, tl.trans(values), acc, PRECISION)
 
     channel = row + tl.where(in_second, first_rows, 0)
@@ -265,7 +267,9 @@ def global_conv_split(
     return _convolution(x, (first, second), (first_bias, second_bias), addend, precision, merge=False)
 
 
-def global_conv_merge(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, precision: str) -> Tensor:
+def global_conv_merge(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, precision: str
+) -> Tensor:
     """The sum of a line convolution of x's first channels and one of its others -> (N,M,H,W)."""
     return _convolution(x, (first, second), (bias, None), None, precision, merge=True)
 
@@ -281,7 +285,9 @@ def global_conv_weight(x: Tensor, grad: Tensor, kernel_h: int, kernel_w: int, pr
         return out.zero_()
     height, width = x.shape[2:]
     maps = [_channels_innermost(t) for t in (x, grad)]
-    plan = gradient_plan((rows, channels, taps), x.shape[0] * height * width, x.dtype, precision, target_of(x))
+    plan = gradient_plan(
+        (rows, channels, taps), x.shape[0] * height * width, x.dtype, precision, target_of(x)
+    )
     strides = [t.stride(dim) for t in maps for dim in (0, 2, 3)]
 
     def launch(sums: Tensor, parts: int) -> None:
@@ -404,7 +410,9 @@ def _convolution(
     rows_of_x = _channels_innermost(x)
     lines = [_channels_innermost(weight) for weight in weights]
     tap_dims = [3 if weight.shape[3] > 1 else 2 for weight in weights]
-    line_strides = [s for line, dim in zip(lines, tap_dims, strict=True) for s in (line.stride(0), line.stride(dim))]
+    line_strides = [
+        s for line, dim in zip(lines, tap_dims, strict=True) for s in (line.stride(0), line.stride(dim))
+    ]
     added = None if addend is None else addend.flatten(2)
     added_strides = (0, 0, 0)
     if added is not None:
@@ -415,7 +423,17 @@ def _convolution(
     def launch(sums: Tensor, parts: int) -> None:
         x_strides = (rows_of_x.stride(dim) for dim in (0, 2, 3))
         _convolve[(plan.programs * parts,)](
-            *(rows_of_x, *lines, *vectors, added, sums, *x_strides, *line_strides, *added_strides, *out_strides),
+            *(
+                rows_of_x,
+                *lines,
+                *vectors,
+                added,
+                sums,
+                *x_strides,
+                *line_strides,
+                *added_strides,
+                *out_strides,
+            ),
             *(out.numel(), plan.pixels, height, width, *rows, *channels, *taps, *plan.tiles, parts),
             MERGE=merge,
             FIRST_VERTICAL=first.shape[3] == 1,
