@@ -237,14 +237,13 @@ class FEELVOSMemory(Memory):
 
     def _labels_of(self, masks: Masks, size: tuple[int, int], permanent: bool) -> Tensor:
         """The ids (h,w) at the keys' size; on a permanent frame no object is lost for being small."""
-        ids = torch.tensor([0, *masks.object_ids], device=self._labels.device)
-        labels = ids[masks.labels().to(ids.device)]
-        small = self.network.matching.resize_labels(labels, size)
+        classes = masks.labels()
+        small = self.network.matching.resize_labels(classes, size)
         if permanent:
-            for object_id in masks.object_ids:
-                if not (small == object_id).any():
-                    _keep_small(object_id, labels, small)
-        return small
+            for index in range(1, 1 + len(masks.object_ids)):
+                if not (small == index).any():
+                    _keep_small(index, classes, small)
+        return torch.tensor([0, *masks.object_ids], device=small.device)[small]
 
     def _masks_of(self, labels: Tensor) -> Tensor:
         """Ids (T,h,w) -> masks (1,O+1,T,h,w)."""
@@ -459,15 +458,14 @@ def nearest_other(distances: Tensor) -> Tensor:
     return torch.where(is_least, second, least)
 
 
-def _keep_small(object_id: int, labels: Tensor, small: Tensor) -> None:
-    """Gives an object of labels (H,W) one pixel of small (h,w), where it is."""
-    pixels = (labels == object_id).nonzero()
+def _keep_small(index: int, labels: Tensor, small: Tensor) -> None:
+    """Gives a class of labels (H,W) one pixel of small (h,w), where it is, if there is any."""
+    pixels = (labels == index).nonzero()
     if len(pixels):
-        y, x = pixels[len(pixels) // 2].tolist()
-        (height, width), (rows, columns) = labels.shape, small.shape
-        small[round(y * (rows - 1) / max(height - 1, 1)), round(x * (columns - 1) / max(width - 1, 1))] = (
-            object_id
-        )
+        place = pixels[len(pixels) // 2].tolist()
+        sides = zip(place, small.shape, labels.shape, strict=True)
+        row, column = (round(x * (new - 1) / max(old - 1, 1)) for x, new, old in sides)
+        small[row, column] = index
 
 
 def _noisy_identity_(weight: Tensor) -> None:
