@@ -1,0 +1,230 @@
+"""Whole networks on whole frames: time and peak memory of a step, frugal against naive, and what fits in 4 GB.
+
+Weights are random: neither time nor memory depends on them. Each measurement has a process of its own, whose peak
+resident memory is reported, interpreter, libraries and weights included. `naive` computes as the original code does
+(`vosops.inference.Tracker`). A measurement may be held to a limit: a process that needs more fails, and says so.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops.benchmarking.fresh import run_fresh
+from vosops.benchmarking.measure import Clock
+
+__all__ = ["CASES", "FITS", "Case", "Measurement", "largest_that_fits", "measure", "table"]
+
+SIZES = {"480p": (480, 854), "1080p": (1080, 1920), "4K": (2160, 3840)}
+LIMIT = 16 * 10**9
+"""Bytes that a measurement may need; a naive one at 1080p needs more."""
+
+GOAL = 4 * 10**9
+_ASPECT, _MULTIPLE = 16 / 9, 16  # of the sizes that are tried for the largest that fits
+_PROBES = (240, 360, 480)  # heights whose peaks predict those of larger frames
+_FIRST_FILLER = 10**6  # number of the first frame of a memory that is filled without being computed
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network on frames of a size: so many objects, and frames in the memory, if that grows.
+
+    default: whether it is measured without being asked for by name.
+    """
+
+    network: str
+    label: str
+    size: tuple[int, int]
+    objects: int = 3
+    frames: int = 20
+    default: bool = True
+
+    @property
+    def name(self) -> str:
+        """How it is chosen."""
+        return f"{self.network}-{self.label}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way of a case: seconds of a step, peak bytes of the process and bytes of the memory; or why not.
+
+    One thread is timed in CPU time of the process, which other programs disturb least, more in wall time.
+    """
+
+    case: Case
+    naive: bool
+    seconds: float | None = None
+    peak: int | None = None
+    memory: int | None = None
+    failure: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"name": self.case.name, **asdict(self)}
+
+
+def _cases() -> Iterator[Case]:
+    for network in ("stm", "rgmp", "feelvos"):
+        for label, size in SIZES.items():
+            large = label == "4K"
+            default = not (large and network == "feelvos")  # global matching of 4K takes minutes
+            yield Case(network, label, size, 1 if large else 3, 2 if large else 20, default)
+
+
+CASES = {case.name: case for case in _cases()}
+FITS = {f"{case.network}-fits": case for case in CASES.values() if case.label == "1080p"}
+"""Searches for the largest frame whose step stays under `GOAL`, with the objects and frames of these cases."""
+
+
+def measure(case: Case, *, naive: bool, threads: int = 2, limit: int | None = LIMIT) -> Measurement:
+    """Measures one way of a case in a fresh process. limit: bytes beyond which it fails; None: no limit."""
+    try:
+        found = run_fresh(__name__, "_measure", case, naive, threads, limit)
+    except RuntimeError as error:
+        return Measurement(case, naive, failure=str(error))
+    return Measurement(case, naive, **found)
+
+
+def largest_that_fits(
+    case: Case, *, naive: bool, threads: int = 2, goal: int = GOAL, note: Callable[[str], None] = print
+) -> Measurement:
+    """The largest frame of 16:9 whose step stays under `goal` bytes, measured.
+
+    Peaks of small frames predict where that is, and the prediction is measured; it is made smaller until it holds.
+    """
+    probes = [
+        measure(_of_height(case, height), naive=naive, threads=threads, limit=goal) for height in _PROBES
+    ]
+    points = [(p.case.size[0] * p.case.size[1], p.peak) for p in probes if p.peak is not None]
+    if len(points) < 2:
+        return replace(
+            probes[0], failure=probes[0].failure or f"needs more than {goal / 1e9:g} GB at {_PROBES[1]}p"
+        )
+    height = _predict(points, goal, quadratic=len(points) == len(_PROBES))
+    while True:
+        tried = _of_height(case, height)
+        note(f"trying {tried.size[1]} x {tried.size[0]}")
+        found = measure(tried, naive=naive, threads=threads, limit=goal)
+        if found.peak is not None and found.peak <= goal:
+            return found
+        height = int(height * 0.93) // _MULTIPLE * _MULTIPLE
+
+
+def table(measurements: Sequence[Measurement]) -> str:
+    """The measurements in Markdown: a row for each case, frugal beside naive."""
+    lines = [
+        "| case | frame | objects | frames in memory | time a frame | naive | peak memory | naive |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows: dict[str, dict[bool, Measurement]] = {}
+    for m in measurements:
+        rows.setdefault(m.case.name, {})[m.naive] = m
+    for name, ways in rows.items():
+        case = next(iter(ways.values())).case
+        frames = {f"{m.case.size[1]} x {m.case.size[0]}" for m in ways.values()}
+        cells = [name, " / ".join(sorted(frames, key=len, reverse=True)), str(case.objects), str(case.frames)]
+        for field in (_seconds, _peak):
+            cells += [field(ways[naive]) if naive in ways else "" for naive in (False, True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _seconds(m: Measurement) -> str:
+    return "-" if m.seconds is None else f"{m.seconds:.1f} s"
+
+
+def _peak(m: Measurement) -> str:
+    return str(m.failure) if m.peak is None else f"{m.peak / 1e9:.2f} GB"
+
+
+def _of_height(case: Case, height: int) -> Case:
+    width = round(height * _ASPECT / _MULTIPLE) * _MULTIPLE
+    return replace(case, label="fits", size=(height, width))
+
+
+def _predict(points: Sequence[tuple[int, int]], goal: int, *, quadratic: bool) -> int:
+    """The height whose peak is `goal`, by a polynomial in the number of pixels through the points."""
+    pixels = torch.tensor([p for p, _ in points], dtype=torch.float64) / 1e6
+    peaks = torch.tensor([peak for _, peak in points], dtype=torch.float64) / 1e9
+    powers = torch.stack([pixels**n for n in range(3 if quadratic else 2)], 1)
+    curve = torch.linalg.lstsq(powers, peaks[:, None]).solution.flatten().clamp(min=0)
+    low, high = 0.0, 100.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        peak = sum(float(c) * middle**n for n, c in enumerate(curve))
+        low, high = (middle, high) if peak < goal / 1e9 else (low, middle)
+    return int((low * 1e6 / _ASPECT) ** 0.5) // _MULTIPLE * _MULTIPLE
+
+
+# ---- In the fresh process.
+
+
+def _measure(case: Case, naive: bool, threads: int, limit: int | None) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    _hold_to(limit)
+    try:
+        tracker = _started(case, naive)
+        output = "probs" if naive else "labels"
+        tracker.step(_frame(case, 1), output=output)
+        last = _frame(case, 2)
+        seconds = Clock(threads=threads).seconds(lambda: tracker.step(last, output=output))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        assert limit is not None
+        return {"failure": f"more than {limit / 1e9:g} GB"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"seconds": seconds, "peak": peak, "memory": tracker.memory_bytes()}
+
+
+def _started(case: Case, naive: bool) -> Any:
+    """A tracker after its first frame, its memory filled up to two frames less than the case has."""
+    from vosops.inference import Tracker
+    from vosops.models import create_model
+
+    tracker = Tracker(create_model(case.network), naive=naive, channels_last=not naive)
+    height, width = case.size
+    labels = torch.zeros(case.size, dtype=torch.uint8)
+    for i in range(case.objects):
+        left = (2 * i + 1) * width // (2 * case.objects + 1)
+        labels[height // 4 : height // 2, left : left + width // (2 * case.objects + 1)] = 1 + i
+    tracker.initialize(_frame(case, 0), labels)
+    with tracker._running():
+        tracker._memorise()
+        for memory in tracker._memories:
+            if hasattr(memory, "store"):
+                _fill(memory, case)
+    return tracker
+
+
+def _fill(memory: Any, case: Case) -> None:
+    """Frames of random keys and values: what is in a memory changes neither time nor memory."""
+    size = [-(-side // 16) for side in case.size]
+    for frame in range(case.frames - 2):
+        for o in memory.object_ids:
+            key, value = torch.randn(1, 128, *size), torch.randn(1, 512, *size)
+            memory.store(o, key, value, frame=_FIRST_FILLER + frame, permanent=False, keep=True)
+
+
+def _frame(case: Case, number: int) -> Tensor:
+    random = torch.Generator().manual_seed(number)
+    return torch.randint(0, 256, (3, *case.size), generator=random, dtype=torch.uint8)
+
+
+def _hold_to(limit: int | None) -> None:
+    """Let allocations fail beyond so many bytes; what is reserved at the start without being used does not count."""
+    if limit is None or sys.platform != "linux":
+        return
+    with open("/proc/self/status") as file:
+        kilobytes = {
+            line.split(":")[0]: int(line.split()[1]) for line in file if line.rstrip().endswith("kB")
+        }
+    reserved = 1024 * (kilobytes["VmData"] - kilobytes["RssAnon"])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit + max(reserved, 0), resource.RLIM_INFINITY))
