@@ -30,7 +30,11 @@ __all__ = ["RGMP", "RGMPOutput"]
 _STAGES = (256, 512, 1024, 2048)  # channels of the encoder's maps, at strides 4, 8, 16, 32
 _CHANNELS = 256  # of the decoder
 _KERNEL = 7  # of the global convolution
-_PIXELS_AT_ONCE = 1 << 20  # of the images that are segmented in one batch: two objects at 854x480
+_PIXELS_AT_ONCE = (
+    1 << 20
+)  # of the images that are segmented in one batch, or of the strip that is refined last
+_HALO = 6  # rows of stride 4 that a strip sees beside its own: of six 3x3 convolutions
+_STRIDE = 4  # of the decoder's finest map
 _FLOAT = 4  # bytes
 
 
@@ -50,6 +54,10 @@ class RGMP(Network):
     align_corners: of every enlargement in the decoder. The published weights need True, which was the meaning of the
     original code when they were trained; with False (what the same code means to PyTorch since 0.4) probabilities
     are off by up to 0.4. Parameters are those of the original checkpoint; the weights are random until some are loaded.
+
+    Time of a frame: an encoder and decoder pass for each object, and one for their union if there are several, for each
+    scale. Memory beside the weights: 2048 bytes for each object and 32 x 32 pixels, and while a frame is segmented about
+    450 bytes for each pixel, whatever the number of objects.
 
         >>> import torch
         >>> from vosops.models.rgmp import RGMP
@@ -155,9 +163,13 @@ class _ReferenceMemory(Memory):
             references = torch.cat([self._reference(key) for key, _ in chosen])
             masks = torch.stack([mask for _, mask in chosen])
             features = self._network.Encoder(image, masks)
-            logits = self._network.Decoder.coarse(features, references).float()
+            logits = self._network.Decoder.coarse(features, references, strips=not self._naive).float()
             scores.append(logits[:, 1] - logits[:, 0])
-        return torch.cat(scores) if scores else image.new_empty(0, image.shape[2] // 4, image.shape[3] // 4)
+        return (
+            torch.cat(scores)
+            if scores
+            else image.new_empty(0, *(side // _STRIDE for side in image.shape[2:]))
+        )
 
     def remove_object(self, object_id: int) -> None:
         """Forgets an object; the union's reference is then that of the next frame that is added."""
@@ -242,27 +254,39 @@ class _Decoder(nn.Module):
 
     def forward(self, features: list[Tensor], reference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The logits (N,2,...) of all stages, the finest first; features: the encoder's maps."""
-        *maps, m2 = self._refined(features, reference)
-        m5, m4, m3 = maps
-        heads = ((self.pred2, m2), (self.pred3, m3), (self.pred4, m4), (self.pred5, m5))
+        m5, m4, m3 = self._refined(features, reference)
+        heads = (
+            (self.pred2, self.RF2(features[0], m3)),
+            (self.pred3, m3),
+            (self.pred4, m4),
+            (self.pred5, m5),
+        )
         p2, p3, p4, p5 = (head(functional.relu(x)) for head, x in heads)
         return p2, p3, p4, p5
 
-    def coarse(self, features: list[Tensor], reference: Tensor) -> Tensor:
-        """The logits (N,2,H/4,W/4) of the finest stage alone; the others are freed as soon as they have been used."""
-        for x in self._refined(features, reference):  # noqa: B007
-            pass
-        logits: Tensor = self.pred2(functional.relu(x))
-        return logits
+    def coarse(self, features: list[Tensor], reference: Tensor, *, strips: bool = True) -> Tensor:
+        """The logits (N,2,H/4,W/4) of the finest stage alone; strips: made a strip at a time where the map is large."""
+        finest, m3 = features[0], self._refined(features, reference)[-1]
+        batch, _, height, width = finest.shape
+        most = max(1, _PIXELS_AT_ONCE // (batch * width * _STRIDE**2)) if strips else height
+        parts = []
+        for start in range(0, height, most):
+            seen = range(max(0, start - _HALO), min(height, start + most + _HALO))
+            enlarged = resize_rows(
+                m3.flatten(0, 1), (height, width), seen, align_corners=self.RF2.align_corners
+            )
+            enlarged = enlarged.to(m3.dtype).unflatten(0, (batch, -1))
+            m2 = self.RF2.merged(finest[:, :, seen.start : seen.stop], enlarged)
+            logits = self.pred2(functional.relu(m2))
+            parts.append(logits[:, :, start - seen.start :][:, :, :most])
+        return torch.cat(parts, 2)
 
-    def _refined(self, features: list[Tensor], reference: Tensor) -> Iterator[Tensor]:
-        """The maps of the decoder, strides 32, 16, 8 and 4."""
-        r2, r3, r4, r5 = features
-        x = _residual(self.GC(r5, reference), self.convG1, self.convG2)
-        yield x
-        for refine, skip in ((self.RF4, r4), (self.RF3, r3), (self.RF2, r2)):
-            x = refine(skip, x)
-            yield x
+    def _refined(self, features: list[Tensor], reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The maps of the decoder at strides 32, 16 and 8."""
+        _, r3, r4, r5 = features
+        m5 = _residual(self.GC(r5, reference), self.convG1, self.convG2)
+        m4 = self.RF4(r4, m5)
+        return m5, m4, self.RF3(r3, m4)
 
 
 class _Refine(nn.Module):
@@ -278,9 +302,12 @@ class _Refine(nn.Module):
         self.convMM2 = _conv(_CHANNELS)
 
     def forward(self, features: Tensor, coarse: Tensor) -> Tensor:
-        x = _residual(self.convFS1(features), self.convFS2, self.convFS3)
-        x = _enlarged(coarse, x.shape[2:], self.align_corners).add_(x)
-        return _residual(x, self.convMM1, self.convMM2)
+        return self.merged(features, _enlarged(coarse, features.shape[2:], self.align_corners))
+
+    def merged(self, features: Tensor, enlarged: Tensor) -> Tensor:
+        """The refined map; enlarged, which this writes over: the coarse map at the size of the features."""
+        enlarged += _residual(self.convFS1(features), self.convFS2, self.convFS3)
+        return _residual(enlarged, self.convMM1, self.convMM2)
 
 
 def _conv(inputs: int, outputs: int = _CHANNELS) -> nn.Conv2d:
