@@ -56,8 +56,8 @@ class RGMP(Network):
     are off by up to 0.4. Parameters are those of the original checkpoint; the weights are random until some are loaded.
 
     Time of a frame: an encoder and decoder pass for each object, and one for their union if there are several, for each
-    scale. Memory beside the weights: 2048 bytes for each object and 32 x 32 pixels, and while a frame is segmented about
-    450 bytes for each pixel, whatever the number of objects.
+    scale. Memory beside the weights: 2048 bytes for each object and 32 x 32 pixels, and about 450 bytes for each pixel
+    while a frame is segmented, whatever the number of objects.
 
         >>> import torch
         >>> from vosops.models.rgmp import RGMP
