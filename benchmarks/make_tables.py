@@ -5,7 +5,8 @@
     python benchmarks/make_tables.py --check    exit code 1 if a file is not up to date
 
 A region begins with `<!-- table: KIND NAME -->` and ends with `<!-- end of table -->`. KIND is goals, all or
-brief (NAME: an op), or segmentation (NAME: a model, whose page in docs/models has the table).
+brief (NAME: an op), segmentation (NAME: a model, whose page in docs/models has the table) or systems (NAME: a network,
+or "all", of benchmarks/bench_systems.py).
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vosops.benchmarking import BENCHMARKS
+from vosops.benchmarking import BENCHMARKS, systems
 from vosops.benchmarking.cases import Plan
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (
+    ROOT / "docs" / "performance.md",
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "models").glob("*.md")),
+)
 REGION = re.compile(r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MISSING = "not measured"
 ORIGINALS = {
@@ -182,7 +187,31 @@ def segmentation(model: str) -> str:
     return f"{copied}\n\nFrom {link}, which has the command and more."
 
 
-KINDS = {"goals": goals, "all": everything, "brief": brief, "segmentation": segmentation}
+def of_systems(network: str) -> str:
+    """What whole networks cost: all cases of one, or of all."""
+    report = load("systems")
+    own = [r for r in report["results"] if network in ("all", r["case"]["network"])]
+    command = "`python benchmarks/bench_systems.py" + f" --network {network}`" * (network != "all")
+    command = command if command.endswith("`") else command + "`"
+    if not own:
+        return f"{MISSING.capitalize()} yet. Command: {command}"
+    facts, loads = report["machine"], [r["load"] for r in own]
+    busy = f" The load average was up to {max(loads):.1f}." if max(loads) > BUSY_LOAD else ""
+    threads = sorted({r["threads"] for r in own})
+    return (
+        systems.table([systems.Measurement.from_dict(r) for r in own])
+        + f"\n\n{facts['processor']}, {' or '.join(map(str, threads))} threads, torch {facts['torch']}.{busy} "
+        f"Command: {command}"
+    )
+
+
+KINDS = {
+    "goals": goals,
+    "all": everything,
+    "brief": brief,
+    "segmentation": segmentation,
+    "systems": of_systems,
+}
 
 
 def rewritten(text: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vosops.benchmarking import systems
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -90,11 +92,12 @@ def test_regions_are_replaced_and_the_rest_is_kept(measured):
 
 def test_every_region_of_the_pages_is_known(make_tables):
     regions = [match for page in make_tables.PAGES for match in make_tables.REGION.finditer(page.read_text())]
-    assert len(regions) == 10
+    assert len(regions) >= 12
     for match in regions:
         kind, name = match[2], match[3]
         assert kind in make_tables.KINDS
-        assert name in make_tables.BENCHMARKS or (kind, name) == ("segmentation", "propagate")
+        known = {"segmentation": ["propagate"], "systems": ["all", *systems.NETWORKS]}
+        assert name in known.get(kind, make_tables.BENCHMARKS)
 
 
 def test_segmentation_is_copied_from_the_page_of_the_model(make_tables, tmp_path, monkeypatch):
@@ -109,3 +112,19 @@ def test_segmentation_is_copied_from_the_page_of_the_model(make_tables, tmp_path
         "| clip | J |\n|---|---|\n| **mean** | **0.9** |\n\nFrom"
     )
     assert make_tables.segmentation("none").startswith("Not measured yet.")
+
+
+def test_systems_stand_frugal_beside_naive(make_tables, tmp_path):
+    assert make_tables.of_systems("stm").startswith("Not measured yet.")
+    case = systems.CASES["stm-1080p"]
+    found = [
+        systems.Measurement(case, False, seconds=12.0, peak=3_200_000_000, memory=1),
+        systems.Measurement(case, True, failure="more than 16 GB"),
+    ]
+    results = [{**m.to_dict(), "threads": 2, "load": 0.5} for m in found]
+    report = {"machine": {"processor": "a CPU", "torch": "2"}, "results": results}
+    (tmp_path / "systems_cpu.json").write_text(json.dumps(report))
+    table = make_tables.of_systems("stm")
+    assert "| stm-1080p | 1920 x 1080 | 3 | 20 | 12.0 s | - | 3.20 GB | more than 16 GB |" in table
+    assert make_tables.of_systems("rgmp").startswith("Not measured yet.")
+    assert make_tables.of_systems("all").startswith(table.splitlines()[0])

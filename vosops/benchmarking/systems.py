@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,8 +19,20 @@ from torch import Tensor
 from vosops.benchmarking.fresh import run_fresh
 from vosops.benchmarking.measure import Clock
 
-__all__ = ["CASES", "FITS", "Case", "Measurement", "largest_that_fits", "measure", "table"]
+__all__ = [
+    "CASES",
+    "FITS",
+    "LIMIT",
+    "NETWORKS",
+    "Case",
+    "Measurement",
+    "largest_that_fits",
+    "measure",
+    "table",
+]
 
+SEMANTIC = "lstm_icnet"  # segments without objects, from a window of frames
+NETWORKS = ("stm", "rgmp", "feelvos", SEMANTIC)
 SIZES = {"480p": (480, 854), "1080p": (1080, 1920), "4K": (2160, 3840)}
 LIMIT = 16 * 10**9
 """Bytes that a measurement may need; a naive one at 1080p needs more."""
@@ -41,8 +53,8 @@ class Case:
     network: str
     label: str
     size: tuple[int, int]
-    objects: int = 3
-    frames: int = 20
+    objects: int
+    frames: int
     default: bool = True
 
     @property
@@ -69,13 +81,23 @@ class Measurement:
         """Plain data for JSON."""
         return {"name": self.case.name, **asdict(self)}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """What `to_dict` gave; other entries are left out."""
+        case = Case(**{**data["case"], "size": tuple(data["case"]["size"])})
+        names = ("naive", "seconds", "peak", "memory", "failure")
+        return cls(case, **{name: data[name] for name in names})
+
 
 def _cases() -> Iterator[Case]:
-    for network in ("stm", "rgmp", "feelvos"):
+    for network in NETWORKS:
         for label, size in SIZES.items():
             large = label == "4K"
             default = not (large and network == "feelvos")  # global matching of 4K takes minutes
-            yield Case(network, label, size, 1 if large else 3, 2 if large else 20, default)
+            if network == SEMANTIC:
+                yield Case(network, label, size, objects=0, frames=4)
+            else:
+                yield Case(network, label, size, 1 if large else 3, 2 if large else 20, default)
 
 
 CASES = {case.name: case for case in _cases()}
@@ -172,8 +194,9 @@ def _measure(case: Case, naive: bool, threads: int, limit: int | None) -> dict[s
     try:
         tracker = _started(case, naive)
         output = "probs" if naive else "labels"
-        tracker.step(_frame(case, 1), output=output)
-        last = _frame(case, 2)
+        for number in range(1, case.frames if case.network == SEMANTIC else 2):
+            tracker.step(_frame(case, number), output=output)
+        last = _frame(case, case.frames)
         seconds = Clock(threads=threads).seconds(lambda: tracker.step(last, output=output))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -181,14 +204,17 @@ def _measure(case: Case, naive: bool, threads: int, limit: int | None) -> dict[s
         assert limit is not None
         return {"failure": f"more than {limit / 1e9:g} GB"}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": seconds, "peak": peak, "memory": tracker.memory_bytes()}
+    memory = None if case.network == SEMANTIC else tracker.memory_bytes()
+    return {"seconds": seconds, "peak": peak, "memory": memory}
 
 
 def _started(case: Case, naive: bool) -> Any:
     """A tracker after its first frame, its memory filled up to two frames less than the case has."""
-    from vosops.inference import Tracker
+    from vosops.inference import SemanticTracker, Tracker
     from vosops.models import create_model
 
+    if case.network == SEMANTIC:
+        return SemanticTracker(create_model(case.network), naive=naive, channels_last=not naive)
     tracker = Tracker(create_model(case.network), naive=naive, channels_last=not naive)
     height, width = case.size
     labels = torch.zeros(case.size, dtype=torch.uint8)
