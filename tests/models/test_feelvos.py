@@ -17,6 +17,7 @@ from vosops.memory import MemoryBudgetError
 from vosops.models import create_model, feelvos
 from vosops.models.feelvos import FEELVOS, FirstAndPreviousMatching, NestedMatching, References
 from vosops.models.network import TensorMasks
+from vosops.models.tensorflow import load_tensorflow, variable_shapes
 from vosops.reference import global_matching as reference_global_matching
 from vosops.reference import local_matching as reference_local_matching
 
@@ -563,3 +564,117 @@ def test_segment_runs_from_frames_to_masks(tmp_path, monkeypatch, capsys):
     masks = sorted((tmp_path / "out").glob("0*.png"))
     assert len(masks) == 3 and all(pillow.open(mask).size == (427, 240) for mask in masks)
     assert "feelvos" in json.dumps(json.loads((tmp_path / "out" / "report.json").read_text()))
+
+
+# ---- Checkpoints of the original.
+
+
+@pytest.fixture(scope="module")
+def original():
+    """A network that the original's checkpoints are of."""
+    return create_model("feelvos", backbone="xception65", output_stride=16)
+
+
+def original_variables():
+    """The variables of research/feelvos and research/deeplab with Xception-65, by the code that makes them."""
+    shapes = {}
+
+    def conv(scope, kernel, inputs, outputs=None, norm=True):
+        """slim.conv2d, or slim.separable_conv2d with num_outputs=None."""
+        if outputs is None:
+            shapes[f"{scope}/depthwise_weights"] = (kernel, kernel, inputs, 1)
+        else:
+            shapes[f"{scope}/weights"] = (kernel, kernel, inputs, outputs)
+        channels = (outputs or inputs,)
+        names = ("gamma", "beta", "moving_mean", "moving_variance")
+        shapes.update(
+            {f"{scope}/BatchNorm/{name}": channels for name in names}
+            if norm
+            else {f"{scope}/biases": channels}
+        )
+
+    def separable(scope, inputs, outputs, kernel=3, norm=True):
+        conv(f"{scope}_depthwise", kernel, inputs, None, norm)
+        conv(f"{scope}_pointwise", 1, inputs, outputs, norm)
+
+    conv("xception_65/entry_flow/conv1_1", 3, 3, 32)
+    conv("xception_65/entry_flow/conv1_2", 3, 32, 64)
+    inputs = 64
+    for block, units, depths, shortcut in (
+        ("entry_flow/block1", 1, (128, 128, 128), True),
+        ("entry_flow/block2", 1, (256, 256, 256), True),
+        ("entry_flow/block3", 1, (728, 728, 728), True),
+        ("middle_flow/block1", 16, (728, 728, 728), False),
+        ("exit_flow/block1", 1, (728, 1024, 1024), True),
+        ("exit_flow/block2", 1, (1536, 1536, 2048), False),
+    ):
+        for unit in range(1, units + 1):
+            scope = f"xception_65/{block}/unit_{unit}/xception_module"
+            if shortcut:
+                conv(f"{scope}/shortcut", 1, inputs, depths[2])
+            for i, outputs in enumerate(depths, 1):
+                separable(f"{scope}/separable_conv{i}", inputs, outputs)
+                inputs = outputs
+    conv("image_pooling", 1, 2048, 256)
+    conv("aspp0", 1, 2048, 256)
+    for i in (1, 2, 3):
+        separable(f"aspp{i}", 2048, 256)
+    conv("concat_projection", 1, 5 * 256, 256)
+    conv("decoder/feature_projection0", 1, 256, 48)
+    separable("decoder/decoder_conv0", 256 + 48, 256)
+    separable("decoder/decoder_conv1", 256, 256)
+    separable("embedding/split_separable_conv2d", 256, 100, norm=False)
+    for i in range(4):
+        inputs = 256 + 3 if i == 0 else 256
+        separable(f"embedding_seg/split_separable_conv2d_{i}", inputs, 256, kernel=7, norm=False)
+    conv("logits/semantic", 1, 256, 1, norm=False)
+    return shapes
+
+
+def test_the_variables_are_those_of_the_original(original):
+    assert variable_shapes(original) == original_variables()
+
+
+def test_a_checkpoint_of_the_original_loads_from_an_npz(tmp_path, original):
+    np = pytest.importorskip("numpy")
+    arrays = {
+        name: np.random.randn(*shape).astype(np.float32) for name, shape in original_variables().items()
+    }
+    np.savez(tmp_path / "feelvos.npz", global_step=np.int64(200004), **arrays)
+    load_tensorflow(original, tmp_path / "feelvos.npz")
+    encoder = original.deeplab.encoder.network
+    for tensor, name, place, theirs in (
+        (encoder.stem[1].conv.weight, "xception_65/entry_flow/conv1_2/weights", (5, 7, 1, 2), (1, 2, 7, 5)),
+        (
+            encoder.blocks[10].stack["conv2"].conv_dw.weight,
+            "xception_65/middle_flow/block1/unit_8/xception_module/separable_conv2_depthwise/depthwise_weights",
+            (300, 0, 0, 2),
+            (0, 2, 300, 0),
+        ),
+        (
+            encoder.blocks[20].stack["conv1"].bn_pw.running_var,
+            "xception_65/exit_flow/block2/unit_1/xception_module/separable_conv1_pointwise/BatchNorm/moving_variance",
+            (11,),
+            (11,),
+        ),
+        (
+            original.deeplab.aspp.branches[2][1][0].weight,
+            "aspp2_pointwise/weights",
+            (9, 8, 0, 0),
+            (0, 0, 8, 9),
+        ),
+        (original.deeplab.decoder[2][1].bias, "decoder/decoder_conv1_depthwise/BatchNorm/beta", (3,), (3,)),
+        (
+            original.head.layers[3].depthwise.weight,
+            "embedding_seg/split_separable_conv2d_3_depthwise/depthwise_weights",
+            (4, 0, 5, 6),
+            (5, 6, 4, 0),
+        ),
+        (original.head.logit.bias, "logits/semantic/biases", (0,), (0,)),
+    ):
+        assert float(tensor.detach()[place]) == arrays[name][theirs]
+
+
+def test_only_the_originals_network_takes_its_checkpoint(network):
+    with pytest.raises(ValueError, match="to load a checkpoint of the original"):
+        variable_shapes(network)

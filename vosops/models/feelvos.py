@@ -20,7 +20,9 @@ from torch.nn import functional
 import vosops
 from vosops.memory import MemoryBudgetError
 from vosops.models.deeplab import CHANNELS, DeepLabV3Plus, feature_size, truncated_normal_
+from vosops.models.feelvos_checkpoint import tensorflow_variables
 from vosops.models.network import Masks, Memory, Network, resize_rows
+from vosops.models.tensorflow import Variable
 
 __all__ = ["FEELVOS"]
 
@@ -155,6 +157,12 @@ class FEELVOS(Network):
             soft = logits[-1].softmax(0)
             mask = one_hot(logits[-1].argmax(0), objects + 1)[None, :, None]
         return torch.stack(logits)
+
+    def tensorflow_variables(self) -> dict[str, Variable]:
+        """Where the variables of the original's checkpoints go; needs its encoder and matching."""
+        if isinstance(self.matching, NestedMatching):
+            raise ValueError("matching must be 'feelvos' to load a checkpoint of the original")
+        return tensorflow_variables(self)
 
     def new_memory(self, *, budget: int | None = None, naive: bool = False) -> FEELVOSMemory:
         """See :class:`vosops.models.network.Network`."""

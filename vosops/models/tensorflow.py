@@ -1,4 +1,4 @@
-"""Variables of a TensorFlow checkpoint into a module whose layers bear TensorFlow's names."""
+"""Variables of a TensorFlow checkpoint into a module whose layers bear TensorFlow's names, or that knows them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from vosops.nn import ConvLSTMCell
 from vosops.nn.conv_lstm import TENSORFLOW_GATES, TENSORFLOW_NAMES
 
-__all__ = ["load_tensorflow", "load_variables", "read_variables", "variable_shapes"]
+__all__ = ["NORM_NAMES", "Variable", "load_tensorflow", "load_variables", "read_variables", "variable_shapes"]
 
 _OF_OPTIMIZERS = ("Adam", "Momentum", "beta1_power", "beta2_power", "global_step", "AccumGradOptimizer")
-_NORM_NAMES = {
+NORM_NAMES = {
     "gamma": "weight",
     "beta": "bias",
     "moving_mean": "running_mean",
@@ -24,22 +24,31 @@ _NORM_NAMES = {
 }
 
 
-class _Variable(NamedTuple):
-    """Where a variable goes: kernels from (h,w,in,out), those of a ConvLSTM with their gates in another order."""
+class Variable(NamedTuple):
+    """Where a variable goes: kernels from (h,w,in,out), those of a ConvLSTM with their gates in another order.
+
+    depthwise: a kernel from (h,w,in,1).
+    """
 
     tensor: Tensor
     of_gates: bool = False
+    depthwise: bool = False
+
+    @property
+    def order(self) -> tuple[int, int, int, int]:
+        """The dimensions of a kernel here, in TensorFlow's order."""
+        return (2, 3, 0, 1) if self.depthwise else (2, 3, 1, 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in TensorFlow."""
-        return tuple(self.tensor.permute(2, 3, 1, 0).shape if self.tensor.ndim == 4 else self.tensor.shape)
+        return tuple(self.tensor.permute(self.order).shape if self.tensor.ndim == 4 else self.tensor.shape)
 
     def load(self, array: Any) -> None:
         """Copies an array of that shape."""
         source = torch.as_tensor(array)
         if source.ndim == 4:
-            source = source.permute(3, 2, 0, 1)
+            source = source.permute(2, 3, 0, 1) if self.depthwise else source.permute(3, 2, 0, 1)
         if self.of_gates:
             source = source.unflatten(0, (len(TENSORFLOW_GATES), -1))[TENSORFLOW_GATES].flatten(0, 1)
         self.tensor.copy_(source)
@@ -100,20 +109,23 @@ def load_variables(module: nn.Module, variables: Mapping[str, Any]) -> None:
             variable.load(given[name])
 
 
-def _variables_of(module: nn.Module) -> dict[str, _Variable]:
-    found = {}
+def _variables_of(module: nn.Module) -> dict[str, Variable]:
+    own = getattr(module, "tensorflow_variables", None)
+    found: dict[str, Variable] = {} if own is None else own()
+    if own is not None:
+        return found
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d):
-            found[f"{name}/weights"] = _Variable(layer.weight)
+            found[f"{name}/weights"] = Variable(layer.weight)
             if layer.bias is not None:
-                found[f"{name}/biases"] = _Variable(layer.bias)
+                found[f"{name}/biases"] = Variable(layer.bias)
         elif isinstance(layer, nn.BatchNorm2d):
-            for theirs, ours in _NORM_NAMES.items():
-                found[f"{name}/{theirs}"] = _Variable(getattr(layer, ours))
+            for theirs, ours in NORM_NAMES.items():
+                found[f"{name}/{theirs}"] = Variable(getattr(layer, ours))
         elif isinstance(layer, ConvLSTMCell):
             scope = f"{name}/rnn/{name}"
             for kernel, weight in zip(TENSORFLOW_NAMES[layer.variant], layer.weights, strict=True):
-                found[f"{scope}/{kernel}"] = _Variable(weight, of_gates=True)
+                found[f"{scope}/{kernel}"] = Variable(weight, of_gates=True)
             if layer.bias is not None:
-                found[f"{scope}/biases"] = _Variable(layer.bias, of_gates=True)
+                found[f"{scope}/biases"] = Variable(layer.bias, of_gates=True)
     return found
