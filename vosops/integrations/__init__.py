@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,17 +122,27 @@ def _modules(target: Any) -> list[ModuleType]:
         found[start] = module
         package, root = start.split(".")[0], _root(module)
         installed = root is None or any(part in _INSTALLED for part in root.parts)
+        inside: dict[str, bool] = {}  # whether a folder is the checkout's: they are fewer than modules
         for name, other in list(sys.modules.items()):
             if name.split(".")[0] == package:
                 found[name] = other
             elif root is not None and not installed:
                 file = getattr(other, "__file__", None)
-                path = Path(file).resolve() if file else None
-                if path is not None and path.is_relative_to(root):
-                    rest = path.relative_to(root).parts
-                    if not any(part in _INSTALLED for part in rest) and name.split(".")[0] not in _FOREIGN:
-                        found[name] = other
+                if not file or name.split(".")[0] in _FOREIGN:
+                    continue
+                folder = os.path.dirname(file)
+                if folder not in inside:
+                    inside[folder] = _is_inside(Path(folder).resolve(), root)
+                if inside[folder]:
+                    found[name] = other
     return list(found.values())
+
+
+def _is_inside(folder: Path, root: Path) -> bool:
+    """Whether a folder is a checkout's, and not of the packages installed in it."""
+    if not folder.is_relative_to(root):
+        return False
+    return not any(part in _INSTALLED for part in folder.relative_to(root).parts)
 
 
 def _module_names(target: Any) -> Iterator[str]:
