@@ -46,30 +46,6 @@ struct Blocks {
   }
 };
 
-template <class V, class S>
-typename V::Reg load_lanes(const S* p, int64_t count) {
-  if constexpr (std::is_same_v<S, typename V::T>) {
-    if (count >= V::kLanes) return V::load(p);
-  }
-  typename V::T values[V::kLanes] = {};
-  if (count >= V::kLanes) {
-    for (int i = 0; i < V::kLanes; ++i) values[i] = widen(p[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) values[i] = widen(p[i]);
-  }
-  return V::load(values);
-}
-
-template <class V, class S>
-void store_lanes(S* p, typename V::Reg value, int64_t count) {
-  if constexpr (std::is_same_v<S, typename V::T>) {
-    if (count >= V::kLanes) return V::store(p, value);
-  }
-  typename V::T values[V::kLanes];
-  V::store(values, value);
-  for (int64_t i = 0; i < std::min<int64_t>(count, V::kLanes); ++i) p[i] = static_cast<S>(values[i]);
-}
-
 // Calls visit(n, outer, entry, count) for every register of every block: `count` entries from `entry` on.
 template <class V, class Visit>
 void for_each_register(const Tensor& cell, bool channels_last, const Visit& visit) {

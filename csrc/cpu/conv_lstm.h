@@ -1,13 +1,42 @@
 // The cell of the convolutional LSTM on a register of lanes: activations, update and their derivatives.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
+#include "cpu/strided.h"
 #include "cpu/vec_math.h"
 
 namespace vosops::cpu {
 
 constexpr int kGates = 4;  // input, forget, new input, output
+
+// The first `count` entries at p, at most a register of them, and zeros.
+template <class V, class S>
+typename V::Reg load_lanes(const S* p, int64_t count) {
+  if constexpr (std::is_same_v<S, typename V::T>) {
+    if (count >= V::kLanes) return V::load(p);
+  }
+  typename V::T values[V::kLanes] = {};
+  if (count >= V::kLanes) {
+    for (int i = 0; i < V::kLanes; ++i) values[i] = widen(p[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) values[i] = widen(p[i]);
+  }
+  return V::load(values);
+}
+
+// Writes the first `count` lanes.
+template <class V, class S>
+void store_lanes(S* p, typename V::Reg value, int64_t count) {
+  if constexpr (std::is_same_v<S, typename V::T>) {
+    if (count >= V::kLanes) return V::store(p, value);
+  }
+  typename V::T values[V::kLanes];
+  V::store(values, value);
+  for (int64_t i = 0; i < std::min<int64_t>(count, V::kLanes); ++i) p[i] = static_cast<S>(values[i]);
+}
 
 // e^-|x|, in (0, 1].
 template <class V>

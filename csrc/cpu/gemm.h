@@ -24,33 +24,34 @@ template <class V>
 constexpr int kLanePanel = kTileRegisters * V::kLanes;  // pixels in a lane panel
 
 // A tile of sums: [key][register of lanes].
-template <class E>
-using TileSums = typename E::Lanes::Reg[kKeyPanel][kTileRegisters];
+template <class E, int kColumns = kTileRegisters>
+using TileSums = typename E::Lanes::Reg[kKeyPanel][kColumns];
 
 // sums[j][r] = start(j, r) + sum over elements of lanes[e][r] * keys[e][j]; then finish(sums). The lanes of
-// successive elements are lane_stride apart.
-template <class E, class Start, class Finish>
+// successive elements are lane_stride apart. A panel at the end of a row may be kColumns < kTileRegisters
+// wide.
+template <class E, int kColumns = kTileRegisters, class Start, class Finish>
 [[gnu::always_inline]] inline void multiply(const typename E::Lanes::T* lanes,
                                             const typename E::Lanes::T* keys, int64_t elements,
                                             const Start& start, const Finish& finish,
-                                            int64_t lane_stride = kLanePanel<typename E::Lanes>) {
+                                            int64_t lane_stride = kColumns * E::Lanes::kLanes) {
   using V = typename E::Lanes;
-  TileSums<E> sums;
+  TileSums<E, kColumns> sums;
 #pragma GCC unroll 16
   for (int j = 0; j < kKeyPanel; ++j) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = start(j, r);
+    for (int r = 0; r < kColumns; ++r) sums[j][r] = start(j, r);
   }
   for (int64_t e = 0; e < elements; ++e) {
-    typename V::Reg q[kTileRegisters];
+    typename V::Reg q[kColumns];
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRegisters; ++r) q[r] = V::load(lanes + r * V::kLanes);
+    for (int r = 0; r < kColumns; ++r) q[r] = V::load(lanes + r * V::kLanes);
 #pragma GCC unroll 16
     for (int j = 0; j < kKeyPanel; ++j) {
       typename V::Reg key = V::set1(keys[j]);
       V::pin(key);
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
+      for (int r = 0; r < kColumns; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
     }
     lanes += lane_stride;
     keys += kKeyPanel;
