@@ -551,12 +551,17 @@ if HAS_WINOGRAD:
         register_looping_vmap(_name)
 
 
-def _lacks_kernel(x: Tensor) -> list[str]:
-    """Why the compiled library on x's device cannot serve although it is there."""
-    key = "CUDA" if x.device.type == "cuda" else "CPU"
-    if HAS_POINTWISE and _has_kernel("conv_lstm_pointwise", key):
-        return []
-    return [f"the compiled library has no conv_lstm_pointwise for {key}"]
+_LACKING = {
+    device: []
+    if HAS_POINTWISE and _has_kernel("conv_lstm_pointwise", key)
+    else [f"the compiled library has no conv_lstm_pointwise for {key}"]
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+}
+"""Device -> why the compiled library there cannot serve although it was loaded."""
+
+
+def _cpp_reasons_not(x: Tensor, *rest: Any) -> list[str]:
+    return cpp_reasons_not(x) or _LACKING[x.device.type]
 
 
 backends.register_op(
@@ -564,7 +569,7 @@ backends.register_op(
         name="conv_lstm",
         prepare=_prepare,
         implementations=(
-            backends.Implementation("cpp", _cpp, lambda x, *_: cpp_reasons_not(x) or _lacks_kernel(x)),
+            backends.Implementation("cpp", _cpp, _cpp_reasons_not),
             backends.Implementation("triton", _triton, lambda x, *_: triton_reasons_not(x)),
             backends.Implementation("reference", _reference, lambda *_: []),
         ),
