@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,3 +128,18 @@ def test_functions_of_feelvos(golden, case):
     nearest = function("ops/global_matching.md", "feelvos_global", "nearest_neighbor_features_per_object")
     raw, _ = nearest(data["first"], data["query"][None], labels, gt_ids=ids)
     torch.testing.assert_close(torch.tanh(raw / 2), data["global_out"], rtol=0, atol=1e-5)
+
+
+def test_local_attention_of_aot(golden):
+    case = golden("aot_attention.pt")["local_v2_d2"]
+    parameters = case["params"]
+    embedding, projection = torch.nn.Conv2d(32, 100, 1, groups=4), torch.nn.Linear(32, 32)
+    for name, module in (("relative_emb_k", embedding), ("projection", projection)):
+        module.load_state_dict({leaf: parameters[f"{name}.{leaf}"] for leaf in ("weight", "bias")})
+    layer = SimpleNamespace(
+        num_head=4, max_dis=2, dilation=1, use_linear=False, relative_emb_k=embedding,
+        relative_emb_v=parameters["relative_emb_v"], projection=projection,
+    )  # fmt: skip
+    out, weights = function("ops/local_attention.md", "aot", "local_attention_of")(layer, *case["inputs"])
+    torch.testing.assert_close(out, case["out"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights, case["attn"], rtol=0, atol=1e-5)

@@ -1,0 +1,231 @@
+"""Attention in a window around each pixel: AOT's short-term attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vosops import _checks
+from vosops.ops._registration import register_pieces
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    radius: int = 7,
+    heads: int = 1,
+    dilation: int = 1,
+    scale: float | None = None,
+    relative_key: Tensor | None = None,
+    relative_value: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_weights: bool = False,
+) -> Any:
+    """Attend from each pixel of `query` to the pixels of `key` and `value` in a window around the same place.
+
+    For query pixel p and offset d in the window, with s the scale and for each head by itself, the score is
+    s query[p] . key[p + d] + query[p] . relative_key[d] + bias[d]; the result is the sum over d of
+    softmax(score)[d] (value[p + d] + relative_value[d]). Positions outside the image do not exist.
+
+    Args:
+        query: (N,C,H,W); float32, float16, bfloat16 or float64. Head m has channels m C/heads and on.
+        key: (N,C,H,W), of the previous frame, say.
+        value: (N,Cv,H,W). All three have one dtype.
+        radius: of the window in pixels, in x and y; AOT's `max_dis` 7. 0: the same pixel alone.
+        heads: number of heads; divides C and Cv.
+        dilation: offsets are the multiples of it up to the radius: K = (2 (radius // dilation) + 1)^2, row by row.
+        scale: of the product of query and key; 1 / sqrt(C / heads) unless given. It does not scale relative_key.
+        relative_key: (heads,C/heads,K), learned, multiplied with the query.
+        relative_value: (heads,Cv/heads,K), learned, added to the value.
+        bias: (heads,K), or for each pixel (N,heads,K,H,W); added to the score.
+        return_weights: also return the softmax.
+
+    Returns:
+        (N,Cv,H,W) in the dtype of value; with return_weights a tuple with (N,heads,K,H,W) float32 (float64 for
+        float64), 0 outside the image.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        NotImplementedError: under forward-mode differentiation.
+
+    Scores, softmax and sums are float32, also under autocast. Differentiable to any order in all tensors,
+    deterministic. Time O(N H W K (C + Cv)); memory beyond inputs and result: the scores, O(N heads H W K), in place of
+    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT). It runs on
+    PyTorch's own ops, a shift of the window at a time.
+
+    Source: Yang et al., AOT, NeurIPS 2021 (`MultiheadLocalAttentionV2`); Yang and Yang, DeAOT, NeurIPS 2022.
+
+        >>> import torch, vosops
+        >>> query, key, value = torch.randn(3, 1, 64, 15, 27)
+        >>> vosops.local_attention(query, key, value, heads=8).shape
+        torch.Size([1, 64, 15, 27])
+    """
+    _checks.refuse_forward_mode("local_attention")
+    _check(query, key, value, radius, heads, dilation)
+    reach = radius // dilation
+    offsets = (2 * reach + 1) ** 2
+    _check_learned(query, value, relative_key, relative_value, bias, heads, offsets)
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (x.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1) for x in (query, key, value))
+        scale = q.shape[1] ** -0.5 if scale is None else scale
+        scores = torch.ops.vosops.local_attention_dot(q * scale, k, reach, dilation)
+        scores = scores.unflatten(0, (query.shape[0], heads))
+        if relative_key is not None:
+            by_head = q.unflatten(0, (query.shape[0], heads))
+            scores = scores + torch.einsum("nmchw,mck->nmkhw", by_head, relative_key.to(dtype))
+        if bias is not None:
+            scores = scores + (bias[:, :, None, None] if bias.dim() == 2 else bias).to(dtype)
+        outside = _outside(reach, dilation, query)
+        weights = scores.masked_fill(outside, -torch.inf).softmax(2)
+        out = torch.ops.vosops.local_attention_weigh(weights.flatten(0, 1), v, reach, dilation)
+        out = out.unflatten(0, (query.shape[0], heads))
+        if relative_value is not None:
+            out = out + torch.einsum("nmkhw,mck->nmchw", weights, relative_value.to(dtype))
+        out = out.flatten(1, 2).to(value.dtype)
+    return (out, weights) if return_weights else out
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, radius: int, heads: int, dilation: int) -> None:
+    """Check the maps and the window."""
+    _checks.check_tensor("query", query, ("N", "C", "H", "W"))
+    batch, channels, height, width = query.shape
+    _checks.check_tensor("key", key, (batch, channels, height, width))
+    _checks.check_tensor("value", value, (batch, "Cv", height, width))
+    _checks.check_floating("query", query)
+    for name, x in (("key", key), ("value", value)):
+        _checks.check_same_device(name, x, "query", query)
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query ({query.dtype}), got {x.dtype}")
+    _checks.check_positive_int("radius", radius, 0)
+    _checks.check_positive_int("dilation", dilation)
+    _checks.check_positive_int("heads", heads)
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[1] == 0 or x.shape[1] % heads:
+            raise ValueError(f"{name} must have a multiple of heads = {heads} channels, got {x.shape[1]}")
+
+
+def _check_learned(
+    query: Tensor,
+    value: Tensor,
+    relative_key: Tensor | None,
+    relative_value: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    offsets: int,
+) -> None:
+    """Check what depends on the offset."""
+    batch, channels, height, width = query.shape
+    for_pixels = isinstance(bias, Tensor) and bias.dim() == 5
+    shapes = {
+        "relative_key": (relative_key, (heads, channels // heads, offsets)),
+        "relative_value": (relative_value, (heads, value.shape[1] // heads, offsets)),
+        "bias": (bias, (batch, heads, offsets, height, width) if for_pixels else (heads, offsets)),
+    }
+    for name, (x, shape) in shapes.items():
+        if x is not None:
+            _checks.check_tensor(name, x, shape)
+            _checks.check_floating(name, x)
+            _checks.check_same_device(name, x, "query", query)
+
+
+def _outside(reach: int, dilation: int, like: Tensor) -> Tensor:
+    """Bool (K,H,W): whether p + d lies outside the image."""
+    steps = torch.arange(-reach, reach + 1, device=like.device) * dilation
+    y, x = (torch.arange(size, device=like.device) + steps[:, None] for size in like.shape[2:])
+    rows, columns = (y < 0) | (y >= like.shape[2]), (x < 0) | (x >= like.shape[3])
+    return (rows[:, None, :, None] | columns[None, :, None, :]).flatten(0, 1)
+
+
+# ---- The registered pieces. With d the offset: dot[d,p] = a[p] . b[p+d], weigh[p] = sum of w[d,p] b[p+d], and
+# spread[p] = sum of w[d,p-d] a[p-d]. Each one's derivatives are the two others, so that all orders exist.
+
+_OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
+_MAPS = "int reach, int dilation) -> Tensor"
+
+
+def _shifts(
+    like: Tensor, reach: int, dilation: int
+) -> Iterator[tuple[int, tuple[Any, ...], tuple[Any, ...]]]:
+    """For each offset whose window touches the image: its number, and the places p and p + d that lie inside."""
+    height, width = like.shape[2:]
+    steps = range(-reach * dilation, reach * dilation + 1, dilation)
+    for i, dy in enumerate(steps):
+        for j, dx in enumerate(steps):
+            top, left = max(0, -dy), max(0, -dx)
+            rows, columns = height - abs(dy), width - abs(dx)
+            if rows > 0 and columns > 0:
+                here = (..., slice(top, top + rows), slice(left, left + columns))
+                there = (..., slice(top + dy, top + dy + rows), slice(left + dx, left + dx + columns))
+                yield i * len(steps) + j, here, there
+
+
+def _dot(a: Tensor, b: Tensor, reach: int, dilation: int) -> Tensor:
+    out = a.new_zeros(a.shape[0], (2 * reach + 1) ** 2, *a.shape[2:])
+    for k, here, there in _shifts(a, reach, dilation):
+        out[:, k][here] = (a[here] * b[there]).sum(1)
+    return out
+
+
+def _weigh(weights: Tensor, b: Tensor, reach: int, dilation: int) -> Tensor:
+    out = torch.zeros_like(b, memory_format=torch.contiguous_format)
+    for k, here, there in _shifts(b, reach, dilation):
+        out[here].addcmul_(weights[:, k : k + 1][here], b[there])
+    return out
+
+
+def _spread(weights: Tensor, a: Tensor, reach: int, dilation: int) -> Tensor:
+    out = torch.zeros_like(a, memory_format=torch.contiguous_format)
+    for k, here, there in _shifts(a, reach, dilation):
+        out[there].addcmul_(weights[:, k : k + 1][here], a[here])
+    return out
+
+
+def _fake_dot(a: Tensor, b: Tensor, reach: int, dilation: int) -> Tensor:
+    return a.new_empty(a.shape[0], (2 * reach + 1) ** 2, *a.shape[2:])
+
+
+def _fake_map(weights: Tensor, x: Tensor, reach: int, dilation: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    first, second, *ctx.window = inputs
+    ctx.save_for_backward(first, second)
+
+
+def _call(name: str, first: Tensor, second: Tensor, ctx: Any, needed: int) -> Tensor | None:
+    if not ctx.needs_input_grad[needed]:
+        return None
+    result: Tensor = getattr(torch.ops.vosops, f"local_attention_{name}")(first, second, *ctx.window)
+    return result
+
+
+def _backward_dot(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    return _call("weigh", grad, b, ctx, 0), _call("spread", grad, a, ctx, 1), None, None
+
+
+def _backward_weigh(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, b = ctx.saved_tensors
+    return _call("dot", grad, b, ctx, 0), _call("spread", weights, grad, ctx, 1), None, None
+
+
+def _backward_spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, a = ctx.saved_tensors
+    return _call("dot", a, grad, ctx, 0), _call("weigh", weights, grad, ctx, 1), None, None
+
+
+for _name, _arguments, _run, _fake, _backward in (
+    ("dot", "(Tensor a, Tensor b, ", _dot, _fake_dot, _backward_dot),
+    ("weigh", "(Tensor weights, Tensor b, ", _weigh, _fake_map, _backward_weigh),
+    ("spread", "(Tensor weights, Tensor a, ", _spread, _fake_map, _backward_spread),
+):
+    _OPS.define(f"local_attention_{_name}{_arguments}{_MAPS}")
+    _OPS.impl(f"local_attention_{_name}", _run, "CompositeExplicitAutograd")
+    register_pieces(f"local_attention_{_name}", fake=_fake, backward=_backward, setup_context=_setup_context)
