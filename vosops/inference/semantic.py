@@ -12,9 +12,8 @@ from torch import Tensor
 
 from vosops import _checks, backends
 from vosops.models._tracking import check_frame, check_output
-from vosops.models.icnet import Branches, prepare_frames
-from vosops.models.lstm_icnet import LSTMICNet, State
 from vosops.models.network import resize_rows
+from vosops.models.semantic import SemanticNetwork, State
 
 __all__ = ["SemanticTracker"]
 
@@ -27,19 +26,21 @@ _BYTE_VALUES = 256
 class SemanticTracker:
     """Segments the frames of a video into classes; no mask is needed.
 
-    Args: model: an :class:`~vosops.models.lstm_icnet.LSTMICNet`, whose device is where everything runs; it is
-        put into eval mode. window: without streaming each frame is the last of a clip of so many frames
-        (fewer at a video's beginning), and the recurrent layers begin each clip with zeros: the original's
-        way. What a frame gives alone is computed once and kept, so only the recurrent layers work `window`
-        times. streaming: carry the recurrent state from frame to frame instead: everything is computed once,
-        and a frame sees all those before it. The same for the first `window` frames, and different after.
+    Args:
+        model: a :class:`~vosops.models.semantic.SemanticNetwork`, such as LSTM-ICNet, whose device is where
+            everything runs; it is put into eval mode.
+        window: without streaming each frame is the last of a clip of so many frames (fewer at a video's
+            beginning), and the recurrent layers begin each clip with zeros: the original's way. What a frame
+            gives alone is computed once and kept, so only the recurrent layers work `window` times.
+        streaming: carry the recurrent state from frame to frame instead: everything is computed once, and a
+            frame sees all those before it. The same for the first `window` frames, and different after.
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
-        channels_last: keep the network's weights and maps in that memory format. naive: as the original code
-        computes: reference ops, whole clips from their frames, full-size probabilities.
+        channels_last: keep the network's weights and maps in that memory format.
+        naive: as the original code computes: reference ops, whole clips from their frames, full-size
+            probabilities.
 
-    Memory beside the network: with a window, ``window - 1`` times the branches of a frame, 256 channels x 4
-    bytes x about 1/40 of its pixels; streaming, the state, twice the recurrent layers' maps. Not
-    differentiable.
+    Memory beside the network: with a window, ``window`` times the features of a frame (LSTM-ICNet: 12 bytes a
+    pixel); streaming, the state, twice the maps of the recurrent layers. Not differentiable.
 
         >>> import torch
         >>> from vosops.inference import SemanticTracker
@@ -52,7 +53,7 @@ class SemanticTracker:
 
     def __init__(
         self,
-        model: LSTMICNet,
+        model: SemanticNetwork,
         *,
         window: int = WINDOW,
         streaming: bool = False,
@@ -91,10 +92,10 @@ class SemanticTracker:
     def step(self, frame: Tensor, *, output: str = "probs", size: tuple[int, int] | None = None) -> Tensor:
         """Segments the next frame.
 
-        frame: (3,h,w) RGB, uint8 or floating in [0, 1], sides of at least 97; all frames of a video have one
-        size. size: (H,W) of the result, the frame's by default. output: "probs": (K,H,W) float32; "labels":
-        (H,W) uint8 (int64 for more than 256 classes), the most probable class, without ever holding the
-        full-size probabilities. Raises ValueError or TypeError for another frame.
+        frame: (3,h,w) RGB, uint8 or floating in [0, 1], of the model's least size or more; all frames of a
+        video have one size. size: (H,W) of the result, the frame's by default. output: "probs": (K,H,W)
+        float32; "labels": (H,W) uint8 (int64 for more than 256 classes), the most probable class, without ever
+        holding the full-size probabilities. Raises ValueError or TypeError for another frame.
         """
         check_output(output)
         if output == "labels":
@@ -102,7 +103,7 @@ class SemanticTracker:
         logits, size = self._segment(frame, size)
         result = torch.empty(len(logits), *size, device=logits.device)
         for rows in self._tiles(size):
-            tile = resize_rows(logits, size, rows, align_corners=True)
+            tile = resize_rows(logits, size, rows, align_corners=self.model.align_corners)
             torch.softmax(tile, 0, out=result[:, rows.start : rows.stop])
         return result
 
@@ -113,7 +114,7 @@ class SemanticTracker:
         labels = torch.empty(size, dtype=dtype, device=logits.device)
         best = torch.empty(size, device=logits.device)
         for rows in self._tiles(size):
-            tile = resize_rows(logits, size, rows, align_corners=True)
+            tile = resize_rows(logits, size, rows, align_corners=self.model.align_corners)
             highest, chosen = tile.max(0)
             labels[rows.start : rows.stop] = chosen
             best[rows.start : rows.stop] = (highest - tile.logsumexp(0)).exp_()
@@ -123,8 +124,12 @@ class SemanticTracker:
     def _segment(self, frame: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
         """(K,h,w) logits of the next frame, and the size of the result."""
         check_frame(frame, self._size)
+        if min(frame.shape[1:]) < self.model.min_side:
+            raise ValueError(
+                f"frame must have sides of at least {self.model.min_side}, but is {tuple(frame.shape)}"
+            )
         own = (frame.shape[1], frame.shape[2])
-        images = prepare_frames(frame[None].to(self.device), next(self.model.parameters()).dtype)
+        images = self.model.prepare(frame[None].to(self.device))
         with self._computing():
             logits = self._logits(images.to(memory_format=self.memory_format))
         self._size = own
@@ -134,13 +139,12 @@ class SemanticTracker:
         """(1,K,h,w) of the newest frame."""
         model = self.model
         if self.streaming:
-            _, fused, self._state = model.recur(model.branches(images)[0], 1, self._state)
-            return model.classify(fused)
-        self._recent.append((images,) if self.naive else model.branches(images)[0])
-        maps = [torch.cat(parts) for parts in zip(*self._recent, strict=True)]
-        branches = model.branches(maps[0])[0] if self.naive else Branches(*maps)
-        _, fused, _ = model.recur(branches, len(self._recent), last=not self.naive)
-        return model.classify(fused)[-1:]
+            logits, self._state = model.logits(model.features(images), 1, self._state)
+            return logits
+        self._recent.append((images,) if self.naive else model.features(images))
+        maps = tuple(torch.cat(parts) for parts in zip(*self._recent, strict=True))
+        features = model.features(maps[0]) if self.naive else maps
+        return model.logits(features, len(self._recent), last=not self.naive)[0][-1:]
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

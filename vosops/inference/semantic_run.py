@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vosops.models.icnet import MIN_SIDE
-
 from .errors import InputError, VosopsError
 from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
@@ -82,9 +80,10 @@ class SemanticPropagation:
         self.source = source
         self.indices = indices
         self.compute_size = computation_size(source.size, short_side)
-        if min(self.compute_size) < MIN_SIDE:
+        least = tracker.model.min_side
+        if min(self.compute_size) < least:
             height, width = self.compute_size
-            raise InputError(f"frames of {width}x{height} are too small: give --size {MIN_SIDE} or more")
+            raise InputError(f"frames of {width}x{height} are too small: give --size {least} or more")
         self.device = tracker.device
         self.problem: str | None = None
         self.position = indices.start

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vosops.models.cutie import Cutie
 from vosops.models.feelvos import FEELVOS
 from vosops.models.lstm_icnet import LSTMICNet
+from vosops.models.lstm_segnet import RFCN, LSTMSegNet
 from vosops.models.network import Network
 from vosops.models.propagate import Propagate
 from vosops.models.rgmp import RGMP
@@ -22,10 +23,12 @@ from vosops.models.xmem import XMem
 
 __all__ = [
     "FEELVOS",
+    "RFCN",
     "RGMP",
     "STM",
     "Cutie",
     "LSTMICNet",
+    "LSTMSegNet",
     "Network",
     "Propagate",
     "VideoTracker",
@@ -83,6 +86,8 @@ _TRACKERS: dict[str, Callable[..., VideoTracker]] = {"cutie": Cutie, "propagate"
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "feelvos": FEELVOS,
     "lstm_icnet": LSTMICNet,
+    "lstm_segnet": LSTMSegNet,
+    "rfcn": RFCN,
     "rgmp": RGMP,
     "stm": STM,
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vosops.models.icnet import (
     CHANNELS,
+    MIN_SIDE,
     NUM_CLASSES,
     Branches,
     ICNet,
@@ -24,12 +25,11 @@ from vosops.models.icnet import (
     draw_as_tensorflow,
     prepare_frames,
 )
+from vosops.models.semantic import SemanticNetwork, State
 from vosops.models.tensorflow import load_variables
 from vosops.nn import ConvLSTMCell
 
 __all__ = ["LSTMICNet", "Segmentation", "segmentation_loss"]
-
-State = dict[str, tuple[Tensor, Tensor]]  # hidden and cell (N,C,h,w) of each recurrent layer by its name
 
 _POSITIONS = {  # where the recurrent layers of each version are; "fused" is between the last fusion and the classifier
     "icnet": (),
@@ -62,7 +62,7 @@ class Segmentation(NamedTuple):
     state: State
 
 
-class LSTMICNet(ICNet):
+class LSTMICNet(ICNet, SemanticNetwork):
     """LSTM-ICNet in all its versions.
 
     version: "v1" to "v6", the position of the ConvLSTMs ("v5", one at the end of each branch, is the paper's
@@ -70,6 +70,7 @@ class LSTMICNet(ICNet):
     kind; "fast" and "faster" are the 2020 paper's networks, "convolution" and "depthwise" on 64 channels.
     lstm_channels: of the ConvLSTMs, 128 or less (the original has 64, 48 and 32); if less, a 1x1 convolution
     passes the others by, and kinds that do not mix channels get their own 1x1 reduction. num_classes: K.
+    precision: of the ConvLSTMs' convolutions, see :class:`vosops.nn.ConvLSTMCell`.
 
     Parameters bear the names of the original's layers (:mod:`vosops.models.icnet`) and are drawn as the
     original begins: Glorot-uniform. :meth:`from_tensorflow` loads the original's variables, and
@@ -84,6 +85,9 @@ class LSTMICNet(ICNet):
         torch.Size([1, 4, 19, 31, 31])
     """
 
+    min_side = MIN_SIDE
+    align_corners = True
+
     def __init__(
         self,
         num_classes: int = NUM_CLASSES,
@@ -91,24 +95,25 @@ class LSTMICNet(ICNet):
         version: str = "v5",
         variant: str = "convolution",
         lstm_channels: int | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__(num_classes)
         self.version = version
         self.positions = _positions_of(version)
         self.kind, self.lstm_channels = _kind_of(variant, lstm_channels)
         for position in self.positions:
-            self._add_recurrent(*_LAYERS[position])
+            self._add_recurrent(*_LAYERS[position], precision)
         if "fused" in self.positions:
             self.add_module("convlstm6_cls_bn", batch_norm(CHANNELS))
 
-    def _add_recurrent(self, name: str, skip: str) -> None:
+    def _add_recurrent(self, name: str, skip: str, precision: str | None) -> None:
         channels = self.lstm_channels
         narrow = channels < CHANNELS
         reduced = narrow and self.kind not in _MIXES_CHANNELS
         if reduced:
             self._add(f"{name}_input_reduction", CHANNELS, channels, 1, norm=False)
         inputs = channels if reduced else CHANNELS
-        layer = ConvLSTMCell(inputs, channels, variant=self.kind)
+        layer = ConvLSTMCell(inputs, channels, variant=self.kind, precision=precision)
         draw_as_tensorflow(layer)
         self.add_module(name, layer)
         if narrow:
@@ -159,7 +164,7 @@ class LSTMICNet(ICNet):
         if clip.ndim != 5 or clip.shape[2] != 3:
             raise ValueError(f"clip must be (N,T,3,H,W), but is {tuple(clip.shape)}")
         length = clip.shape[1]
-        branches, pooled = self.branches(prepare_frames(clip.flatten(0, 1), next(self.parameters()).dtype))
+        branches, pooled = self.branches(self.prepare(clip.flatten(0, 1)))
         sub24, sub12, state = self.recur(branches, length, state)
         logits = self.classify(sub12)
         coarse = self.training if auxiliary is None else auxiliary
@@ -169,6 +174,21 @@ class LSTMICNet(ICNet):
             self.get_submodule("sub4_out")(pooled).unflatten(0, (-1, length)) if coarse else None,
             state,
         )
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        """See :class:`SemanticNetwork`."""
+        return prepare_frames(frames, next(self.parameters()).dtype)
+
+    def features(self, images: Tensor) -> Branches:
+        """See :class:`SemanticNetwork`: the three branches."""
+        return self.branches(images)[0]
+
+    def logits(
+        self, features: tuple[Tensor, ...], length: int, state: State | None = None, *, last: bool = False
+    ) -> tuple[Tensor, State]:
+        """See :class:`SemanticNetwork`."""
+        _, sub12, state = self.recur(Branches(*features), length, state, last=last)
+        return self.classify(sub12), state
 
     def recur(
         self, branches: Branches, length: int, state: State | None = None, *, last: bool = False
