@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from vosops.models.features import INSTALL_MODELS, INSTALL_VIDEO, EfficientNetLite0, import_extra
 from vosops.models.weights import read_weights
-from vosops.models.xception import Xception65
+from vosops.models.xception import Xception65, conv_norm
 
 __all__ = ["DeepLabV3Plus", "feature_size", "truncated_normal_"]
 
@@ -56,7 +56,7 @@ class DeepLabV3Plus(nn.Module):
             raise ValueError(f"output_stride must be 8 or 16, got {output_stride}")
         self.encoder = _create_encoder(encoder, output_stride)
         self.aspp = _ASPP(self.encoder.high_channels, ATROUS_RATES[output_stride])
-        self.low = _conv(self.encoder.low_channels, LOW_CHANNELS)
+        self.low = _Conv(self.encoder.low_channels, LOW_CHANNELS)
         self.decoder = nn.Sequential(*_separable(CHANNELS + LOW_CHANNELS), *_separable(CHANNELS))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -130,10 +130,21 @@ class _ResNet(_Encoder):
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         net: Any = self.network
-        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
-        low: Tensor = net.layer1(x)
-        high: Tensor = net.layer4(net.layer3(net.layer2(low)))
-        return low, high
+        x = low = net.maxpool(torch.relu_(conv_norm(net.conv1, net.bn1, images)))
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+            for block in stage:
+                x = _bottleneck(block, x)
+            low = x if stage is net.layer1 else low
+        return low, x
+
+
+def _bottleneck(block: Any, x: Tensor) -> Tensor:
+    """A block of torchvision's ResNets, its batch norms folded where they can be."""
+    y = torch.relu_(conv_norm(block.conv1, block.bn1, x))
+    y = torch.relu_(conv_norm(block.conv2, block.bn2, y))
+    y = conv_norm(block.conv3, block.bn3, y)
+    y += x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x)
+    return torch.relu_(y)
 
 
 class _Timm(_Encoder):
@@ -202,10 +213,10 @@ class _ASPP(nn.Module):
 
     def __init__(self, inputs: int, rates: Sequence[int]) -> None:
         super().__init__()
-        self.pool = _conv(inputs, CHANNELS)
+        self.pool = _Conv(inputs, CHANNELS)
         branches = [nn.Sequential(*_separable(inputs, rate)) for rate in rates]
-        self.branches = nn.ModuleList([_conv(inputs, CHANNELS), *branches])
-        self.project = _conv(CHANNELS * (2 + len(rates)), CHANNELS)
+        self.branches = nn.ModuleList([_Conv(inputs, CHANNELS), *branches])
+        self.project = _Conv(CHANNELS * (2 + len(rates)), CHANNELS)
         self.dropout = nn.Dropout(DROPOUT)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -214,42 +225,43 @@ class _ASPP(nn.Module):
         return joined
 
 
-def _conv(
-    inputs: int,
-    outputs: int,
-    kernel: int = 1,
-    *,
-    dilation: int = 1,
-    groups: int = 1,
-    std: float | None = None,
-) -> nn.Sequential:
+class _Conv(nn.Sequential):
     """A convolution that keeps the size, batch norm and ReLU; weights as the original starts from.
 
     std: of the truncated normal weights; None: uniform ones (Glorot).
     """
-    conv = nn.Conv2d(
-        inputs,
-        outputs,
-        kernel,
-        padding=kernel // 2 * dilation,
-        dilation=dilation,
-        groups=groups,
-        bias=False,
-    )
-    if std is None:
-        nn.init.xavier_uniform_(conv.weight)
-    else:
-        truncated_normal_(conv.weight, std)
-    return nn.Sequential(
-        conv, nn.BatchNorm2d(outputs, eps=NORM_EPS, momentum=NORM_MOMENTUM), nn.ReLU(inplace=True)
-    )
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 1,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        std: float | None = None,
+    ) -> None:
+        padding = kernel // 2 * dilation
+        conv = nn.Conv2d(
+            inputs, outputs, kernel, padding=padding, dilation=dilation, groups=groups, bias=False
+        )
+        if std is None:
+            nn.init.xavier_uniform_(conv.weight)
+        else:
+            truncated_normal_(conv.weight, std)
+        super().__init__(conv, nn.BatchNorm2d(outputs, eps=NORM_EPS, momentum=NORM_MOMENTUM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        return torch.relu_(conv_norm(conv, norm, x))
 
 
 def _separable(inputs: int, dilation: int = 1) -> list[nn.Module]:
     """A 3x3 convolution of each channel and a 1x1 of all, batch norm and ReLU after both."""
     return [
-        _conv(inputs, inputs, 3, dilation=dilation, groups=inputs, std=DEPTHWISE_STD),
-        _conv(inputs, CHANNELS, std=POINTWISE_STD),
+        _Conv(inputs, inputs, 3, dilation=dilation, groups=inputs, std=DEPTHWISE_STD),
+        _Conv(inputs, CHANNELS, std=POINTWISE_STD),
     ]
 
 

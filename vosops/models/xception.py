@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["Xception65"]
+__all__ = ["Xception65", "conv_norm"]
 
 _EPS = 1e-3  # of batch norm
 _MIDDLE_BLOCKS = 16
@@ -59,6 +60,17 @@ class Xception65(nn.Module):
         return low, x
 
 
+def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)); without gradients and in eval mode by one convolution, which saves a map and a pass over it."""
+    if torch.is_grad_enabled() or norm.training:
+        return norm(conv(x))  # type: ignore[no-any-return]
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * scale[:, None, None, None]
+    bias = norm.bias - norm.running_mean * scale
+    return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 class _ConvNorm(nn.Module):
     """Convolution, batch norm and, unless told otherwise, ReLU."""
 
@@ -69,7 +81,7 @@ class _ConvNorm(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x))
+        x = conv_norm(self.conv, self.bn, x)
         return torch.relu_(x) if self.relu else x
 
 
@@ -87,11 +99,9 @@ class _Separable(nn.Module):
         self.bn_pw = nn.BatchNorm2d(outputs, eps=_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.inner:
-            linear: Tensor = self.bn_pw(self.conv_pw(self.bn_dw(self.conv_dw(torch.relu(x)))))
-            return linear
-        x = torch.relu_(self.bn_dw(self.conv_dw(x)))
-        return torch.relu_(self.bn_pw(self.conv_pw(x)))
+        x = conv_norm(self.conv_dw, self.bn_dw, x if self.inner else torch.relu(x))
+        x = conv_norm(self.conv_pw, self.bn_pw, torch.relu_(x) if self.inner else x)
+        return torch.relu_(x) if self.inner else x
 
 
 class _Block(nn.Module):
