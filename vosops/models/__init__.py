@@ -41,7 +41,7 @@ __all__ = [
 
 
 class VideoTracker(Protocol):
-    """What every model offers: first frame and labels in, then a frame at a time.
+    """What every tracker offers: first frame and labels in, then a frame at a time.
 
     frame: (3,H,W) uint8, or floating in [0, 1]; every frame of a video has the same size. labels: (H,W) integer,
     0 background, 255 unknown, other values are object ids. Probabilities: (O+1,H,W) float32, background first,
