@@ -115,6 +115,59 @@ class TestOriginal:
             network.aggregate(torch.rand(11, 2, 2))
 
 
+def by_the_book(network: STM, images: list[Tensor], labels: Tensor, memory_every: int) -> list[Tensor]:
+    """STM's protocol as its authors wrote it: 11 classes, memory by concatenation, maps at full size."""
+    classes, (height, width) = 11, labels.shape
+    top, left = -height % 16 // 2, -width % 16 // 2
+    padding = (left, -width % 16 - left, top, -height % 16 - top)
+    count = int(labels.max())
+    estimate = torch.stack([labels == k for k in range(classes)]).float()
+    stored_keys, stored_values, results = [], [], []
+    for t in range(1, len(images)):
+        masks = functional.pad(estimate, padding)
+        before, now = (functional.pad(images[i], padding)[None] for i in (t - 1, t))
+        key_value = []
+        for o in range(1, count + 1):
+            others = sum(masks[k] for k in range(1, classes) if k != o).clamp(0, 1)
+            r4 = network.Encoder_M(before, masks[None, o], others[None])[-1]
+            key_value.append(network.KV_M_r4(r4))
+        keys, values = (torch.cat(x)[:, :, None] for x in zip(*key_value, strict=True))
+        keys, values = torch.cat([*stored_keys, keys], 2), torch.cat([*stored_values, values], 2)
+        if (t - 1) % memory_every == 0:
+            stored_keys, stored_values = [keys], [values]
+        r2, r3, r4 = network.Encoder_Q(now)
+        key, value = network.KV_Q_r4(r4)
+        affinity = keys.flatten(2).transpose(1, 2) @ key.flatten(2) / 128**0.5
+        read = (values.flatten(2) @ affinity.softmax(1)).view(count, 512, *key.shape[2:])
+        m = network.Decoder.convFM(torch.cat([read, value.expand(count, -1, -1, -1)], 1))
+        m = network.Decoder.ResMM(m)
+        for refine, features in ((network.Decoder.RF3, r3), (network.Decoder.RF2, r2)):
+            skip = refine.ResFS(refine.convFS(features.expand(count, -1, -1, -1)))
+            m = refine.ResMM(skip + functional.interpolate(m, scale_factor=2, mode="bilinear"))
+        logits = network.Decoder.pred2(m.relu())
+        apart = functional.interpolate(logits, scale_factor=4, mode="bilinear").softmax(1)[:, 1]
+        apart = apart[:, top : top + height, left : left + width]
+        shares = torch.zeros(classes, height, width)
+        shares[0] = (1 - apart).prod(0)
+        shares[1 : count + 1] = apart
+        shares = shares.clamp(1e-7, 1 - 1e-7)
+        estimate = (shares / (1 - shares)).log().softmax(0)
+        results.append(estimate[: count + 1])
+    return results
+
+
+class TestProtocol:
+    def test_several_objects_are_led_as_the_original_does(self):
+        network = create_model("stm", slots=11)
+        images, labels = clip(6, 3)
+        images, labels = [image[:, :39, :53] for image in images], labels[:39, :53]
+        with torch.no_grad():
+            wanted = by_the_book(network, images, labels, memory_every=2)
+        found = run(network, images, labels, memory_every=2)
+        assert_all_close(found, wanted)
+        assert max((p - 1 / 4).abs().max() for p in found) > 0.1  # they say something
+
+
 class TestWaysAgree:
     def test_naive(self, network):
         images, labels = clip(5, 3)
