@@ -202,6 +202,7 @@ def cases(target: str) -> Iterator[Case]:
         _common.compile_options(2),
     )
     yield from memory_cases(chip)
+    yield from convolution_cases(chip, precisions)
 
 
 def memory_cases(chip: Any) -> Iterator[Case]:
@@ -322,6 +323,64 @@ def memory_cases(chip: Any) -> Iterator[Case]:
     launch = (memory_select.SCATTER_BLOCKS, four_warps)
     kernel = memory_select._gathered_value_gradient
     yield case("gathered value gradient bf16", kernel, launch, half, order="*i64", bounds="*i64")
+
+
+def convolution_cases(chip: Any, precisions: list[tuple[str, torch.dtype, str]]) -> Iterator[Case]:
+    """The kernels of global_conv, RGMP's first and second stage at 15 x 27, and of conv_lstm."""
+    from vosops.triton import _common, conv_lstm, global_conv
+
+    pixels, middle = 15 * 27, 256
+    strides = ("x_n", "x_y", "x_x", "first_m", "first_t", "second_m", "second_t", "first_channels")
+    strides += ("second_channels",)
+
+    def convolution(name: str, dtype: torch.dtype, precision: str, channels: int, *, merge: bool) -> Case:
+        sides = (middle, middle), (channels, channels), (7, 7)
+        plan = global_conv.plan_of(*sides, pixels, dtype, precision, chip, merge=merge)
+        data = POINTER[dtype]
+        pointers = dict.fromkeys(("x", "first", "second"), data) | {"out": "*fp32"}
+        constants = plan.constants | {"MERGE": merge, "FIRST_VERTICAL": not merge, "SECOND_VERTICAL": merge}
+        constants |= {"FINAL": False, "first_bias": None, "second_bias": None, "addend": None}
+        kernel, tensor_cores = global_conv._convolve, _common.uses_tensor_cores(dtype, precision)
+        return Case(f"global conv {name}", kernel, pointers, constants, plan.options, tensor_cores, strides)
+
+    for label, dtype, precision in precisions:
+        yield convolution(f"split {label}", dtype, precision, 4096, merge=False)
+    yield convolution("merge bf16", torch.bfloat16, "ieee", middle, merge=True)
+    yield convolution("merge tf32x3", torch.float32, "tf32x3", middle, merge=True)
+    for label, dtype, precision in precisions:
+        if label == "fp16":
+            continue
+        plan = global_conv.gradient_plan((middle, 4096, 7), pixels, dtype, precision, chip)
+        yield Case(
+            f"global conv weight gradient {label}",
+            global_conv._weight_gradient,
+            {"x": POINTER[dtype], "grad": POINTER[dtype], "out": POINTER[dtype]},
+            plan.constants | {"VERTICAL": True},
+            plan.options,
+            _common.uses_tensor_cores(dtype, precision),
+            ("x_n", "x_y", "x_x", "grad_n", "grad_y", "grad_x", "rows", "channels"),
+        )
+    for dtype in (torch.bfloat16, torch.float32):
+        data = POINTER[dtype]
+        vectors = dict.fromkeys(("first_bias", "second_bias", "addend", "out"), data)
+        yield Case(
+            f"global conv sum {data[1:]}",
+            global_conv._sum,
+            {"parts_of_out": "*fp32"} | vectors,
+            {"BLOCK": global_conv.SUM_BLOCK, "out_p": 1, "addend_p": 1},
+            _common.compile_options(4, num_stages=2),
+        )
+        for name, kernel in (("forward", conv_lstm._forward), ("backward", conv_lstm._backward)):
+            numbers = ("forget_bias", "pieces", "outer", "inner", "BLOCK")
+            maps = [n for n in kernel.arg_names if n not in numbers and not n.endswith("_n")]
+            yield Case(
+                f"conv lstm {name} {data[1:]}",
+                kernel,
+                dict.fromkeys(maps, data) | ({"forget_bias": "fp32"} if name == "forward" else {}),
+                {"BLOCK": conv_lstm.BLOCK, "outer": 1},
+                _common.compile_options(4),
+                multiples_of_16=("inner", *(n for n in kernel.arg_names if n.endswith("_n"))),
+            )
 
 
 def compile_case(case: Case, target: str) -> tuple[Any, str]:

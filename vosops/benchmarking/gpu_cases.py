@@ -15,6 +15,14 @@ from torch.nn.functional import scaled_dot_product_attention
 import vosops
 from vosops.benchmarking.cases import Case, Inputs, Variant
 from vosops.benchmarking.global_matching import pixels
+from vosops.benchmarking.gpu_convolutions import (
+    ConvolutionSize,
+    Formulation,
+    GlobalConvSize,
+    LstmSize,
+    call,
+    channels_last,
+)
 from vosops.benchmarking.local_matching import normalise
 from vosops.benchmarking.memory_read import (
     MemoryInputs,
@@ -60,7 +68,7 @@ class Cell:
     """
 
     op: str
-    size: Case | MemorySize
+    size: Case | MemorySize | ConvolutionSize
     mode: str
     backward: bool = False
     compiled: bool = False
@@ -94,23 +102,43 @@ READ_1080P = MemorySize("1080p-5-frames", 8160, 5)
 READ_OBJECTS = MemorySize("480p-5-frames-3-objects", 1620, 5, objects=3)
 READ_TOP = MemorySize("480p-20-frames-top-30", 1620, 20, key_channels=64, top_k=30, anisotropic=True)
 READ_TRAINING = MemorySize("training", 576, 3, objects=3, key_channels=64, batch=4)
+CONV_RGMP = GlobalConvSize("4096x15x27", 4096, 15, 27)
+CONV_PREPARED = GlobalConvSize("4096x15x27-prepared", 4096, 15, 27, prepared=True)
+CONV_STRIDE_16 = GlobalConvSize("2048x30x54", 2048, 30, 54)
+CONV_STRIDE_8 = GlobalConvSize("256x60x107", 256, 60, 107)
+LSTM_64 = LstmSize("64x60x107", 64, 60, 107)
+LSTM_128 = LstmSize("128x30x54", 128, 30, 54)
+LSTM_256 = LstmSize("256x30x54", 256, 30, 54)
+LSTM_TRAINING = LstmSize("128x30x54-4-frames", 128, 30, 54, frames=4)
 
 
 def _cells() -> tuple[Cell, ...]:
     """Everything that is timed, the most telling first."""
 
-    def modes(op: str, size: Case | MemorySize, names: str, backward: bool = False) -> list[Cell]:
+    def modes(
+        op: str, size: Case | MemorySize | ConvolutionSize, names: str, backward: bool = False
+    ) -> list[Cell]:
         return [Cell(op, size, mode, backward) for mode in names.split()]
 
     local, over_all, read = "local_matching", "global_matching", "memory_read"
+    conv, lstm = "global_conv", "conv_lstm"
     first = [
         *modes(local, LOCAL_480P, "bf16 ieee tf32x3 tf32 f16"),
         *modes(over_all, GLOBAL_480P, "bf16 ieee tf32x3 tf32 f16"),
         *modes(read, READ_5, "bf16 ieee tf32 tf32x3 f16"),
         *modes(read, READ_TOP, "bf16 ieee tf32 tf32x3 f16"),
+        *modes(conv, CONV_RGMP, "bf16 ieee tf32 tf32x3 f16"),
+        *modes(lstm, LSTM_128, "bf16 ieee tf32 tf32x3 f16"),
         *modes(local, LOCAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
         *modes(over_all, GLOBAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
         *modes(read, READ_TRAINING, "bf16 ieee tf32 tf32x3 f16", backward=True),
+        *modes(conv, CONV_RGMP, "bf16 ieee tf32 tf32x3 f16", backward=True),
+        *modes(lstm, LSTM_TRAINING, "bf16 ieee tf32 tf32x3 f16", backward=True),
+        *modes(conv, CONV_PREPARED, "bf16 ieee"),
+        *modes(conv, CONV_STRIDE_16, "bf16 ieee tf32"),
+        *modes(conv, CONV_STRIDE_8, "bf16 ieee tf32"),
+        *modes(lstm, LSTM_64, "bf16 ieee"),
+        *modes(lstm, LSTM_256, "bf16 ieee"),
         *modes(local, LOCAL_1080P, "bf16 ieee"),
         *modes(read, READ_20, "bf16 ieee"),
         *modes(read, READ_OBJECTS, "bf16"),
@@ -123,6 +151,8 @@ def _cells() -> tuple[Cell, ...]:
         *modes(local, LOCAL_TRAINING, "ieee", backward=True),
         *modes(over_all, GLOBAL_TRAINING, "ieee", backward=True),
         *modes(read, READ_TRAINING, "bf16", backward=True),
+        *modes(conv, CONV_RGMP, "bf16"),
+        *modes(lstm, LSTM_128, "bf16"),
     ]
     return (*first, *(replace(cell, compiled=True) for cell in compiled))
 
@@ -132,6 +162,8 @@ CELLS = _cells()
 SMALL = (
     Cell("local_matching", Case("small", 9, 13, objects=2, radius=3), "ieee"),
     Cell("global_matching", Case("small", 9, 13, objects=2), "ieee"),
+    Cell("global_conv", GlobalConvSize("small", 20, 5, 9, True, 12, 10, 5, 2), "ieee"),
+    Cell("conv_lstm", LstmSize("small", 6, 5, 9, 2, 2), "ieee"),
     Cell("memory_read", MemorySize("small", 35, 3, 2, 24, 40, batch=2, anisotropic=True), "ieee"),
     Cell("memory_read", MemorySize("small-top", 35, 3, 2, 24, 40, batch=2, top_k=7), "ieee"),
 )
@@ -165,7 +197,9 @@ def problem(cell: Cell, device: torch.device) -> Problem:
     """The inputs and contenders of a cell."""
     if isinstance(cell.size, Case):
         return _matching(cell, cell.size, device)
-    return _memory(cell, cell.size, device)
+    if isinstance(cell.size, MemorySize):
+        return _memory(cell, cell.size, device)
+    return _convolution(cell, cell.size, device)
 
 
 def implementation(name: str) -> str:
@@ -300,3 +334,39 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     oracle = on_cpu.call(ours(None, None), cell.backward)
     flops, moved = memory_work(size, inputs, cell.backward)
     return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, {}, flops, moved)
+
+
+# ---- Convolutions.
+
+
+def _convolution(cell: Cell, size: ConvolutionSize, device: torch.device) -> Problem:
+    """vosops in both memory formats beside PyTorch, whose convolutions are cuDNN's."""
+    mode = MODES[cell.mode]
+    tensors, count = size.tensors(mode.dtype, device), size.differentiated
+    last = channels_last(tensors)
+
+    def ours(backend: str | None) -> Formulation:
+        formulation = size.ours(mode.precision)
+
+        def run(*given: Tensor) -> Tensor:
+            with vosops.use_backend(backend):
+                return formulation(*given)
+
+        return run
+
+    contenders = {
+        implementation(name): call(ours(name), tensors, count, cell.backward) for name in IMPLEMENTATIONS
+    }
+    others = {"torch.compile": torch.compile(size.naive, dynamic=False)} if cell.compiled else {}
+    if not cell.compiled:
+        for name in IMPLEMENTATIONS:
+            contenders[f"{implementation(name)}, channels_last"] = call(
+                ours(name), last, count, cell.backward
+            )
+        others["cuDNN"] = size.naive
+    for name, formulation in others.items():
+        contenders[name] = call(formulation, tensors, count, cell.backward)
+        contenders[f"{name}, channels_last"] = call(formulation, last, count, cell.backward)
+    on_cpu = [t.float() for t in size.tensors(mode.dtype, torch.device("cpu"))]
+    oracle = call(size.naive, on_cpu, count, cell.backward)
+    return Problem(tuple(tensors), oracle, contenders, {}, *size.work(mode.dtype.itemsize, cell.backward))

@@ -89,12 +89,15 @@ def is_right(errors: Sequence[float], mode: str) -> bool:
 @contextmanager
 def tf32_elsewhere(allowed: bool) -> Any:
     """What other packages may round float32 products to."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
     try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 # ---- Ceilings

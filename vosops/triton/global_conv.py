@@ -24,7 +24,7 @@ from torch import Tensor
 from vosops.triton._common import PRECISIONS, Target, dot, launch_on, product_precision, target_of
 from vosops.triton.memory_scores import ALIGNMENT, block_of, check_dtype, options_of, splits_for
 
-SUM_BLOCK = 1024
+SUM_BLOCK = 512
 """Entries of a program of ``_sum``."""
 
 MAX_PARTS = 32
