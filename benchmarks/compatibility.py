@@ -28,17 +28,19 @@ REGION = re.compile(r"(<!-- proofs -->\n).*?(<!-- end of proofs -->)", re.DOTALL
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 ON_GPUS = ("f32", "f16", "bf16")
 NOTHING = "-"
+KERNELS = {"global_conv": "global_conv_split", "conv_lstm": "conv_lstm_pointwise"}
+"""The kernel that stands for an op of another name."""
 
 
 def has_cuda(op: str) -> bool:
     """Whether a CUDA C++ kernel of the op is registered."""
-    wanted = f'm.impl("{op}"'
+    wanted = f'm.impl("{KERNELS.get(op, op)}"'
     return any(wanted in path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
 def has_triton(op: str) -> bool:
     """Whether a Triton kernel of the op is registered."""
-    return hasattr(torch.ops.vosops, f"{op}_triton")
+    return hasattr(torch.ops.vosops, f"{KERNELS.get(op, op)}_triton")
 
 
 def gpu_proof(op: str, backend: str, dtype: str, reports: Sequence[dict[str, Any]]) -> str | None:

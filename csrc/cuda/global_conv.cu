@@ -367,24 +367,29 @@ Rectangle choose_rectangle(int height, int width, int halo_y, int halo_x, int mo
   return best;
 }
 
-// False where not even one rectangle fits into shared memory.
+// The rectangle for blocks whose stages are as these products want them.
+template <class Products, class E>
+Rectangle rectangle_for(const Problem<E>& in) {
+  const size_t limit = device_limits().shared_bytes;
+  if (limit < sizeof(Smem<Products>)) return {};
+  int halo_y = 0, halo_x = 0;
+  for (const auto& line : in.lines) {
+    int& halo = line.vertical ? halo_y : halo_x;
+    halo = std::max(halo, line.taps / 2);
+  }
+  const int most_rows = int((limit - sizeof(Smem<Products>)) / (2 * kRowPitch<Products::kChunkSteps>));
+  return choose_rectangle(in.height, in.width, halo_y, halo_x, most_rows);
+}
+
 template <class Products>
-bool launch(Problem<typename Products::Element> in, const Tensor& out, Stream stream) {
+void launch(Problem<typename Products::Element> in, const Rectangle& rectangle, const Tensor& out,
+            Stream stream) {
   constexpr int kPitch = kRowPitch<Products::kChunkSteps>;
   constexpr int kChannels = Products::kChunkSteps * kStepBytes / int(sizeof(typename Products::Element));
-  const size_t limit = device_limits().shared_bytes;
-  if (limit < sizeof(Smem<Products>)) return false;
-  int halo_y = 0, halo_x = 0;
-  in.taps = kLeastTaps;
-  for (const auto& line : in.lines) {
-    (line.vertical ? halo_y : halo_x) = std::max(line.vertical ? halo_y : halo_x, line.taps / 2);
-    in.taps = std::max(in.taps, line.taps);
-  }
-  const int most_rows = int((limit - sizeof(Smem<Products>)) / (2 * kPitch));
-  in.rectangle = choose_rectangle(in.height, in.width, halo_y, halo_x, most_rows);
-  if (in.rectangle.width == 0) return false;
-  in.tiles_y = ceil_div(in.height, in.rectangle.height);
-  in.tiles_x = ceil_div(in.width, in.rectangle.width);
+  in.rectangle = rectangle;
+  in.tiles_y = ceil_div(in.height, rectangle.height);
+  in.tiles_x = ceil_div(in.width, rectangle.width);
+  in.taps = std::max({kLeastTaps, in.lines[0].taps, in.lines[1].taps});
   in.chunks[0] = ceil_div(in.lines[0].channels, kChannels);
   in.chunks[1] = in.merge ? ceil_div(in.lines[1].channels, kChannels) : 0;
   in.row_tiles = in.merge ? ceil_div(in.lines[0].rows, kTileRows)
@@ -395,19 +400,22 @@ bool launch(Problem<typename Products::Element> in, const Tensor& out, Stream st
   const double cycles_of_chunk = double(in.taps) * kTileRows * kTilePixels * kChannels / kProductsPerCycle;
   const double steps_of_sums = cycles_of_sums(in.sums.count()) / cycles_of_chunk;
   const size_t bytes =
-      std::max(sizeof(Smem<Products>) + size_t(2) * size_t(in.rectangle.rows()) * kPitch, kSumBytes);
+      std::max(sizeof(Smem<Products>) + size_t(2) * size_t(rectangle.rows()) * kPitch, kSumBytes);
   sum_over_shares(out, in.sums, choose_shares(blocks, chunks, steps_of_sums), stream, [&](const auto& sums) {
     in.sums = sums;
     LAUNCH(kernel<Products>, dim3(checked_blocks(blocks * sums.shares)), dim3(kThreads), bytes, stream, in);
   });
-  return true;
 }
 
+// By stages of 64 bytes of channels, or of 32 where only then rectangles can be large.
 template <template <int> class Products, class E>
-void launch_largest(const Problem<E>& in, const Tensor& out, Stream stream) {
-  if (launch<Products<2>>(in, out, stream)) return;
-  STD_TORCH_CHECK(launch<Products<1>>(in, out, stream),
-                  "the kernel is too long for the device's shared memory");
+void launch_best(const Problem<E>& in, const Tensor& out, Stream stream) {
+  const Rectangle wide = rectangle_for<Products<2>>(in), narrow = rectangle_for<Products<1>>(in);
+  STD_TORCH_CHECK(narrow.width > 0, "the kernel is too long for the device's shared memory");
+  if (wide.height * wide.width >= narrow.height * narrow.width)
+    launch<Products<2>>(in, wide, out, stream);
+  else
+    launch<Products<1>>(in, narrow, out, stream);
 }
 
 template <int kSteps>
@@ -422,15 +430,15 @@ using ByBfloat16 = ByTensorCores<bfloat16, Arithmetic::kPlain, kSteps>;
 template <class E>
 void launch_by(const Problem<E>& in, Precision precision, const Tensor& out, Stream stream) {
   if constexpr (std::is_same_v<E, half>)
-    launch_largest<ByHalf>(in, out, stream);
+    launch_best<ByHalf>(in, out, stream);
   else if constexpr (std::is_same_v<E, bfloat16>)
-    launch_largest<ByBfloat16>(in, out, stream);
+    launch_best<ByBfloat16>(in, out, stream);
   else if (precision == Precision::kIeee)
-    launch_largest<ByFma>(in, out, stream);
+    launch_best<ByFma>(in, out, stream);
   else if (precision == Precision::kTf32)
-    launch_largest<ByTf32>(in, out, stream);
+    launch_best<ByTf32>(in, out, stream);
   else
-    launch_largest<BySplitTf32>(in, out, stream);
+    launch_best<BySplitTf32>(in, out, stream);
 }
 
 using MaybeTensor = std::optional<Tensor>;

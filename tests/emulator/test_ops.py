@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 from tests.emulator.build import compiler, load_emulated_ops
+from vosops.reference.global_conv import (
+    global_conv_merge_core,
+    global_conv_split_core,
+    global_conv_weight_core,
+)
 from vosops.reference.global_matching import global_matching_core
 from vosops.reference.local_matching import local_matching_core
 from vosops.reference.memory_read import memory_read_core, memory_select_core
@@ -73,7 +78,21 @@ READ_CASES = {
     "tensor: split TF32, channel-last": ((1, 2, 20, 140, 9, 100), FLOAT, FLOAT, True, "tf32x3"),
 }
 READ_ERROR = {FLOAT: 1e-5, HALF: 2e-3, BFLOAT: 1.5e-2}
+
+# (N,C,H,W), rows of the first and second line, their taps, dtype, precision, whether all memory is channels_last
+CONV_CASES = {
+    "fma: several tiles of everything": ((1, 20, 17, 19), (70, 3), (5, 3), FLOAT, "ieee", False),
+    "fma: shares of the channels": ((2, 150, 2, 3), (4, 6), (3, 3), FLOAT, "ieee", True),
+    "tensor: several tiles of everything": ((1, 40, 31, 9), (67, 130), (3, 7), HALF, "ieee", False),
+    "tensor: shares of the channels": ((1, 200, 3, 4), (9, 5), (7, 7), BFLOAT, "ieee", True),
+    "tensor: rows in place that end within 16 bytes": ((2, 24, 5, 6), (8, 16), (1, 5), HALF, "ieee", True),
+    "tensor: narrow stages of long lines": ((1, 9, 16, 15), (5, 4), (17, 17), FLOAT, "tf32", False),
+    "tensor: TF32": ((1, 33, 6, 7), (10, 12), (3, 5), FLOAT, "tf32", True),
+    "tensor: split TF32": ((1, 33, 6, 7), (10, 12), (3, 5), FLOAT, "tf32x3", False),
+    "tensor: one line": ((1, 18, 9, 4), (17, 0), (9, 1), HALF, "ieee", False),
+}
 MORE_CASES = 3  # popular keys, a long backward, long lists
+ALL_CASES = len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + len(CONV_CASES) + MORE_CASES
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +169,32 @@ def test_memory_read(case: str) -> None:
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=4e-3 if precision == "tf32" else 1e-5)
 
 
+@pytest.mark.parametrize("case", CONV_CASES)
+def test_global_conv(case: str) -> None:
+    """Sums of small integers are exact: the results are those of float64, rounded once."""
+    (n, c, h, w), (m1, m2), (kh, kw), dtype, precision, last = CONV_CASES[case]
+
+    def numbers(*shape: int) -> Tensor:
+        tensor = torch.randint(-1, 2, shape).to(dtype)
+        return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+
+    ops = torch.ops.vosops_emulated
+    biases = [integers((m,), dtype) for m in (m1, m2, c)]
+    x, y, addend = numbers(n, c, h, w), numbers(n, m1 + m2, h, w), numbers(1, m1 + m2, h, w)
+    split = (x, numbers(m1, c, kh, 1), numbers(m2, c, 1, kw), *biases[:2], addend)
+    merge = (y, numbers(c, m1, 1, kw), numbers(c, m2, kh, 1), biases[2])
+    for op, core, arguments in (
+        (ops.global_conv_split, global_conv_split_core, split),
+        (ops.global_conv_merge, global_conv_merge_core, merge),
+    ):
+        got = op(*arguments, precision)
+        assert torch.equal(got, core(*(t.double() for t in arguments)).to(dtype))
+        assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    for kernel in ((kh, 1), (1, kw)):
+        got = ops.global_conv_weight(x, y, *kernel, precision)
+        assert torch.equal(got, global_conv_weight_core(x.double(), y.double(), *kernel).to(dtype))
+
+
 def test_memory_select_of_lists_beyond_shared_memory() -> None:
     query, key = integers((1, 3, 70), FLOAT), integers((1, 3, 700), FLOAT)
     vectors = (None, None, None, 0.5)
@@ -184,6 +229,12 @@ def test_shared_memory_fits_every_architecture(
     test_global_matching(case)
 
 
+@pytest.mark.parametrize("architecture", ["86", "90"])
+def test_long_lines_fit_every_architecture(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    monkeypatch.setenv("VOSOPS_EMULATOR_ARCH", architecture)
+    test_global_conv("tensor: narrow stages of long lines")
+
+
 def backward_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One key that most queries choose: its segment crosses many chunks."""
     index = torch.randint(-1, 40, (2, 2, 300))
@@ -211,15 +262,21 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.Monke
         lambda: ops.matching_backward(*backward),
         lambda: ops.memory_read(*read, None, None, None, 0.3, "ieee"),
         lambda: ops.memory_select(*read[:2], None, None, None, 0.3, "ieee", 40),
+        lambda: (ops.global_conv_split(image, *lines, None, None, None, "tf32x3"),),
+        lambda: (ops.global_conv_weight(image, image[:, :7], 3, 1, "ieee"),),
+        lambda: ops.conv_lstm_pointwise(image, None, image[:, :5], 1.0),
     ]
     read = read_inputs((1, 2, 16, 24, 70, 200), BFLOAT, BFLOAT, True)
     local, across = local_inputs("tensor: phases of the dilation"), global_inputs("tensor: sorted lists")
     backward = backward_inputs()
+    image = torch.randn(2, 20, 9, 11)
+    lines = image[:, :, :3, :1], image[:, :, :1, :3]
     in_order = [call() for call in calls]
     for seed in ("1", "2"):
         monkeypatch.setenv("VOSOPS_EMULATOR_SHUFFLE", seed)
         for call, first in zip(calls, in_order, strict=True):
-            assert_same(call(), first)
+            for result, expected in zip(call(), first, strict=True):
+                torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_access_out_of_bounds() -> None:
@@ -247,7 +304,7 @@ def test_no_access_out_of_bounds() -> None:
         timeout=580,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout == f"{len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + MORE_CASES} cases\n"
+    assert result.stdout == f"{ALL_CASES} cases\n"
 
 
 if __name__ == "__main__":
@@ -261,4 +318,6 @@ if __name__ == "__main__":
     test_backward_of_a_popular_key()
     test_memory_select_of_lists_beyond_shared_memory()
     test_memory_read_backward_in_chunks()
-    print(len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + MORE_CASES, "cases")
+    for name in CONV_CASES:
+        test_global_conv(name)
+    print(ALL_CASES, "cases")

@@ -15,6 +15,8 @@ from vosops.reference.global_conv import global_conv_merge_core, global_conv_spl
 
 CPU_PRECISIONS = ("exact", "winograd")
 PRECISIONS = (*CPU_PRECISIONS, *_checks.PRECISIONS)
+LONGEST_ON_CUDA = 17
+"""Taps of a line whose halo fits into the shared memory of every GPU from sm_80 on."""
 
 
 def global_conv(
@@ -107,7 +109,7 @@ def global_conv(
         if bias is not None:
             _checks.check_tensor(name, bias, (weight.shape[0],))
     precision = _resolve_precision(precision, x)
-    run = backends.choose("global_conv", (x,)).run
+    run = backends.choose("global_conv", (x, l1_weight, r1_weight)).run
     middle = run("split", x, l1_weight, r1_weight, l1_bias, r1_bias, prepared, precision)
     bias = r2_bias if l2_bias is None else l2_bias if r2_bias is None else l2_bias + r2_bias
     result: Tensor = run("merge", middle, l2_weight, r2_weight, bias, precision)
@@ -171,7 +173,7 @@ def global_conv_prepare(
         )
     if first > 0:
         l1_weight, r1_weight = l1_weight[:, first:], r1_weight[:, first:]
-    run = backends.choose("global_conv", (reference,)).run
+    run = backends.choose("global_conv", (reference, l1_weight, r1_weight)).run
     precision = _resolve_precision(precision, reference)
     result: Tensor = run("split", reference, l1_weight, r1_weight, l1_bias, r1_bias, None, precision)
     return result
@@ -434,9 +436,19 @@ def _reference(op: str, *args: Any) -> Tensor:
     return cores[op](*args[:-1])
 
 
-def _prepare(x: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
-    """The core's first argument, which says what serves a call."""
-    return (x if isinstance(x, Tensor) else torch.empty(0),)
+def _prepare(
+    x: Tensor, l1_weight: Tensor, l2_weight: Tensor, r1_weight: Tensor, *_: Any, **__: Any
+) -> tuple[Any, ...]:
+    """What says which implementation serves a call."""
+    return x, l1_weight, r1_weight
+
+
+def _cpp_reasons_not(x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> list[str]:
+    reasons = cpp_reasons_not(x)
+    longest = max(l1_weight.shape[2], r1_weight.shape[3])
+    if x.device.type == "cuda" and longest > LONGEST_ON_CUDA:
+        reasons.append(f"the CUDA kernels take lines of at most {LONGEST_ON_CUDA} taps, not {longest}")
+    return reasons
 
 
 backends.register_op(
@@ -444,8 +456,8 @@ backends.register_op(
         name="global_conv",
         prepare=_prepare,
         implementations=(
-            backends.Implementation("cpp", CPP, cpp_reasons_not),
-            backends.Implementation("triton", TRITON, triton_reasons_not),
+            backends.Implementation("cpp", CPP, _cpp_reasons_not),
+            backends.Implementation("triton", TRITON, lambda x, *_: triton_reasons_not(x)),
             backends.Implementation("reference", _reference, lambda *_: []),
         ),
         orders={
