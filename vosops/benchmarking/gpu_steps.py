@@ -89,15 +89,13 @@ def is_right(errors: Sequence[float], mode: str) -> bool:
 @contextmanager
 def tf32_elsewhere(allowed: bool) -> Any:
     """What other packages may round float32 products to."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
-        for switch in switches:
-            switch.allow_tf32 = allowed
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 # ---- Ceilings
