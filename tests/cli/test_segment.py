@@ -176,9 +176,12 @@ class TestBadInput:
         assert "--dtype" in wrong("--dtype", "int8")
         assert "no frame to process" in wrong("--start", "12")
         assert "--fps" in wrong("--fps", "0")
+        assert "--scales must be numbers separated by commas" in wrong("--scales", "1;2")
 
     def test_model_and_backbone(self, real_vosops, clip, mask, out):
         arguments = (clip, "--mask", mask)
+        assert "--scales does not go with" in self.wrong(real_vosops, out, *arguments, "--scales", "1,2")
+        assert "--scales must be positive" in self.wrong(real_vosops, out, *arguments, "--scales", "0")
         assert "--model nothing" in self.wrong(real_vosops, out, *arguments, "--model", "nothing")
         assert "nothing.pth does not exist" in self.wrong(
             real_vosops, out, *arguments, "--weights", "nothing.pth"

@@ -336,7 +336,18 @@ def test_the_command_segments_a_clip(tmp_path, monkeypatch):
     if not clip_folder.exists():
         pytest.skip(f"{clip_folder} is not here (set VOSOPS_TEST_DATA)")
     torch.save(official_checkpoint(recipe_network(True)), tmp_path / "weights.pth")
-    options = ["--model", "rgmp", "--weights", tmp_path / "weights.pth", "--size", 64, "--end", 3]
+    options = [
+        "--model",
+        "rgmp",
+        "--weights",
+        tmp_path / "weights.pth",
+        "--size",
+        64,
+        "--scales",
+        "0.5,1",
+        "--end",
+        3,
+    ]
     arguments = ["vosops", "segment", clip_folder, "--mask", mask, "--out", tmp_path / "out", *options]
     monkeypatch.setattr("sys.argv", [str(x) for x in arguments])
     with pytest.raises(SystemExit) as exit:

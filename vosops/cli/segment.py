@@ -52,6 +52,10 @@ def segment(
     memory_budget: Annotated[
         str | None, typer.Option(help="Most that the model may remember, such as 2GB or 512MiB.")
     ] = None,
+    scales: Annotated[
+        str,
+        typer.Option(help="Sizes relative to --size whose results a network averages, such as 0.5,0.75,1."),
+    ] = "1",
     size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = 480,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
     end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
@@ -102,6 +106,7 @@ def segment(
         memory_budget=memory_budget,
         checkout=checkout,
         naive=naive,
+        scales=_numbers(scales),
     )
     keep_freed_memory()
     with Console() as console, StopSignals(console.note) as signals:
@@ -151,6 +156,16 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a comma-separated option."""
+    from vosops.inference.errors import InputError
+
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--scales must be numbers separated by commas, got {text}") from error
 
 
 class Console:

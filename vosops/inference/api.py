@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def segment(
     memory_budget: int | str | None = None,
     checkout: str | Path | None = None,
     naive: bool = False,
+    scales: Sequence[float] = (1.0,),
     start: int | None = None,
     end: int | None = None,
     step: int = 1,
@@ -54,6 +55,8 @@ def segment(
         memory_budget: Most that the model may remember: bytes, or a text such as "2GB".
         checkout: Folder of a clone of the model's repository, for xmem.
         naive: Compute as the original code does, at its memory: ops in plain PyTorch, memory by concatenation.
+        scales: Average the network's results at these sizes, relative to ``size``: (0.5, 0.75, 1.0) is what RGMP's
+            authors use.
         start: First frame number to process.
         end: Frame number to stop before.
         step: Process every ``step``-th frame.
@@ -87,6 +90,7 @@ def segment(
             memory_budget=memory_budget,
             checkout=None if checkout is None else Path(checkout),
             naive=naive,
+            scales=scales,
         )
     propagation = Propagation(
         model,

@@ -44,6 +44,7 @@ class Settings:
     memory_budget: int | str | None = None
     checkout: Path | None = None
     naive: bool = False
+    scales: tuple[float, ...] = (1.0,)
 
 
 @dataclass
@@ -161,6 +162,7 @@ class Job:
             memory_budget=s.memory_budget,
             checkout=s.checkout,
             naive=s.naive,
+            scales=s.scales,
         )
 
     @cached_property
@@ -185,6 +187,7 @@ class Job:
             "memory-budget": s.memory_budget,
             "checkout": None if s.checkout is None else str(s.checkout),
             "naive": s.naive,
+            "scales": list(s.scales),
         }
 
     def _write_dataset_report(self, summaries: Sequence[Summary], problems: Sequence[str]) -> None:

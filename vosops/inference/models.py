@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,12 @@ def make_tracker(
     memory_budget: int | str | None = None,
     checkout: Path | None = None,
     naive: bool = False,
+    scales: Sequence[float] = (1.0,),
 ) -> VideoTracker:
     """Return the model of that name; it computes at the size of the frames it gets.
 
     memory_budget: bytes, or a text such as "2GB", that the model may remember at most. checkout: folder of
-    a clone of the model's repository, for those that need one. naive: what :class:`Tracker` says, for networks.
+    a clone of the model's repository, for those that need one. naive, scales: what :class:`Tracker` says, for networks.
     """
     from vosops.memory import parse_bytes
     from vosops.models import Network, create_model, list_models, tracks_by_itself
@@ -71,7 +73,11 @@ def make_tracker(
             budget = parse_bytes(memory_budget)
         except ValueError as error:
             raise InputError(f"--memory-budget {memory_budget} cannot be used: {error}") from error
+    if any(scale <= 0 for scale in scales) or not scales:
+        raise InputError(f"--scales must be positive numbers, got {tuple(scales)}")
     if tracks_by_itself(name):
+        if tuple(scales) != (1.0,):
+            raise InputError(f"--scales does not go with --model {name}, which runs at --size alone")
         options["memory_budget"] = budget
     elif weights is None:
         raise InputError(f"--model {name} needs --weights FILE: no weights come with it")
@@ -85,4 +91,4 @@ def make_tracker(
         return tracker
     if not isinstance(model, Network):
         raise InputError(f"--model {name} does not follow objects through a video: see vosops semantic")
-    return Tracker(model, memory_budget=budget, naive=naive)
+    return Tracker(model, memory_budget=budget, naive=naive, scales=scales)
