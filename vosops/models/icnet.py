@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vosops.models.xception import conv_norm
+
 NUM_CLASSES = 19  # of Cityscapes
 CHANNELS = 128  # of what the branches hand on
 MIN_SIDE = 97  # of a frame: 1/32 of it must have four rows and columns for the finest pooling
@@ -151,7 +153,10 @@ class PSPNet(nn.Module):
             self.add_module(f"{name}_bn", batch_norm(out))
 
     def _layer(self, name: str, x: Tensor, *, relu: bool = True) -> Tensor:
-        return self._norm(f"{name}_bn", self.get_submodule(name)(x), relu=relu)
+        convolution, norm = self.get_submodule(name), self.get_submodule(f"{name}_bn")
+        assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        x = conv_norm(convolution, norm, x)
+        return F.relu_(x) if relu else x
 
     def _norm(self, name: str, x: Tensor, *, relu: bool = False) -> Tensor:
         x = self.get_submodule(name)(x)
