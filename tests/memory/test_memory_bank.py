@@ -377,6 +377,33 @@ class PlainXMem:
         return torch.stack(outs)
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("policy", ["window", "long_term"])
+def test_groups_read_in_one_pass_over_the_scores(policy, top_k, monkeypatch):
+    """Where each sees all frames or all since it came; and the same as each by itself."""
+    from vosops.memory import reader
+
+    options = {**LONG_TERM, "max_mid_term_frames": 9} if policy == "long_term" else {"policy": "window"}
+    bank = MemoryBank(top_k=top_k, **options)
+    for t in range(7):
+        bank.add(t, **frame_of([1] + [2, 3] * (t >= 2) + [4] * (t >= 3), t))
+    assert bank.groups == [[1], [2, 3], [4]]
+    apart = torch.cat([bank.read(*query_of(), objects=[o]) for o in bank.objects], 1)
+    passes = []
+    for name in ("memory_read", "memory_select"):
+        real = getattr(reader, name)
+        monkeypatch.setattr(
+            reader,
+            name,
+            lambda *a, real=real, **k: passes.append(k.get("groups")) or real(*a, **k),
+        )
+    together = bank.read(*query_of())
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    assert len(passes[0]) == 3
+    usage = policy == "long_term" and top_k is None
+    assert len(passes) == 1 + usage, "one pass, and one for the usage of the full softmax"
+
+
 @pytest.mark.parametrize("top_k", [None, 6])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_long_term_memory_follows_the_rules_of_xmem(groups, top_k):

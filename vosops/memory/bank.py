@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from vosops.memory.arena import Arena
 from vosops.memory.budget import MemoryBudgetError
 from vosops.memory.frames import Frames, StoredFrame
 from vosops.memory.plan import LONG, WORK, Geometry, Groups, Plan, make_plan
-from vosops.memory.reader import Query, Reader, Rows
+from vosops.memory.reader import Query, Reader, Rows, View
 from vosops.memory.settings import MemorySettings
 
 _INT8_MAX = 127
+_MOST_RUNS = 6  # of frames that the same groups see, which one pass reads: each is read by itself and merged
 _NEW_LIFE = 1e-7  # reads that a new position has seen, so that usage / life is defined
 
 
@@ -259,7 +261,8 @@ class MemoryBank:
         softmax over the `top_k` best or all of them. With "long_term" usage is counted, as the first group reads
         (it sees everything, unless frames were added without it).
 
-        Raises RuntimeError when the bank is empty. Time and memory are those of `vosops.memory_read`, per group;
+        Raises RuntimeError when the bank is empty. Time and memory are those of `vosops.memory_read`, with one pass
+        over the scores for all groups that see all prototypes or none, and one for each other group;
         for int8 and what must come from the host also that of bringing it, a frame at a time.
         """
         if not self._groups:
@@ -268,31 +271,66 @@ class MemoryBank:
         if set(wanted) - set(self.objects) or not wanted:
             raise ValueError(f"objects must be some of {self.objects}, got {wanted}")
         query = Query(query_key, selection)
+        members = {group: [o for o in ids if o in wanted] for group, ids in self._groups.items()}
+        members = {group: some for group, some in members.items() if some}
         outs: dict[int, Tensor] = {}
-        for group, members in self._groups.items():
-            some = [o for o in members if o in wanted]
-            if some:
-                count_usage = self.settings.policy == "long_term" and group == next(iter(self._groups))
-                out = self._read_group(query, group, some, count_usage)
-                outs.update(zip(some, out.to(query_key.dtype).unbind(1), strict=True))
+        for view in self._views(list(members)):
+            reads = self._read_view(query, view, [members[group] for group in view.groups])
+            for group, out in zip(view.groups, reads, strict=True):
+                outs.update(zip(members[group], out.to(query_key.dtype).unbind(1), strict=True))
         return torch.stack([outs[o] for o in wanted], 1)
 
-    def _read_group(self, query: Query, group: int, objects: list[int], count_usage: bool) -> Tensor:
-        parts, everything = self._parts_of(group)
-        mask = None if everything else f"mask/{group}"
+    def _read_view(self, query: Query, view: View, objects: list[list[int]]) -> list[Tensor]:
+        """What each group of the view reads for its objects; counts usage as the bank's first group reads."""
+        counts = self.settings.policy == "long_term" and view.groups[0] == next(iter(self._groups))
+        seen = view.parts[view.firsts[0] :]
         usage: list[Tensor] | None = None
         if self.settings.top_k is None:
-            out = self._reader.full(query, parts, mask, objects)
-            if count_usage:
-                usage = self._reader.usage(query, parts, mask)
+            outs = self._reader.full(query, view, objects)
+            if counts:
+                usage = self._reader.usage(query, seen, view.mask)
         else:
-            chosen, usage = self._reader.select(query, parts, mask, self.settings.top_k, count_usage)
-            out = self._reader.gather(chosen, parts, objects)
-        for part, used in zip(parts, usage or [], strict=False):
+            chosen, usage = self._reader.select(query, view, self.settings.top_k, counts)
+            rest = [view.parts[first:] for first in view.firsts]
+            outs = [self._reader.gather(*read) for read in zip(chosen, rest, objects, strict=True)]
+        for part, used in zip(seen, usage or [], strict=False):
             if part.table == WORK or self.settings.enable_long_term_count_usage:
                 part.column("usage").add_(used)
                 part.column("life").add_(1)
-        return out
+        return outs
+
+    def _views(self, groups: list[int]) -> list[View]:
+        """How these groups read: together where what each sees can be put behind what only others see."""
+        alone = [group for group in groups if self._seen.get(group, 0) not in (0, self._elements)]
+        together = [group for group in groups if group not in alone]
+        view = None
+        if len(together) > 1 and self._reader.shares(bool(self._host.slots), self.settings.top_k):
+            view = self._nested(together)
+        if view is None:
+            alone = groups
+        views = [] if view is None else [view]
+        for group in alone:
+            parts, everything = self._parts_of(group)
+            views.append(View((group,), parts, (0,), None if everything else f"mask/{group}"))
+        return views
+
+    def _nested(self, groups: list[int]) -> View | None:
+        """One view for groups that see all prototypes or none; None where their frames are too mixed."""
+        runs: list[tuple[Rows, frozenset[int]]] = []
+        for store in (self._host, self._work):
+            for i, slot in enumerate(store.slots):
+                rows, viewers = store.rows(i), frozenset(slot.groups).intersection(groups)
+                if i > 0 and runs[-1][1] == viewers:
+                    rows = replace(runs.pop()[0], stop=rows.stop)
+                runs.append((rows, viewers))
+            if store is self._host and self._elements:
+                runs.append((self._long_rows(), frozenset(g for g in groups if self._seen.get(g))))
+        runs = sorted((run for run in runs if run[1]), key=lambda run: len(run[1]))
+        nested = all(few <= more for (_, few), (_, more) in pairwise(runs))
+        if not nested or len(runs) > _MOST_RUNS:
+            return None
+        firsts = tuple(next(i for i, (_, viewers) in enumerate(runs) if group in viewers) for group in groups)
+        return View(tuple(groups), [rows for rows, _ in runs], firsts, None)
 
     def _parts_of(self, group: int) -> tuple[list[Rows], bool]:
         """What the group reads, oldest first, and whether it sees all of that."""
@@ -524,7 +562,8 @@ class MemoryBank:
             seen = [part for i, part in zip(frames, parts, strict=True) if group in slots[i].groups]
             for o in members:
                 if seen:
-                    values = self._reader.full(query, seen, None, [o])[0, 0].T
+                    (values,) = self._reader.full(query, View((group,), seen, (0,), None), [[o]])
+                    values = values[0, 0].T
                     _store(torch.where(sees[:, None], values, 0), prototypes, o)
                 else:
                     prototypes.column(f"value/{o}").zero_()

@@ -52,8 +52,20 @@ class Query(NamedTuple):
     selection: Tensor | None
 
 
+class View(NamedTuple):
+    """What groups of objects read in one pass: group i all parts from number firsts[i] on.
+
+    mask names the column that says which rows count, for a view of a single group; None: all of them.
+    """
+
+    groups: tuple[int, ...]
+    parts: list[Rows]
+    firsts: tuple[int, ...]
+    mask: str | None
+
+
 class Reader:
-    """Reads what a bank stores, for objects that see the same rows.
+    """Reads what a bank stores.
 
     `arena` is the bank's own, on the device of the queries. Rows of another device are copied into its stage
     first, quantised values dequantised, a piece at a time. `mask` in all methods names the column that says which
@@ -67,21 +79,30 @@ class Reader:
         self.quantised = quantised
         self.far_host = arena.device.type != "cpu"  # whether another arena's rows must be copied to be read
 
-    def full(self, query: Query, parts: Sequence[Rows], mask: str | None, objects: Sequence[int]) -> Tensor:
-        """The objects' values under the softmax over all rows -> (1,O,Cv,*Q)."""
+    def shares(self, has_host: bool, top_k: int | None) -> bool:
+        """Whether several groups can read in one pass: where nothing must be staged or dequantised for it."""
+        return not (self.far_host and has_host) and not (self.quantised and top_k is None)
+
+    def full(self, query: Query, view: View, objects: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Each group's objects' values under the softmax over all rows it sees -> (1,O,Cv,*Q)."""
+        if len(view.groups) > 1:
+            values = [[self._values(part, some) for part in view.parts] for some in objects]
+            reads: list[Tensor] = self._read(query, view.parts, None, values, groups=_ranges(view))
+            return reads
+        parts, some = view.parts, objects[0]
 
         def read(rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
-            values = [self._values(part, objects) for part in rows]
-            out, lse = self._read(query, rows, mask, values, return_lse=True)
+            values = [self._values(part, some) for part in rows]
+            out, lse = self._read(query, rows, view.mask, values, return_lse=True)
             return out, lse
 
         whole = [part for part in parts if self._in_place(part)]
         merged = read(whole) if whole else None
-        for _, piece in self._pieces([part for part in parts if part not in whole], len(objects)):
+        for _, piece in self._pieces([part for part in parts if part not in whole], len(some)):
             latest = read([piece])
             merged = latest if merged is None else merge_reads(*zip(merged, latest, strict=True))
         assert merged is not None
-        return merged[0]
+        return [merged[0]]
 
     def average(self, query: Query, parts: Sequence[Rows], column: str) -> Tensor:
         """A column of scalars under the softmax over all rows, which must be near -> (1,1,*Q)."""
@@ -96,28 +117,34 @@ class Reader:
         return [part[0] for part in usage]
 
     def select(
-        self, query: Query, parts: Sequence[Rows], mask: str | None, top_k: int, usage: bool
-    ) -> tuple[MemoryWeights, list[Tensor] | None]:
-        """The best rows of all parts for each query, counted through the parts; and their usage if asked for."""
+        self, query: Query, view: View, top_k: int, usage: bool
+    ) -> tuple[list[MemoryWeights], list[Tensor] | None]:
+        """The best rows of each group for each query, counted through the parts that it sees.
+
+        With usage also that of these parts by the first group's read.
+        """
+        parts = view.parts
         near = [part for part in parts if self._is_near(part)]
-        chosen, used, offset = [], None, 0
-        if near == list(parts):
-            result: Any = memory_select(
-                query.key,
-                [part.column("key").T[None] for part in near],
-                top_k,
-                return_usage=usage,
-                **self._options(query, near, mask),
-            )
-            best, used = result if usage else (result, None)
-            return best, None if used is None else [part[0] for part in used]
+        if near == parts:
+            ranges = _ranges(view)
+            options = self._options(query, near, view.mask)
+            if len(ranges) > 1:
+                del options["valid"]
+                options["groups"] = ranges
+            keys = [part.column("key").T[None] for part in near]
+            results: Any = memory_select(query.key, keys, top_k, return_usage=usage, **options)
+            results = results if len(ranges) > 1 else [results]
+            best = [result[0] for result in results] if usage else results
+            chosen = [_shifted(found, -start) for found, (start, _) in zip(best, ranges, strict=True)]
+            used = [part[0] for part in results[0][1][view.firsts[0] :]] if usage else None
+            return chosen, used
+        found, offset = [], 0
         for part in parts:
             for start, piece in self._pieces([part], 1) if part not in near else [(0, part)]:
-                best, _ = self.select(query, [piece], mask, top_k, False)
-                shifted = torch.where(best.indices >= 0, best.indices + offset + start, -1)
-                chosen.append(best._replace(indices=shifted))
+                (best_of_piece,), _ = self.select(query, view._replace(parts=[piece]), top_k, False)
+                found.append(_shifted(best_of_piece, offset + start))
             offset += len(part)
-        return _best_of(chosen, top_k), None
+        return [_best_of(found, top_k)], None
 
     def gather(self, chosen: MemoryWeights, parts: Sequence[Rows], objects: Sequence[int]) -> Tensor:
         """The objects' values at the chosen rows of all parts -> (1,O,Cv,*Q)."""
@@ -140,7 +167,10 @@ class Reader:
         self, query: Query, parts: Sequence[Rows], mask: str | None, values: list[Any], **wanted: Any
     ) -> Any:
         keys = [part.column("key").T[None] for part in parts]
-        return memory_read(query.key, keys, values, **self._options(query, parts, mask), **wanted)
+        options = self._options(query, parts, mask) | wanted
+        if "groups" in wanted:
+            del options["valid"]
+        return memory_read(query.key, keys, values, **options)
 
     def _options(self, query: Query, parts: Sequence[Rows], mask: str | None) -> dict[str, Any]:
         shrinkage = [part.column("shrinkage")[None, None] for part in parts if part.has("shrinkage")]
@@ -193,6 +223,19 @@ class Reader:
         for name in self.arena.columns(STAGE):
             staged.column(name).copy_(rows.column(name), non_blocking=True)
         return staged
+
+
+def _ranges(view: View) -> list[tuple[int, int]]:
+    """The rows that each group of a view sees, counted through its parts."""
+    sizes = [len(part) for part in view.parts]
+    return [(sum(sizes[:first]), sum(sizes)) for first in view.firsts]
+
+
+def _shifted(chosen: MemoryWeights, rows: int) -> MemoryWeights:
+    """The same rows, counted from so many rows further back."""
+    if rows == 0:
+        return chosen
+    return chosen._replace(indices=torch.where(chosen.indices >= 0, chosen.indices + rows, -1))
 
 
 def _best_of(selections: Sequence[MemoryWeights], top_k: int) -> MemoryWeights:
