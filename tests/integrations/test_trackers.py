@@ -284,7 +284,9 @@ def test_segment_command(segment, tmp_path):
     assert {"contact_sheet.png", "report.json"} <= names
 
 
-def test_segment_command_with_too_small_a_budget(segment):
+def test_segment_command_with_too_small_a_budget(segment, tmp_path):
     code, printed, masks = segment("masks", budget="1kB")
     assert (code, masks) == (1, {})
     assert "--memory-budget is too small at frame 0: budget must be at least" in " ".join(printed.split())
+    assert not list((tmp_path / "masks").iterdir()), "the folder can be used at once"
+    assert segment("masks")[0] == 0

@@ -40,6 +40,11 @@ class RunState:
             self.folder.mkdir(parents=True)
         write_text(self._arguments, json.dumps(arguments, indent=1))
 
+    def forget_if_alone(self) -> None:
+        """Undo :meth:`start` where nothing but this state was written, so that the folder can be used at once."""
+        if all(path == self.folder for path in self.folder.parent.iterdir()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def check(self, arguments: dict[str, Any]) -> None:
         """Raise a ``ResumeError`` that lists how ``arguments`` differ from those of the run here."""
         before = json.loads(self._arguments.read_text(encoding="utf-8"))

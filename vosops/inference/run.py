@@ -136,6 +136,9 @@ class Run:
                     raise InterruptedRunError(
                         f"stopped after {self._done} frames; run the same command with --resume to go on"
                     )
+        except BaseException:
+            self.state.forget_if_alone()
+            raise
         finally:
             self.progress.end()
         peak = peak_memory(self.propagation.device.type == "cuda")
