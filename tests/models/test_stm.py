@@ -236,6 +236,20 @@ class TestMemory:
         tracker.remove_object(1)
         assert tracker.step(images[0]).shape == (3, *SIZE)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+    def test_may_be_stored_in_less(self, network, dtype):
+        small = create_model("stm", memory_dtype=dtype)
+        images, labels = clip(4, 2)
+        exact, memories = [], []
+        for one in (network, small):
+            tracker = Tracker(one)
+            tracker.initialize(images[0], labels)
+            exact.append([tracker.step(image) for image in images[1:]])
+            memories.append(tracker.memory_bytes())
+        assert memories[1] < 0.8 * memories[0]
+        for ours, theirs in zip(*exact, strict=True):
+            assert 0 < (ours - theirs).abs().max() < 0.05
+
     def test_says_when_permanent_frames_do_not_fit(self, network):
         images, labels = clip(2, 1)
         tracker = Tracker(network, memory_budget=FRAME_BYTES // 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops import _checks
-from vosops.memory import MemoryBank, MemoryBudgetError
+from vosops.memory import MemoryBank, MemoryBudgetError, MemorySettings
 from vosops.models.network import Masks, Memory, Network, resize_rows
 from vosops.models.resnet import ResNet50Encoder
 from vosops.ops import memory_read, soft_aggregate
@@ -36,9 +37,10 @@ class STM(Network):
     """STM's network; `vosops.inference.Tracker` runs it, `forward` trains it.
 
     slots: the classes among which probabilities are divided: the original has always 11, so that it takes 10 objects at
-    most, and what is not there keeps a probability of about 1e-7; None: as many as there are, any number. Parameters
-    are named as in the official checkpoint (STM_weights.pth), which `create_model("stm", weights)` loads. Batch norm
-    keeps its statistics in training, too.
+    most, and what is not there keeps a probability of about 1e-7; None: as many as there are, any number.
+    memory_dtype: of the values that the memory stores: float32; float16, bfloat16 or int8 for half or a quarter of the
+    bytes. Parameters are named as in the official checkpoint (STM_weights.pth), which `create_model("stm", weights)`
+    loads. Batch norm keeps its statistics in training, too.
 
     Memory beside the weights: for each object and frame that is kept, 2560 bytes for 16 x 16 pixels, in a `MemoryBank`;
     beside it about 400 bytes for each pixel of the frame, whatever the number of objects and frames. Time: two
@@ -47,8 +49,9 @@ class STM(Network):
 
     stride = 16
 
-    def __init__(self, *, slots: int | None = None) -> None:
+    def __init__(self, *, slots: int | None = None, memory_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.memory_settings = MemorySettings(similarity="dot", dtype=memory_dtype)
         self.slots = None if slots is None else _checks.check_positive_int("slots", slots, 2)
         self.Encoder_M = ResNet50Encoder(("m", "o"), last_stage=4, mask_bias=False)
         self.Encoder_Q = ResNet50Encoder((), last_stage=4)
@@ -171,7 +174,8 @@ class _BankMemory(_Memory):
         self._banks: dict[int, MemoryBank] = {}
 
     def add(self, image: Tensor, masks: Masks, *, frame: int, permanent: bool, keep: bool) -> None:
-        new = {o: self._new_bank(image) for o in masks.object_ids if o not in self._banks}
+        settings = self.network.memory_settings
+        new = {o: MemoryBank(settings, device=image.device) for o in masks.object_ids if o not in self._banks}
         self._share(len(self._banks) + len(new), new)
         self._banks |= new
         try:
@@ -212,19 +216,13 @@ class _BankMemory(_Memory):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.object_ids = list(state["object_ids"])
         device = next(self.network.parameters()).device
-        self._banks = {}
-        for o, saved in state["banks"].items():
-            bank = MemoryBank(
-                similarity="dot", budget=self._budget_of_each(len(state["banks"])), device=device
-            )
-            bank.load_state_dict(saved)
-            self._banks[int(o)] = bank
+        settings = replace(self.network.memory_settings, budget=self._budget_of_each(len(state["banks"])))
+        self._banks = {int(o): MemoryBank(settings, device=device) for o in state["banks"]}
+        for o, bank in self._banks.items():
+            bank.load_state_dict(state["banks"][str(o)])
 
     def memory_bytes(self) -> int:
         return sum(bank.bytes_reserved for bank in self._banks.values())
-
-    def _new_bank(self, image: Tensor) -> MemoryBank:
-        return MemoryBank(similarity="dot", device=image.device)
 
     def _budget_of_each(self, objects: int) -> int | None:
         return None if self.budget is None else max(1, self.budget // max(1, objects))
