@@ -43,8 +43,8 @@ class STM(Network):
     loads. Batch norm keeps its statistics in training, too.
 
     Memory beside the weights: for each object and frame that is kept, 2560 bytes for 16 x 16 pixels, in a `MemoryBank`;
-    beside it about 400 bytes for each pixel of the frame, whatever the number of objects and frames. Time: two
-    encoder passes, of which one for each object, a read of all of the object's memory, and a decoder for each object.
+    beside it less than 1 KB for each pixel of the frame, whatever the number of objects and frames. Time: an encoder pass
+    for the frame, and for each object an encoder pass, a read of all of its memory and a decoder.
     """
 
     stride = 16
