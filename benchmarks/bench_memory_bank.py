@@ -1,11 +1,12 @@
 """A long video through MemoryBank: time and memory per frame stay constant; what each storage dtype costs.
 
-    python benchmarks/bench_memory_bank.py [--frames 1000] [--budget 1GB] [--threads 1] [--policies ...] [--out FILE]
+    python benchmarks/bench_memory_bank.py [--frames 1000] [--warm-up 2500] [--budget 1GB] [--policies ...] [--out FILE]
 
 Frames are 480p at stride 16 (30x54 positions), keys of 64 and values of 512 channels from a stand-in encoder: a fixed
 random projection of 16x16 patches of a picture that drifts and slowly changes. Each policy adds every fifth frame and
-reads every `--read-every`-th (all of them unless told). Medians over tenths of the video, in CPU time with one
-thread; resident memory from
+reads every `--read-every`-th (all of them unless told). --warm-up: so many frames come before those that are measured,
+of which every 20th is read, so that a long-term memory has filled. Medians over tenths of the video, in CPU time with
+one thread; resident memory from
 /proc (Linux). The errors of the storage dtypes are those of a read against storage in float32.
 """
 
@@ -36,6 +37,7 @@ POLICIES = {
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 PARTS = 10  # of the video, for each of which medians are kept
+WARM_READ_EVERY = 20
 
 
 class Encoder:
@@ -76,16 +78,18 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def run(options: dict, frames: int, budget: str, read_every: int, objects: int) -> dict:
-    """One policy over the whole video."""
+def run(options: dict, frames: int, warm_up: int, budget: str, read_every: int, objects: int) -> dict:
+    """One policy over the whole video, of which all but the first `warm_up` frames are measured."""
     bank = MemoryBank(top_k=TOP_K, budget=budget, **options)
     encoder, ids = Encoder(objects), list(range(1, objects + 1))
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     parts: list[dict[str, list[float]]] = [{"add": [], "read": []} for _ in range(PARTS)]
     residents, reserved, positions = [], 0, []
-    for frame in range(frames):
-        part = parts[frame * PARTS // frames]
-        reads, adds = bool(bank.objects) and frame % read_every == 0, bank.due(frame)
+    for frame in range(warm_up + frames):
+        measured = frame - warm_up
+        part = parts[measured * PARTS // frames] if measured >= 0 else {"add": [], "read": []}
+        every = read_every if measured >= 0 else WARM_READ_EVERY
+        reads, adds = bool(bank.objects) and frame % every == 0, bank.due(frame)
         data = encoder(frame) if reads or adds else {}
         if reads:
             start = clock()
@@ -104,11 +108,12 @@ def run(options: dict, frames: int, budget: str, read_every: int, objects: int) 
             part["add"].append(clock() - start)
         reserved = max(reserved, bank.bytes_reserved)
         assert bank.bytes_used <= bank.bytes_reserved <= parse_bytes(budget), "the budget is never passed"
-        if (frame + 1) * PARTS % frames < PARTS:
+        if measured >= 0 and (measured + 1) * PARTS % frames < PARTS:
             residents.append(resident_bytes())
             positions.append(bank.num_positions)
     return {
         "frames": frames,
+        "warm_up": warm_up,
         "objects": objects,
         "budget": parse_bytes(budget),
         "bytes_reserved_at_most": reserved,
@@ -151,6 +156,7 @@ def main() -> None:
     """Run, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--warm-up", type=int, default=0)
     parser.add_argument("--budget", default="1GB")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--objects", type=int, default=1)
@@ -163,11 +169,17 @@ def main() -> None:
     results["machine"] = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
     results["storage"] = storage_errors()
     for name in arguments.policies:
-        results[f"{name}, {arguments.objects} objects"] = {
+        after = f", after {arguments.warm_up} frames" if arguments.warm_up else ""
+        results[f"{name}, {arguments.objects} objects{after}"] = {
             "threads": arguments.threads,
             "read_every": arguments.read_every,
             **run(
-                POLICIES[name], arguments.frames, arguments.budget, arguments.read_every, arguments.objects
+                POLICIES[name],
+                arguments.frames,
+                arguments.warm_up,
+                arguments.budget,
+                arguments.read_every,
+                arguments.objects,
             ),
         }
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
