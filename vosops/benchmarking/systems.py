@@ -215,7 +215,7 @@ def _started(case: Case, naive: bool) -> Any:
 
     if case.network == SEMANTIC:
         return SemanticTracker(create_model(case.network), naive=naive, channels_last=not naive)
-    tracker = Tracker(create_model(case.network), naive=naive, channels_last=not naive)
+    tracker = Tracker(create_model(case.network), naive=naive)
     height, width = case.size
     labels = torch.zeros(case.size, dtype=torch.uint8)
     for i in range(case.objects):

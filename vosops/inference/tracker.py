@@ -41,7 +41,8 @@ class Tracker:
         scales: the network runs at each of these sizes, relative to the frame's, and the results are averaged.
         memory_budget: bytes, or a text such as "2GB", that what is remembered of the frames may take at most.
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
-        channels_last: keep the network's weights and maps in that memory format.
+        channels_last: keep the network's weights and maps in that memory format; None: as the network likes it, but
+            contiguous if naive.
         naive: as the original code computes: reference ops, memory by concatenation, everything at full size at once;
             the same results at many times the memory, to show the difference.
 
@@ -80,7 +81,7 @@ class Tracker:
         scales: Sequence[float] = (1.0,),
         memory_budget: int | str | None = None,
         dtype: torch.dtype | None = None,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         naive: bool = False,
     ) -> None:
         if not scales or any(scale <= 0 for scale in scales):
@@ -93,9 +94,10 @@ class Tracker:
         self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.dtype = dtype
         self.naive = naive
+        if channels_last is None:
+            channels_last = model.channels_last and not naive
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.reset()
 
     @property

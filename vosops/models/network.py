@@ -121,6 +121,9 @@ class Network(nn.Module, ABC):
     stride: int = 1
     """Both sides of an image are multiples of it."""
 
+    channels_last: bool = False
+    """Whether it is run in that memory format unless told otherwise."""
+
     masks_cover_padding: bool = False
     """Whether masks that are fed back are those that were predicted in the padding, too (RGMP), or 0 there (STM)."""
 

@@ -42,12 +42,13 @@ class STM(Network):
     bytes. Parameters are named as in the official checkpoint (STM_weights.pth), which `create_model("stm", weights)`
     loads. Batch norm keeps its statistics in training, too.
 
-    Memory beside the weights: for each object and frame that is kept, 2560 bytes for 16 x 16 pixels, in a `MemoryBank`;
-    beside it less than 1 KB for each pixel of the frame, whatever the number of objects and frames. Time: an encoder pass
-    for the frame, and for each object an encoder pass, a read of all of its memory and a decoder.
+    Memory beside the weights: 2560 bytes for 16 x 16 pixels of each object and frame that is kept, in a `MemoryBank`,
+    and less than 1 KB for each pixel of the frame, whatever the number of objects and frames. Time: an encoder pass for
+    the frame, and for each object an encoder pass, a read of all of its memory and a decoder.
     """
 
     stride = 16
+    channels_last = True
 
     def __init__(self, *, slots: int | None = None, memory_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
