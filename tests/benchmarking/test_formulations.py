@@ -8,6 +8,7 @@ import torch
 
 from vosops import reference
 from vosops.benchmarking import BENCHMARKS, Case, Inputs, Variant
+from vosops.benchmarking.conv_lstm import LstmCase
 from vosops.benchmarking.memory_read import MemoryCase, MemorySize
 from vosops.benchmarking.runner import _compare
 
@@ -132,3 +133,27 @@ def test_layouts_of_values_are_what_the_case_says():
         size = dataclasses.replace(READ_SIZE, top_k=4, channel_major=channel_major)
         value = MemoryCase("tiny", size).inputs(CPU).value
         assert value.is_contiguous() == channel_major and value.shape == (1, 2, 16, 54)
+
+
+STEPS = [v for v in BENCHMARKS["conv_lstm"].variants if not v.compiles]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("variant", STEPS, ids=lambda v: v.name)
+def test_lstm_steps_compute_the_same_states_and_gradients(variant, steps):
+    inputs = LstmCase("tiny", 4, 6, 7, steps, backward=True).inputs(CPU)
+
+    def sequence(x, kernel, bias, inputs):
+        return reference.conv_lstm(x, kernel, bias, inputs.state)[0]
+
+    wanted = Variant("reference", sequence).call(inputs, backward=True)()
+    found = variant.call(inputs, backward=True)()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_work_of_lstm_steps_is_that_of_their_algorithm():
+    direct = 2 * 3 * (6 * 7) * (4 * 4) * (2 * 4) * 9
+    for dtype, share in ((torch.float32, 36 / 144), (torch.bfloat16, 1)):
+        case = LstmCase("tiny", 4, 6, 7, 3, dtype=dtype)
+        assert BENCHMARKS["conv_lstm"].work(case, case.inputs(CPU))[0] == direct * share

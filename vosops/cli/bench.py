@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    op: Annotated[str, typer.Argument(help="local_matching, global_matching, memory_read, or all.")],
+    op: Annotated[
+        str, typer.Argument(help="local_matching, global_matching, memory_read, conv_lstm, or all.")
+    ],
     case: Annotated[
         list[str] | None, typer.Option("--case", help="Only this case; repeatable. Default all.")
     ] = None,

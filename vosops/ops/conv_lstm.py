@@ -261,12 +261,19 @@ def _steps(
     variant: str,
     forget_bias: float,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's convolutions, that of x for all steps at once, and the fused kernel of the cell update."""
+    """PyTorch's convolutions and the fused kernel of the cell update.
+
+    One step convolves [x; h] at once; of several, x is convolved for all of them in advance.
+    """
     pointwise = getattr(torch.ops.vosops, f"conv_lstm_pointwise{suffix}")
-    of_x, of_hidden = split_weights(weights, x.shape[2], variant)
-    all_gates = convolve(x.flatten(0, 1), of_x, bias, variant).unflatten(0, tuple(x.shape[:2]))
     if cell is None:
         cell = x.new_zeros((x.shape[0], hidden_channels(weights, variant), *x.shape[3:]))
+    if x.shape[1] == 1 and hidden is not None and variant == "convolution":
+        gates = convolve(torch.cat([x[:, 0], hidden], 1), weights, bias, variant)
+        hidden, cell, _ = pointwise(gates, None, cell, forget_bias)
+        return hidden.unsqueeze(1), cell
+    of_x, of_hidden = split_weights(weights, x.shape[2], variant)
+    all_gates = convolve(x.flatten(0, 1), of_x, bias, variant).unflatten(0, tuple(x.shape[:2]))
     steps = []
     for gates in all_gates.unbind(1):
         more_gates = None if hidden is None else convolve(hidden, of_hidden, None, variant)
