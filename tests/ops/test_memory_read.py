@@ -568,14 +568,15 @@ def test_merged_reads_of_parts_equal_the_read_with_gradients():
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
-    """The memory positions that each core op was given, and the largest tensor that anything made."""
+    """The memory positions that each core op was given, all names, and the largest tensor that anything made."""
 
     def __init__(self):
         super().__init__()
-        self.positions, self.largest = collections.Counter(), 0
+        self.positions, self.names, self.largest = collections.Counter(), set(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.names.add(str(func.overloadpacket))
         if func.namespace == "vosops":
             self.positions[func._schema.name.removeprefix("vosops::")] += args[1].shape[-1]
         given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
@@ -671,6 +672,24 @@ def test_objects_that_lie_apart_are_read_without_a_copy(dtype, top_k):
     split = [[each[..., c] for each in objects] for c in cuts]
     parts = vosops.memory_read(query, [key[..., c] for c in cuts], split, top_k=top_k, **options)
     torch.testing.assert_close(parts, want, rtol=0, atol=TOLERANCE[dtype] * 4)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_objects_at_equal_distances_are_one_view(backend):
+    """What every backend reads without a copy, a bank's objects on a GPU for one."""
+    (query, key, value), options = make("l2", o=3, v=9, q=(7,), m=(301,))
+    storage = torch.randn(4, 310, 9)
+    storage[1:, 5:306] = value[0].mT
+    objects = [each[5:306].mT[None] for each in storage[1:]]
+    apart = [objects[0], objects[2], objects[1].clone()]
+    want = vosops.memory_read(query, key, value, **options)
+    with vosops.use_backend(backend):
+        with Calls() as calls:
+            got = vosops.memory_read(query, key, objects, **options)
+        assert "aten.cat" not in calls.names
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(vosops.memory_read(query, key, objects[::-1], **options), want.flip(1))
+        torch.testing.assert_close(vosops.memory_read(query, key, apart, **options), want[:, [0, 2, 1]])
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

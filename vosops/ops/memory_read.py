@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -499,10 +500,11 @@ class _Memory:
         if len(values) > 1:
             tensors = [query, key, *values, *(t for t in rest if isinstance(t, Tensor))]
             traced = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            if self.kernels.name == "cpp" and query.device.type == "cpu" and not traced:
+            together = None if traced else _side_by_side(values)
+            if together is None and self.kernels.name == "cpp" and query.device.type == "cpu" and not traced:
                 out, lse = torch.ops.vosops.memory_read_list(query, key, values, *rest)
                 return out, lse
-            values = [torch.cat(values, 1)]
+            values = [torch.cat(values, 1) if together is None else together]
         out, lse = self.kernels.run("memory_read", query, key, values[0], *rest)
         return out, lse
 
@@ -581,6 +583,24 @@ def _fold_batch(values: list[Tensor]) -> list[Tensor]:
     if len(values) == 1:
         return [values[0].flatten(0, 1).unsqueeze(0)]
     return [value[n : n + 1] for n in range(values[0].shape[0]) for value in values]
+
+
+def _side_by_side(values: list[Tensor]) -> Tensor | None:
+    """Values (N,1,Cv,M) that lie at equal distances in one storage, as a bank's do, as one view (N,O,Cv,M); or None."""
+    first = values[0]
+    if torch.compiler.is_compiling() or any(
+        torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values
+    ):
+        return None
+    alike = all(v.shape == first.shape and v.stride() == first.stride() for v in values)
+    if first.shape[1] != 1 or not alike or len({v.untyped_storage()._cdata for v in values}) > 1:
+        return None
+    distances = {after.storage_offset() - before.storage_offset() for before, after in pairwise(values)}
+    distance = distances.pop()
+    if distances or distance <= 0:
+        return None
+    shape = (first.shape[0], len(values), *first.shape[2:])
+    return first.as_strided(shape, (first.stride(0), distance, *first.stride()[2:]))
 
 
 def _unfold_batch(tensor: Tensor, values: _Values | None) -> Tensor:
