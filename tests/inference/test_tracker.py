@@ -12,9 +12,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vosops
-from tests.inference.clips import ColourTracker
+from tests.inference.clips import ColourTracker, picture, truth
 from vosops import backends
-from vosops.inference import Tracker, tracker
+from vosops.inference import Propagation, Tracker, tracker
+from vosops.inference.frames import ArraySource
+from vosops.inference.masks import MaskSet, masks_from_python
 from vosops.models._tracking import most_probable
 from vosops.models.network import Masks, Memory, Network, resize_rows
 
@@ -406,6 +408,40 @@ class TestScales:
     def test_share_the_budget_by_their_area(self):
         one, _ = started(scales=(1.0, 0.5), memory_budget="1000B")
         assert [memory.budget for memory in one.network.memories] == [800, 200]
+
+
+class TestPropagation:
+    """The loop of `vosops segment` around a tracker."""
+
+    class Hidden:
+        """A tracker that the loop does not know for one, so that it looks ahead by saving and restoring."""
+
+        def __init__(self) -> None:
+            self.tracker = Tracker(Echo())
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.tracker, name)
+
+    @pytest.mark.parametrize("short_side", [-1, 32])
+    def test_a_correction_of_some_objects_needs_no_copy_of_the_state(self, short_side):
+        one_and_two = {1: (2, 4, 28, 36), 2: (32, 4, 14, 30)}
+        masks = {0: truth(one_and_two), 2: truth({2: (31, 6, 14, 30), 3: (4, 44, 30, 16)})}
+
+        def run(one: Any) -> list[Any]:
+            source = ArraySource([picture({}) for _ in range(4)])
+            given = MaskSet(masks_from_python(masks, source, range(4)), source.size)
+            return list(
+                Propagation(one, source, given, range(4), short_side=short_side, device=torch.device("cpu"))
+            )
+
+        one = Tracker(Echo())
+        one.load_state_dict = None  # never called
+        found = run(one)
+        assert one.object_ids == [1, 2, 3]
+        assert (found[2].labels == 1).any() and (found[3].labels == 3).any()
+        for ours, theirs in zip(found, run(self.Hidden()), strict=True):
+            assert torch.equal(ours.labels, theirs.labels)
+            assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-5)
 
 
 class TestOptions:

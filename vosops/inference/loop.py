@@ -290,20 +290,31 @@ class Propagation:
             self.tracker.initialize(frame, self._small(labels, ids))
             return labels
         others = [i for i in self.tracker.object_ids if i not in ids]
+        segmented = False  # whether the tracker has seen the frame
         if others:
-            predicted = self._peek(frame)
+            segmented = isinstance(self.tracker, Tracker)
+            predicted = self._predict(frame) if segmented else self._peek(frame)
             keep = (labels == 0) & torch.isin(predicted, torch.tensor(others, dtype=predicted.dtype))
             labels = torch.where(keep, predicted, labels)
-        self.tracker.step(frame, labels=self._small(labels, [*ids, *others]), permanent=True, end=last)
+        small = self._small(labels, [*ids, *others])
+        if segmented:
+            self.tracker.add_objects(frame, small)
+        else:
+            self.tracker.step(frame, labels=small, permanent=True, end=last)
         return labels
+
+    def _predict(self, frame: Tensor) -> Tensor:
+        """Return the label map, at the input's size, that the tracker finds in its next frame."""
+        probabilities = self.tracker.step(frame)
+        labels, _ = to_labels(probabilities, self.tracker.object_ids, self.size)
+        return labels.cpu()
 
     def _peek(self, frame: Tensor) -> Tensor:
         """Return what the tracker sees on a frame, leaving the tracker as it was."""
         state = copy.deepcopy(self.tracker.state_dict())
-        probabilities = self.tracker.step(frame)
-        labels, _ = to_labels(probabilities, self.tracker.object_ids, self.size)
+        labels = self._predict(frame)
         self.tracker.load_state_dict(state)
-        return labels.cpu()
+        return labels
 
     def _small(self, labels: Tensor, ids: list[int]) -> Tensor:
         return resize_labels(labels, self.compute_size, ids).long().to(self.device)
