@@ -110,9 +110,11 @@ def create_model(
     """Creates a model by name, on a device.
 
     ``cutie``, ``propagate`` and ``xmem`` track by themselves, as :class:`VideoTracker` says. The others are networks
-    (``torch.nn.Module``, in eval mode), which :class:`vosops.inference.Tracker` leads through videos.
+    (``torch.nn.Module``, in eval mode), which :class:`vosops.inference.Tracker` leads through videos, and
+    :class:`vosops.inference.SemanticTracker` those that segment into classes.
 
-    weights: a file with the model's weights, safetensors or a checkpoint (:func:`vosops.models.weights.load_weights`).
+    weights: a file with the model's weights, safetensors or a checkpoint (:func:`vosops.models.weights.load_weights`),
+    or an .npz of a TensorFlow checkpoint's variables (``lstm_icnet``, ``feelvos``).
     None takes what the model ships with: ``propagate`` is not trained and takes no file, ``cutie`` and ``xmem`` need
     theirs, and a network gets random weights, always the same ones. options: of the model's class. Raises ValueError
     for an unknown name or a file that is not the model's, which names the first keys missing, unexpected or misshapen.
