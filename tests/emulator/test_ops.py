@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.emulator.build import compiler, load_emulated_ops
+from vosops.reference.conv_lstm import conv_lstm_pointwise_backward_core, conv_lstm_pointwise_core
 from vosops.reference.global_conv import (
     global_conv_merge_core,
     global_conv_split_core,
@@ -193,6 +194,18 @@ def test_global_conv(case: str) -> None:
     for kernel in ((kh, 1), (1, kw)):
         got = ops.global_conv_weight(x, y, *kernel, precision)
         assert torch.equal(got, global_conv_weight_core(x.double(), y.double(), *kernel).to(dtype))
+
+
+@pytest.mark.parametrize("width", [5, 8])
+def test_a_cell_of_float32_goes_with_gates_of_16_bits(width: int) -> None:
+    gates, cell = torch.randn(2, 8, 3, width).half(), torch.randn(2, 2, 3, width)
+    got = torch.ops.vosops_emulated.conv_lstm_pointwise(gates, None, cell, 1.0)
+    for have, want in zip(got, conv_lstm_pointwise_core(gates, None, cell, 1.0), strict=True):
+        torch.testing.assert_close(have, want)
+    arguments = (got[0], got[1], got[2], cell, got[1])
+    got = torch.ops.vosops_emulated.conv_lstm_pointwise_backward(*arguments)
+    for have, want in zip(got, conv_lstm_pointwise_backward_core(*arguments), strict=True):
+        torch.testing.assert_close(have, want)
 
 
 def test_memory_select_of_lists_beyond_shared_memory() -> None:
