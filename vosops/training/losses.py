@@ -28,6 +28,7 @@ def bootstrapped_cross_entropy(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
 
+    Example:
         >>> import torch
         >>> from vosops.training import bootstrapped_cross_entropy
         >>> logits = torch.tensor([0.0, 4.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
@@ -73,6 +74,7 @@ def aggregated_cross_entropy(probabilities: Tensor, labels: Tensor, *, ignored: 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape.
 
+    Example:
         >>> import torch
         >>> from vosops.training import aggregated_cross_entropy
         >>> round(float(aggregated_cross_entropy(torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, 2, 2).long())), 3)
