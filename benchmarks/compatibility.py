@@ -28,7 +28,11 @@ REGION = re.compile(r"(<!-- proofs -->\n).*?(<!-- end of proofs -->)", re.DOTALL
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 ON_GPUS = ("f32", "f16", "bf16")
 NOTHING = "-"
-KERNELS = {"global_conv": "global_conv_split", "conv_lstm": "conv_lstm_pointwise"}
+KERNELS = {
+    "conv_lstm": "conv_lstm_pointwise",
+    "global_conv": "global_conv_split",
+    "local_attention": "local_attention_dot",
+}
 """The kernel that stands for an op of another name."""
 
 

@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "memory_gather_backward(Tensor grad, Tensor weight, Tensor index, Tensor value) -> (Tensor "
       "grad_weight, "
       "Tensor grad_value)");
+  m.def("local_attention_dot(Tensor a, Tensor b, int reach, int dilation) -> Tensor");
+  m.def("local_attention_weigh(Tensor weights, Tensor b, int reach, int dilation) -> Tensor");
+  m.def("local_attention_spread(Tensor weights, Tensor a, int reach, int dilation) -> Tensor");
   m.def(
       "global_conv_split(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, "
       "Tensor? addend, str precision) -> Tensor");

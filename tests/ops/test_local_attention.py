@@ -6,10 +6,19 @@ import pytest
 import torch
 
 import vosops
+from vosops.ops.local_attention import HAS_COMPILED
 from vosops.reference.local_attention import local_attention as reference
 
-OPS = torch.ops.vosops
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(autouse=True, params=["cpp", "reference"])
+def backend(request):
+    """Every test on the compiled kernels and on shifts of whole maps."""
+    if request.param == "cpp" and not HAS_COMPILED:
+        pytest.skip("the CPU library has no local_attention")
+    with vosops.use_backend(request.param):
+        yield request.param
 
 
 def maps(dtype=torch.float32, batch=2, channels=8, value_channels=6, size=(7, 9)) -> list[torch.Tensor]:
@@ -47,7 +56,15 @@ def test_golden_aot(golden):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("radius", "dilation", "size"),
-    [(2, 1, (7, 9)), (0, 1, (3, 4)), (5, 2, (6, 11)), (7, 1, (1, 1)), (9, 3, (4, 2)), (1, 2, (4, 4))],
+    [
+        (2, 1, (7, 9)),
+        (0, 1, (3, 4)),
+        (5, 2, (6, 41)),
+        (7, 1, (1, 1)),
+        (9, 3, (4, 2)),
+        (1, 2, (4, 4)),
+        (8, 1, (3, 70)),
+    ],
 )
 def test_the_reference_agrees(dtype, radius, dilation, size):
     q, k, v = maps(dtype, size=size)
@@ -148,10 +165,10 @@ def test_gradients_agree_with_the_reference():
 
 
 @pytest.mark.parametrize("name", ["dot", "weigh", "spread"])
-def test_opcheck(name):
+def test_opcheck(name, backend):
     first = torch.randn(2, 4 if name == "dot" else 9, 3, 4, requires_grad=True)
     second = torch.randn(2, 4, 3, 4, requires_grad=True)
-    op = getattr(OPS, f"local_attention_{name}")
+    op = getattr(torch.ops.vosops, f"local_attention_{name}{'' if backend == 'cpp' else '_shifts'}")
     torch.library.opcheck(op, (first, second, 1, 1))
     torch.library.opcheck(op, (first.detach().mT.contiguous().mT, second.detach(), 1, 2))
 

@@ -80,6 +80,13 @@ def define_triton_op(name: str, schema: str, kernel: Callable[..., Any]) -> None
         _TRITON_OPS.impl(f"{name}_triton", kernel, "CPU")
 
 
+def has_kernel(name: str, key: str) -> bool:
+    """Whether the compiled libraries have a kernel of `vosops::name` for a dispatch key."""
+    return hasattr(torch.ops.vosops, name) and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"vosops::{name}", key)
+    )
+
+
 def cpp_reasons_not(tensor: Tensor) -> list[str]:
     """Why the compiled library cannot serve a call on this tensor's device."""
     if tensor.device.type == "cpu":

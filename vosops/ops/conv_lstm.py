@@ -15,6 +15,7 @@ from vosops.ops._registration import (
     HAS_CPP,
     cpp_reasons_not,
     define_triton_op,
+    has_kernel,
     register_looping_vmap,
     register_pieces,
     triton_reasons_not,
@@ -413,13 +414,6 @@ _define_triton("conv_lstm_pointwise", POINTWISE)
 _define_triton("conv_lstm_pointwise_backward", POINTWISE_BACKWARD)
 
 
-def _has_kernel(name: str, key: str) -> bool:
-    """Whether the compiled libraries have a kernel of an op for a dispatch key."""
-    return hasattr(torch.ops.vosops, name) and bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"vosops::{name}", key)
-    )
-
-
 HAS_POINTWISE = HAS_CPP and hasattr(torch.ops.vosops, "conv_lstm_pointwise")
 for _suffix, _available in (("", HAS_POINTWISE), ("_triton", True)):
     if _available:
@@ -502,7 +496,7 @@ def _winograd_gradients(
     return tuple(None if leaf is None else next(found) for leaf in leaves)
 
 
-HAS_WINOGRAD = HAS_CPP and _has_kernel("conv_lstm_winograd", "CPU")
+HAS_WINOGRAD = HAS_CPP and has_kernel("conv_lstm_winograd", "CPU")
 if HAS_WINOGRAD:
     torch.library.register_fake("vosops::conv_lstm_winograd", _fake_winograd)
     torch.library.register_autograd(
@@ -560,7 +554,7 @@ if HAS_WINOGRAD:
 
 _LACKING = {
     device: []
-    if HAS_POINTWISE and _has_kernel("conv_lstm_pointwise", key)
+    if HAS_POINTWISE and has_kernel("conv_lstm_pointwise", key)
     else [f"the compiled library has no conv_lstm_pointwise for {key}"]
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
 }

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vosops import _checks
-from vosops.ops._registration import register_pieces
+from vosops import _checks, backends
+from vosops.ops._registration import cpp_reasons_not, has_kernel, register_pieces
 
 
 def local_attention(
@@ -55,8 +55,8 @@ def local_attention(
 
     Scores, softmax and sums are float32, also under autocast. Differentiable to any order in all tensors,
     deterministic. Time O(N H W K (C + Cv)); memory beyond inputs and result: the scores, O(N heads H W K), in place of
-    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT). It runs on
-    PyTorch's own ops, a shift of the window at a time.
+    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT). Compiled kernels
+    exist for the CPU; elsewhere it runs on PyTorch's own ops, a shift of the window at a time.
 
     Source: Yang et al., AOT, NeurIPS 2021 (`MultiheadLocalAttentionV2`); Yang and Yang, DeAOT, NeurIPS 2022.
 
@@ -74,7 +74,8 @@ def local_attention(
         dtype = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1) for x in (query, key, value))
         scale = q.shape[1] ** -0.5 if scale is None else scale
-        scores = torch.ops.vosops.local_attention_dot(q * scale, k, reach, dilation)
+        run = backends.choose("local_attention", (q,)).run
+        scores = run("dot", q * scale, k, reach, dilation)
         scores = scores.unflatten(0, (query.shape[0], heads))
         if relative_key is not None:
             by_head = q.unflatten(0, (query.shape[0], heads))
@@ -83,7 +84,7 @@ def local_attention(
             scores = scores + (bias[:, :, None, None] if bias.dim() == 2 else bias).to(dtype)
         outside = _outside(reach, dilation, query)
         weights = scores.masked_fill(outside, -torch.inf).softmax(2)
-        out = torch.ops.vosops.local_attention_weigh(weights.flatten(0, 1), v, reach, dilation)
+        out = run("weigh", weights.flatten(0, 1), v, reach, dilation)
         out = out.unflatten(0, (query.shape[0], heads))
         if relative_value is not None:
             out = out + torch.einsum("nmkhw,mck->nmchw", weights, relative_value.to(dtype))
@@ -146,7 +147,6 @@ def _outside(reach: int, dilation: int, like: Tensor) -> Tensor:
 # spread[p] = sum of w[d,p-d] a[p-d]. Each one's derivatives are the two others, so that all orders exist.
 
 _OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
-_MAPS = "int reach, int dilation) -> Tensor"
 
 
 def _shifts(
@@ -199,33 +199,77 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(first, second)
 
 
-def _call(name: str, first: Tensor, second: Tensor, ctx: Any, needed: int) -> Tensor | None:
-    if not ctx.needs_input_grad[needed]:
-        return None
-    result: Tensor = getattr(torch.ops.vosops, f"local_attention_{name}")(first, second, *ctx.window)
-    return result
+class _Kernels:
+    """The three ops, compiled ("") or as shifts of whole maps ("_shifts"), and their derivatives by one another."""
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
+
+    def __call__(self, name: str, first: Tensor, second: Tensor, reach: int, dilation: int) -> Tensor:
+        op = getattr(torch.ops.vosops, f"local_attention_{name}{self.suffix}")
+        result: Tensor = op(first, second, reach, dilation)
+        return result
+
+    def backward_dot(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        return self._needed(ctx, ("weigh", grad, b), ("spread", grad, a))
+
+    def backward_weigh(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, b = ctx.saved_tensors
+        return self._needed(ctx, ("dot", grad, b), ("spread", weights, grad))
+
+    def backward_spread(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, a = ctx.saved_tensors
+        return self._needed(ctx, ("dot", a, grad), ("weigh", weights, grad))
+
+    def register(self) -> None:
+        """Give the three ops their fake kernels, derivatives and vmap rules."""
+        for name, fake in (("dot", _fake_dot), ("weigh", _fake_map), ("spread", _fake_map)):
+            register_pieces(
+                f"local_attention_{name}{self.suffix}",
+                fake=fake,
+                backward=getattr(self, f"backward_{name}"),
+                setup_context=_setup_context,
+            )
+
+    def _needed(self, ctx: Any, *calls: tuple[str, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+        pairs = zip(calls, ctx.needs_input_grad, strict=False)
+        return *(self(*call, *ctx.window) if need else None for call, need in pairs), None, None
 
 
-def _backward_dot(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    a, b = ctx.saved_tensors
-    return _call("weigh", grad, b, ctx, 0), _call("spread", grad, a, ctx, 1), None, None
+for _name, _first, _run in (("dot", "a", _dot), ("weigh", "weights", _weigh), ("spread", "weights", _spread)):
+    _second = "a" if _name == "spread" else "b"
+    _OPS.define(
+        f"local_attention_{_name}_shifts(Tensor {_first}, Tensor {_second}, int reach, int dilation) -> Tensor"
+    )
+    _OPS.impl(f"local_attention_{_name}_shifts", _run, "CompositeExplicitAutograd")
+
+COMPILED, SHIFTS = _Kernels(""), _Kernels("_shifts")
+SHIFTS.register()
+HAS_COMPILED = has_kernel("local_attention_dot", "CPU")
+if HAS_COMPILED:
+    COMPILED.register()
 
 
-def _backward_weigh(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, b = ctx.saved_tensors
-    return _call("dot", grad, b, ctx, 0), _call("spread", weights, grad, ctx, 1), None, None
+def _cpp_reasons_not(query: Tensor) -> list[str]:
+    if query.device.type == "cpu" and HAS_COMPILED:
+        return cpp_reasons_not(query)
+    return [f"the compiled library has no local_attention for {query.device.type}"]
 
 
-def _backward_spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, a = ctx.saved_tensors
-    return _call("dot", a, grad, ctx, 0), _call("weigh", weights, grad, ctx, 1), None, None
+def _prepare(query: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
+    """The core's first argument, which says what serves a call."""
+    return (query if isinstance(query, Tensor) else torch.empty(0),)
 
 
-for _name, _arguments, _run, _fake, _backward in (
-    ("dot", "(Tensor a, Tensor b, ", _dot, _fake_dot, _backward_dot),
-    ("weigh", "(Tensor weights, Tensor b, ", _weigh, _fake_map, _backward_weigh),
-    ("spread", "(Tensor weights, Tensor a, ", _spread, _fake_map, _backward_spread),
-):
-    _OPS.define(f"local_attention_{_name}{_arguments}{_MAPS}")
-    _OPS.impl(f"local_attention_{_name}", _run, "CompositeExplicitAutograd")
-    register_pieces(f"local_attention_{_name}", fake=_fake, backward=_backward, setup_context=_setup_context)
+backends.register_op(
+    backends.Op(
+        name="local_attention",
+        prepare=_prepare,
+        implementations=(
+            backends.Implementation("cpp", COMPILED, _cpp_reasons_not),
+            backends.Implementation("reference", SHIFTS, lambda *_: []),
+        ),
+        orders={"cpu": backends.UNMEASURED, "cuda": backends.UNMEASURED},
+    )
+)
