@@ -52,9 +52,10 @@ def bootstrapped_cross_entropy(
 def annealed_share(step: int, end: int, share: float = 0.15) -> float:
     """The share for :func:`bootstrapped_cross_entropy` at a step: from 1 down to share, linearly until step end.
 
-    >>> from vosops.training import annealed_share
-    >>> [round(annealed_share(step, 100), 3) for step in (0, 50, 100, 200)]
-    [1.0, 0.575, 0.15, 0.15]
+    Example:
+        >>> from vosops.training import annealed_share
+        >>> [round(annealed_share(step, 100), 3) for step in (0, 50, 100, 200)]
+        [1.0, 0.575, 0.15, 0.15]
     """
     done = min(1.0, step / end) if end > 0 else 1.0
     return done * share + (1 - done)
