@@ -28,7 +28,7 @@ def bootstrapped_cross_entropy(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vosops.training import bootstrapped_cross_entropy
         >>> logits = torch.tensor([0.0, 4.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
@@ -52,7 +52,7 @@ def bootstrapped_cross_entropy(
 def annealed_share(step: int, end: int, share: float = 0.15) -> float:
     """The share for :func:`bootstrapped_cross_entropy` at a step: from 1 down to share, linearly until step end.
 
-    Example:
+    Examples:
         >>> from vosops.training import annealed_share
         >>> [round(annealed_share(step, 100), 3) for step in (0, 50, 100, 200)]
         [1.0, 0.575, 0.15, 0.15]
@@ -75,7 +75,7 @@ def aggregated_cross_entropy(probabilities: Tensor, labels: Tensor, *, ignored: 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype or shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vosops.training import aggregated_cross_entropy
         >>> round(float(aggregated_cross_entropy(torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, 2, 2).long())), 3)
