@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,27 @@ def _explain(op: str, device: str) -> str:
         return f"{op}: cannot tell: {str(error).splitlines()[0]}"
 
 
-def _sample(op: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Two frames of embeddings, and one object (matching) or values (memory_read)."""
+def _sample(op: str, device: str) -> tuple[Tensor, ...]:
+    """Arguments of a small call: two frames of features, and what the op takes beside them."""
     frames = torch.empty(2, 1, 16, 8, 8, device=device)
-    dtype = torch.float32 if op == "memory_read" else torch.bool
-    return frames[0], frames[1], torch.empty(1, 1, 8, 8, dtype=dtype, device=device)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    samples: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "conv_lstm": lambda: (empty(1, 2, 16, 8, 8), empty(64, 32, 3, 3)),
+        "global_conv": lambda: (
+            frames[0],
+            empty(4, 16, 7, 1),
+            empty(2, 4, 1, 7),
+            empty(4, 16, 1, 7),
+            empty(2, 4, 7, 1),
+        ),
+        "memory_read": lambda: (*frames, empty(1, 1, 8, 8)),
+        "local_attention": lambda: (*frames, empty(1, 16, 8, 8)),
+    }
+    matching = (*frames, empty(1, 1, 8, 8, dtype=torch.bool))
+    return samples[op]() if op in samples else matching
 
 
 if __name__ == "__main__":
