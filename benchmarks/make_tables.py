@@ -35,6 +35,7 @@ ORIGINALS = {
     "local_matching": ("CFBI", ("CFBI loop",)),
     "global_matching": ("CFBI", ("CFBI chunks",)),
     "memory_read": ("STM or STCN", ("bmm, softmax, bmm", "STCN top-k")),
+    "conv_lstm": ("eager PyTorch", ("eager",)),
 }
 """Op -> whose code came first, and the contenders written in its manner."""
 BUSY_LOAD = 1.5

@@ -7,6 +7,7 @@ wrote (by default that of `make demo`). Writes docs/images/*.png.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vosops
+from vosops import reference
+from vosops.benchmarking import conv_lstm
+from vosops.benchmarking.conv_lstm import EAGER, EXACT
+from vosops.benchmarking.measure import Clock, interleave
 from vosops.data import DemoClip
 from vosops.data.demo_clip import COLOURS
 from vosops.inference.drawing import overlay
@@ -44,6 +49,11 @@ COLOUR_TABLE[list(COLOURS)] = list(COLOURS.values())
 POINT = "#ffffff"
 ABSENT_GREY = "0.82"
 PALETTE_SIZE = 192
+LSTM_COLOURS = ("#1b6ca8", "#d1495b", "#3b8b5a")
+LSTM_ROUNDS = 5
+LSTM_TICKS = (10, 20, 50, 100, 200)
+LSTM_BOUND = 2e-5
+"""The error up to which Winograd's algorithm is the default."""
 
 
 def embed(frame: np.ndarray) -> Tensor:
@@ -139,10 +149,46 @@ def compress(file: Path) -> None:
         image.convert("RGB").quantize(PALETTE_SIZE, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
+def lstm_picture(name: str) -> None:
+    """Error against time of a ConvLSTM step: PyTorch's cell in two dtypes, and ours, direct and by Winograd."""
+    clock = Clock("cpu", 1)
+    markers = {EAGER: ("s", torch.float32), "eager, bfloat16": ("D", torch.bfloat16)}
+    markers |= {EXACT: ("^", torch.float32), "vosops": ("o", torch.float32)}
+    by_name = {v.name: v for v in conv_lstm.BENCHMARK.variants}
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    for size, colour in zip(conv_lstm.BENCHMARK.cases[:3], LSTM_COLOURS, strict=True):
+        wide = replace(size, dtype=torch.float32).inputs(clock.device)
+        want = reference.conv_lstm(
+            wide.x.double(), wide.kernel.double(), wide.bias.double(), tuple(s.double() for s in wide.state)
+        )[0]
+        calls = {
+            title: by_name[title.split(",")[0]].call(replace(size, dtype=dtype).inputs(clock.device), False)
+            for title, (_, dtype) in markers.items()
+        }
+        errors = {
+            t: float((call()[0].double() - want).abs().max() / want.abs().max()) for t, call in calls.items()
+        }
+        times = interleave(calls, clock, rounds=LSTM_ROUNDS, least=LSTM_ROUNDS, budget=60)
+        for title, (marker, _) in markers.items():
+            axes.scatter(times[title].best * 1e3, errors[title], marker=marker, color=colour, s=55)
+    for title, (marker, _) in markers.items():
+        axes.scatter([], [], marker=marker, color="0.4", label=title)
+    for size, colour in zip(conv_lstm.BENCHMARK.cases[:3], LSTM_COLOURS, strict=True):
+        axes.scatter([], [], marker="s", color=colour, label=f"C={size.channels}, {size.height}x{size.width}")
+    axes.axhline(LSTM_BOUND, color="0.6", linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="ms, one thread", ylabel="largest error of h, relative")
+    axes.set_xticks(LSTM_TICKS, [str(t) for t in LSTM_TICKS])
+    axes.minorticks_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(IMAGES / name, dpi=110)
+    compress(IMAGES / name)
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     matching_picture("local_matching.png", LOCAL_FRAMES, RADIUS)
     matching_picture("global_matching.png", GLOBAL_FRAMES, None)
+    lstm_picture("conv_lstm.png")
     run = Path(sys.argv[1]) if len(sys.argv) > 1 else DEMO
     if run.exists():
         demo_picture("demo.png", run)
