@@ -41,7 +41,8 @@ def test_it_says_what_serves_each_op_on_cpu_and_gpu_and_why_not_the_others():
             names = [line.split()[0] for line in rest]
             assert names in (["cpp", "triton", "reference"], ["cpp", "reference"])
             assert all(len(line.split()) > 1 for line in rest), "every implementation has a reason"
-        assert TRITON_INTERPRETED or "Triton compiles for GPUs" in devices["cpu"]
+        has_triton = "triton" in devices["cpu"].split()
+        assert TRITON_INTERPRETED or not has_triton or "Triton compiles for GPUs" in devices["cpu"]
 
 
 def test_json_is_the_same_facts(run):
