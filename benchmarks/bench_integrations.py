@@ -4,7 +4,7 @@
 
 Installed packages by their names, checkouts with their folders. Each system runs in a process of its own, before and
 after in turn, at 480p (30 x 54 positions) with random keys; training reads are those of 4 clips of 3 frames of 24 x 24.
-The calls of `accelerate` are timed apart from the reads.
+The calls of `accelerate` are timed apart from the reads. --case TEXT: only the cases whose title holds it.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ def _training_of_xmem(util: Any, value_channels: int) -> Callable[[], list[torch
     return train
 
 
-def measure(name: str, folder: str | None) -> list[dict[str, Any]]:
-    """All cases of a system: seconds, peak bytes and how far the outputs are apart."""
+def measure(name: str, folder: str | None, wanted: str) -> list[dict[str, Any]]:
+    """The cases of a system whose title holds `wanted`: seconds, peak bytes and how far the outputs are apart."""
     if folder is not None:
         sys.path.insert(0, folder)
     torch.manual_seed(0)
@@ -234,6 +234,8 @@ def measure(name: str, folder: str | None) -> list[dict[str, Any]]:
     clock, cpu = Clock(), torch.device("cpu")
     rows = []
     for title, target, read in SYSTEMS[name]():
+        if wanted not in title:
+            continue
         with torch.set_grad_enabled(title.startswith("training")):
             first = read()
             with accelerate(target):
@@ -270,6 +272,7 @@ def main() -> None:
     """Measure what the command line names, print the table, keep the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("systems", nargs="+", metavar="NAME[=FOLDER]")
+    parser.add_argument("--case", default="", help="only cases whose title holds this")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
@@ -277,7 +280,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for system in arguments.systems:
         name, _, folder = system.partition("=")
-        for row in run_fresh("benchmarks.bench_integrations", "measure", name, folder or None):
+        for row in run_fresh(
+            "benchmarks.bench_integrations", "measure", name, folder or None, arguments.case
+        ):
             rows.append(row)
             (a, b), (x, y) = row["seconds"], row["peak_bytes"]
             print(
@@ -287,10 +292,9 @@ def main() -> None:
             )
     if arguments.json:
         if arguments.json.exists():  # keep what was not measured now
-            named = {row["system"] for row in rows}
-            rows = [
-                r for r in json.loads(arguments.json.read_text())["rows"] if r["system"] not in named
-            ] + rows
+            named = {(row["system"], row["case"]) for row in rows}
+            before = json.loads(arguments.json.read_text())["rows"]
+            rows = [row for row in before if (row["system"], row["case"]) not in named] + rows
         facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "rows": rows}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
 
