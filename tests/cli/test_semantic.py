@@ -104,6 +104,13 @@ def test_what_is_written(vosops, clip, out):
         assert sum(c["area"] for c in frame["objects"].values()) == SIZE[0] * SIZE[1]
 
 
+def test_the_naive_way_agrees(vosops, clip, tmp_path, out):
+    assert vosops(clip, "--out", out, "--end", 2)[0] == 0
+    assert vosops(clip, "--out", tmp_path / "naive", "--end", 2, "--naive")[0] == 0
+    for name in ("00000.png", "00001.png"):
+        assert np.mean(read_png(out / name) == read_png(tmp_path / "naive" / name)) > 0.999
+
+
 def test_computed_smaller_it_answers_at_the_inputs_size(vosops, tmp_path, out):
     large = [np.kron(frame, np.ones((2, 2, 1), np.uint8)) for frame in FRAMES[:1]]
     code, _ = vosops(write_folder(tmp_path / "large", large), "--out", out, "--size", 112)

@@ -33,6 +33,10 @@ def semantic(
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Carry the state instead of running four frames for each.")
     ] = False,
+    naive: Annotated[
+        bool,
+        typer.Option("--naive", help="Compute as the original code does, whole clips anew for each frame."),
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
     ] = None,
@@ -83,6 +87,7 @@ def semantic(
         num_classes=classes,
         streaming=streaming,
         dtype=find_dtype(dtype),
+        naive=naive,
     )
     with Console() as console, StopSignals(console.note) as signals:
         summary = Run(
@@ -97,6 +102,7 @@ def semantic(
                 variant=variant,
                 classes=classes,
                 streaming=streaming,
+                naive=naive,
                 device=str(place),
                 dtype=dtype,
                 size=size,

@@ -152,6 +152,7 @@ def make_semantic_tracker(
     num_classes: int,
     streaming: bool,
     dtype: torch.dtype,
+    naive: bool = False,
 ) -> SemanticTracker:
     """Return a tracker of LSTM-ICNet with the weights of a file; one-line errors for what a user can get wrong."""
     from vosops.models import create_model
@@ -167,7 +168,7 @@ def make_semantic_tracker(
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise VosopsError(f"model lstm_icnet cannot be made: {reason}") from error
-    return SemanticTracker(model, streaming=streaming, dtype=dtype)
+    return SemanticTracker(model, streaming=streaming, dtype=dtype, naive=naive)
 
 
 def arguments_of(weights: Path, source: FrameSource, **options: Any) -> dict[str, Any]:
