@@ -86,7 +86,7 @@ class ClipSampler:
         scale = self.random.uniform(*self.scales)
         scale = max(scale, self.crop / min(frames.shape[2:]))
         size = max(self.crop, round(frames.shape[2] * scale)), max(self.crop, round(frames.shape[3] * scale))
-        frames = functional.interpolate(frames.float(), size, mode="bilinear", align_corners=False)
+        frames = functional.interpolate(frames.float(), size, mode="bilinear", antialias=True)
         ids = labels.unique().tolist()
         labels = torch.stack([resize_labels(x, size, ids) for x in labels])
         for _ in range(_TRIES):
