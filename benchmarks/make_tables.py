@@ -201,7 +201,7 @@ def of_systems(network: str) -> str:
     threads = sorted({r["threads"] for r in own})
     return (
         systems.table([systems.Measurement.from_dict(r) for r in own])
-        + f"\n\n{facts['processor']}, {' or '.join(map(str, threads))} threads, torch {facts['torch']}.{busy} "
+        + f"\n\n{facts['processor']}, threads: {' or '.join(map(str, threads))}, torch {facts['torch']}.{busy} "
         f"Command: {command}"
     )
 
