@@ -364,15 +364,6 @@ def test_frozen_branches():
     } <= learning
 
 
-def test_the_recurrent_half_is_one_graph_for_the_compiler():
-    model = LSTMICNet(version="v6", variant="fast").eval()
-    with torch.no_grad():
-        features = model.features(model.prepare(clip_of(2)[0]))
-        expected, _ = model.logits(features, 2)
-        compiled, _ = torch.compile(model.logits, fullgraph=True, backend="eager")(features, 2)
-    assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
-
-
 # A frame at a time
 
 
