@@ -13,6 +13,9 @@ from vosops import _checks, backends
 from vosops.ops._registration import HAS_CPP, cpp_reasons_not, define_triton_op, triton_reasons_not
 from vosops.reference.global_conv import global_conv_merge_core, global_conv_split_core
 
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+"""Whether the processor multiplies matrices of bfloat16: its convolution then beats Winograd's in float32."""
+
 CPU_PRECISIONS = ("exact", "winograd")
 PRECISIONS = (*CPU_PRECISIONS, *_checks.PRECISIONS)
 LONGEST_ON_CUDA = 17
@@ -235,11 +238,11 @@ def _resolve_precision(precision: str | None, x: Tensor) -> str:
         if precision == "winograd":
             raise ValueError("precision 'winograd' is computed on the CPU only")
         return _checks.resolve_precision("ieee" if precision == "exact" else precision, x)
-    if precision == "winograd" and x.dtype != torch.float32:
-        raise ValueError(f"precision 'winograd' needs float32, got {x.dtype}")
-    if precision is None:
-        fast = x.dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled()
-        return "winograd" if fast else "exact"
+    if precision == "winograd" and x.dtype == torch.float64:
+        raise ValueError("precision 'winograd' is computed in float32, got torch.float64")
+    if precision is None and x.dtype != torch.float64 and not torch.are_deterministic_algorithms_enabled():
+        has_better = x.dtype != torch.float32 and HAS_AMX
+        return "exact" if has_better else "winograd"
     return "winograd" if precision == "winograd" else "exact"
 
 
