@@ -34,6 +34,7 @@ MISSING = "not measured"
 ORIGINALS = {
     "local_matching": ("CFBI", ("CFBI loop",)),
     "global_matching": ("CFBI", ("CFBI chunks",)),
+    "global_conv": ("RGMP", ("four convolutions",)),
     "memory_read": ("STM or STCN", ("bmm, softmax, bmm", "STCN top-k")),
     "conv_lstm": ("eager PyTorch", ("eager",)),
 }
