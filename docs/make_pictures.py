@@ -6,7 +6,11 @@ wrote (by default that of `make demo`). Writes docs/images/*.png.
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vosops
+import vosops.nn
 from vosops import reference
 from vosops.benchmarking import conv_lstm
 from vosops.benchmarking.conv_lstm import EAGER, EXACT
@@ -54,6 +59,21 @@ LSTM_ROUNDS = 5
 LSTM_TICKS = (10, 20, 50, 100, 200)
 LSTM_BOUND = 2e-5
 """The error up to which Winograd's algorithm is the default."""
+TAPS = 7
+WINOGRAD_CHANNELS = 512
+COMMON_POINTS = {
+    4: (0, 0.5, 1, 2, 4),
+    6: (0, 0.5, 1, 2, 4, 0.25),
+}
+RECIPROCALS = {
+    4: (0, 0.416, 0.8, 1.25, 2.4),
+    5: (0.194, 0.566, 0.909, 1.354, 2.602),
+    6: (0, 0.357, 0.686, 1, 1.457, 2.804),
+    8: (0, 0.312, 0.604, 0.868, 1.153, 1.655, 3.207),
+}
+"""Outputs of F(m, 7) -> its points, zero and the positive ones."""
+CONV_SIZES = ((4096, 15, 27), (2048, 30, 54), (256, 60, 107))
+TIMED_ROUNDS = 5
 
 
 def embed(frame: np.ndarray) -> Tensor:
@@ -184,8 +204,94 @@ def lstm_picture(name: str) -> None:
     compress(IMAGES / name)
 
 
+def toom_cook(points: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The transforms of outputs, taps and inputs of F(outputs, TAPS) at finite points and infinity, in float64."""
+    size = outputs + TAPS - 1
+
+    def at_points(degree: int) -> np.ndarray:
+        return np.vstack([np.vander(points, degree, increasing=True), np.eye(degree)[-1]])
+
+    return at_points(outputs).T, at_points(TAPS), np.linalg.inv(at_points(size)).T
+
+
+def winograd_error(points: np.ndarray, outputs: int) -> float:
+    """The rms error of F(outputs, TAPS) in float32, relative to the result, over many channels."""
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randn(WINOGRAD_CHANNELS, outputs + TAPS - 1, 64, generator=generator)
+    taps = torch.randn(32, WINOGRAD_CHANNELS, TAPS, generator=generator)
+    windows = tiles.double().unfold(1, TAPS, 1)
+    exact = torch.einsum("cotr,mcr->omt", windows, taps.double())
+    out, weight, values = toom_cook(points, outputs)
+    norms = np.abs(weight).max(1, keepdims=True)
+    transformed = torch.einsum("pj,cjt->pct", torch.from_numpy((values * norms).astype(np.float32)), tiles)
+    weights = torch.einsum("pr,mcr->pmc", torch.from_numpy(weight / norms), taps.double()).float()
+    result = torch.einsum("op,pmt->omt", torch.from_numpy(out.astype(np.float32)), weights @ transformed)
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+def conv_picture(name: str) -> None:
+    """Left: the error of F(m, 7) by its points. Right: speed and error of whole global convolutions."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for label, mark, positive in (
+        ("common points", "s--", COMMON_POINTS),
+        ("pairs of reciprocals", "o-", RECIPROCALS),
+    ):
+        errors = []
+        for outputs, pairs in positive.items():
+            points = np.array([sign * p for p in pairs for sign in ((1, -1) if p else (1,))])
+            errors.append((TAPS * outputs / (outputs + TAPS - 1), winograd_error(points, outputs), outputs))
+        left.semilogy([e[0] for e in errors], [e[1] for e in errors], mark, label=label)
+        for x, y, outputs in errors:
+            left.annotate(f"F({outputs}, 7)", (x, y), xytext=(4, -11), textcoords="offset points", fontsize=8)
+    left.axhline(2e-5, color="0.6", lw=1)
+    left.set(xlabel="times fewer multiplications", ylabel="rms error, relative")
+    left.legend()
+
+    torch.set_num_threads(1)
+    for size, mark in zip(CONV_SIZES, "os^", strict=True):
+        module = vosops.nn.GlobalConv2d(size[0], 256).requires_grad_(False)
+        low, x = (
+            copy.deepcopy(module).bfloat16(),
+            torch.randn(1, *size, generator=torch.Generator().manual_seed(0)),
+        )
+        exact, calls = vosops.reference.global_conv, {}
+        for label, of, dtype, op in (
+            ("PyTorch float32", module, torch.float32, exact),
+            ("vosops float32", module, torch.float32, vosops.global_conv),
+            ("PyTorch bfloat16", low, torch.bfloat16, exact),
+            ("vosops bfloat16", low, torch.bfloat16, vosops.global_conv),
+        ):
+            calls[label] = functools.partial(call_conv, op, of, x.to(dtype))
+        wide = call_conv(exact, copy.deepcopy(module).double(), x.double())
+        times: dict[str, list[float]] = {label: [] for label in calls}
+        errors_of = {}
+        for _ in range(TIMED_ROUNDS):
+            for label, call in calls.items():
+                start = time.process_time()
+                result = call()
+                times[label].append(time.process_time() - start)
+                errors_of[label] = float((result.double() - wide).norm() / wide.norm())
+        base = min(times["PyTorch float32"])
+        for label, colour in zip(calls, ("C7", "C0", "C3", "C1"), strict=True):
+            right.semilogy(base / min(times[label]), errors_of[label], mark, color=colour,
+                           label=f"{label}, {size[0]} x {size[1]} x {size[2]}")  # fmt: skip
+    right.set(xlabel="times as fast as PyTorch float32", ylabel="rms error, relative")
+    right.legend(fontsize=7)
+    figure.savefig(IMAGES / name, dpi=90)
+    plt.close(figure)
+    compress(IMAGES / name)
+
+
+def call_conv(op: Callable[..., Tensor], module: vosops.nn.GlobalConv2d, x: Tensor) -> Tensor:
+    """The global convolution of a module by `op`."""
+    convs = [module.conv_l1, module.conv_l2, module.conv_r1, module.conv_r2]
+    names = ("l1_bias", "l2_bias", "r1_bias", "r2_bias")
+    return op(x, *(c.weight for c in convs), **{n: c.bias for n, c in zip(names, convs, strict=True)})
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
+    conv_picture("global_conv.png")
     matching_picture("local_matching.png", LOCAL_FRAMES, RADIUS)
     matching_picture("global_matching.png", GLOBAL_FRAMES, None)
     lstm_picture("conv_lstm.png")

@@ -1,7 +1,7 @@
 // The line convolutions of a global convolution on the CPU.
 //
-// Winograd arithmetic in float32 (winograd_line.h), one line convolution after the other. Tiles of kOut pixels
-// along the lines are taken in blocks, channels in blocks of kBlockChannels:
+// Winograd arithmetic in float32 (winograd_line.h), one line convolution after the other. Tiles of kOut
+// pixels along the lines are taken in blocks, channels in blocks of kBlockChannels:
 //
 //   values   [point][tile][channel]         the block's input, transformed; lanes are channels
 //   weights  [point][channel][kLanePanel]   the weights of a panel of output channels, transformed
@@ -252,29 +252,18 @@ class WinogradLine {
   // block's sum begins at zero: one long sum over all channels would lose several times as much.
   static void multiply_tile(const float* weights, const float* values, int64_t channels, bool add,
                             float* products) {
-    TileSums<Element> sums = {};
-    for (int64_t e = 0; e < channels; ++e) {
-      typename V::Reg weight[kTileRegisters];
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRegisters; ++r) weight[r] = V::load(weights + r * kLanes);
+    std::array<const float*, kKeyPanel> rows;
+    for (int j = 0; j < kKeyPanel; ++j) rows[j] = values + j * kRowStride;
+    multiply_rows<Element>(weights, rows, channels, [&](const TileSums<Element>& sums) {
 #pragma GCC unroll 16
       for (int j = 0; j < kKeyPanel; ++j) {
-        typename V::Reg value = V::set1(values[j * kRowStride]);
-        V::pin(value);
 #pragma GCC unroll 16
-        for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = V::fma(weight[r], value, sums[j][r]);
+        for (int r = 0; r < kTileRegisters; ++r) {
+          float* to = products + j * kPanel + r * kLanes;
+          V::store(to, add ? V::load(to) + sums[j][r] : sums[j][r]);
+        }
       }
-      weights += kPanel;
-      ++values;
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < kKeyPanel; ++j) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRegisters; ++r) {
-        float* to = products + j * kPanel + r * kLanes;
-        V::store(to, add ? V::load(to) + sums[j][r] : sums[j][r]);
-      }
-    }
+    });
   }
 
   // Writes, or adds, the pixels of a block's tiles in a panel of output channels.

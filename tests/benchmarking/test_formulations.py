@@ -157,3 +157,23 @@ def test_the_work_of_lstm_steps_is_that_of_their_algorithm():
     for dtype, share in ((torch.float32, 36 / 144), (torch.bfloat16, 1)):
         case = LstmCase("tiny", 4, 6, 7, 3, dtype=dtype)
         assert BENCHMARKS["conv_lstm"].work(case, case.inputs(CPU))[0] == direct * share
+
+
+CONVOLUTIONS = [v for v in BENCHMARKS["global_conv"].variants if not v.compiles]
+
+
+@pytest.mark.parametrize("variant", CONVOLUTIONS, ids=lambda v: v.name)
+def test_convolutions_compute_the_same_values_and_gradients(variant):
+    case = BENCHMARKS["global_conv"].case("4096x15x27-backward").small()
+    inputs = case.inputs(CPU)
+    plain = next(v for v in CONVOLUTIONS if v.name == "four convolutions")
+    found, wanted = (v.call(inputs, backward=True)() for v in (variant, plain))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_a_prepared_half_gives_the_values_of_the_whole():
+    case = BENCHMARKS["global_conv"].case("4096x15x27-prepared").small()
+    inputs = case.inputs(CPU)
+    found, wanted = (v.call(inputs, backward=False)() for v in CONVOLUTIONS[:2])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
