@@ -2,6 +2,9 @@
 
 import ast
 import io
+import json
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +149,57 @@ def test_sizes_at_the_originals_resolution():
     assert halve(torch.empty(1, 1, 64, 128)).shape[-2:] == (32, 64)
     assert double(torch.empty(1, 1, 32, 64)).shape[-2:] == (63, 127)
     assert double(torch.empty(1, 1, 128, 256)).shape[-2:] == (255, 511)
+
+
+# The original's outputs
+
+ORIGINALS = json.loads((Path(__file__).parent / "lstm_icnet_original.json").read_text())
+OPTIONS_OF = {  # the original's --model and --model-variant -> ours
+    **{("LSTM_ICNet_" + v, "end2end"): {"version": v} for v in VERSIONS},
+    **{
+        ("LSTM_ICNet_v5", f"{kind}_end2end"): {"version": "v5", "variant": kind}
+        for kind in ("spatial", "depthwise", "separable")
+    },
+    ("Faster_LSTM_ICNet_v5", "end2end_half"): {"version": "v5", "variant": "fast"},
+    ("Faster_LSTM_ICNet_v5", "depthwise_end2end_half"): {"version": "v5", "variant": "faster"},
+    ("Faster_LSTM_ICNet_v6", "separable_end2end_third"): {
+        "version": "v6",
+        "variant": "separable",
+        "lstm_channels": 48,
+    },
+    ("Faster_LSTM_ICNet_v2", "end2end_quarter"): {"version": "v2", "lstm_channels": 32},
+}
+
+
+def draw_by_name(name, shape):
+    """The values that the original was run with: uniform, from the name alone, by NumPy's frozen generator."""
+    uniform = np.random.RandomState(zlib.crc32(name.encode())).random_sample(shape)
+    leaf = name.rsplit("/", 1)[-1]
+    if len(shape) == 4:
+        fan = np.prod(shape[:2]) if leaf == "kernel_depth" else np.prod(shape[:3])
+        return (2 * uniform - 1) * np.sqrt(6 / fan)
+    if leaf == "moving_variance":
+        return 0.8 + 0.4 * uniform
+    return 0.4 + 0.4 * uniform if leaf == "gamma" else 0.2 * uniform - 0.1
+
+
+@pytest.mark.parametrize("case", ORIGINALS, ids=lambda case: f"{case['model']}-{case['variant']}")
+def test_outputs_are_the_originals(case):
+    """Samples of all heads and their norms, from the original's code on TensorFlow 2.15 (compat.v1), on the CPU."""
+    options = OPTIONS_OF[case["model"], case["variant"]]
+    shapes = variable_shapes(LSTMICNet(**options))
+    variables = {n: draw_by_name(n, shape).astype(np.float32) for n, shape in shapes.items()}
+    model = LSTMICNet.from_tensorflow(variables).eval()
+    clip = np.random.RandomState(0).randint(0, 256, (2, *SIZE, 3)).astype(np.uint8)
+    with torch.no_grad():
+        result = model(torch.from_numpy(clip).permute(0, 3, 1, 2)[None], auxiliary=True)
+    for found, head in zip(result[:3], case["heads"], strict=True):
+        maps = found[0].permute(0, 2, 3, 1)  # (T,h,w,K), as TensorFlow has them
+        assert list(maps.shape) == head["shape"]
+        samples = maps.flatten()[np.linspace(0, maps.numel() - 1, len(head["samples"])).astype(int)]
+        scale = maps.abs().max().item()
+        assert_close(samples, torch.tensor(head["samples"]), rtol=0, atol=1e-4 * scale)
+        assert maps.double().norm().item() == pytest.approx(head["norm"], rel=1e-5)
 
 
 # The original's variables
