@@ -283,6 +283,24 @@ def test_cells_of_the_memory_are_half_of_the_objects_then_background_near_them(m
     assert of_object.sum() == 4 and (_memory_cells(probabilities) // 6 < 3).all()
 
 
+def test_unsure_cells_of_the_memory_say_nothing() -> None:
+    from vosops.models.propagate import CONFIDENT, _evened
+
+    best = torch.tensor([1.0, 0.8, CONFIDENT, 0.5])
+    got = _evened(torch.stack([best, 1 - best])[:, None])[:, 0]
+    torch.testing.assert_close(got[:, 0], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(got[:, 1], torch.tensor([0.65, 0.35]))  # half way to equal
+    torch.testing.assert_close(got[:, 2:], torch.full((2, 2), 0.5))
+
+
+def test_the_memory_may_be_asked_nothing() -> None:
+    from vosops.memory import MemoryBank
+
+    bank = MemoryBank(policy="window", top_k=4, similarity="dot")
+    bank.add(0, torch.randn(1, 8, 1, 6), torch.randn(1, 1, 3, 1, 6), [0])
+    assert bank.read(torch.randn(1, 8, 0)).shape == (1, 1, 3, 0)
+
+
 @pytest.mark.parametrize("memory", [False, True])
 def test_the_memory_budget_is_never_passed_and_the_error_says_how_many_frames_fit(memory: bool) -> None:
     from vosops.memory import MemoryBudgetError

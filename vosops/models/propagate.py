@@ -54,8 +54,9 @@ MEMORY_EVERY = 5  # frames from one that enters the memory to the next
 MEMORY_FRAMES = 6  # in the memory beside the permanent ones
 MEMORY_CELLS = 1024  # of a frame in the memory, half of them of the objects, if they have so many
 MEMORY_NEIGHBORS = 16  # of a cell, whose classes the memory read averages
-MEMORY_WEIGHT = 0.5  # of the logarithm of that average beside similarity / TEMPERATURE
+MEMORY_WEIGHT = 0.5  # of that average's logarithm, where the permanent frames do not explain a cell
 MEMORY_FLOOR = 0.02  # the least average that counts
+MEMORY_LEAST = 0.02  # of the choice for the recent frames: cells below it do not read the memory
 CLASSIFIER_WEIGHT = 1.0  # of the classifier's score (-1 to 1) beside similarity / TEMPERATURE
 SEARCH_RADIUS = 12  # cells farther than this from every object are background without a look
 SEARCH_PROBABILITY = 0.3  # what makes a cell part of an object, for the search
@@ -342,12 +343,15 @@ class Propagate:
         self._memory = self._new_memory(self._memory_room())
         self._steps = 0
         for i, masks in enumerate(self._permanent_masks):
-            self._memorize(-1 - i, self._permanent_keys[:, i], masks.float(), permanent=True)
+            classes = masks.float()
+            self._memorize(-1 - i, self._permanent_keys[:, i], classes, classes, permanent=True)
 
-    def _memorize(self, number: int, keys: Tensor, probabilities: Tensor, *, permanent: bool = False) -> None:
-        """Adds MEMORY_CELLS cells to the memory: keys (D,h,w), probabilities (O+1,h,w)."""
+    def _memorize(
+        self, number: int, keys: Tensor, probabilities: Tensor, values: Tensor, *, permanent: bool = False
+    ) -> None:
+        """Adds MEMORY_CELLS cells, chosen by probabilities (O+1,h,w): keys (D,h,w) with values (O+1,h,w)."""
         cells = _memory_cells(probabilities)
-        key, value = (x.flatten(1)[:, cells][None, :, None] for x in (keys, probabilities))
+        key, value = (x.flatten(1)[:, cells][None, :, None] for x in (keys, values))
         self._memory.add(number, key, value[:, None], [_ALL_CLASSES], permanent=permanent)
 
     def _all_masks(self) -> Tensor:
@@ -374,7 +378,7 @@ class Propagate:
         self._recent_moments = torch.lerp(self._recent_moments, moments, RECENT_RATE)
         self._steps += 1
         if self.with_memory and self._steps % MEMORY_EVERY == 0:
-            self._memorize(self._steps, keys, means)
+            self._memorize(self._steps, keys, means, _evened(means))
 
     def _learn(self, features: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
         """Takes labels (H,W) as the truth where they say something -> the corrected probabilities (O+1,H,W).
@@ -450,8 +454,10 @@ class Propagate:
         score = torch.tensordot(classifier[:, :-1], query, 1) + classifier[:, -1, None, None]
         logits = torch.lerp(far, near, local) / TEMPERATURE + CLASSIFIER_WEIGHT * score
         if self.with_memory:
-            classes = self._memory.read(query[:, search][None])[0, 0]
-            logits[:, search] += MEMORY_WEIGHT * classes.clamp(min=MEMORY_FLOOR).log()
+            unexplained = search & (local > MEMORY_LEAST)
+            classes = self._memory.read(query[:, unexplained][None])[0, 0]
+            weight = MEMORY_WEIGHT * local[unexplained]
+            logits[:, unexplained] += weight * classes.clamp(min=MEMORY_FLOOR).log()
         background = torch.zeros_like(logits)
         background[0] = 1
         return torch.where(search, logits.softmax(0), background)
@@ -512,6 +518,13 @@ def _memory_cells(probabilities: Tensor) -> Tensor:
     kind = torch.where(objects, torch.where(2 * place <= MEMORY_CELLS, 0, 3), torch.where(near, 1, 2))
     kind = torch.where(best > 0, kind, 4)
     return (kind * len(winner) + rank).argsort()[:MEMORY_CELLS]
+
+
+def _evened(probabilities: Tensor) -> Tensor:
+    """Probabilities (O+1,h,w), drawn to equal ones the less sure they are: those up to CONFIDENT say nothing."""
+    sure = (probabilities.amax(0) - CONFIDENT) / (1 - CONFIDENT)
+    equal = torch.full_like(probabilities, 1 / len(probabilities))
+    return torch.lerp(equal, probabilities, sure.clamp(min=0))
 
 
 def _bytes_of(features: Tensor, objects: int) -> tuple[int, int, int, int]:
