@@ -43,7 +43,8 @@ class ConvLSTMCell(nn.Module):
         variant: "convolution", "spatial", "depthwise" (which needs input_size = hidden_size) or "separable".
         forget_bias: added to the forget gate.
         precision: None, "exact" or "winograd", see `vosops.conv_lstm`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Parameters, packed in the gate order i, f, g, o: `weight` (4*hidden_size, input_size+hidden_size, kh, kw);
     "spatial": `weight_h` of kh x 1 and `weight_w` (4*hidden_size, 2*hidden_size, 1, kw); "depthwise" and "separable":
@@ -52,6 +53,7 @@ class ConvLSTMCell(nn.Module):
     Raises:
         ValueError: a kernel size is even, the variant unknown, or "depthwise" with input_size != hidden_size.
 
+    Examples:
         >>> import torch, vosops.nn
         >>> cell, state = vosops.nn.ConvLSTMCell(8, 16), None
         >>> for frame in torch.randn(3, 1, 8, 15, 27):  # a stream: one frame at a time
@@ -147,7 +149,7 @@ class ConvLSTM(nn.Module):
         num_layers: layers, each of which reads the outputs of the one before.
         bias: whether the gates have a bias.
         batch_first: input and output are (N,T,C,H,W); False: (T,N,C,H,W).
-        variant, forget_bias, precision, device, dtype: see `ConvLSTMCell`.
+        options: variant, forget_bias, precision, device and dtype, see `ConvLSTMCell`.
 
     The parameters are those of `layers.0`, `layers.1` ..., each a `ConvLSTMCell`.
 
@@ -212,6 +214,7 @@ class ConvLSTM(nn.Module):
         Raises:
             ValueError: the names are those of no variant, or a shape does not fit.
 
+        Examples:
             >>> import torch, vosops.nn
             >>> names = {"lstm/rnn/lstm/kernel": torch.randn(3, 3, 16, 32), "lstm/rnn/lstm/biases": torch.zeros(32)}
             >>> lstm = vosops.nn.ConvLSTM.from_tensorflow(names)

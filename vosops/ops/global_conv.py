@@ -147,6 +147,7 @@ def global_conv_prepare(
     Raises:
         TypeError, ValueError, NotImplementedError: as `global_conv`.
 
+    Examples:
         >>> import torch, vosops
         >>> target, reference = torch.randn(2, 1, 16, 15, 27)
         >>> l1, r1 = torch.randn(8, 32, 7, 1), torch.randn(8, 32, 1, 7)
