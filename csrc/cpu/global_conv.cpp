@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -92,6 +93,25 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
     for (int64_t r = c < full_columns ? full_rows : 0; r < rows; ++r)
       to[c * to_stride + r] = from[r * from_stride + c];
     std::fill(to + c * to_stride + rows, to + c * to_stride + padded, 0.f);
+  }
+}
+
+// Loops that become vector code.
+template <class S>
+void widen_row(const S* __restrict from, int64_t count, float* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+template <class S>
+void narrow_row(const float* __restrict from, int64_t count, S* __restrict to) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, 4);
+      const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = 0x7fc0;
+      to[i].x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
   }
 }
 
@@ -239,8 +259,7 @@ class WinogradLine {
     if constexpr (std::is_same_v<S, float>) {
       rows = source;
     } else {
-      for (int64_t i = 0; i < kLanes; ++i)
-        for (int64_t j = 0; j < kRow; ++j) wide[i * kRow + j] = widen(source[i * stride + j]);
+      for (int64_t i = 0; i < kLanes; ++i) widen_row(source + i * stride, kRow, wide + i * kRow);
       rows = wide;
       stride = kRow;
     }
@@ -392,7 +411,7 @@ class ChannelsLastMap {
       return [&](int64_t pixel) {
         const S* from = x.const_data_ptr<S>() + pixel / pixels * x.stride(0) + pixel % pixels * x.stride(3);
         float* to = copy_->data() + pixel * padded_;
-        for (int64_t c = 0; c < channels; ++c) to[c] = widen(from[c]);
+        widen_row(from, channels, to);
         std::fill(to + channels, to + padded_, 0.f);
       };
     });
@@ -416,8 +435,7 @@ class ChannelsLastMap {
             transpose(from + p, x.stride(1), count, width, to + p * padded_, padded_, padded);
           } else {
             for (int64_t c = 0; c < count; ++c)
-              for (int64_t i = 0; i < width; ++i)
-                wide[c * kBlockPixels + i] = widen(from[c * x.stride(1) + p + i]);
+              widen_row(from + c * x.stride(1) + p, width, wide.data() + c * kBlockPixels);
             transpose(wide.data(), kBlockPixels, count, width, to + p * padded_, padded_, padded);
           }
         }
@@ -460,13 +478,13 @@ class Output {
         const int64_t count = std::min(kBlockPixels, pixels_ - begin);
         const float* from = copy_->data() + plane + begin * channels_;
         if (last_) {
-          std::copy_n(from, count * channels_, out + plane + begin * channels_);
+          narrow_row(from, count * channels_, out + plane + begin * channels_);
         } else if constexpr (std::is_same_v<S, float>) {
           transpose(from, channels_, count, channels_, out + plane + begin, pixels_, count);
         } else {
           transpose(from, channels_, count, channels_, wide.data(), kBlockPixels, count);
           for (int64_t c = 0; c < channels_; ++c)
-            std::copy_n(wide.data() + c * kBlockPixels, count, out + plane + c * pixels_ + begin);
+            narrow_row(wide.data() + c * kBlockPixels, count, out + plane + c * pixels_ + begin);
         }
       };
     });
