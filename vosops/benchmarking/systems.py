@@ -33,6 +33,7 @@ __all__ = [
 
 SEMANTIC = "lstm_icnet"  # segments without objects, from a window of frames
 NETWORKS = ("stm", "rgmp", "feelvos", SEMANTIC)
+SEMANTIC_SIZES = {"1024p": (1024, 2048)}  # of Cityscapes, which its authors work on
 SIZES = {"480p": (480, 854), "1080p": (1080, 1920), "4K": (2160, 3840)}
 LIMIT = 16 * 10**9
 """Bytes that a measurement may need; a naive one at 1080p needs more."""
@@ -92,7 +93,8 @@ class Measurement:
 
 def _cases() -> Iterator[Case]:
     for network in NETWORKS:
-        for label, size in SIZES.items():
+        sizes = {**SIZES, **SEMANTIC_SIZES} if network == SEMANTIC else SIZES
+        for label, size in sizes.items():
             large = label == "4K"
             default = not (large and network == "feelvos")  # global matching of 4K takes minutes
             if network == SEMANTIC:
