@@ -303,9 +303,9 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
 }
 
 // ---- Weights as rows of channels ----
-constexpr int kPackedChannels = 64;
+constexpr int kPackedChannels = 256;
 
-// A block copies the taps of 64 channels of one output channel.
+// A block copies the taps of 256 channels of one output channel.
 template <class E>
 __global__ __launch_bounds__(kThreads) void weight_kernel(const E* weight, int64_t row_stride,
                                                           int64_t channel_stride, int64_t tap_stride,

@@ -10,9 +10,10 @@
 // Q~ carries two more rows, ones and the query's bias, and slope K~ one more, the slopes: their products are
 // the sums that the gradients of shrinkage and biases need. finish_kernel turns dK~ into those of key,
 // shrinkage and key bias. A chunk gives each multiprocessor kTilesPerMultiprocessor tiles of the weights: 54
-// MB for all three arrays on an H100, whatever the sizes of query and memory. All operands of gradients are
-// float32 rows: 16-bit inputs are exact in TF32, which multiplies them. Products bound the time: four for the
-// forward's two.
+// MB for all three arrays of float on an H100, whatever the sizes of query and memory. Where all inputs are
+// bfloat16, so are the operands of gradients, with the weights and their derivatives rounded to it as
+// PyTorch's own operators do. Otherwise they are rows of float: float16 is exact in TF32, which multiplies
+// it, while its range would lose small derivatives. Products bound the time: four for the forward's two.
 #include <algorithm>
 #include <tuple>
 
@@ -46,9 +47,9 @@ struct Chunk {
   int query_columns, memory_columns;
 };
 
-template <class Tile>
+template <class Tile, class G>
 __global__ __launch_bounds__(kThreads) void weights_kernel(Scores<typename Tile::Element> in,
-                                                           const float* lse, Chunk chunk, float* weights) {
+                                                           const float* lse, Chunk chunk, G* weights) {
   DYNAMIC_SHARED(typename Tile::Smem, s);
   const BlockTile tile(chunk.query_columns);
   float products[kOwnA][kOwnB];
@@ -73,18 +74,20 @@ __global__ __launch_bounds__(kThreads) void weights_kernel(Scores<typename Tile:
       if (p >= chunk.query_columns) continue;
       const float score = fmaf(slope, fmaf(in.scale, products[i][j], bias[j]), shift);
       const bool reads = p < in.queries && query_lse[j] != -INFINITY;
-      weights[row * chunk.query_columns + p] = reads ? exp2f((score - query_lse[j]) * kLog2E) : 0.f;
+      weights[row * chunk.query_columns + p] =
+          from_float<G>(reads ? exp2f((score - query_lse[j]) * kLog2E) : 0.f);
     }
   }
 }
 
 // Rows of values and of the output's gradient, [count][columns] and [P][columns].
+template <class G>
 struct Flow {
-  const float *values, *grads;
+  const G *values, *grads;
   int columns;
   const float* base;  // [P]
-  const float* weights;
-  float *slopes, *transposed;
+  const G* weights;
+  G *slopes, *transposed;
 };
 
 template <class Tile>
@@ -94,7 +97,9 @@ struct SlopesSmem {
 };
 
 template <class Tile>
-__global__ __launch_bounds__(kThreads) void slopes_kernel(Flow flow, Chunk chunk, int64_t queries) {
+__global__ __launch_bounds__(kThreads) void slopes_kernel(Flow<typename Tile::Element> flow, Chunk chunk,
+                                                          int64_t queries) {
+  using G = typename Tile::Element;
   using Shared = SlopesSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
   const BlockTile tile(chunk.query_columns);
@@ -109,8 +114,8 @@ __global__ __launch_bounds__(kThreads) void slopes_kernel(Flow flow, Chunk chunk
     for (int i = 0; i < kOwnA; ++i) {
       const int64_t row = tile.first_a + Tile::row(i), at = row * chunk.query_columns + p;
       float slope = 0;
-      if (row < chunk.count && p < queries) slope = flow.weights[at] * (products[i][j] - base);
-      if (row < chunk.count && p < chunk.query_columns) flow.slopes[at] = slope;
+      if (row < chunk.count && p < queries) slope = to_float(flow.weights[at]) * (products[i][j] - base);
+      if (row < chunk.count && p < chunk.query_columns) flow.slopes[at] = from_float<G>(slope);
       s.transposed[Tile::column(j)][Tile::row(i)] = slope;
     }
   }
@@ -118,7 +123,7 @@ __global__ __launch_bounds__(kThreads) void slopes_kernel(Flow flow, Chunk chunk
   for (int i = int(threadIdx.x); i < kTileA * kTileB; i += kThreads) {
     const int64_t p = tile.first_b + i / kTileA, m = tile.first_a + i % kTileA;
     if (p < queries && m < chunk.memory_columns)
-      flow.transposed[p * chunk.memory_columns + m] = s.transposed[i / kTileA][i % kTileA];
+      flow.transposed[p * chunk.memory_columns + m] = from_float<G>(s.transposed[i / kTileA][i % kTileA]);
   }
 }
 
@@ -131,8 +136,9 @@ struct Result {
 };
 
 template <class Tile, class T>
-__global__ __launch_bounds__(kThreads) void product_kernel(const float* a, int64_t count_a, const float* b,
-                                                           int64_t count_b, int columns, Result<T> result) {
+__global__ __launch_bounds__(kThreads) void product_kernel(const typename Tile::Element* a, int64_t count_a,
+                                                           const typename Tile::Element* b, int64_t count_b,
+                                                           int columns, Result<T> result) {
   DYNAMIC_SHARED(typename Tile::Smem, s);
   const BlockTile tile(count_b);
   float products[kOwnA][kOwnB];
@@ -178,18 +184,19 @@ __global__ __launch_bounds__(kThreads) void base_kernel(const V* out, const V* g
 }
 
 // Rows behind the others: ones and the queries' bias behind Q~.
+template <class G>
 __global__ __launch_bounds__(kThreads) void query_rows_kernel(const float* bias, int64_t queries, int columns,
-                                                              float* ones, float* biases) {
+                                                              G* ones, G* biases) {
   const int64_t p = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (p >= columns) return;
-  ones[p] = p < queries ? 1.f : 0.f;
-  biases[p] = p < queries && bias ? bias[p] : 0.f;
+  ones[p] = from_float<G>(p < queries ? 1.f : 0.f);
+  biases[p] = from_float<G>(p < queries && bias ? bias[p] : 0.f);
 }
 
 // Rows of keys [c][m] of a chunk times their slopes, and the slopes behind them.
-template <class E>
+template <class E, class G>
 __global__ __launch_bounds__(kThreads) void key_rows_kernel(Scores<E> in, Chunk chunk, int channels,
-                                                            float* rows) {
+                                                            G* rows) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t c = at / chunk.memory_columns, m = at % chunk.memory_columns;
   if (c > channels) return;
@@ -199,7 +206,7 @@ __global__ __launch_bounds__(kThreads) void key_rows_kernel(Scores<E> in, Chunk 
     x = in.slope_of(chunk.n, position);
     if (c < channels) x *= in.scale * to_float(in.keys_of(chunk.n)[position * in.row_columns + c]);
   }
-  rows[at] = x;
+  rows[at] = from_float<G>(x);
 }
 
 template <class K>
@@ -254,6 +261,7 @@ template <class ScoreTile, class GradientTile>
 void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out, const Tensor& base,
               const Tensor& lse, Gradients& gradients, Stream stream) {
   using E = typename ScoreTile::Element;
+  using G = typename GradientTile::Element;
   const int64_t queries = in.queries(), columns = value.size(1) * value.size(2);
   const int channels = int(in.query.size(1));
   ScoreMemory memory;
@@ -261,12 +269,16 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
   const auto numbers = [&](std::vector<int64_t> shape) {
     return torch::stable::new_empty(in.query, shape, ScalarType::Float);
   };
+  const auto operands = [&](std::vector<int64_t> shape) {
+    return torch::stable::new_empty(in.query, shape, kScalarType<G>);
+  };
+  const auto data_of = [](const Tensor& tensor) { return static_cast<G*>(tensor.mutable_data_ptr()); };
   const int query_columns = row_columns_of(queries);
   const int64_t tiles = kTilesPerMultiprocessor * device_limits().multiprocessors;
   const int64_t longest = std::min(ceil_div(tiles * kTileA, int64_t{query_columns}) * kTileB, in.memory());
   const auto threads = [](int64_t count) { return dim3(checked_blocks(ceil_div(count, int64_t{kThreads}))); };
-  const auto multiply = [&]<class T>(const float* a, int64_t count_a, const float* b, int64_t count_b,
-                                     int depth, const Result<T>& result) {
+  const auto multiply = [&]<class T>(const G* a, int64_t count_a, const G* b, int64_t count_b, int depth,
+                                     const Result<T>& result) {
     if (count_a == 0 || count_b == 0) return;
     LAUNCH((product_kernel<GradientTile, T>), dim3(tile_blocks(count_a, count_b)), dim3(kThreads),
            sizeof(typename GradientTile::Smem), stream, a, count_a, b, count_b, depth, result);
@@ -274,28 +286,28 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
 
   const Tensor grad_columns =
       torch::stable::view(grad_out, std::vector<int64_t>{in.batch(), columns, queries});
-  Tensor weights = numbers({longest, query_columns}), slopes = numbers({longest, query_columns});
-  Tensor transposed = numbers({queries, row_columns_of(longest)});
+  Tensor weights = operands({longest, query_columns}), slopes = operands({longest, query_columns});
+  Tensor transposed = operands({queries, row_columns_of(longest)});
   Tensor query_sums = numbers({channels + 1, queries}), key_sums = numbers({channels + 2, longest});
   for (int64_t n = 0; n < in.batch(); ++n) {
     const Tensor grad = narrowed(grad_columns, 0, n, 1);
-    const Tensor grad_by_query = rows_of<float>(grad, 2, 1, false, stream);   // [P][columns]
-    const Tensor grad_by_column = rows_of<float>(grad, 1, 2, false, stream);  // [columns][P]
-    const Tensor query = rows_of<float>(narrowed(in.query, 0, n, 1), 1, 2, false, stream);
-    Tensor query_rows = numbers({channels + 2, query_columns});
+    const Tensor grad_by_query = rows_of<G>(grad, 2, 1, false, stream);   // [P][columns]
+    const Tensor grad_by_column = rows_of<G>(grad, 1, 2, false, stream);  // [columns][P]
+    const Tensor query = rows_of<G>(narrowed(in.query, 0, n, 1), 1, 2, false, stream);
+    Tensor query_rows = operands({channels + 2, query_columns});
     Tensor plain_rows = narrowed(query_rows, 0, 0, channels);
     torch::stable::copy_(plain_rows,
                          torch::stable::view(query, std::vector<int64_t>{channels, query_columns}));
-    float* extra = query_rows.mutable_data_ptr<float>() + int64_t{channels} * query_columns;
-    LAUNCH(query_rows_kernel, threads(query_columns), dim3(kThreads), 0, stream,
+    G* extra = data_of(query_rows) + int64_t{channels} * query_columns;
+    LAUNCH(query_rows_kernel<G>, threads(query_columns), dim3(kThreads), 0, stream,
            scores.query_bias ? scores.query_bias + n * queries : nullptr, queries, query_columns, extra,
            extra + query_columns);
 
     for (int64_t begin = 0; begin < in.memory(); begin += longest) {
       const int64_t count = std::min(longest, in.memory() - begin);
       const Chunk chunk{n, begin, count, query_columns, row_columns_of(count)};
-      float* w = weights.mutable_data_ptr<float>();
-      LAUNCH(weights_kernel<ScoreTile>, dim3(tile_blocks(count, query_columns)), dim3(kThreads),
+      G* w = data_of(weights);
+      LAUNCH((weights_kernel<ScoreTile, G>), dim3(tile_blocks(count, query_columns)), dim3(kThreads),
              sizeof(typename ScoreTile::Smem), stream, scores, lse.const_data_ptr<float>(), chunk, w);
 
       const int64_t objects = value.size(1), value_channels = value.size(2);
@@ -303,36 +315,36 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
       Tensor value_rows;
       if (objects == 1) {
         const Tensor part = narrowed(narrowed(value, 0, n, 1), 3, begin, count);
-        value_rows = rows_of<float>(torch::stable::squeeze(part, 1), 2, 1, false, stream);
+        value_rows = rows_of<G>(torch::stable::squeeze(part, 1), 2, 1, false, stream);
       } else {
         // (1, O, C, count) with its objects and channels as one dimension.
         const Tensor part = narrowed(narrowed(value, 0, n, 1), 3, begin, count);
-        value_rows = rows_of<float>(
-            torch::stable::reshape(part, std::vector<int64_t>{1, objects * value_channels, count}), 2, 1,
-            false, stream);
+        value_rows =
+            rows_of<G>(torch::stable::reshape(part, std::vector<int64_t>{1, objects * value_channels, count}),
+                       2, 1, false, stream);
       }
-      const Flow flow{value_rows.const_data_ptr<float>(),
-                      grad_by_query.const_data_ptr<float>(),
-                      value_columns,
-                      base.const_data_ptr<float>() + n * queries,
-                      w,
-                      slopes.mutable_data_ptr<float>(),
-                      transposed.mutable_data_ptr<float>()};
+      const Flow<G> flow{data_of(value_rows),
+                         data_of(grad_by_query),
+                         value_columns,
+                         base.const_data_ptr<float>() + n * queries,
+                         w,
+                         data_of(slopes),
+                         data_of(transposed)};
       LAUNCH(slopes_kernel<GradientTile>, dim3(tile_blocks(chunk.memory_columns, query_columns)),
              dim3(kThreads), sizeof(SlopesSmem<GradientTile>), stream, flow, chunk, queries);
 
       dispatch(value.scalar_type(), [&](auto sample) {
         using V = decltype(sample);
         auto* to = static_cast<V*>(gradients.value.mutable_data_ptr()) + n * columns * in.memory() + begin;
-        multiply(grad_by_column.const_data_ptr<float>(), columns, w, count, query_columns,
+        multiply(data_of(grad_by_column), columns, w, count, query_columns,
                  Result<V>{to, in.memory(), false});
       });
-      multiply(query_rows.const_data_ptr<float>(), channels + 2, flow.slopes, count, query_columns,
+      multiply(data_of(query_rows), channels + 2, flow.slopes, count, query_columns,
                Result<float>{key_sums.mutable_data_ptr<float>(), count, false});
-      Tensor key_rows = numbers({channels + 1, chunk.memory_columns});
-      LAUNCH(key_rows_kernel<E>, threads(int64_t{channels + 1} * chunk.memory_columns), dim3(kThreads), 0,
-             stream, scores, chunk, channels, key_rows.mutable_data_ptr<float>());
-      multiply(key_rows.const_data_ptr<float>(), channels + 1, flow.transposed, queries, chunk.memory_columns,
+      Tensor key_rows = operands({channels + 1, chunk.memory_columns});
+      LAUNCH((key_rows_kernel<E, G>), threads(int64_t{channels + 1} * chunk.memory_columns), dim3(kThreads),
+             0, stream, scores, chunk, channels, data_of(key_rows));
+      multiply(data_of(key_rows), channels + 1, flow.transposed, queries, chunk.memory_columns,
                Result<float>{query_sums.mutable_data_ptr<float>(), queries, begin > 0});
       dispatch(in.key.scalar_type(), [&](auto sample) {
         using K = decltype(sample);
@@ -403,12 +415,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
     const Products products = sixteen_bit || arithmetic == Precision::kTf32 ? Products::kTf32
                               : arithmetic == Precision::kIeee              ? Products::kFma
                                                                             : Products::kSplit;
-    with_tile(score_products(in, arithmetic), key.scalar_type(), [&](auto score_tile) {
-      with_float_tile(products, [&](auto gradient_tile) {
-        backward<decltype(score_tile), decltype(gradient_tile)>(in, value, grads, base, lses, gradients,
-                                                                stream);
+    const Products of_scores = score_products(in, arithmetic);
+    if (of_scores == Products::kSixteenBit && key.scalar_type() == ScalarType::BFloat16 &&
+        value.scalar_type() == ScalarType::BFloat16) {
+      using Tile = TensorTile<bfloat16, Arithmetic::kPlain>;
+      backward<Tile, Tile>(in, value, grads, base, lses, gradients, stream);
+    } else {
+      with_tile(of_scores, key.scalar_type(), [&](auto score_tile) {
+        with_float_tile(products, [&](auto gradient_tile) {
+          backward<decltype(score_tile), decltype(gradient_tile)>(in, value, grads, base, lses, gradients,
+                                                                  stream);
+        });
       });
-    });
+    }
   }
   return {gradients.query,     gradients.key,        gradients.value,
           gradients.shrinkage, gradients.query_bias, gradients.key_bias};
