@@ -152,14 +152,13 @@ def everything(op: str) -> str:
 
 
 def brief(op: str) -> str:
-    """One row for each case: vosops, the code of the original, and the best other contender."""
+    """One row for each case that was measured: vosops, the code of the original, and the best other contender."""
     report = load(op)
     author, contenders = ORIGINALS[op]
     rows = []
     for case in BENCHMARKS[op].cases:
         result = results_of(report, case)
         if result is None:
-            rows.append([case.title, *[MISSING] * 3])
             continue
         ours, *others = result["variants"]
         original = next((v for v in others if v["name"] in contenders), None)
