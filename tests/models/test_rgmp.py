@@ -168,9 +168,11 @@ def test_the_naive_way_gives_the_same(network):
 
 @pytest.mark.parametrize("pixels", [1, 64 * 12], ids=["strips of a row", "strips of three rows"])
 def test_objects_in_a_batch_and_whole_maps_are_as_one_by_one_in_strips(network, monkeypatch, pixels):
+    monkeypatch.setattr("vosops.models.rgmp.objects_together", lambda image: 4)
     batched, frames = started(network, 3)
     expected = batched.step(frames[0])
-    monkeypatch.setattr("vosops.models.rgmp._PIXELS_AT_ONCE", pixels)
+    monkeypatch.undo()
+    monkeypatch.setattr("vosops.models.rgmp._STRIP_PIXELS", pixels)
     torch.manual_seed(0)
     torch.testing.assert_close(started(network, 3)[0].step(frames[0]), expected, **TOLERANCE)
 

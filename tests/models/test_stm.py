@@ -176,8 +176,9 @@ class TestWaysAgree:
 
     def test_one_object_at_a_time_and_in_strips(self, network, monkeypatch):
         images, labels = clip(3, 3)
+        monkeypatch.setattr(module, "objects_together", lambda image: 2)
         together = run(network, images, labels)
-        monkeypatch.setattr(module, "_BATCH_PIXELS", 1)
+        monkeypatch.setattr(module, "objects_together", lambda image: 1)
         monkeypatch.setattr(module, "_STRIP_PIXELS", 1)
         assert_all_close(run(network, images, labels), together)
 

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Masks", "Memory", "Network", "TensorMasks", "resize_rows", "source_rows"]
+__all__ = ["Masks", "Memory", "Network", "TensorMasks", "objects_together", "resize_rows", "source_rows"]
+
+_BATCH_PIXELS = 1 << 20  # of the frames that a GPU computes together, an object counting as one
 
 
 class Masks(ABC):
@@ -161,6 +163,13 @@ class Network(nn.Module, ABC):
     def probabilities(self, scores: Tensor, size: tuple[int, int], rows: range | None = None) -> Tensor:
         """Coarse scores of one scale -> probabilities (O+1,len(rows),w) float32 of rows of the image, or of all."""
         return self.aggregate(self.evidence(scores, size, range(size[0]) if rows is None else rows))
+
+
+def objects_together(image: Tensor) -> int:
+    """How many objects of an image (1,3,h,w) to compute in one batch; one on a CPU, where more only take memory."""
+    if image.device.type == "cpu":
+        return 1
+    return max(1, _BATCH_PIXELS // (image.shape[2] * image.shape[3]))
 
 
 def source_rows(height: int, target: int, rows: range, *, align_corners: bool = False) -> range:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from vosops import soft_aggregate
 from vosops.memory import MemoryBudgetError
-from vosops.models.network import Masks, Memory, Network, TensorMasks, resize_rows
+from vosops.models.network import Masks, Memory, Network, TensorMasks, objects_together, resize_rows
 from vosops.models.resnet import ResNet50Encoder
 from vosops.nn import GlobalConv2d
 
@@ -30,9 +30,7 @@ __all__ = ["RGMP", "RGMPOutput"]
 _STAGES = (256, 512, 1024, 2048)  # channels of the encoder's maps, at strides 4, 8, 16, 32
 _CHANNELS = 256  # of the decoder
 _KERNEL = 7  # of the global convolution
-_PIXELS_AT_ONCE = (
-    1 << 20
-)  # of the images that are segmented in one batch, or of the strip that is refined last
+_STRIP_PIXELS = 1 << 20  # of the frame whose last refinement is computed together
 _HALO = 6  # rows of stride 4 that a strip sees beside its own: of six 3x3 convolutions
 _STRIDE = 4  # of the decoder's finest map
 _FLOAT = 4  # bytes
@@ -156,7 +154,7 @@ class _ReferenceMemory(Memory):
 
     def segment(self, image: Tensor, *, frame: int) -> Tensor:
         """Logits (K,h/4,w/4) of each object, then of the union if there are several objects."""
-        batch = 1 if self._naive else max(1, _PIXELS_AT_ONCE // (image.shape[2] * image.shape[3]))
+        batch = 1 if self._naive else objects_together(image)
         waiting = self._keys_and_masks(len(self.object_ids) > 1)
         scores = []
         while chosen := list(islice(waiting, batch)):
@@ -268,7 +266,7 @@ class _Decoder(nn.Module):
         """The logits (N,2,H/4,W/4) of the finest stage alone; strips: made a strip at a time where the map is large."""
         finest, m3 = features[0], self._refined(features, reference)[-1]
         batch, _, height, width = finest.shape
-        most = max(1, _PIXELS_AT_ONCE // (batch * width * _STRIDE**2)) if strips else height
+        most = max(1, _STRIP_PIXELS // (batch * width * _STRIDE**2)) if strips else height
         parts = []
         for start in range(0, height, most):
             seen = range(max(0, start - _HALO), min(height, start + most + _HALO))

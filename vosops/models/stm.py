@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from vosops import _checks
 from vosops.memory import MemoryBank, MemoryBudgetError, MemorySettings
-from vosops.models.network import Masks, Memory, Network, resize_rows
+from vosops.models.network import Masks, Memory, Network, objects_together, resize_rows
 from vosops.models.resnet import ResNet50Encoder
 from vosops.ops import memory_read, soft_aggregate
 
@@ -28,7 +28,6 @@ _KEY, _VALUE = 128, 512  # channels
 _R4, _R3, _R2 = 1024, 512, 256  # channels of the encoders' maps at strides 16, 8 and 4
 _DECODER = 256  # channels
 _MASK_STRIDE = 4  # of the decoder's output
-_BATCH_PIXELS = 1 << 20  # of the frames that are encoded or decoded together, an object counting as one
 _STRIP_PIXELS = 1 << 20  # of the frame whose last decoder stage is computed together
 _HALO = 3  # rows that three 3x3 convolutions see beside their own
 
@@ -180,7 +179,7 @@ class _BankMemory(_Memory):
         self._share(len(self._banks) + len(new), new)
         self._banks |= new
         try:
-            for o, key, value in self._memorised(image, masks, _objects_together(image)):
+            for o, key, value in self._memorised(image, masks, objects_together(image)):
                 self.store(o, key, value, frame=frame, permanent=permanent, keep=keep)
         except MemoryBudgetError:
             self._banks = {o: bank for o, bank in self._banks.items() if o not in new}
@@ -197,7 +196,7 @@ class _BankMemory(_Memory):
 
     def segment(self, image: Tensor, *, frame: int) -> Tensor:
         query, decoder = self.network.query(image), self.network.Decoder
-        together = _objects_together(image)
+        together = objects_together(image)
         middles = []
         for start in range(0, len(self.object_ids), together):
             some = self.object_ids[start : start + together]
@@ -405,8 +404,3 @@ class _Decoder(nn.Module):
     def _scores(self, m: Tensor) -> Tensor:
         logits: Tensor = self.pred2(functional.relu(m))
         return logits[:, 1] - logits[:, 0]
-
-
-def _objects_together(image: Tensor) -> int:
-    """How many objects of a frame (1,3,h,w) are computed at a time."""
-    return max(1, _BATCH_PIXELS // (image.shape[2] * image.shape[3]))
