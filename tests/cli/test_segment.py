@@ -182,6 +182,7 @@ class TestBadInput:
         arguments = (clip, "--mask", mask)
         assert "--scales does not go with" in self.wrong(real_vosops, out, *arguments, "--scales", "1,2")
         assert "--scales must be positive" in self.wrong(real_vosops, out, *arguments, "--scales", "0")
+        assert "--scales must be positive" in self.wrong(real_vosops, out, *arguments, "--scales", "nan")
         assert "--model nothing" in self.wrong(real_vosops, out, *arguments, "--model", "nothing")
         assert "nothing.pth does not exist" in self.wrong(
             real_vosops, out, *arguments, "--weights", "nothing.pth"

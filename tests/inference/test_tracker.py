@@ -380,6 +380,8 @@ class TestState:
     def test_of_other_options_is_refused(self):
         with pytest.raises(ValueError, match=r"state must be of memory_every 5, but has 2"):
             started()[0].load_state_dict(started(memory_every=2)[0].state_dict())
+        with pytest.raises(ValueError, match=r"state must be of naive False, but has True"):
+            started()[0].load_state_dict(started(naive=True)[0].state_dict())
 
 
 class TestScales:
@@ -443,6 +445,18 @@ class TestPropagation:
             assert torch.equal(ours.labels, theirs.labels)
             assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-5)
 
+    def test_segment_takes_a_network_and_a_tracker(self):
+        clip = [picture({1: (4, 4 + t, 20, 30)}) for t in range(3)]
+        mask = truth({1: (4, 4, 20, 30)})
+        found = [
+            [frame.labels for frame in vosops.segment(clip, mask, model=model, size=-1, **options)]
+            for model, options in ((Tracker(Echo(), scales=(0.5,)), {}), (Echo(), {"scales": (0.5,)}))
+        ]
+        assert (found[0][2] == 1).any()
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        with pytest.raises(TypeError, match="model must be a name, a network or a tracker, got Linear"):
+            next(vosops.segment(clip, mask, model=nn.Linear(1, 1)))
+
 
 class TestOptions:
     def test_a_model_that_tracks_by_itself_is_returned(self):
@@ -480,6 +494,8 @@ class TestOptions:
             ({"memory_every": 0}, ValueError, "memory_every must be at least 1"),
             ({"scales": ()}, ValueError, "scales must be positive"),
             ({"scales": (1.0, -1.0)}, ValueError, "scales must be positive"),
+            ({"scales": (float("nan"),)}, ValueError, "scales must be positive"),
+            ({"scales": (float("inf"),)}, ValueError, "scales must be positive"),
             ({"memory_budget": "much"}, ValueError, "a size must be"),
             ({"dtype": torch.int8}, ValueError, "dtype must be"),
         ],

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vosops.models.network import Network
+
 from .datasets import open_source
 from .errors import IncompleteInputError
 from .frames import ArraySource
 from .loop import Propagation, SegmentedFrame, frame_range
 from .masks import MaskSet, masks_from_python
 from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
+from .tracker import Tracker
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker
@@ -22,7 +25,7 @@ def segment(
     video: Any,
     mask: Any,
     *,
-    model: str | VideoTracker = DEFAULT_MODEL,
+    model: str | Network | VideoTracker = DEFAULT_MODEL,
     weights: str | Path | None = None,
     backbone: str | None = None,
     device: str | None = None,
@@ -46,7 +49,7 @@ def segment(
             of PNGs named by frame; a list of those; or a dict from frame (number or name) to PNG or array.
             0 is background, 255 ignored, other values are object ids; a mask of 0 and 255 alone is one
             object with id 255.
-        model: Name of a model (``vosops.models.list_models()``) or a model.
+        model: Name of a model (``vosops.models.list_models()``), or a network or tracker that was made before.
         weights: File of the model's weights, for models that take one.
         backbone: Name of the feature extractor, for models that take one.
         device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
@@ -64,9 +67,11 @@ def segment(
 
     Yields:
         :class:`SegmentedFrame`, as soon as it is computed: from the earliest mask forward to the end, then
-        from the earliest mask backward to the start. Memory does not grow with the video.
+        from the earliest mask backward to the start. Memory does not grow with the video, but for stm's without
+        a memory budget.
 
     Raises:
+        TypeError: For a model that is none.
         InputError: At the call's first frame, when something given cannot be used.
         VosopsError: When what must be remembered exceeds the memory budget.
         IncompleteInputError: After the last frame that could be read, when the video ended early.
@@ -92,6 +97,10 @@ def segment(
             naive=naive,
             scales=scales,
         )
+    elif isinstance(model, Network):
+        model = Tracker(model, memory_budget=memory_budget, naive=naive, scales=scales)
+    elif not hasattr(model, "initialize"):
+        raise TypeError(f"model must be a name, a network or a tracker, got {type(model).__name__}")
     propagation = Propagation(
         model,
         source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def make_tracker(
             budget = parse_bytes(memory_budget)
         except ValueError as error:
             raise InputError(f"--memory-budget {memory_budget} cannot be used: {error}") from error
-    if any(scale <= 0 for scale in scales) or not scales:
+    if not scales or not all(0 < scale < math.inf for scale in scales):
         raise InputError(f"--scales must be positive numbers, got {tuple(scales)}")
     if tracks_by_itself(name):
         if tuple(scales) != (1.0,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ class Tracker:
         channels_last: bool | None = None,
         naive: bool = False,
     ) -> None:
-        if not scales or any(scale <= 0 for scale in scales):
+        if not scales or not all(0 < scale < math.inf for scale in scales):
             raise ValueError(f"scales must be positive numbers, at least one, got {tuple(scales)}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
@@ -245,7 +246,12 @@ class Tracker:
     def _options(self) -> dict[str, Any]:
         """What a state must agree with."""
         network = type(self.network).__name__
-        return {"network": network, "scales": list(self.scales), "memory_every": self.memory_every}
+        return {
+            "network": network,
+            "scales": list(self.scales),
+            "memory_every": self.memory_every,
+            "naive": self.naive,
+        }
 
     def _started(self) -> _Segmented:
         if self._latest is None:
