@@ -260,6 +260,13 @@ class TestMemory:
                 tracker.step(images[1])
             assert tracker.memory_bytes() == 0
 
+    def test_says_that_objects_share_the_budget(self, network):
+        images, labels = clip(2, 2)
+        tracker = Tracker(network, memory_budget=FRAME_BYTES // 2)
+        tracker.initialize(images[0], labels)
+        with pytest.raises(MemoryBudgetError, match=rf"2 share a budget of {FRAME_BYTES // 2} bytes"):
+            tracker.step(images[1])
+
     @pytest.mark.parametrize("naive", [False, True])
     def test_state_goes_on_to_the_bit(self, network, tmp_path, naive):
         images, labels = clip(6, 2)

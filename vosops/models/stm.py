@@ -176,15 +176,18 @@ class _BankMemory(_Memory):
     def add(self, image: Tensor, masks: Masks, *, frame: int, permanent: bool, keep: bool) -> None:
         settings = self.network.memory_settings
         new = {o: MemoryBank(settings, device=image.device) for o in masks.object_ids if o not in self._banks}
-        self._share(len(self._banks) + len(new), new)
-        self._banks |= new
+        objects = len(self._banks) + len(new)
         try:
+            self._share(objects, new)
+            self._banks |= new
             for o, key, value in self._memorised(image, masks, objects_together(image)):
                 self.store(o, key, value, frame=frame, permanent=permanent, keep=keep)
-        except MemoryBudgetError:
+        except MemoryBudgetError as error:
             self._banks = {o: bank for o, bank in self._banks.items() if o not in new}
             self._share(len(self._banks), {})
-            raise
+            raise MemoryBudgetError(
+                f"{error} (for each object: {objects} share a budget of {self.budget} bytes)"
+            ) from error
         self.object_ids = list(masks.object_ids)
 
     def store(
