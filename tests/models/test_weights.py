@@ -96,6 +96,14 @@ class TestWhatIsRefused:
             read_weights(tmp_path / "w.pth")
         assert not (tmp_path / "harm").exists()
 
+    @pytest.mark.parametrize("content", [b"\x89PNG\r\n", b""])
+    def test_nobody_is_told_to_run_what_a_file_holds(self, tmp_path, content):
+        path = tmp_path / "w.pth"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint of tensors: \S") as error:
+            read_weights(path)
+        assert "weights_only" not in str(error.value)
+
     @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
     def test_a_file_of_another_kind(self, tmp_path, name):
         (tmp_path / name).write_text("this is no checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -94,7 +95,9 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    if isinstance(error, UnpicklingError):  # whose own text advises to run what the file holds
+        return "it is none, or holds other things than tensors"
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _describe(found: Any) -> str:
