@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 import vosops
 from vosops import _library
+from vosops.models import list_models
 
 FOLDER = Path(vosops.__file__).parent
 LIBRARIES = sorted(FOLDER.glob("libvosops_*.so"))
@@ -115,3 +117,9 @@ def test_build_information():
     module = pytest.importorskip("vosops._C", reason="vosops._C was built for another Python")
     info = module.build_info()
     assert info["summary"].startswith("built cpu_") and info["compiler"]
+
+
+def test_torch_hub_finds_the_models_and_nothing_else():
+    names = runpy.run_path(str(Path(__file__).parents[1] / "hubconf.py"))
+    offered = [name for name, x in names.items() if callable(x) and not name.startswith("_")]
+    assert sorted(offered) == list_models()
