@@ -84,6 +84,10 @@ def test_from_tensorflow_accepts_arrays_and_no_biases():
         ({"kernel": torch.zeros(3, 3, 4)}, "kernel must have 4 dimensions"),
         ({"kernel": torch.zeros(3, 3, 4, 8), "biases": torch.zeros(4)}, "variables must fit"),
         ({"kernel": torch.zeros(2, 2, 4, 8)}, "kernel_size must be odd"),
+        (
+            dict.fromkeys(("a/kernel", "b/kernel"), torch.zeros(3, 3, 4, 8)),
+            "variables must be those of one layer",
+        ),
     ],
 )
 def test_from_tensorflow_refuses_what_does_not_fit(variables, message):

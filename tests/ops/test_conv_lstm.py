@@ -454,6 +454,25 @@ def test_vmap_over_inputs_weights_and_gradients(precision):
         torch.testing.assert_close(a, torch.stack(b))
 
 
+@pytest.mark.parametrize("precision", [None, "exact"])
+def test_derivatives_through_vmap(precision):
+    x, weights, bias, state = problem()
+    xs = torch.stack([x, x + 1]).requires_grad_()
+    weight = weights[0].requires_grad_()
+
+    def op(x):
+        return vosops.conv_lstm(x, weight, bias, state, precision=precision)[0]
+
+    got = torch.autograd.grad(torch.vmap(op)(xs).square().sum(), (xs, weight))
+    want = torch.autograd.grad(sum(op(x).square().sum() for x in xs), (xs, weight))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+    nested = torch.vmap(torch.vmap(op))(xs.unsqueeze(0))
+    got = torch.autograd.grad(nested.square().sum(), xs)
+    torch.testing.assert_close(got[0], want[0])
+
+
 def test_forward_mode_is_refused():
     x, weights, bias, state = problem()
     with pytest.raises(NotImplementedError, match="forward-mode"):
@@ -551,6 +570,23 @@ def test_changed_weights_are_transformed_anew(mode):
     flat(vosops.conv_lstm(x, weight, bias, state))[0].sum().backward()
     torch.optim.SGD([weight], 0.1).step()
     agree()
+    torch.optim.SGD([weight], 0.1, fused=True).step()  # does not give the weight a new version
+    agree()
+    version = weight._version
+    weight.data.mul_(0.5)
+    assert weight._version == version
+    agree()
+
+
+@WINOGRAD
+@pytest.mark.parametrize("shape", [(1, 2, 4, 5, 0), (1, 2, 4, 0, 5), (1, 2, 0, 5, 6)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_kernels_take_maps_without_pixels_or_channels(shape, kept):
+    x, weight = torch.zeros(shape), torch.randn(8, shape[2] + 2, 3, 3)
+    op = torch.ops.vosops.conv_lstm_winograd_cached if kept else torch.ops.vosops.conv_lstm_winograd
+    output, _ = op(x, weight, None, None, None, 1.0)
+    assert output.shape == (1, 2, 2, *shape[3:])
+    torch.testing.assert_close(output[:, 0], torch.zeros_like(output[:, 0]))
 
 
 @WINOGRAD
@@ -589,6 +625,9 @@ def test_kept_weights_die_with_their_module():
         ({"x": "video"}, TypeError, "x must be a tensor, got str"),
         ({"x": torch.zeros(2, 3, 4, 5, 6).long()}, TypeError, "x must be float32.*got torch.int64"),
         ({"x": torch.zeros(2, 0, 4, 5, 6)}, ValueError, "x must have at least one step, got T = 0"),
+        ({"x": torch.zeros(2, 3, 0, 5, 6)}, ValueError, "x must have at least one channel and one pixel"),
+        ({"x": torch.zeros(2, 3, 4, 0, 6)}, ValueError, "x must have at least one channel and one pixel"),
+        ({"x": torch.zeros(2, 3, 4, 5, 0)}, ValueError, "x must have at least one channel and one pixel"),
         ({"variant": "dense"}, ValueError, "variant must be one of convolution.*got 'dense'"),
         ({"variant": "spatial"}, ValueError, r"weights of variant 'spatial' must be 2 tensor\(s\), got 1"),
         (

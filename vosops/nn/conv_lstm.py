@@ -224,6 +224,8 @@ class ConvLSTM(nn.Module):
         given = {
             name.split("/")[-1].split(":")[0]: torch.as_tensor(value) for name, value in variables.items()
         }
+        if len(given) != len(variables):
+            raise ValueError(f"variables must be those of one layer, got {sorted(variables)}")
         biases = given.pop("biases", None)
         variant = next((v for v, names in TENSORFLOW_NAMES.items() if set(names) == set(given)), None)
         if variant is None:

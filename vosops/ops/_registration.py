@@ -43,8 +43,9 @@ def register_vmap(name: str) -> None:
     torch.library.register_vmap(f"vosops::{name}", vmap)
 
 
-def register_looping_vmap(name: str) -> None:
-    """Give `vosops::name` a vmap rule for weights that have no N to fold into: one call after the other."""
+def register_looping_vmap(name: str, call: Callable[..., Any] | None = None) -> None:
+    """Give `vosops::name` a vmap rule for weights that have no N to fold into: one `call` (the op) after the other."""
+    op = call or getattr(torch.ops.vosops, name)
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         calls = []
@@ -52,7 +53,7 @@ def register_looping_vmap(name: str) -> None:
             each = [
                 arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)
             ]
-            calls.append(getattr(torch.ops.vosops, name)(*each))
+            calls.append(op(*each))
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
         outputs = tuple(torch.stack(out) for out in zip(*calls, strict=True))

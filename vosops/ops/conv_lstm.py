@@ -39,6 +39,8 @@ WINOGRAD_KERNEL = 3
 WINOGRAD_CHANNELS = 2048
 """Input and hidden channels up to which the relative error of Winograd's algorithm was measured below 1e-5; it grows
 with their square root."""
+SAMPLED_WEIGHTS = 1024
+"""How many weights tell at most whether those whose transform is kept are still the same."""
 
 
 def conv_lstm(
@@ -61,7 +63,7 @@ def conv_lstm(
         h = sigmoid(o) tanh(c)
 
     Args:
-        x: (N,T,C,H,W), T at least 1; float32, float16, bfloat16, on the CPU also float64.
+        x: (N,T,C,H,W), only N may be 0; float32, float16, bfloat16, on the CPU also float64.
         weights: packed in the gate order i, f, g, o, of x's dtype, every kernel size odd. By variant:
 
             - "convolution": (4*hidden, C+hidden, kh, kw);
@@ -89,8 +91,8 @@ def conv_lstm(
     dtype, as torch.nn.LSTM does; the cell update is float32 inside. Without Winograd the convolution of x is done
     for all steps at once, and what a step saves for the backward is its activated gates and its states. With
     Winograd the gates never exist as a whole: the backward computes them again from the states. Where no gradient
-    is wanted, Winograd's transformed weights are kept for as long as the weights live and stay unchanged
-    (a change through `.data` is not seen).
+    is wanted, Winograd's transformed weights are kept for as long as the weights live and stay unchanged. Of changes
+    that PyTorch does not count (through `.data`, by fused optimizers) only those of most weights at once are seen.
 
     Time O(N T H W hidden (C + hidden) kh kw) for "convolution".
 
@@ -139,6 +141,8 @@ def _prepare(
     batch, steps, channels, height, width = frames.shape
     if steps == 0:
         raise ValueError("x must have at least one step, got T = 0")
+    if 0 in (channels, height, width):
+        raise ValueError(f"x must have at least one channel and one pixel, got {tuple(x.shape)}")
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     given: list[Tensor] = [weights] if isinstance(weights, Tensor) else list(weights)
@@ -240,11 +244,15 @@ def _cpp(
 ) -> tuple[Tensor, Tensor]:
     if not (winograd and HAS_WINOGRAD):
         return _steps("", x, weights, bias, hidden, cell, variant, forget_bias)
-    args = (x, weights[0], bias, hidden, cell)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
-        output, cells = torch.ops.vosops.conv_lstm_winograd(*args, forget_bias)
+    return _winograd(x, weights[0], bias, hidden, cell, forget_bias)
+
+
+def _winograd(*args: Any) -> tuple[Tensor, Tensor]:
+    """The op that keeps what a derivative needs, or where none is wanted the one that keeps the transformed weights."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        output, cells = torch.ops.vosops.conv_lstm_winograd(*args)
         return output, cells[:, -1]
-    result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_cached(*args, forget_bias)
+    result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_cached(*args)
     return result
 
 
@@ -519,7 +527,12 @@ if HAS_WINOGRAD:
         "float forget_bias) -> (Tensor output, Tensor new_cell)"
     )
 
-    _packed: Any = WeakTensorKeyDictionary()  # weight -> (where it lies, its version, its transform)
+    # Weight -> (where it lies, its version), a sample of it, its transform.
+    _packed: Any = WeakTensorKeyDictionary()
+
+    def _sample(weight: Tensor) -> Tensor:
+        """Some entries of every part: fused optimizers and `.data` change weights without a new version."""
+        return weight.detach().flatten()[:: weight.numel() // SAMPLED_WEIGHTS + 1].clone()
 
     def _winograd_cached(
         x: Tensor,
@@ -534,12 +547,14 @@ if HAS_WINOGRAD:
         tracked = not weight.is_inference()  # a tensor of inference mode has no version
         if tracked:
             state = (weight.data_ptr(), weight._version, weight.shape, weight.stride())
-            kept, packed = _packed.get(weight, (None, None))
-            packed = packed if kept == state else None
+            sample = _sample(weight)
+            kept, kept_sample, packed = _packed.get(weight, (None, None, None))
+            if kept != state or not torch.equal(kept_sample, sample):
+                packed = None
         if packed is None:
             packed = torch.ops.vosops.conv_lstm_winograd_pack(weight)
             if tracked:
-                _packed[weight] = (state, packed)
+                _packed[weight] = (state, sample, packed)
         result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_packed(
             x, packed, bias, hidden, cell, forget_bias, weight.shape[0] // GATES
         )
@@ -552,8 +567,10 @@ if HAS_WINOGRAD:
 
     _WINOGRAD_OPS.impl("conv_lstm_winograd_cached", _winograd_cached, "CPU")
     torch.library.register_fake("vosops::conv_lstm_winograd_cached", _fake_winograd_cached)
-    for _name in ("conv_lstm_winograd", "conv_lstm_winograd_backward", "conv_lstm_winograd_cached"):
+    for _name in ("conv_lstm_winograd", "conv_lstm_winograd_backward"):
         register_looping_vmap(_name)
+    # Only under vmap's wrappers it is seen whether a derivative is wanted.
+    register_looping_vmap("conv_lstm_winograd_cached", _winograd)
 
 
 _LACKING = {

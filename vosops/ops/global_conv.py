@@ -54,11 +54,12 @@ def global_conv(
         prepared: (N or 1,Ml+Mr,H,W) from `global_conv_prepare`: the part of the first stage that channels beyond
             those of x contribute, with the first stage's biases, which must then not be given here. x then has the
             first channels of l1_weight and r1_weight.
-        precision: on the CPU "exact" (PyTorch's own convolution) or "winograd" (float32 only; 2.8 times fewer
-            multiplications, error below 2e-5 of the result's root mean square); on a GPU "ieee", "tf32x3" or "tf32".
-            "exact" and "ieee" mean the same. None means "winograd" for float32 on the CPU unless
-            torch.use_deterministic_algorithms is on, and on a GPU "ieee" unless
-            torch.backends.cuda.matmul.allow_tf32 is on.
+        precision: on the CPU "exact" (PyTorch's own convolution) or "winograd" (in float32, not for float64; 2.8
+            times fewer multiplications, error below 2e-5 of the result's root mean square; where it does not help,
+            below 16 channels or for other kernels than 3 to 9, it is "exact"); on a GPU "ieee", "tf32x3" or "tf32".
+            "exact" and "ieee" mean the same. None means on the CPU "exact" for float64, for half precision where the
+            processor has AMX, and where torch.use_deterministic_algorithms is on, otherwise "winograd"; on a GPU
+            "ieee" unless torch.backends.cuda.matmul.allow_tf32 is on.
 
     Returns:
         (N,M,H,W) in the dtype of x; channels_last where x is.
