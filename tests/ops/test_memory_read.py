@@ -877,6 +877,20 @@ def test_vmap_folds_into_the_batch(top_k):
     torch.testing.assert_close(mapped, torch.stack([torch.stack([x, -x], 1) for x in one_by_one]))
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("objects", [1, 2])
+def test_derivatives_through_vmap(top_k, objects):
+    query, key = torch.randn(3, 1, 4, 6, requires_grad=True), torch.randn(1, 4, 9)
+    values = list(torch.randn(objects, 1, 5, 9))
+
+    def read(q):
+        return vosops.memory_read(q, key, values, top_k=top_k).square()
+
+    got = torch.autograd.grad(torch.vmap(read)(query).sum(), query)
+    want = torch.autograd.grad(sum(read(q).sum() for q in query), query)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_compile_without_graph_breaks(top_k):

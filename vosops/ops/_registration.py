@@ -29,13 +29,14 @@ def register_pieces(
     register_vmap(name)
 
 
-def register_vmap(name: str) -> None:
-    """Give `vosops::name` its vmap rule, which folds the new dim into N."""
+def register_vmap(name: str, call: Callable[..., Any] | None = None) -> None:
+    """Give `vosops::name` its vmap rule, which folds the new dim into N; then comes `call` (the op)."""
+    op = call or getattr(torch.ops.vosops, name)
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         folded = [_fold(arg, dim, size) for arg, dim in zip(args, in_dims, strict=True)]
-        outputs = getattr(torch.ops.vosops, name)(*folded)
+        outputs = op(*folded)
         if isinstance(outputs, Tensor):
             return outputs.unflatten(0, (size, -1)), 0
         return tuple(out.unflatten(0, (size, -1)) for out in outputs), (0,) * len(outputs)

@@ -771,6 +771,16 @@ def _fake_read_list(query: Tensor, key: Tensor, values: list[Tensor], *_: Any) -
     return out.new_empty(out.shape[0], objects, *out.shape[2:]), lse
 
 
+def _read_list(query: Tensor, key: Tensor, values: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    """memory_read_list under vmap, below whose wrappers it is seen whether a derivative is wanted: it has none."""
+    tensors = [t for t in (query, key, *values, *rest) if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out, lse = torch.ops.vosops.memory_read(query, key, torch.cat(values, 1), *rest)
+    else:
+        out, lse = torch.ops.vosops.memory_read_list(query, key, values, *rest)
+    return out, lse
+
+
 def _setup_read(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.precision = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -1028,7 +1038,7 @@ for _suffix, _available in (("", HAS_CPP), ("_triton", True)):
         _register(_suffix)
 if HAS_CPP:
     torch.library.register_fake("vosops::memory_read_list", _fake_read_list)
-    register_vmap("memory_read_list")
+    register_vmap("memory_read_list", _read_list)
 
 
 def _cpp(kernel: str, *args: Any) -> Any:
