@@ -533,6 +533,12 @@ void check_line(const char* name, const Tensor& weight, int64_t channels, Scalar
                   " must have shape (M,C,k,1) or (M,C,1,k) with k odd");
 }
 
+void check_line_bias(const char* name, const MaybeTensor& bias, const Tensor& weight) {
+  if (!bias.has_value()) return;
+  check_shape(name, *bias, {weight.size(0)});
+  check_dtype(name, *bias, weight.scalar_type());
+}
+
 // An uninitialised (N,channels,H,W) in the memory format of x.
 Tensor empty_like_map(const Tensor& x, int64_t channels) {
   const std::array<int64_t, 4> sizes{x.size(0), channels, x.size(2), x.size(3)};
@@ -547,6 +553,8 @@ Tensor split(const Tensor& x, const Tensor& first, const Tensor& second, const M
   check_shape("x", x, {kAnySize, kAnySize, kAnySize, kAnySize});
   check_line("first", first, x.size(1), x.scalar_type());
   check_line("second", second, x.size(1), x.scalar_type());
+  check_line_bias("first_bias", first_bias, first);
+  check_line_bias("second_bias", second_bias, second);
   Tensor out = empty_like_map(x, first.size(0) + second.size(0));
   if (out.numel() == 0) return out;
   if (takes_winograd(precision, x, first, second)) {
@@ -571,6 +579,7 @@ Tensor merge(const Tensor& x, const Tensor& first, const Tensor& second, const M
   check_line("first", first, kAnySize, x.scalar_type());
   check_line("second", second, kAnySize, x.scalar_type());
   check_shape("second", second, {first.size(0), kAnySize, kAnySize, kAnySize});
+  check_line_bias("bias", bias, first);
   Tensor out = empty_like_map(x, first.size(0));
   if (out.numel() == 0) return out;
   Tensor input = x;

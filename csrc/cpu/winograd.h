@@ -143,6 +143,7 @@ struct Band {
 
 // The bands of one image: as many tile rows each as waste the fewest lanes.
 inline std::vector<Band> cut_into_bands(const Plane& plane, int64_t images) {
+  if (plane.size() == 0) return {};
   const int64_t rows = plane.tile_rows(), columns = plane.tile_columns();
   const auto lanes_with = [&](int64_t step) {
     const int64_t rest = rows % step;
@@ -420,7 +421,8 @@ void convolve(const Source& source, int64_t images, const Filters& filters, cons
   const Bands bands(plane, images);
   if (bands.count() == 0) return;
   const int64_t band_floats = kPositions * bands.most_lanes * channels;
-  const int64_t group = std::clamp<int64_t>(kGroupFloats / band_floats, 1, bands.count());
+  const int64_t group =
+      std::clamp<int64_t>(kGroupFloats / std::max<int64_t>(1, band_floats), 1, bands.count());
   Workspace<float> input(group * band_floats);
   const int64_t blocks = (filters.keys + kBlockKeys - 1) / kBlockKeys;
   for (int64_t first = 0; first < bands.count(); first += group) {
