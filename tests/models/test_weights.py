@@ -12,6 +12,7 @@ from torch import nn
 
 from vosops.inference.errors import InputError, VosopsError
 from vosops.inference.models import make_tracker
+from vosops.models.tensorflow import read_variables
 from vosops.models.weights import load_weights, read_weights
 
 CPU = torch.device("cpu")
@@ -103,6 +104,9 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match=r"checkpoint of tensors: \S") as error:
             read_weights(path)
         assert "weights_only" not in str(error.value)
+        with pytest.raises(ValueError, match=r"npz of arrays: \S") as error:
+            read_variables(path)
+        assert "pickle" not in str(error.value)
 
     @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
     def test_a_file_of_another_kind(self, tmp_path, name):

@@ -74,6 +74,8 @@ def read_variables(path: str | Path) -> dict[str, Any]:
             return dict(file)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         reason = str(error).split("\n")[0]
+        if "pickle" in reason:  # numpy advises to run what the file holds
+            reason = "it is none, or holds other things than numbers"
         raise ValueError(f"weights {path} cannot be read as an .npz of arrays: {reason}") from error
 
 
