@@ -515,6 +515,20 @@ def test_the_encoder_takes_weights_of_its_own(tmp_path, network):
     assert not torch.equal(other.head.logit.weight, network.head.logit.weight)
 
 
+@pytest.mark.parametrize(
+    ("frames", "labels", "objects", "error", "message"),
+    [
+        (2, torch.zeros(1, 2, 33, 33).long(), [1], ValueError, "clips must be .* of 3 or more frames"),
+        (3, torch.zeros(1, 3, 33, 33).long(), [1], ValueError, r"labels must be \(1, 2, 33, 33\)"),
+        (3, torch.zeros(1, 2, 33, 33), [1], TypeError, "labels must be integers, got torch.float32"),
+        (3, torch.zeros(1, 2, 33, 33).long(), [1, 2], ValueError, "objects must be 1 numbers"),
+    ],
+)
+def test_other_clips_are_refused(network, frames, labels, objects, error, message):
+    with pytest.raises(error, match=message):
+        network(torch.rand(1, frames, 3, 33, 33), labels, objects)
+
+
 def test_an_unknown_matching_is_refused():
     with pytest.raises(ValueError, match="matching must be 'feelvos' or 'cfbi', got 'stm'"):
         FEELVOS(matching="stm")

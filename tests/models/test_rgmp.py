@@ -16,6 +16,7 @@ from vosops.inference import Tracker
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
 from vosops.models.network import TensorMasks
+from vosops.models.resnet import ResNet50Encoder
 from vosops.models.rgmp import RGMP
 
 HEIGHT, WIDTH = 40, 50  # of the frames; 64 x 64 with the original's padding
@@ -358,3 +359,10 @@ def test_the_command_segments_a_clip(tmp_path, monkeypatch):
     written = sorted((tmp_path / "out").glob("0*.png"))
     assert [path.stem for path in written] == ["00000", "00001", "00002"]
     assert image.open(written[-1]).size == (854, 480)
+
+
+@pytest.mark.parametrize("size", [(1, 16, 16), (32, 32)])
+def test_masks_of_another_size_are_refused(size):
+    encoder = ResNet50Encoder(("p",))
+    with pytest.raises(ValueError, match=r"masks must be .* for a frame of \(1, 3, 32, 32\), got"):
+        encoder(torch.rand(1, 3, 32, 32), torch.rand(size))

@@ -138,6 +138,10 @@ class FEELVOS(Network):
             raise ValueError(
                 f"labels must be {(batch, 2, *clips.shape[3:])}, of the first two frames, got {tuple(labels.shape)}"
             )
+        if labels.is_floating_point():
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if len(objects) != batch:
+            raise ValueError(f"objects must be {batch} numbers, one for each clip, got {len(objects)}")
         embedded = self.embed(clips.flatten(0, 1))
         features, keys = (x.unflatten(0, (batch, frames)) for x in embedded)
         labels = self.matching.resize_labels(labels, (keys.shape[-2], keys.shape[-1]))

@@ -86,6 +86,11 @@ class ResNet50Encoder(nn.Module):
         """The maps of :meth:`forward`, one after the other."""
         if len(masks) != len(self._mask_convolutions):
             raise ValueError(f"masks must be {len(self._mask_convolutions)}, got {len(masks)}")
+        for mask in masks:
+            if mask.dim() not in (3, 4) or mask.shape[-2:] != frame.shape[-2:]:
+                raise ValueError(
+                    f"masks must be (N,H,W) or (N,1,H,W) for a frame of {tuple(frame.shape)}, got {tuple(mask.shape)}"
+                )
         x = self.conv1((frame - self.mean) / self.std)
         for name, mask in zip(self._mask_convolutions, masks, strict=True):
             x = x + self.get_submodule(name)(mask if mask.dim() == 4 else mask[:, None])
