@@ -83,7 +83,7 @@ def test_from_tensorflow_accepts_arrays_and_no_biases():
         ({"weights": torch.zeros(3, 3, 4, 8)}, "variables must be biases and kernel or kernel_h"),
         ({"kernel": torch.zeros(3, 3, 4)}, "kernel must have 4 dimensions"),
         ({"kernel": torch.zeros(3, 3, 4, 8), "biases": torch.zeros(4)}, "variables must fit"),
-        ({"kernel": torch.zeros(2, 2, 4, 8)}, "kernel_size must be odd"),
+        ({"kernel": torch.zeros(2, 2, 4, 8)}, "kernel_size must be an odd int"),
         (
             dict.fromkeys(("a/kernel", "b/kernel"), torch.zeros(3, 3, 4, 8)),
             "variables must be those of one layer",
@@ -152,7 +152,8 @@ def test_parameters_are_those_that_are_documented():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"kernel_size": 4}, "kernel_size must be an odd int or two of them, got 4"),
+        ({"kernel_size": (3,)}, r"kernel_size must be an odd int or two of them, got \(3,\)"),
         ({"variant": "dense"}, "variant must be one of"),
         ({"variant": "depthwise"}, "input_size must equal hidden_size"),
         ({"num_layers": 0}, "num_layers must be at least 1"),
@@ -163,6 +164,15 @@ def test_wrong_options(options, message):
         ConvLSTM(3, 5, **options)
 
 
+def test_wrong_sizes():
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
+        ConvLSTM(3, 0)
+    with pytest.raises(ValueError, match=r"x must have shape \(N, C, H, W\), got \(1, 1, 3, 4, 4\)"):
+        ConvLSTMCell(3, 3)(torch.zeros(1, 1, 3, 4, 4))
+
+
 def test_wrong_number_of_states():
+    with pytest.raises(TypeError, match=r"state must be a pair \(h, c\)"):
+        ConvLSTM(3, 3)(torch.zeros(1, 1, 3, 4, 4), (torch.zeros(1, 1, 3, 4, 4),))
     with pytest.raises(ValueError, match=r"state must hold \(h, c\) of 2 layer"):
         ConvLSTM(3, 3, num_layers=2)(torch.zeros(1, 1, 3, 4, 4), (torch.zeros(1, 1, 3, 4, 4),) * 2)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import vosops
 from tests.ops.backends import EVERY_BACKEND_AND_DTYPE, load
 from vosops import reference
+from vosops.nn import ConvLSTM
 from vosops.ops.conv_lstm import HAS_POINTWISE, HAS_WINOGRAD, WINOGRAD_CHANNELS
 from vosops.reference.conv_lstm import (
     VARIANTS,
@@ -184,8 +185,6 @@ def test_is_the_reference_in_float64(implementation, dtype, variant, precision):
 @pytest.mark.parametrize("case", ["convolution", "separable"])
 @pytest.mark.parametrize("precision", [None, "exact"])
 def test_golden_of_the_original(golden, case, precision):
-    from vosops.nn import ConvLSTM
-
     data = golden("convlstm_tf.pt")[f"convlstm_{case}"]
     variables = {k.removeprefix("var_"): v for k, v in data.items() if k.startswith("var_")}
     lstm = ConvLSTM.from_tensorflow(variables, data["forget_bias"], precision=precision)
@@ -473,6 +472,18 @@ def test_derivatives_through_vmap(precision):
     torch.testing.assert_close(got[0], want[0])
 
 
+@WINOGRAD
+def test_a_program_exported_without_gradients_is_differentiable():
+    module, x = ConvLSTM(3, 2), torch.randn(1, 2, 3, 5, 6)
+    with torch.no_grad():
+        exported = torch.export.export(module, (x,)).module()
+    for each in (module, exported):
+        output, (_, c) = each(x)
+        (output.square().sum() + c.sum()).backward()
+    for got, want in zip(exported.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
 def test_forward_mode_is_refused():
     x, weights, bias, state = problem()
     with pytest.raises(NotImplementedError, match="forward-mode"):
@@ -640,6 +651,8 @@ def test_kept_weights_die_with_their_module():
         ({"weights": torch.zeros(12, 7, 3, 3).half()}, TypeError, r"weights\[0\] must have the dtype of x"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(12\), got \(3,\)"),
         ({"bias": torch.zeros(12, device="meta")}, ValueError, "bias must be on the device of x"),
+        ({"weights": None}, TypeError, "weights must be a tensor or a sequence of tensors, got NoneType"),
+        ({"state": 5}, TypeError, r"state must be a pair \(h, c\)"),
         ({"state": torch.zeros(2, 3, 5, 6)}, TypeError, r"state must be a pair \(h, c\)"),
         ({"state": (torch.zeros(2, 3, 5, 6),) * 3}, TypeError, r"state must be a pair \(h, c\)"),
         ({"state": (torch.zeros(2, 3, 5, 5),) * 2}, ValueError, r"state\[0\] must have shape \(2, 3, 5, 6\)"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vosops import _checks
 from vosops.ops.conv_lstm import conv_lstm
 from vosops.reference.conv_lstm import GATES, VARIANTS
 
@@ -51,7 +52,8 @@ class ConvLSTMCell(nn.Module):
     `weight_depth` (4, input_size+hidden_size, kh, kw); "separable": `weight_sep` of 1 x 1; `bias` (4*hidden_size,).
 
     Raises:
-        ValueError: a kernel size is even, the variant unknown, or "depthwise" with input_size != hidden_size.
+        TypeError, ValueError: a size is not a positive int, a kernel size is even, the variant unknown, or "depthwise"
+            comes with input_size != hidden_size.
 
     Examples:
         >>> import torch, vosops.nn
@@ -78,9 +80,12 @@ class ConvLSTMCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        if kh % 2 == 0 or kw % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            _checks.check_positive_int(name, size)
+        sizes = [kernel_size] * 2 if isinstance(kernel_size, int) else list(kernel_size)
+        if len(sizes) != 2 or any(size < 1 or size % 2 == 0 for size in sizes):
+            raise ValueError(f"kernel_size must be an odd int or two of them, got {kernel_size!r}")
+        kh, kw = sizes
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if variant == "depthwise" and input_size != hidden_size:
@@ -130,6 +135,7 @@ class ConvLSTMCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         """One step: x (N,C,H,W) and (h, c), each (N,hidden,H,W) or zeros -> the next (h, c)."""
+        _checks.check_tensor("x", x, ("N", "C", "H", "W"))
         return self.run(x.unsqueeze(1), state)[1]
 
     def extra_repr(self) -> str:
@@ -187,6 +193,8 @@ class ConvLSTM(nn.Module):
         given. Returns the last layer's hidden states in the layout of x, and every layer's last (h, c) like `state`.
         """
         frames = x if self.batch_first else x.transpose(0, 1)
+        if state is not None and (not isinstance(state, Sequence) or len(state) != 2):
+            raise TypeError("state must be a pair (h, c) of tensors or None")
         if state is not None and any(len(part) != len(self.layers) for part in state):
             raise ValueError(
                 f"state must hold (h, c) of {len(self.layers)} layer(s), got {[len(part) for part in state]}"

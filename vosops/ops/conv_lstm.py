@@ -145,12 +145,14 @@ def _prepare(
         raise ValueError(f"x must have at least one channel and one pixel, got {tuple(x.shape)}")
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if not isinstance(weights, (Tensor, Sequence)):
+        raise TypeError(f"weights must be a tensor or a sequence of tensors, got {type(weights).__name__}")
     given: list[Tensor] = [weights] if isinstance(weights, Tensor) else list(weights)
     hidden_size = _check_weights(given, channels, variant)
     if bias is not None:
         _checks.check_tensor("bias", bias, (GATES * hidden_size,))
     if state is not None:
-        if isinstance(state, Tensor) or len(state) != 2:
+        if not isinstance(state, Sequence) or len(state) != 2:
             raise TypeError("state must be a pair (h, c) of tensors or None")
         for name, value in zip(("state[0]", "state[1]"), state, strict=True):
             _checks.check_tensor(name, value, (batch, hidden_size, height, width))
@@ -250,10 +252,14 @@ def _cpp(
 def _winograd(*args: Any) -> tuple[Tensor, Tensor]:
     """The op that keeps what a derivative needs, or where none is wanted the one that keeps the transformed weights."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        output, cells = torch.ops.vosops.conv_lstm_winograd(*args)
-        return output, cells[:, -1]
+        return _differentiable_winograd(*args)
     result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_cached(*args)
     return result
+
+
+def _differentiable_winograd(*args: Any) -> tuple[Tensor, Tensor]:
+    output, cells = torch.ops.vosops.conv_lstm_winograd(*args)
+    return output, cells[:, -1]
 
 
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
@@ -565,6 +571,12 @@ if HAS_WINOGRAD:
         channels = weight.shape[0] // GATES
         return x.new_empty((n, t, channels, h, w)), x.new_empty((n, channels, h, w))
 
+    # For a program that was exported without gradients and is differentiated after all.
+    torch.library.register_autograd(
+        "vosops::conv_lstm_winograd_cached",
+        _derivative_of(_differentiable_winograd, 5),
+        setup_context=_setup_saving_inputs,
+    )
     _WINOGRAD_OPS.impl("conv_lstm_winograd_cached", _winograd_cached, "CPU")
     torch.library.register_fake("vosops::conv_lstm_winograd_cached", _fake_winograd_cached)
     for _name in ("conv_lstm_winograd", "conv_lstm_winograd_backward"):

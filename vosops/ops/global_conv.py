@@ -164,10 +164,10 @@ def global_conv_prepare(
     )
     _check_map("reference", reference)
     for name, value in (("l1_weight", l1_weight), ("r1_weight", r1_weight)):
-        _check_parameter(name, value, reference)
+        _check_parameter(name, value, reference, "reference")
     for name, bias, weight in (("l1_bias", l1_bias, l1_weight), ("r1_bias", r1_bias, r1_weight)):
         if bias is not None:
-            _check_parameter(name, bias, reference)
+            _check_parameter(name, bias, reference, "reference")
             _checks.check_tensor(name, bias, (weight.shape[0],))
     _check_lines("l1_weight", l1_weight, "r1_weight", r1_weight)
     first = l1_weight.shape[1] - reference.shape[1]
@@ -205,15 +205,15 @@ def _check_map(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least one channel, got C = 0")
 
 
-def _check_parameter(name: str, value: Tensor | None, x: Tensor) -> None:
+def _check_parameter(name: str, value: Tensor | None, x: Tensor, x_name: str = "x") -> None:
     """Check that a weight or an optional bias is a tensor of the dtype and on the device of x."""
     if value is None and name.endswith("bias"):
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {value.dtype}")
-    _checks.check_same_device(name, value, "x", x)
+        raise TypeError(f"{name} must have the dtype of {x_name} ({x.dtype}), got {value.dtype}")
+    _checks.check_same_device(name, value, x_name, x)
 
 
 def _check_lines(vertical_name: str, vertical: Tensor, horizontal_name: str, horizontal: Tensor) -> None:
