@@ -462,6 +462,8 @@ class TestOptions:
     def test_a_model_that_tracks_by_itself_is_returned(self):
         model = ColourTracker()
         assert Tracker(model) is model
+        with pytest.raises(TypeError, match="got a Tracker, which leads one already"):
+            Tracker(Tracker(Echo()))
         with pytest.raises(TypeError, match="ColourTracker tracks by itself and takes no memory_every"):
             Tracker(model, memory_every=3)
 

@@ -312,6 +312,7 @@ def test_it_is_listed():
         ({"variant": "dense"}, "variant must be one of convolution, spatial"),
         ({"lstm_channels": 129}, "lstm_channels must be from 1 to 128, but are 129"),
         ({"lstm_channels": 0}, "lstm_channels must be"),
+        ({"num_classes": 0}, "num_classes must be"),
     ],
 )
 def test_wrong_choices_are_refused(options, message):

@@ -68,6 +68,8 @@ class Tracker:
         """A tracker, or the model itself if it is one."""
         if isinstance(model, Network):
             return super().__new__(cls)
+        if isinstance(model, Tracker):
+            raise TypeError("model must be a Network, got a Tracker, which leads one already")
         if not hasattr(model, "initialize"):
             raise TypeError(f"model must be a Network or track by itself, got {type(model).__name__}")
         if options:

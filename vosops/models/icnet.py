@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vosops import _checks
 from vosops.models.xception import conv_norm
 
 NUM_CLASSES = 19  # of Cityscapes
@@ -113,7 +114,7 @@ class PSPNet(nn.Module):
 
     def __init__(self, num_classes: int = NUM_CLASSES) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes = _checks.check_positive_int("num_classes", num_classes)
         self._add("conv1_1_3x3_s2", 3, 32, 3, stride=2, padding=0)
         self._add("conv1_2_3x3", 32, 32, 3)
         self._add("conv1_3_3x3", 32, 64, 3)
