@@ -80,7 +80,8 @@ def test_a_contender_that_computes_something_else_stops_the_run(run, monkeypatch
     [
         (
             ("convolution",),
-            "OP: expected one of local_matching, global_matching, memory_read, global_conv, conv_lstm, all; got 'convolution'",
+            "OP: expected one of local_matching, global_matching, memory_read, global_conv, conv_lstm, all; "
+            "got 'convolution'",
         ),
         (("local_matching", "--case", "huge"), "--case: expected one of tiny, tiny-training; got 'huge'"),
         (("local_matching", "--dtype", "int8"), "--dtype: expected one of"),
