@@ -74,6 +74,32 @@ def _fold(arg: Any, dim: Any, size: int) -> Any:
     return batched.flatten(0, 1)
 
 
+def differentiate(
+    formula: Callable[..., Sequence[Tensor | None]],
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of `formula(*saved)`, in differentiable PyTorch, for cotangents: of the saved tensors in need.
+
+    Inputs that the formula does not use get none: they are functions of the others.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views of their own: one saved tensor may be computed from another, which must not count twice.
+        values = [None if t is None else t.view_as(t) for t in saved]
+        results = zip(formula(*values), cotangents, strict=True)
+        pairs = [(f, c) for f, c in results if f is not None and f.requires_grad]
+        wanted = [t for t, need in zip(values, needs, strict=True) if need and t is not None]
+        if not pairs or not wanted:
+            return [None] * len(values)
+        first, given = zip(*pairs, strict=True)
+        grads = iter(
+            torch.autograd.grad(first, wanted, given, allow_unused=True, create_graph=differentiable)
+        )
+    return [next(grads) if need and t is not None else None for t, need in zip(values, needs, strict=True)]
+
+
 def define_triton_op(name: str, schema: str, kernel: Callable[..., Any]) -> None:
     """Define `vosops::name_triton` with a Python kernel for GPUs (and for the CPU under the interpreter)."""
     _TRITON_OPS.define(f"{name}_triton{schema}")

@@ -15,6 +15,7 @@ from vosops.ops._registration import (
     HAS_CPP,
     cpp_reasons_not,
     define_triton_op,
+    differentiate,
     has_kernel,
     register_looping_vmap,
     register_pieces,
@@ -370,37 +371,18 @@ def _setup_saving_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 def _derivative_of(formula: Callable[..., Any], tensors: int) -> Callable[..., Any]:
     """The derivative of an op by that of `formula`, the same in differentiable PyTorch.
 
-    The op's tensors come in order, `tensors` of them before its other options; the rest after those. Inputs
-    that the formula does not use get none: they are functions of the others.
+    The op's tensors come in order, `tensors` of them before its other options; the rest after those.
     """
 
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views of their own: one saved tensor may be computed from another, which must not count twice.
-            saved = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            values = [*saved[:tensors], *ctx.options, *saved[tensors:]]
-            first = formula(*values)
-            pairs = [
-                (f, c) for f, c in zip(first, cotangents, strict=True) if f is not None and f.requires_grad
-            ]
-            needs = [
-                isinstance(value, Tensor) and need
-                for value, need in zip(values, ctx.needs_input_grad, strict=True)
-            ]
-            wanted = [value for value, need in zip(values, needs, strict=True) if need]
-            grads = iter(
-                torch.autograd.grad(
-                    [f for f, _ in pairs],
-                    wanted,
-                    [c for _, c in pairs],
-                    allow_unused=True,
-                    create_graph=differentiable,
-                )
-                if pairs and wanted
-                else [None] * len(wanted)
-            )
-        return tuple(next(grads) if need else None for need in needs)
+        options, needs = ctx.options, ctx.needs_input_grad
+        grads = differentiate(
+            lambda *saved: formula(*saved[:tensors], *options, *saved[tensors:]),
+            ctx.saved_tensors,
+            (*needs[:tensors], *needs[tensors + len(options) :]),
+            cotangents,
+        )
+        return *grads[:tensors], *(None for _ in options), *grads[tensors:]
 
     return backward
 

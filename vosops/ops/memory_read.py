@@ -16,6 +16,7 @@ from vosops.ops._registration import (
     HAS_CPP,
     cpp_reasons_not,
     define_triton_op,
+    differentiate,
     register_pieces,
     register_vmap,
     triton_reasons_not,
@@ -823,27 +824,13 @@ def _setup_read_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _backward_read_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
     """Second derivatives through the plain formula of the first; its out and lse are functions of the others."""
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views of their own: one saved tensor may be computed from another, which must not count twice.
-        saved: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        first = _read_gradients(*[*saved, ctx.scale])
-        pairs = [(f, c) for f, c in zip(first, cotangents, strict=True) if f is not None and f.requires_grad]
-        wanted = [t for t, need in zip(saved, ctx.needs_input_grad, strict=False) if need and t is not None]
-        grads = iter(
-            torch.autograd.grad(
-                [f for f, _ in pairs],
-                wanted,
-                [c for _, c in pairs],
-                allow_unused=True,
-                create_graph=differentiable,
-            )
-            if pairs and wanted
-            else [None] * len(wanted)
-        )
-    needs = zip(saved, ctx.needs_input_grad, strict=False)
-    found = [next(grads) if need and t is not None else None for t, need in needs]
-    return *found, None, None, None, None
+    grads = differentiate(
+        lambda *saved: _read_gradients(*[*saved, ctx.scale]),
+        ctx.saved_tensors,
+        ctx.needs_input_grad[: len(ctx.saved_tensors)],
+        cotangents,
+    )
+    return *grads, None, None, None, None
 
 
 def _read_gradients(
