@@ -98,6 +98,23 @@ def frame_range(start: int | None, end: int | None, step: int, count: int | None
     return range(first, stop, step)
 
 
+def expected_frames(source: FrameSource, indices: range) -> int | None:
+    """Return the number of frames to process, an estimate where the input's length is one; None if unknown."""
+    if source.count is None and indices.stop == sys.maxsize:
+        return None
+    stop = indices.stop if source.count is None else min(indices.stop, source.count)
+    return len(range(indices.start, stop, indices.step))
+
+
+def resized_frames(
+    read: Iterator[RawFrame], size: tuple[int, int]
+) -> Iterator[tuple[RawFrame, Tensor, Tensor]]:
+    """Yield each frame with its image (H,W,3) as a tensor and as (3,*size), at the size of the computation."""
+    for raw in read:
+        image = torch.from_numpy(raw.image)
+        yield raw, image, resize_frame(image.permute(2, 0, 1), size)
+
+
 class Propagation:
     """Drives a tracker over one video; iterate over it once to get :class:`SegmentedFrame` objects.
 
@@ -156,11 +173,7 @@ class Propagation:
     @property
     def total(self) -> int | None:
         """Number of frames to process, an estimate where the input's length is one; None if unknown."""
-        count = self.source.count
-        if count is None and self.indices.stop == sys.maxsize:
-            return None
-        stop = self.indices.stop if count is None else min(self.indices.stop, count)
-        return len(range(self.indices.start, stop, self.indices.step))
+        return expected_frames(self.source, self.indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the tracker's state, for ``torch.save`` and a weights-only load."""
@@ -217,11 +230,7 @@ class Propagation:
         self.phase = "done"
 
     def _run(self, read: Iterator[RawFrame], step: int, given: list[int]) -> Iterator[SegmentedFrame]:
-        prepared = ((raw, torch.from_numpy(raw.image)) for raw in read)
-        resized = (
-            (raw, image, resize_frame(image.permute(2, 0, 1), self.compute_size)) for raw, image in prepared
-        )
-        with read_ahead(resized) as ahead:
+        with read_ahead(resized_frames(read, self.compute_size)) as ahead:
             for (raw, image, frame), last in with_last(ahead):
                 try:
                     with torch.inference_mode(), self._autocast(), self._backend():

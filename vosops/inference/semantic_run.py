@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor
 from .errors import InputError, VosopsError
 from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
-from .loop import SegmentedFrame
+from .loop import SegmentedFrame, expected_frames, resized_frames
 from .masks import davis_palette
-from .resize import computation_size, resize_frame
+from .resize import computation_size
 from .semantic import SemanticTracker
 
 CITYSCAPES = {  # class -> colour, in the order of the training ids
@@ -92,11 +91,7 @@ class SemanticPropagation:
     @property
     def total(self) -> int | None:
         """Number of frames to process, an estimate where the input's length is one; None if unknown."""
-        count = self.source.count
-        if count is None and self.indices.stop == sys.maxsize:
-            return None
-        stop = self.indices.stop if count is None else min(self.indices.stop, count)
-        return len(range(self.indices.start, stop, self.indices.step))
+        return expected_frames(self.source, self.indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the tracker's state, for ``torch.save`` and a weights-only load."""
@@ -111,9 +106,7 @@ class SemanticPropagation:
     def __iter__(self) -> Iterator[SegmentedFrame]:
         step = self.indices.step
         read = self.source.forward(range(self.position, self.indices.stop, step))
-        prepared = ((raw, torch.from_numpy(raw.image)) for raw in read)
-        resized = ((raw, x, resize_frame(x.permute(2, 0, 1), self.compute_size)) for raw, x in prepared)
-        with read_ahead(resized) as ahead:
+        with read_ahead(resized_frames(read, self.compute_size)) as ahead:
             for raw, image, frame in ahead:
                 segmented = self._segment(raw, image, frame)
                 self.position = raw.index + step
