@@ -22,6 +22,15 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny pictures gain nothing from threads, and wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Loads a golden case of an original implementation, or skips."""

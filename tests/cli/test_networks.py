@@ -4,14 +4,13 @@ The weights are seeded, not trained, so the masks mean nothing; that they come, 
 """
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+from tests.cli.commands import error_line, run_command, stop_after
 from tests.inference.clips import cut, moving, picture, read_png, truth, write_folder, write_mask, write_video
-from vosops import cli
 from vosops.models import create_model
 
 BOXES = moving(4, ids=(1, 2))
@@ -19,12 +18,7 @@ FRAMES = [picture(b) for b in BOXES]
 OPTIONS = {"stm": {}, "rgmp": {}, "feelvos": {"backbone": "efficientnet_lite0"}}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +65,9 @@ def segment(monkeypatch, capsys, folder, network):
         options += ["--weights", weights or weights_of(folder, network)]
         for name, value in OPTIONS[network].items():
             options += [f"--{name}", value]
-        monkeypatch.setattr(sys, "argv", ["vosops", "segment", *map(str, [*arguments, *options])])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out + captured.err
+        return run_command(monkeypatch, capsys, "segment", *arguments, *options)
 
     return run
-
-
-def error_line(printed):
-    """The error, which must be one line and no traceback."""
-    assert "Traceback" not in printed
-    lines = [line for line in printed.splitlines() if line.startswith("vosops: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def masks_in(out):
@@ -114,25 +96,8 @@ def test_an_object_that_appears_later_and_a_run_that_goes_on(segment, clip, tmp_
     assert all(2 not in m for m in masks[:2])
     np.testing.assert_array_equal(masks[2], truth(BOXES[2]))
 
-    class Stopping:
-        """Asks to stop after the third frame."""
-
-        def __init__(self, note):
-            self.asked = 0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-        @property
-        def requested(self):
-            self.asked += 1
-            return self.asked == 3
-
     with monkeypatch.context() as patch:
-        patch.setattr("vosops.cli.segment.StopSignals", Stopping)
+        stop_after(patch, 3)
         assert segment(*arguments, out)[0] == 130
     assert segment(*arguments, out, "--resume")[0] == 0
     for done, expected in zip(masks_in(out), masks, strict=True):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.cli.commands import error_line, run_command
 from tests.inference.clips import (
     ColourTracker,
     cut,
@@ -54,21 +55,9 @@ def real_vosops(monkeypatch, capsys):
 
 def _runner(monkeypatch, capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vosops", "segment", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out + captured.err
+        return run_command(monkeypatch, capsys, "segment", *arguments)
 
     return run
-
-
-def error_line(printed):
-    """The error, which must be one line and no traceback."""
-    assert "Traceback" not in printed
-    lines = [line for line in printed.splitlines() if line.startswith("vosops: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_everything(vosops, clip, mask, out):

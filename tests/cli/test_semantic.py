@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.cli.commands import error_line, run_command, stop_after
 from tests.inference.clips import moving, picture, read_png, read_video, write_folder
 from vosops import cli
 from vosops.inference import SemanticTracker
@@ -18,12 +19,7 @@ SIZE = (97, 130)
 FRAMES = [picture(boxes, SIZE) for boxes in moving(5, ids=(1, 2), size=SIZE)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +51,9 @@ def vosops(monkeypatch, capsys, weights):
     def run(*arguments):
         options = {"--version": "v3", "--variant": "faster", "--device": "cpu", "--weights": str(weights)}
         given = [part for pair in options.items() if pair[0] not in arguments for part in pair]
-        monkeypatch.setattr(sys, "argv", ["vosops", "semantic", *map(str, arguments), *given])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out + captured.err
+        return run_command(monkeypatch, capsys, "semantic", *arguments, *given)
 
     return run
-
-
-def error_line(printed):
-    """The error, which must be one line and no traceback."""
-    assert "Traceback" not in printed
-    lines = [line for line in printed.splitlines() if line.startswith("vosops: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -124,25 +108,8 @@ def test_stopped_and_resumed_it_is_the_same(vosops, clip, tmp_path, out, streami
     whole = tmp_path / "whole"
     assert vosops(clip, "--out", whole, *options)[0] == 0
 
-    class Stopping:
-        """Asks to stop after the second frame."""
-
-        def __init__(self, note):
-            self.asked = 0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-        @property
-        def requested(self):
-            self.asked += 1
-            return self.asked == 2
-
     with monkeypatch.context() as patch:
-        patch.setattr("vosops.cli.segment.StopSignals", Stopping)
+        stop_after(patch, 2)
         code, printed = vosops(clip, "--out", out, *options)
     assert code == 130
     assert "stopped after 2 frames" in error_line(printed)

@@ -16,11 +16,8 @@ SHARE_OF_TIES = 1e-3  # of the positions, where two scores are equal to rounding
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def serial(one_thread):
+    """Every test here runs in one thread."""
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,7 @@ VERSIONS = ("v1", "v2", "v3", "v4", "v5", "v6")
 SIZE = (97, 122)  # the least height; halves of both parities follow
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(shapes, seed=0):
