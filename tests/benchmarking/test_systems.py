@@ -37,13 +37,32 @@ def test_what_needs_more_than_the_limit_says_so():
     assert found.failure == "more than 0.1 GB" and found.peak is None
 
 
-@pytest.mark.parametrize(("quadratic", "growth"), [(False, 0.0), (True, 0.4)])
-def test_predicts_where_the_goal_is_reached(quadratic, growth):
+@pytest.mark.parametrize("growth", [0.0, 0.4, 12.0, 60.0])
+@pytest.mark.parametrize("visible", [1.0, 2.0])
+def test_finds_the_largest_that_fits(growth, visible, monkeypatch):
+    """Peaks that grow as a line and as the square of the pixels; beyond `visible` times the goal no peak is seen."""
+    goal, tried = 4 * 10**9, []
+
     def peak(height: int) -> int:
         megapixels = height * systems._of_height(SMALL, height).size[1] / 1e6
         return int(1e9 * (0.7 + 1.1 * megapixels + growth * megapixels**2))
 
-    points = [(h * systems._of_height(SMALL, h).size[1], peak(h)) for h in (240, 360, 480)]
-    height = systems._predict(points, 4 * 10**9, quadratic=quadratic)
-    assert height % 16 == 0
-    assert peak(height) <= 4e9 < peak(height + 32)
+    def measure(case: Case, *, naive: bool, threads: int, limit: int) -> Measurement:
+        tried.append(case.size[0])
+        needed = peak(case.size[0])
+        return (
+            Measurement(case, naive, 1.0, needed, 0) if needed <= visible * goal else Measurement(case, naive)
+        )
+
+    monkeypatch.setattr(systems, "measure", measure)
+    found = systems.largest_that_fits(SMALL, naive=False, threads=1, goal=goal, note=lambda line: None)
+    height = found.case.size[0]
+    assert peak(height) == found.peak <= goal
+    assert found.peak > 0.95 * goal or peak(height + 16) > goal
+    assert len(tried) == len(set(tried)) <= 9
+
+
+def test_says_so_where_not_even_the_smallest_fits(monkeypatch):
+    monkeypatch.setattr(systems, "measure", lambda case, **options: Measurement(case, True, 1.0, 5 * 10**9))
+    found = systems.largest_that_fits(SMALL, naive=True, threads=1, note=lambda line: None)
+    assert found.peak is None and found.failure == "more than 4 GB at 240p"

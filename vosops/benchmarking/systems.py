@@ -40,7 +40,9 @@ LIMIT = 16 * 10**9
 
 GOAL = 4 * 10**9
 _ASPECT, _MULTIPLE = 16 / 9, 16  # of the sizes that are tried for the largest that fits
-_PROBES = (240, 360, 480)  # heights whose peaks predict those of larger frames
+_PROBES = (240, 480)  # heights that are measured first
+_STRIDE = 1.6  # times the largest height that is known to fit: as far as a line is trusted
+_NEAR = 0.95  # of the goal: near enough
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc")  # what allocators say
 _FIRST_FILLER = 10**6  # number of the first frame of a memory that is filled without being computed
 
@@ -120,26 +122,28 @@ def measure(case: Case, *, naive: bool, threads: int = 2, limit: int | None = LI
 def largest_that_fits(
     case: Case, *, naive: bool, threads: int = 2, goal: int = GOAL, note: Callable[[str], None] = print
 ) -> Measurement:
-    """The largest frame of 16:9 whose step stays under `goal` bytes, measured.
+    """A frame of 16:9 whose step stays under `goal` bytes and comes near it, or is almost the largest that does.
 
-    Peaks of small frames predict where that is, and the prediction is measured; it is made smaller until it holds.
+    Each measurement predicts where the goal is reached; that frame is measured next.
     """
-    probes = [
-        measure(_of_height(case, height), naive=naive, threads=threads, limit=goal) for height in _PROBES
-    ]
-    points = [(p.case.size[0] * p.case.size[1], p.peak) for p in probes if p.peak is not None]
-    if len(points) < 2:
-        return replace(
-            probes[0], failure=probes[0].failure or f"needs more than {goal / 1e9:g} GB at {_PROBES[1]}p"
-        )
-    height = _predict(points, goal, quadratic=len(points) == len(_PROBES))
-    while True:
+    found: dict[int, Measurement] = {}
+    height: int | None = _PROBES[0]
+    while height is not None:
         tried = _of_height(case, height)
-        note(f"trying {tried.size[1]} x {tried.size[0]}")
-        found = measure(tried, naive=naive, threads=threads, limit=goal)
-        if found.peak is not None and found.peak <= goal:
-            return found
-        height = int(height * 0.93) // _MULTIPLE * _MULTIPLE
+        found[height] = measure(tried, naive=naive, threads=threads, limit=2 * goal)
+        note(f"{tried.size[1]} x {tried.size[0]}: {_peak(found[height])}")
+        height = _next_height({h: m.peak for h, m in found.items()}, goal)
+    fitting = [h for h, m in found.items() if m.peak is not None and m.peak <= goal]
+    if fitting:
+        return found[max(fitting)]
+    smallest = found[min(found)]
+    return replace(
+        smallest,
+        seconds=None,
+        peak=None,
+        memory=None,
+        failure=f"more than {goal / 1e9:g} GB at {min(found)}p",
+    )
 
 
 def table(measurements: Sequence[Measurement]) -> str:
@@ -174,18 +178,31 @@ def _of_height(case: Case, height: int) -> Case:
     return replace(case, label="fits", size=(height, width))
 
 
-def _predict(points: Sequence[tuple[int, int]], goal: int, *, quadratic: bool) -> int:
-    """The height whose peak is `goal`, by a polynomial in the number of pixels through the points."""
-    pixels = torch.tensor([p for p, _ in points], dtype=torch.float64) / 1e6
-    peaks = torch.tensor([peak for _, peak in points], dtype=torch.float64) / 1e9
-    powers = torch.stack([pixels**n for n in range(3 if quadratic else 2)], 1)
-    curve = torch.linalg.lstsq(powers, peaks[:, None]).solution.flatten().clamp(min=0)
-    low, high = 0.0, 100.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        peak = sum(float(c) * middle**n for n, c in enumerate(curve))
-        low, high = (middle, high) if peak < goal / 1e9 else (low, middle)
-    return int((low * 1e6 / _ASPECT) ** 0.5) // _MULTIPLE * _MULTIPLE
+def _next_height(peaks: Mapping[int, int | None], goal: int) -> int | None:
+    """The height to measure after these (None: needs far more than the goal), or None where that is enough.
+
+    It is where a straight line over the number of pixels through the two nearest peaks reaches the goal.
+    """
+    fitting = sorted(h for h, peak in peaks.items() if peak is not None and peak <= goal)
+    others = sorted(set(peaks) - set(fitting))
+    if not fitting:
+        return None
+    untried = [h for h in _PROBES if h not in peaks]
+    if untried and not others:
+        return untried[0]
+    low, high = fitting[-1], others[0] if others else None
+    reached = peaks[low] or 0
+    if reached >= _NEAR * goal or (high is not None and high - low <= _MULTIPLE):
+        return None
+    second = peaks[high] if high is not None else peaks[fitting[-2]]
+    if second is None or second == reached:
+        middle = (low + high) / 2 if high is not None else _STRIDE * low
+    else:
+        base = high if high is not None else fitting[-2]
+        share = (goal - reached) / (second - reached)
+        middle = max(low**2 + share * (base**2 - low**2), 0) ** 0.5
+    at_most = high - _MULTIPLE if high is not None else int(_STRIDE * low) // _MULTIPLE * _MULTIPLE
+    return min(max(int(middle) // _MULTIPLE * _MULTIPLE, low + _MULTIPLE), at_most)
 
 
 # ---- In the fresh process.
