@@ -91,3 +91,70 @@ def test_what_is_missing_is_said_in_one_line(run, folders):
     result = run(folders / "pred", folders / "true")
     assert result.exit_code == 1
     assert result.stderr == f"vosops eval: {folders / 'pred' / 'clip'}: no prediction for frame 00003\n"
+
+
+def test_an_unwritable_json_is_refused_before_the_work(run, folders):
+    result = run(folders / "nowhere", folders / "true", "--json", folders / "absent" / "r.json")
+    assert result.exit_code == 1
+    assert "there is no folder" in result.stderr and result.stderr.count("\n") == 1
+
+
+class TestSemantic:
+    """Twenty rows of 29 pixels of class 0 and one of class 1, which was missed in half of the rows."""
+
+    @pytest.fixture
+    def classes(self, tmp_path):
+        true = np.zeros((20, 30), dtype=np.uint8)
+        true[:, 29] = 1
+        predicted = true.copy()
+        predicted[:10, 29] = 0
+        for name, mask in (("true", true), ("pred", predicted)):
+            folder = tmp_path / name / "clip"
+            folder.mkdir(parents=True)
+            for t in range(3):
+                Image.fromarray(mask).save(folder / f"{t:05d}.png")
+        return tmp_path
+
+    @pytest.fixture
+    def semantic(self, run, classes):
+        return lambda *options: run(classes / "pred", classes / "true", "--task", "semantic", *options)
+
+    def test_the_table_shows_every_class_and_the_means(self, semantic):
+        result = semantic("--consistency", 2)
+        assert result.exit_code == 0
+        rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
+        assert rows["road"] == ["0.983", str(3 * 580)]
+        assert rows["sidewalk"] == ["0.500", str(3 * 20)]
+        assert rows["mIoU"] == ["0.742"] and rows["Pixel-Accuracy"] == ["0.983"] and rows["VC2"] == ["1.000"]
+        assert "bicycle" not in rows
+
+    def test_json_and_csv(self, semantic, classes):
+        result = semantic("--csv", "--classes", 2, "--json", classes / "r.json")
+        rows = list(csv.DictReader(io.StringIO(result.stdout)))
+        assert [(r["class"], r["name"], float(r["IoU"])) for r in rows] == [
+            ("0", "0", pytest.approx(580 / 590, abs=1e-6)),
+            ("1", "1", 0.5),
+            ("all", "mIoU", pytest.approx((580 / 590 + 0.5) / 2, abs=1e-6)),
+            ("all", "Pixel-Accuracy", pytest.approx(590 / 600, abs=1e-6)),
+        ]
+        report = json.loads((classes / "r.json").read_text())
+        assert report["classes"]["1"]["IoU"] == 0.5
+        assert report["sequences"]["clip"]["frames"] == 3
+        assert report["confusion_matrix"] == [[3 * 580, 0, 0], [30, 30, 0]]
+        assert report["protocol"] == {"task": "semantic", "classes": 2, "ids": ["train"], "consistency": None}
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--task", "panoptic"], "--task: expected one of objects, semantic; got 'panoptic'"),
+            (["--task", "semantic", "--keep-ends"], "--keep-ends goes with --task objects alone"),
+            (["--ids", "label"], "--ids goes with --task semantic alone"),
+            (["--classes", "5"], "--classes goes with --task semantic alone"),
+            (["--task", "semantic", "--classes", "1"], "num_classes: expected 2 to 255; got 1"),
+            (["--task", "semantic", "--ids", "x"], "ids: expected train or label; got 'x'"),
+        ],
+    )
+    def test_errors_are_one_line(self, run, classes, options, message):
+        result = run(classes / "pred", classes / "true", *options)
+        assert result.exit_code == 1
+        assert result.stderr == f"vosops eval: {message}\n"

@@ -12,7 +12,7 @@ from tests.cli.commands import error_line, run_command, stop_after
 from tests.inference.clips import moving, picture, read_png, read_video, write_folder
 from vosops import cli
 from vosops.inference import SemanticTracker
-from vosops.inference.semantic_run import CITYSCAPES
+from vosops.inference.cityscapes import CITYSCAPES
 from vosops.models import create_model
 
 SIZE = (97, 130)
@@ -78,7 +78,7 @@ def test_what_is_written(vosops, clip, out):
     }
     palette = Image.open(out / "00000.png").getpalette()
     assert palette[:3] == [128, 64, 128]
-    assert palette[3 * 18 : 3 * 19] == list(CITYSCAPES["bicycle"])
+    assert palette[3 * 18 : 3 * 19] == list(CITYSCAPES["bicycle"].colour)
     assert len(read_video(out / "overlay.mp4")) == 3
     report = json.loads((out / "report.json").read_text())
     assert report["complete"]

@@ -194,3 +194,10 @@ class TestRefusals:
         (folders / "pred" / "a" / "00002.png").write_bytes(b"not a picture")
         with pytest.raises(EvaluationError, match="cannot be read"):
             evaluate(folders / "pred", folders / "true", jobs=2)
+
+
+def test_a_contact_sheet_is_no_mask_and_an_ending_may_be_in_capitals(folders):
+    for kind in ("pred", "true"):
+        Image.new("RGB", (5, 5), (200, 0, 0)).save(folders / kind / "a" / "contact_sheet.png")
+        (folders / kind / "b" / "00002.png").rename(folders / kind / "b" / "00002.PNG")
+    assert evaluate(folders / "pred", folders / "true", jobs=1).summary()["J-Mean"] == pytest.approx(3.5 / 4)

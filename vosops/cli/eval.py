@@ -1,19 +1,21 @@
-"""`vosops eval`: J and F of predicted masks, as DAVIS 2017 defines them."""
+"""`vosops eval`: J and F of predicted masks, as DAVIS 2017 defines them; mean IoU of classes, as Cityscapes does."""
 
 from __future__ import annotations
 
 import csv
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from vosops.cli.output import check_file, refuse, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vosops.metrics import Report
+    from vosops.metrics import Report, SemanticReport
 
 HEADINGS = {
     "J&F-Mean": "J&F",
@@ -37,6 +39,10 @@ def evaluate(
     ground_truth: Annotated[
         Path, typer.Argument(help="The true masks: such a folder, the root of a dataset, or one sequence.")
     ],
+    task: Annotated[
+        str,
+        typer.Option(help="objects: J and F of each; semantic: IoU of each class, as of vosops semantic."),
+    ] = "objects",
     sequences: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,41 +60,70 @@ def evaluate(
     ignore_void: Annotated[
         bool, typer.Option("--ignore-void", help="Leave pixels labelled 255 in the ground truth out.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything here, frame by frame.", dir_okay=False)
+    classes: Annotated[
+        int | None, typer.Option(help="Semantic: how many classes; default 19, Cityscapes'.")
     ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, one row per object.")] = False,
+    ids: Annotated[
+        str | None,
+        typer.Option(
+            help="Semantic: the truth's numbers, train (0 to 18) or label (Cityscapes' 0 to 33); default: "
+            "by file name, *_labelIds.png or *_labelTrainIds.png, else train."
+        ),
+    ] = None,
+    consistency: Annotated[
+        int | None,
+        typer.Option(
+            metavar="FRAMES", help="Semantic: also VSPW's consistency over so many frames, such as 8."
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write everything here.", dir_okay=False)
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, one row per object or class.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default one per core.")] = None,
 ) -> None:
     """Score masks against the truth: J, F and J&F, per object, per sequence and over all.
 
     The semi-supervised protocol of DAVIS 2017: label maps named like those of the truth, means over objects,
     the first and the last frame left out.
+
+    --task semantic scores label maps of classes: IoU per class, mIoU and pixel accuracy over all frames that have
+    a truth, as Cityscapes does.
     """
     from vosops import metrics
 
+    options: dict[str, dict[str, Any]] = {
+        "objects": {"merge_objects": merge_objects, "keep_ends": keep_ends, "ignore_void": ignore_void},
+        "semantic": {"num_classes": classes, "ids": ids, "consistency": consistency},
+    }
+    if task not in options:
+        refuse("eval", f"--task: expected one of {', '.join(options)}; got {task!r}")
+    for other, values in options.items():
+        given = [name for name, value in values.items() if value not in (None, False)]
+        if other != task and given:
+            refuse(
+                "eval", f"--{given[0].removeprefix('num_').replace('_', '-')} goes with --task {other} alone"
+            )
+    check_file("eval", "--json", json_file)
+    chosen = {name: value for name, value in options[task].items() if value is not None}
+    tools: dict[str, tuple[Callable[..., Any], Callable[[Any], Table], Callable[[Any], None]]] = {
+        "objects": (metrics.evaluate, table, print_csv),
+        "semantic": (metrics.evaluate_semantic, class_table, print_class_csv),
+    }
+    score, show, show_csv = tools[task]
     try:
         names = [name for part in sequences for name in sequence_names(part)] if sequences else None
-        report = metrics.evaluate(
-            predictions,
-            ground_truth,
-            sequences=names,
-            merge_objects=merge_objects,
-            keep_ends=keep_ends,
-            ignore_void=ignore_void,
-            jobs=jobs,
-        )
-        if json_file is not None:
-            json_file.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    except (metrics.EvaluationError, OSError) as error:
-        typer.echo(f"vosops eval: {error}", err=True)
-        raise typer.Exit(1) from None
+        report = score(predictions, ground_truth, sequences=names, jobs=jobs, **chosen)
+    except (ValueError, OSError) as error:
+        refuse("eval", str(error))
     if as_csv:
-        print_csv(report)
-        return
-    from rich.console import Console
+        show_csv(report)
+    else:
+        from rich.console import Console
 
-    Console().print(table(report))
+        Console().print(show(report))
+    if json_file is not None:
+        write_json("eval", json_file, report.to_dict())
 
 
 def sequence_names(option: str) -> list[str]:
@@ -99,10 +134,23 @@ def sequence_names(option: str) -> list[str]:
 
 def print_csv(report: Report) -> None:
     """Writes one row per object, then the means over all objects, to the standard output."""
-    writer = csv.DictWriter(sys.stdout, ["sequence", "object", *COLUMNS], lineterminator="\n")
-    writer.writeheader()
     total: dict[str, str | int | float] = {"sequence": "all", "object": "", **report.summary()}
-    for row in [*report.table(), total]:
+    write_rows(["sequence", "object", *COLUMNS], [*report.table(), total])
+
+
+def print_class_csv(report: SemanticReport) -> None:
+    """Writes one row per class, then mIoU and the others over all, to the standard output."""
+    totals: list[dict[str, str | int | float]] = [
+        {"class": "all", "name": name, "IoU": value} for name, value in report.summary().items()
+    ]
+    write_rows(["class", "name", "IoU", "pixels"], [*report.table(), *totals])
+
+
+def write_rows(columns: list[str], rows: list[dict[str, str | int | float]]) -> None:
+    """Writes rows as CSV to the standard output."""
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
         writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
 
 
@@ -129,4 +177,25 @@ def table(report: Report) -> Table:
     if len(report.objects) > 1:
         result.add_section()
         result.add_row("all", f"{len(report.objects)}", *cells(report.summary()), style="bold")
+    return result
+
+
+def class_table(report: SemanticReport) -> Table:
+    """One row per class that occurs, the means over all, and those of each sequence where there are several."""
+    from rich import box
+    from rich.table import Table
+
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("class", overflow="fold")
+    for heading in ("IoU", "true pixels"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in report.table():
+        result.add_row(str(row["name"]), f"{row['IoU']:.3f}", str(row["pixels"]))
+    summaries = {"": report.summary()}
+    if len(report.sequences) > 1:
+        summaries |= {f"{counts.name}: ": report.summary(counts.name) for counts in report.sequences}
+    for title, summary in summaries.items():
+        result.add_section()
+        for name, value in summary.items():
+            result.add_row(title + name, f"{value:.3f}", style="" if title else "bold")
     return result

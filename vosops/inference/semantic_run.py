@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cityscapes import CITYSCAPES
 from .errors import InputError, VosopsError
 from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
@@ -18,27 +19,6 @@ from .masks import davis_palette
 from .resize import computation_size
 from .semantic import SemanticTracker
 
-CITYSCAPES = {  # class -> colour, in the order of the training ids
-    "road": (128, 64, 128),
-    "sidewalk": (244, 35, 232),
-    "building": (70, 70, 70),
-    "wall": (102, 102, 156),
-    "fence": (190, 153, 153),
-    "pole": (153, 153, 153),
-    "traffic light": (250, 170, 30),
-    "traffic sign": (220, 220, 0),
-    "vegetation": (107, 142, 35),
-    "terrain": (152, 251, 152),
-    "sky": (70, 130, 180),
-    "person": (220, 20, 60),
-    "rider": (255, 0, 0),
-    "car": (0, 0, 142),
-    "truck": (0, 0, 70),
-    "bus": (0, 60, 100),
-    "train": (0, 80, 100),
-    "motorcycle": (0, 0, 230),
-    "bicycle": (119, 11, 32),
-}
 _PALETTE_BYTES = 768
 
 
@@ -46,7 +26,7 @@ def class_palette(num_classes: int) -> bytes:
     """The palette of the label maps: Cityscapes' colours for its 19 classes, else those of DAVIS."""
     if num_classes != len(CITYSCAPES):
         return davis_palette()
-    return bytes(value for colour in CITYSCAPES.values() for value in colour).ljust(_PALETTE_BYTES, b"\0")
+    return bytes(value for kind in CITYSCAPES.values() for value in kind.colour).ljust(_PALETTE_BYTES, b"\0")
 
 
 @dataclass

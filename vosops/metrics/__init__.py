@@ -1,4 +1,4 @@
-"""How good masks are: region similarity J and boundary accuracy F as DAVIS defines them."""
+"""How good masks are: J and F as DAVIS defines them; of classes, the mean IoU as Cityscapes does."""
 
 from vosops.metrics.davis import (
     ObjectScore,
@@ -9,16 +9,31 @@ from vosops.metrics.davis import (
     region_similarity,
     statistics,
 )
-from vosops.metrics.folders import EvaluationError, Report, evaluate
+from vosops.metrics.files import EvaluationError
+from vosops.metrics.folders import Report, evaluate
+from vosops.metrics.semantic import (
+    Consistency,
+    SemanticReport,
+    SequenceCounts,
+    class_iou,
+    confusion_matrix,
+    evaluate_semantic,
+)
 
 __all__ = [
+    "Consistency",
     "EvaluationError",
     "ObjectScore",
     "Report",
+    "SemanticReport",
+    "SequenceCounts",
     "Statistics",
     "boundary_accuracy",
+    "class_iou",
     "compare_masks",
+    "confusion_matrix",
     "evaluate",
+    "evaluate_semantic",
     "evaluate_sequence",
     "region_similarity",
     "statistics",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,22 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vosops.inference.errors import InputError
-from vosops.inference.masks import read_labels
 from vosops.metrics.davis import IGNORED, ObjectScore, compare_masks, scored_frames
-
-FRAMES_PER_TASK = 8
-"""Frames that a thread scores at a time: few enough to share one sequence among all cores."""
+from vosops.metrics.files import (
+    EvaluationError,
+    check_complete,
+    find_sequences,
+    in_threads,
+    listing,
+    pngs,
+    read,
+    read_pair,
+)
 
 MERGED_OBJECT = 1
 """The id that stands for all objects merged into one."""
-
-LISTED = 5
-"""How many missing files or sequences an error names before it only counts them."""
-
-
-class EvaluationError(ValueError):
-    """What is wrong with the folders, in one line."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +105,11 @@ def evaluate(
         EvaluationError: a folder is not what it must be, or predictions are missing, of the wrong size, or
             hold an object that the truth does not.
     """
-    pairs = _find_sequences(Path(predictions), Path(ground_truth), sequences)
+    pairs = find_sequences(Path(predictions), Path(ground_truth), sequences)
     plans = [_plan(name, predicted, true, merge_objects, keep_ends) for name, predicted, true in pairs]
-    with _pool(jobs) as pool:
-        tasks = [_submit(pool, plan, ignore_void) for plan in plans]
-        objects = [score for plan, parts in zip(plans, tasks, strict=True) for score in _collect(plan, parts)]
+    tasks = [(plan, frame) for plan in plans for frame in plan.frames]
+    scored = iter(in_threads(jobs, lambda task: _score_frame(*task, ignore_void), tasks))
+    objects = [score for plan in plans for score in _collect(plan, [next(scored) for _ in plan.frames])]
     protocol = {"merge_objects": merge_objects, "keep_ends": keep_ends, "ignore_void": ignore_void}
     return Report(tuple(objects), protocol)
 
@@ -134,95 +130,33 @@ class _Plan:
     """One sequence: the frames to score, and how."""
 
     name: str
-    predictions: Path
-    ground_truth: Path
-    frames: tuple[str, ...]
+    folder: Path
+    frames: dict[str, tuple[Path, Path]]
+    """Prediction and truth of each frame to score, by its name."""
     ids: frozenset[int]
     labels: _Labels
 
 
-def _find_sequences(
-    predictions: Path, ground_truth: Path, names: Sequence[str] | None
-) -> list[tuple[str, Path, Path]]:
-    """Name, folder of predictions and folder of truth of each sequence to score."""
-    for folder in (predictions, ground_truth):
-        if not folder.is_dir():
-            raise EvaluationError(f"{folder}: no such folder")
-    if _pngs(ground_truth):
-        name = ground_truth.resolve().name
-        nested = predictions / name
-        return [(name, nested if _pngs(nested) else predictions, ground_truth)]
-    root = _annotations(ground_truth)
-    found = sorted(folder.name for folder in root.iterdir() if _pngs(folder))
-    if not found:
-        raise EvaluationError(f"{ground_truth}: holds neither PNG masks nor folders of them")
-    if names is not None:
-        absent = [name for name in names if name not in found]
-        if absent:
-            raise EvaluationError(
-                f"{root}: no ground truth for {_listing(absent)}; there is {_listing(found)}"
-            )
-        found = list(dict.fromkeys(names))
-    if len(found) == 1 and _pngs(predictions) and not _pngs(predictions / found[0]):
-        return [(found[0], predictions, root / found[0])]
-    absent = [name for name in found if not _pngs(predictions / name)]
-    if absent:
-        have = "" if len(absent) == len(found) else "; --sequences scores the others"
-        raise EvaluationError(f"{predictions}: no predictions for {_listing(absent)}{have}")
-    return [(name, predictions / name, root / name) for name in found]
-
-
-def _annotations(root: Path) -> Path:
-    """The folder of the sequences: `root` itself, `root/Annotations`, or one resolution in that."""
-    for folder in (root / "Annotations" / "480p", root / "Annotations", root):
-        if folder.is_dir() and any(_pngs(child) for child in folder.iterdir()):
-            return folder
-    resolutions = sorted(f for f in (root / "Annotations").glob("*") if f.is_dir())
-    return resolutions[0] if len(resolutions) == 1 else root
-
-
-def _pngs(folder: Path) -> list[str]:
-    """The stems of the PNG files in a folder, sorted; empty where it is none."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name[:-4] for entry in os.scandir(folder) if entry.name.lower().endswith(".png"))
-
-
 def _plan(name: str, predictions: Path, ground_truth: Path, merge: bool, keep_ends: bool) -> _Plan:
-    stems = _pngs(ground_truth)
+    predicted, true = pngs(predictions), pngs(ground_truth)
     try:
-        frames = tuple(scored_frames(stems, keep_ends))
+        names = scored_frames(list(true), keep_ends)
     except ValueError as error:
         raise EvaluationError(f"{ground_truth}: {error}") from None
-    absent = sorted(set(frames) - set(_pngs(predictions)))
-    if absent:
-        raise EvaluationError(f"{predictions}: no prediction for frame {_listing(absent)}")
-    for stem in stems:
-        ids = _values(_read(ground_truth / f"{stem}.png"))
+    check_complete(predictions, predicted, names)
+    frames = {name: (predicted[name], true[name]) for name in names}
+    for file in true.values():
+        ids = _values(read(file))
         if ids:
             labels = _Labels.BINARY if ids == {IGNORED} else _Labels.MERGED if merge else _Labels.OBJECTS
             ids = ids - {IGNORED} if labels is _Labels.OBJECTS else {MERGED_OBJECT}
-            return _Plan(name, predictions, ground_truth, frames, frozenset(ids), labels)
+            return _Plan(name, predictions, frames, frozenset(ids), labels)
     raise EvaluationError(f"{ground_truth}: no frame holds an object")
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    """A label map (H, W)."""
-    try:
-        return read_labels(path)[0]
-    except InputError as error:
-        raise EvaluationError(str(error)) from None
 
 
 def _values(labels: NDArray[np.uint8]) -> set[int]:
     """The non-zero values of a label map."""
     return set(np.flatnonzero(np.bincount(labels.ravel(), minlength=IGNORED + 1)).tolist()) - {0}
-
-
-def _listing(names: Sequence[str]) -> str:
-    """Names separated by commas, at most `LISTED` of them."""
-    shown = ", ".join(names[:LISTED])
-    return shown if len(names) <= LISTED else f"{shown} and {len(names) - LISTED} more"
 
 
 # --- the work ---
@@ -236,48 +170,9 @@ class _Frame:
     scores: dict[int, tuple[float, float]]
 
 
-_Task = list[_Frame] | Future[list[_Frame]]
-
-
-@contextmanager
-def _pool(jobs: int | None) -> Iterator[Executor | None]:
-    """Threads to work in, or None for this one alone.
-
-    Decoding PNG files and counting pixels in numpy both leave the interpreter's lock. Processes would have to be
-    forked beside the threads of torch, which may hang, or import torch anew each.
-    """
-    workers = jobs or (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    if workers == 1:
-        yield None
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vosops-eval")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool: Executor | None, plan: _Plan, ignore_void: bool) -> list[_Task]:
-    """The frames of a sequence, some at a time: scored, or on their way."""
-    chunks = [plan.frames[i : i + FRAMES_PER_TASK] for i in range(0, len(plan.frames), FRAMES_PER_TASK)]
-    if pool is None:
-        return [_score_frames(plan, chunk, ignore_void) for chunk in chunks]
-    return [pool.submit(_score_frames, plan, chunk, ignore_void) for chunk in chunks]
-
-
-def _score_frames(plan: _Plan, frames: Sequence[str], ignore_void: bool) -> list[_Frame]:
-    return [_score_frame(plan, frame, ignore_void) for frame in frames]
-
-
 def _score_frame(plan: _Plan, frame: str, ignore_void: bool) -> _Frame:
     """J and F of each object of one frame; errors name the file."""
-    file = plan.predictions / f"{frame}.png"
-    predicted, true = _read(file), _read(plan.ground_truth / f"{frame}.png")
-    if predicted.shape != true.shape:
-        expected, got = (f"{width}x{height}" for height, width in (true.shape, predicted.shape))
-        raise EvaluationError(f"{file}: expected {expected} pixels as in the ground truth; got {got}")
+    predicted, true = read_pair(*plan.frames[frame])
     true_ids = _values(true)
     void = None
     if plan.labels is not _Labels.BINARY and IGNORED in true_ids:
@@ -291,21 +186,19 @@ def _score_frame(plan: _Plan, frame: str, ignore_void: bool) -> _Frame:
     return _Frame(true_ids, {i: compare_masks(predicted == i, true == i, excluded) for i in ids})
 
 
-def _collect(plan: _Plan, parts: Sequence[_Task]) -> list[ObjectScore]:
+def _collect(plan: _Plan, frames: Sequence[_Frame]) -> list[ObjectScore]:
     """The scores of the objects of a sequence; where an object is neither true nor predicted it scores 1."""
-    frames = [frame for part in parts for frame in (part.result() if isinstance(part, Future) else part)]
     ids = plan.ids.union(*(frame.true_ids for frame in frames))
     strays = sorted(set().union(*(frame.scores for frame in frames)) - ids)
     if strays:
         hint = "; --merge-objects scores 0/255 masks" if strays == [IGNORED] else ""
         raise EvaluationError(
-            f"{plan.predictions}: labels {_listing([str(i) for i in strays])} are not in the ground truth, "
-            f"which has {_listing([str(i) for i in sorted(ids)])}{hint}"
+            f"{plan.folder}: labels {listing([str(i) for i in strays])} are not in the ground truth, "
+            f"which has {listing([str(i) for i in sorted(ids)])}{hint}"
         )
     scores = []
     for i in sorted(ids):
         pairs = [frame.scores.get(i, (1.0, 1.0)) for frame in frames]
-        scores.append(
-            ObjectScore(plan.name, i, plan.frames, tuple(j for j, _ in pairs), tuple(f for _, f in pairs))
-        )
+        j_values, f_values = zip(*pairs, strict=True)
+        scores.append(ObjectScore(plan.name, i, tuple(plan.frames), j_values, f_values))
     return scores
