@@ -8,7 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 import vosops.benchmarking.runner as runner
-from vosops.benchmarking import BENCHMARKS, Case
+from vosops.benchmarking import BENCHMARKS, Case, Ceilings, systems, systems_suite
+from vosops.benchmarking.systems import FITS, LIMIT, Measurement
 from vosops.cli import bench as bench_command
 
 QUICK = Case(
@@ -80,15 +81,110 @@ def test_a_contender_that_computes_something_else_stops_the_run(run, monkeypatch
     [
         (
             ("convolution",),
-            "OP: expected one of local_matching, global_matching, memory_read, global_conv, conv_lstm, all; "
+            "OP: expected one of local_matching, global_matching, memory_read, global_conv, conv_lstm, all, systems; "
             "got 'convolution'",
         ),
         (("local_matching", "--case", "huge"), "--case: expected one of tiny, tiny-training; got 'huge'"),
         (("local_matching", "--dtype", "int8"), "--dtype: expected one of"),
         (("local_matching", "--device", "tpu"), "--device: expected cpu or cuda"),
+        (("local_matching", "--json", "absent/r.json"), "--json absent/r.json: there is no folder"),
+        (("local_matching", "--plot", "p.xyz"), "--plot: p.xyz: expected a name that ends with"),
+        (("local_matching", "--network", "stm"), "--network does not go with local_matching"),
+        (("systems", "--quick"), "--quick does not go with systems"),
+        (("systems", "--device", "cuda"), "--device does not go with systems"),
+        (
+            ("systems", "--network", "alexnet"),
+            "--network: expected one of stm, rgmp, feelvos, lstm_icnet; got 'alexnet'",
+        ),
+        (("systems", "--case", "stm-1p"), "--case: expected one of stm-480p"),
+        (("systems", "--way", "thrifty"), "--way: expected one of frugal, naive; got 'thrifty'"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(run, arguments, message):
     result = run(*arguments)
     assert result.exit_code == 1
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_what_was_measured_is_kept_when_a_later_case_fails(run, monkeypatch, tmp_path):
+    """The second case disagrees; the first one's result is in the file by then."""
+
+    def fail_the_second(benchmark, case, **options):
+        if case is TRAINING:
+            raise runner.DisagreementError("they disagree")
+        ours = runner.VariantResult("vosops", 1.0, 1.0, (1.0,), 1.0, None, speedup=1.0, share=0.5)
+        ceilings = Ceilings(1e9, 1e9, "a loop")
+        return runner.Result(benchmark.op, case, (ours,), {}, 1e6, 1e6, ceilings, "wall time", 1, 0.5)
+
+    monkeypatch.setattr("vosops.benchmarking.run_case", fail_the_second)
+    result = run("local_matching", "--json", tmp_path / "r.json")
+    assert result.exit_code == 1 and "they disagree" in result.stderr
+    assert [r["case"] for r in json.loads((tmp_path / "r.json").read_text())["results"]] == ["tiny"]
+
+
+class TestSystems:
+    """Whole networks; what a measurement is made of is in tests/benchmarking/test_systems.py."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """What was measured, with figures that tell the ways apart."""
+        asked = []
+
+        def measure(case, *, naive, threads, limit):
+            asked.append((case.name, naive, threads, limit))
+            return Measurement(case, naive, 1.5 + naive, 10**9 * (1 + naive), 10**6)
+
+        def search(case, *, naive, threads, note):
+            note("searching")
+            return measure(FITS["stm-fits"], naive=naive, threads=threads, limit=None)
+
+        monkeypatch.setattr(systems_suite, "measure", measure)
+        monkeypatch.setattr(systems_suite, "largest_that_fits", search)
+        return asked
+
+    def test_the_cases_of_a_network_both_ways(self, run, asked):
+        result = run("systems", "--network", "rgmp", "--threads", 2, "--limit", 3)
+        assert result.exit_code == 0, result.output
+        assert asked[:6] == [
+            (f"rgmp-{size}", naive, 2, 3 * 10**9)
+            for size in ("480p", "1080p", "4K")
+            for naive in (False, True)
+        ]
+        assert len(asked) == 8 and "searching" in result.stdout
+        row = next(line for line in result.stdout.splitlines() if line.lstrip().startswith("rgmp-480p  "))
+        assert row.split("  ")[-1].strip() == "2.00 GB" and "1.5 s" in row and "2.5 s" in row
+
+    def test_what_takes_minutes_is_measured_by_name_alone(self, run, asked):
+        assert run("systems", "--network", "feelvos", "--way", "frugal").exit_code == 0
+        assert "feelvos-4K" not in {name for name, *_ in asked}
+        assert run("systems", "--case", "feelvos-4K", "--way", "frugal").exit_code == 0
+        assert asked[-1] == ("feelvos-4K", False, 1, LIMIT)
+
+    def test_json_replaces_what_was_measured_again_and_keeps_the_rest(self, run, asked, tmp_path):
+        file = tmp_path / "r.json"
+        assert run("systems", "--case", "stm-1080p", "--json", file).exit_code == 0
+        assert run("systems", "--case", "stm-480p", "--way", "naive", "--json", file).exit_code == 0
+        assert run("systems", "--case", "stm-1080p", "--threads", 2, "--json", file).exit_code == 0
+        report = json.loads(file.read_text())
+        assert report["machine"]["device"] == "cpu"
+        assert [(r["name"], r["naive"], r["threads"]) for r in report["results"]] == [
+            ("stm-480p", True, 1),
+            ("stm-1080p", False, 2),
+            ("stm-1080p", True, 2),
+        ]
+        assert all(r["load"] >= 0 for r in report["results"])
+
+    def test_a_file_of_something_else_is_left_alone(self, run, asked, tmp_path):
+        (tmp_path / "r.json").write_text('{"results": [{"case": "tiny"}]}')
+        result = run("systems", "--case", "stm-480p", "--json", tmp_path / "r.json")
+        assert result.exit_code == 1 and asked == []
+        assert "r.json: holds something else than results of systems" in result.stderr
+
+    def test_a_small_network_is_measured_for_real(self, run, monkeypatch):
+        small = systems.Case("rgmp", "480p", (32, 48), objects=1, frames=2)
+        monkeypatch.setitem(systems_suite.CASES, "rgmp-480p", small)
+        monkeypatch.setattr(systems, "run_fresh", lambda module, name, *args: getattr(systems, name)(*args))
+        monkeypatch.setattr(systems, "_hold_to", lambda limit: None)
+        result = run("systems", "--case", "rgmp-480p", "--way", "frugal")
+        assert result.exit_code == 0, result.output
+        assert "48 x 32" in result.stdout and " GB" in result.stdout

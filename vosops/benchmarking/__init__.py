@@ -6,7 +6,7 @@ one process, on the same inputs, after their results were compared with one anot
 
 from vosops.benchmarking.cases import Case, Inputs, Variant
 from vosops.benchmarking.measure import Ceilings, Clock, Timing
-from vosops.benchmarking.report import plot, tables
+from vosops.benchmarking.report import check_plot, plot, tables
 from vosops.benchmarking.runner import BENCHMARKS, DisagreementError, Result, VariantResult, machine, run_case
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Timing",
     "Variant",
     "VariantResult",
+    "check_plot",
     "machine",
     "plot",
     "run_case",

@@ -58,16 +58,29 @@ def _caption(result: Result) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Sequence[Result], file: Path) -> None:
-    """Bars of time and memory for each case, on logarithmic scales; the format is that of the file's name.
+def check_plot(file: Path) -> None:
+    """What `plot` would raise, before there is anything to show.
 
     Raises:
         ImportError: matplotlib is not installed (`pip install 'vosops[bench]'`).
+        ValueError: it does not know the format of the file's name.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("matplotlib is not installed: pip install 'vosops[bench]'") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"{file}: expected a name that ends with .{', .'.join(known)}")
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    """Bars of time and memory for each case, on logarithmic scales; the format is that of the file's name.
+
+    Raises what `check_plot` does.
+    """
+    check_plot(file)
+    from matplotlib.figure import Figure
 
     heights = [0.9 + 0.28 * len(result.variants) for result in results]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")

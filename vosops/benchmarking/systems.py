@@ -22,12 +22,14 @@ from vosops.benchmarking.measure import Clock
 __all__ = [
     "CASES",
     "FITS",
+    "HEADINGS",
     "LIMIT",
     "NETWORKS",
     "Case",
     "Measurement",
     "largest_that_fits",
     "measure",
+    "rows",
     "table",
 ]
 
@@ -37,6 +39,9 @@ SEMANTIC_SIZES = {"1024p": (1024, 2048)}  # of Cityscapes, which its authors wor
 SIZES = {"480p": (480, 854), "1080p": (1080, 1920), "4K": (2160, 3840)}
 LIMIT = 16 * 10**9
 """Bytes that a measurement may need; a naive one at 1080p needs more."""
+
+HEADINGS = ("case", "frame", "objects", "frames in memory", "time a frame", "naive", "peak memory", "naive")
+"""Of a table: what is before "naive" is measured both ways."""
 
 GOAL = 4 * 10**9
 _ASPECT, _MULTIPLE = 16 / 9, 16  # of the sizes that are tried for the largest that fits
@@ -148,21 +153,24 @@ def largest_that_fits(
 
 def table(measurements: Sequence[Measurement]) -> str:
     """The measurements in Markdown: a row for each case, frugal beside naive."""
-    lines = [
-        "| case | frame | objects | frames in memory | time a frame | naive | peak memory | naive |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    rows: dict[str, dict[bool, Measurement]] = {}
+    heading, *lines = (f"| {' | '.join(cells)} |" for cells in (HEADINGS, *rows(measurements)))
+    return "\n".join([heading, "|---" * len(HEADINGS) + "|", *lines])
+
+
+def rows(measurements: Sequence[Measurement]) -> list[list[str]]:
+    """The cells below `HEADINGS`: a row for each case, frugal beside naive."""
+    result = []
+    cases: dict[str, dict[bool, Measurement]] = {}
     for m in measurements:
-        rows.setdefault(m.case.name, {})[m.naive] = m
-    for name, ways in rows.items():
+        cases.setdefault(m.case.name, {})[m.naive] = m
+    for name, ways in cases.items():
         case = next(iter(ways.values())).case
         frames = {f"{m.case.size[1]} x {m.case.size[0]}" for m in ways.values()}
         cells = [name, " / ".join(sorted(frames, key=len, reverse=True)), str(case.objects), str(case.frames)]
         for field in (_seconds, _peak):
             cells += [field(ways[naive]) if naive in ways else "" for naive in (False, True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        result.append(cells)
+    return result
 
 
 def _seconds(m: Measurement) -> str:

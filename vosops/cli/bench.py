@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from vosops.cli.output import check_file, refuse, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vosops.benchmarking.systems import Measurement
+
 DTYPES = ("float32", "bfloat16", "float16")
 ALL = "all"
+SYSTEMS = "systems"
+GIGABYTE = 1e9
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +28,11 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     op: Annotated[
-        str, typer.Argument(help="local_matching, global_matching, memory_read, conv_lstm, or all.")
+        str,
+        typer.Argument(
+            help="local_matching, global_matching, memory_read, global_conv, conv_lstm, or all; "
+            "systems: whole networks."
+        ),
     ],
     case: Annotated[
         list[str] | None, typer.Option("--case", help="Only this case; repeatable. Default all.")
@@ -36,11 +49,48 @@ def bench(
         str | None, typer.Option(help=f"Instead of each case's own: {', '.join(DTYPES)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="Systems: only the cases of this network; repeatable. Default all."),
+    ] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="Systems: frugal or naive; repeatable. Default both.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0.1, help="Systems: GB beyond which a measurement fails; default 16.")
+    ] = None,
 ) -> None:
     """Measure an op beside the PyTorch code that people write for it and the best other packages.
 
     All run interleaved in one process on the same inputs, after their results were compared.
+
+    systems measures whole networks, each way in a process of its own: time and peak memory of a frame, frugal
+    against naive, and the largest frame that fits in 4 GB. What --json holds already is kept or replaced case by case.
     """
+    check_file("bench", "--json", json_file)
+    check_file("bench", "--plot", plot_file)
+    for_ops = {"--quick": quick, "--plot": plot_file, "--dtype": dtype, "--device": device != "cpu"}
+    for_systems = {"--network": network, "--way": way, "--limit": limit}
+    for option, value in (for_ops if op == SYSTEMS else for_systems).items():
+        if value:
+            _refuse(f"{option} does not go with {op}")
+    if op == SYSTEMS:
+        measure_systems(case, network, way, threads, limit, json_file)
+    else:
+        measure_ops(op, case, quick, json_file, plot_file, threads, dtype, device)
+
+
+def measure_ops(
+    op: str,
+    case: list[str] | None,
+    quick: bool,
+    json_file: Path | None,
+    plot_file: Path | None,
+    threads: int,
+    dtype: str | None,
+    device: str,
+) -> None:
+    """Measures the cases of an op, or of all."""
     import torch
 
     from vosops import benchmarking
@@ -48,13 +98,18 @@ def bench(
 
     benchmarks = benchmarking.BENCHMARKS
     if op != ALL and op not in benchmarks:
-        _refuse(f"OP: expected one of {', '.join([*benchmarks, ALL])}; got {op!r}")
+        _refuse(f"OP: expected one of {', '.join([*benchmarks, ALL, SYSTEMS])}; got {op!r}")
     if dtype is not None and dtype not in DTYPES:
         _refuse(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
     if device not in ("cpu", "cuda"):
         _refuse(f"--device: expected cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         _refuse("--device cuda: PyTorch finds no GPU")
+    if plot_file is not None:
+        try:
+            benchmarking.check_plot(plot_file)
+        except (ImportError, ValueError) as error:
+            _refuse(f"--plot: {error}")
     chosen = [benchmarks[op]] if op != ALL else list(benchmarks.values())
     try:
         work = [
@@ -87,16 +142,69 @@ def bench(
                 _refuse(f"{benchmark.op} {c.name}: {error}")
         results.append(result)
         console.print(*benchmarking.tables([result]))
-    try:
         if json_file is not None:
             report = {"machine": benchmarking.machine(device), "results": [r.to_dict() for r in results]}
-            json_file.write_text(json.dumps(report, indent=1) + "\n")
-        if plot_file is not None:
+            write_json("bench", json_file, report)
+    if plot_file is not None:
+        try:
             benchmarking.plot(results, plot_file)
-    except (OSError, ImportError, ValueError) as error:
+        except OSError as error:
+            _refuse(str(error))
+
+
+def measure_systems(
+    cases: list[str] | None,
+    networks: list[str] | None,
+    ways: list[str] | None,
+    threads: int,
+    limit: float | None,
+    json_file: Path | None,
+) -> None:
+    """Measures whole networks; each result is in the file as soon as it is there."""
+    from rich.console import Console
+
+    from vosops.benchmarking import systems_suite
+    from vosops.benchmarking.systems import LIMIT
+
+    for name in ways or ():
+        if name not in systems_suite.WAYS:
+            _refuse(f"--way: expected one of {', '.join(systems_suite.WAYS)}; got {name!r}")
+    console = Console(highlight=False)
+    found: list[Measurement] = []
+    try:
+        chosen = systems_suite.choose(cases, networks)
+    except ValueError as error:
+        _refuse(f"--{error}")
+    measured = systems_suite.run_cases(
+        chosen,
+        ways or list(systems_suite.WAYS),
+        threads=threads,
+        limit=LIMIT if limit is None else int(limit * GIGABYTE),
+        file=json_file,
+        note=lambda line: console.print(line, style="dim"),
+    )
+    try:
+        for measurement in measured:
+            found.append(measurement)
+    except (OSError, ValueError) as error:
         _refuse(str(error))
+    finally:
+        if found:
+            console.print(systems_table(found))
 
 
-def _refuse(message: str) -> None:
-    typer.echo(f"vosops bench: {message}", err=True)
-    raise typer.Exit(1)
+def systems_table(measurements: Sequence[Measurement]) -> Table:
+    """A row for each case, frugal beside naive."""
+    from rich import box
+    from rich.table import Table
+
+    from vosops.benchmarking.systems import HEADINGS, rows
+
+    table = Table(*HEADINGS, box=box.SIMPLE_HEAD, pad_edge=False)
+    for cells in rows(measurements):
+        table.add_row(*cells)
+    return table
+
+
+def _refuse(message: str) -> NoReturn:
+    refuse("bench", message)
