@@ -17,6 +17,8 @@ from vosops import backends
 from vosops.inference import Propagation, Tracker, tracker
 from vosops.inference.frames import ArraySource
 from vosops.inference.masks import MaskSet, masks_from_python
+from vosops.memory import MemoryBudgetError
+from vosops.models import create_model
 from vosops.models._tracking import most_probable
 from vosops.models.network import Masks, Memory, Network, resize_rows
 
@@ -410,6 +412,49 @@ class TestScales:
     def test_share_the_budget_by_their_area(self):
         one, _ = started(scales=(1.0, 0.5), memory_budget="1000B")
         assert [memory.budget for memory in one.network.memories] == [800, 200]
+
+    @pytest.mark.parametrize(
+        "name, scales", [("stm", (0.5, 0.75, 1.0)), ("stm", (0.3, 0.7)), ("rgmp", (1.0, 0.5))]
+    )
+    def test_too_small_a_budget_is_named_whole_with_what_all_scales_need(self, name, scales):
+        """The error's own figure is enough; a little less is not, and says so."""
+        network = create_model(name)
+        image, labels = torch.rand(3, 64, 96), torch.zeros(64, 96, dtype=torch.uint8)
+        labels[8:30, 8:30], labels[32:60, 40:90] = 1, 2
+
+        def run(budget):
+            one = Tracker(network, scales=scales, memory_budget=budget)
+            one.initialize(image, labels)
+            one.step(image)
+            return one
+
+        with pytest.raises(MemoryBudgetError) as caught:
+            run(5000)
+        needed = caught.value.needed
+        assert str(caught.value).startswith(f"budget must be at least {needed} bytes for ")
+        assert f"of 2 objects at {len(scales)} scales, got 5000" in str(caught.value)
+        assert 0 < run(needed).memory_bytes() <= needed
+        short = needed * 99 // 100
+        with pytest.raises(MemoryBudgetError, match=f"at least {needed} bytes .*, got {short}"):
+            run(short)
+
+    def test_a_frame_that_one_scale_has_is_not_added_to_it_again(self, monkeypatch):
+        """The second scale refuses the frame twice, then takes it."""
+        one, _ = started(scales=(1.0, 0.5), memory_budget=1000)
+        first, second = one.network.memories
+        add = second.add
+
+        def refuse(*args, **options):
+            raise MemoryBudgetError.of(300, "1 permanent frames", second.budget, 0)
+
+        monkeypatch.setattr(second, "add", refuse)
+        for _ in range(2):
+            message = "at least 1500 bytes for 1 permanent frames at 2 scales, got 1000: 0 fit"
+            with pytest.raises(MemoryBudgetError, match=message):
+                one.step(frames(1)[0])
+        monkeypatch.setattr(second, "add", add)
+        one.step(frames(1)[0])
+        assert [len(memory.added) for memory in (first, second)] == [1, 1]
 
 
 class TestPropagation:

@@ -264,8 +264,20 @@ class TestMemory:
         images, labels = clip(2, 2)
         tracker = Tracker(network, memory_budget=FRAME_BYTES // 2)
         tracker.initialize(images[0], labels)
-        with pytest.raises(MemoryBudgetError, match=rf"2 share a budget of {FRAME_BYTES // 2} bytes"):
+        with pytest.raises(
+            MemoryBudgetError,
+            match=rf"for 1 permanent frames of 2 objects, got {FRAME_BYTES // 2}: 0 fit",
+        ) as caught:
             tracker.step(images[1])
+        for budget, fits in ((caught.value.needed, True), (caught.value.needed - 2, False)):
+            tracker = Tracker(network, memory_budget=budget)
+            tracker.initialize(images[0], labels)
+            if fits:
+                tracker.step(images[1])
+                assert tracker.memory_bytes() <= budget
+            else:
+                with pytest.raises(MemoryBudgetError, match=f"got {budget}"):
+                    tracker.step(images[1])
 
     @pytest.mark.parametrize("naive", [False, True])
     def test_state_goes_on_to_the_bit(self, network, tmp_path, naive):

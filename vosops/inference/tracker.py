@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vosops import _checks, backends
-from vosops.memory import parse_bytes
+from vosops.memory import MemoryBudgetError, parse_bytes
 from vosops.models._tracking import (
     IGNORED,
     check_first,
@@ -40,7 +40,8 @@ class Tracker:
             model that tracks by itself (propagate, cutie, xmem) is returned as it is and takes no options.
         memory_every: every so many frames one is kept by networks whose memory grows (STM), from the first on.
         scales: the network runs at each of these sizes, relative to the frame's, and the results are averaged.
-        memory_budget: bytes, or a text such as "2GB", that what is remembered of the frames may take at most.
+        memory_budget: bytes, or a text such as "2GB", that what is remembered of the frames may take at most, at all
+            scales together.
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
         channels_last: keep the network's weights and maps in that memory format; None: as the network likes it, but
             contiguous if naive.
@@ -182,7 +183,7 @@ class Tracker:
             merged = torch.where((labels == 0) & torch.isin(before, others), before, labels)
             if latest.labels is not None:
                 merged = torch.where(labels == IGNORED, latest.labels, merged)
-        self._latest = replace(latest, labels=merged, permanent=True, memorised=False)
+        self._latest = replace(latest, labels=merged, permanent=True, memorised=())
         self._object_ids += [i for i in given if i not in self._object_ids]
 
     def remove_object(self, object_id: int) -> None:
@@ -274,25 +275,56 @@ class Tracker:
             yield
 
     def _new_memories(self) -> list[Memory]:
-        areas = [scale * scale for scale in self.scales]
         budget = self.memory_budget
-        shares = [None if budget is None else int(budget * area / sum(areas)) for area in areas]
-        return [self.network.new_memory(budget=share, naive=self.naive) for share in shares]
+        return [
+            self.network.new_memory(
+                budget=None if budget is None else self._share(budget, n), naive=self.naive
+            )
+            for n in range(len(self.scales))
+        ]
+
+    def _share(self, budget: int, n: int) -> int:
+        """What a budget gives the memory of a scale: its share of the area."""
+        return int(budget * self.scales[n] ** 2 / self._total_area)
+
+    @property
+    def _total_area(self) -> float:
+        """Of all scales, relative to the frame's."""
+        return sum(scale**2 for scale in self.scales)
+
+    def _of_all_scales(self, error: MemoryBudgetError, n: int) -> MemoryBudgetError:
+        """A scale's error in terms of the whole budget."""
+        if error.needed is None or len(self.scales) == 1:
+            return error
+        needed = math.ceil(error.needed * self._total_area / self.scales[n] ** 2)
+        while self._share(needed, n) < error.needed:  # it was rounded
+            needed += 1
+        what = f"{error.what} at {len(self.scales)} scales"
+        return MemoryBudgetError.of(needed, what, self.memory_budget, error.fit)
 
     def _memorise(self) -> None:
         """Add the latest frame to the memories, unless they have it."""
         latest, geometry = self._latest, self._geometry
         assert latest is not None and geometry is not None
-        if latest.memorised or not self._object_ids:
+        waiting = [n for n in range(len(self.scales)) if n not in latest.memorised]
+        if not waiting or not self._object_ids:
             return
         image = geometry.image(latest.frame, self.memory_format)
         keep = latest.index % self.memory_every == 0
-        for memory, size in zip(self._memories, geometry.sizes, strict=True):
+        errors = []
+        for n in waiting:
+            memory, size = self._memories[n], geometry.sizes[n]
             masks = _FrameMasks(self._maps(latest, self._object_ids), size)
-            memory.add(
-                _resized(image, size), masks, frame=latest.index, permanent=latest.permanent, keep=keep
-            )
-        latest.memorised = True
+            try:
+                memory.add(
+                    _resized(image, size), masks, frame=latest.index, permanent=latest.permanent, keep=keep
+                )
+            except MemoryBudgetError as error:
+                errors.append(self._of_all_scales(error, n))
+            else:
+                latest.memorised += (n,)
+        if errors:
+            raise max(errors, key=lambda error: error.needed or 0)
 
     def _segment(
         self, index: int, frame: Tensor, labels: Tensor | None, permanent: bool
@@ -331,7 +363,8 @@ class Tracker:
 class _Segmented:
     """A frame and what is known of it: coarse scores, or labels, or labels where they are not 255, else scores.
 
-    score_ids: the object of each of the scores' channels; None for one that was removed.
+    score_ids: the object of each of the scores' channels; None for one that was removed. memorised: the scales whose
+    memories have it.
     """
 
     index: int
@@ -340,7 +373,7 @@ class _Segmented:
     score_ids: Sequence[int | None]
     labels: Tensor | None
     permanent: bool = False
-    memorised: bool = False
+    memorised: tuple[int, ...] = ()
 
 
 class _Geometry:

@@ -11,6 +11,21 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*?)b?\s*", re.IGNORECASE)
 class MemoryBudgetError(RuntimeError):
     """What must be remembered does not fit the budget; the bank is as it was before the call."""
 
+    needed: int | None = None
+    """Bytes that the budget must be at least, where that is known."""
+    what: str = ""
+    """What needs them."""
+    fit: int | None = None
+    """How many permanent frames fit."""
+
+    @classmethod
+    def of(cls, needed: int, what: str, budget: int | None, fit: int | None = None) -> MemoryBudgetError:
+        """The error of a budget that is known to be too small, and by how much."""
+        fitting = "" if fit is None else f": {fit} fit"
+        error = cls(f"budget must be at least {needed} bytes for {what}, got {budget}{fitting}")
+        error.needed, error.what, error.fit = needed, what, fit
+        return error
+
 
 def parse_bytes(text: str | int) -> int:
     """A number of bytes from "2GB", "512 MiB", "1.5g" or an int; decimal units unless written with an i.

@@ -110,10 +110,8 @@ def make_plan(
         elements = max(elements, 0)
         fit = largest(lambda n: need(n, elements) <= budget, bound)
         if fit < permanent:
-            raise MemoryBudgetError(
-                f"budget must be at least {need(permanent)} bytes for {permanent} permanent frames of "
-                f"{objects} objects, got {budget}: {max(fit, 0)} fit"
-            )
+            what = f"{permanent} permanent frames" + f" of {objects} objects" * (objects != 1)
+            raise MemoryBudgetError.of(need(permanent), what, budget, max(fit, 0))
     host_frames = 0
     host_budget = settings.host_budget_bytes
     if host_budget is not None:

@@ -52,10 +52,8 @@ def plan_memory(
         fit = budget // (pixels * token_bytes)
         frames = min(frames, fit - permanent)
         if frames < 3:
-            raise MemoryBudgetError(
-                f"budget must be at least {(permanent + 3) * pixels * token_bytes} bytes for {permanent} permanent "
-                f"frames and a working memory, got {budget}: {fit} frames fit"
-            )
+            what = f"{permanent} permanent frames and a working memory"
+            raise MemoryBudgetError.of((permanent + 3) * pixels * token_bytes, what, budget, fit)
     work = default.work_frames
     if frames < wanted:
         work = min(work, (frames + 1) // 2 if default.long_tokens else frames)

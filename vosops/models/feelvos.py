@@ -270,10 +270,8 @@ class FEELVOSMemory(Memory):
         frames = self._labels.shape[0] + 1
         if (frames + 1) * each > self.budget:
             fit = max(0, self.budget // each - 1)
-            raise MemoryBudgetError(
-                f"budget must be at least {(frames + 1) * each} bytes for {frames} permanent frames and the previous "
-                f"one, got {self.budget}: {fit} fit"
-            )
+            what = f"{frames} permanent frames and the previous one"
+            raise MemoryBudgetError.of((frames + 1) * each, what, self.budget, fit)
 
 
 _SAVED = ("keys", "labels", "previous_keys", "previous_labels")

@@ -86,7 +86,8 @@ class Memory(ABC):
         masks are the truth (the first frame; one with new or corrected objects) and it stays for good. keep: it is one
         of every so many that a growing memory keeps (STM); neither: it is needed for the next frame alone, as the
         previous one. A memory that keeps only the first and the previous frame (RGMP, FEELVOS) ignores `keep`.
-        Raises MemoryBudgetError, and then changes nothing, if permanent frames do not fit the budget.
+        Raises MemoryBudgetError (best by its `of`, which says what is needed), and then changes nothing, if permanent
+        frames do not fit the budget.
         """
 
     @abstractmethod

@@ -208,9 +208,7 @@ class _ReferenceMemory(Memory):
         cells = image.shape[2] * image.shape[3] // self._network.stride**2
         needed = (objects + (objects > 1)) * channels * cells * _FLOAT
         if self._budget is not None and needed > self._budget:
-            raise MemoryBudgetError(
-                f"budget must be at least {needed} bytes for the references of {objects} objects, got {self._budget}"
-            )
+            raise MemoryBudgetError.of(needed, f"the references of {objects} objects", self._budget)
 
     def _encoded(self, image: Tensor, mask: Tensor) -> Tensor:
         return (

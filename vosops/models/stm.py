@@ -185,9 +185,10 @@ class _BankMemory(_Memory):
         except MemoryBudgetError as error:
             self._banks = {o: bank for o, bank in self._banks.items() if o not in new}
             self._share(len(self._banks), {})
-            raise MemoryBudgetError(
-                f"{error} (for each object: {objects} share a budget of {self.budget} bytes)"
-            ) from error
+            if error.needed is None:
+                raise
+            what = f"{error.what} of {objects} objects"
+            raise MemoryBudgetError.of(error.needed * objects, what, self.budget, error.fit) from error
         self.object_ids = list(masks.object_ids)
 
     def store(
