@@ -203,6 +203,7 @@ def cases(target: str) -> Iterator[Case]:
     )
     yield from memory_cases(chip)
     yield from convolution_cases(chip, precisions)
+    yield from attention_cases()
 
 
 def memory_cases(chip: Any) -> Iterator[Case]:
@@ -381,6 +382,30 @@ def convolution_cases(chip: Any, precisions: list[tuple[str, torch.dtype, str]])
                 _common.compile_options(4),
                 multiples_of_16=("inner", *(n for n in kernel.arg_names if n.endswith("_n"))),
             )
+
+
+def attention_cases() -> Iterator[Case]:
+    """The kernels of local_attention: 32 channels a head, contiguous maps."""
+    from vosops.triton import _common, local_attention
+
+    for dtype in (torch.bfloat16, torch.float32):
+        data, options = POINTER[dtype], _common.compile_options(4)
+        yield Case(
+            f"local attention dot {data[1:]}",
+            local_attention._dot,
+            {"a": data, "b": data, "out": "*fp32"},
+            {"BLOCK_P": local_attention.BLOCK_P, "BLOCK_J": local_attention.BLOCK_J}
+            | {"a_x": 1, "b_x": 1, "dilation": 1},
+            options,
+        )
+        yield Case(
+            f"local attention weigh {data[1:]}",
+            local_attention._weigh,
+            {"weights": "*fp32", "maps": data, "out": data},
+            {"BLOCK_P": local_attention.BLOCK_P, "BLOCK_C": local_attention.MOST_BLOCK_C}
+            | {"weights_x": 1, "maps_x": 1, "dilation": 1},
+            options,
+        )
 
 
 def compile_case(case: Case, target: str) -> tuple[Any, str]:

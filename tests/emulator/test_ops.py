@@ -23,6 +23,11 @@ from vosops.reference.global_conv import (
     global_conv_weight_core,
 )
 from vosops.reference.global_matching import global_matching_core
+from vosops.reference.local_attention import (
+    local_attention_dot_core,
+    local_attention_spread_core,
+    local_attention_weigh_core,
+)
 from vosops.reference.local_matching import local_matching_core
 from vosops.reference.memory_read import memory_read_core, memory_select_core
 
@@ -92,8 +97,17 @@ CONV_CASES = {
     "tensor: split TF32": ((1, 33, 6, 7), (10, 12), (3, 5), FLOAT, "tf32x3", False),
     "tensor: one line": ((1, 18, 9, 4), (17, 0), (9, 1), HALF, "ieee", False),
 }
+
+# (N,C,H,W), reach, dilation, dtype
+ATTENTION_CASES = {
+    "two blocks of channels, the second in part": ((1, 41, 5, 33), 1, 1, FLOAT),
+    "two tiles of offsets, the second in part": ((1, 9, 6, 34), 9, 1, FLOAT),
+    "phases of unequal size": ((2, 5, 11, 37), 2, 3, HALF),
+    "a window beyond the image on all sides": ((1, 8, 3, 2), 7, 1, BFLOAT),
+}
 MORE_CASES = 3  # popular keys, a long backward, long lists
-ALL_CASES = len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + len(CONV_CASES) + MORE_CASES
+ALL_CASES = len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + len(CONV_CASES)
+ALL_CASES += len(ATTENTION_CASES) + MORE_CASES
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +210,23 @@ def test_global_conv(case: str) -> None:
         assert torch.equal(got, global_conv_weight_core(x.double(), y.double(), *kernel).to(dtype))
 
 
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_local_attention(case: str) -> None:
+    """Sums of small integers are exact."""
+    shape, reach, dilation, dtype = ATTENTION_CASES[case]
+    ops, window = torch.ops.vosops_emulated, (reach, dilation)
+    a, b = integers(shape, dtype), integers(shape, dtype).transpose(2, 3).contiguous().transpose(2, 3)
+    weights = integers((shape[0], (2 * reach + 1) ** 2, *shape[2:]), FLOAT)
+    for op, core, first, second in (
+        (ops.local_attention_dot, local_attention_dot_core, a, b),
+        (ops.local_attention_weigh, local_attention_weigh_core, weights, b),
+        (ops.local_attention_spread, local_attention_spread_core, weights, a),
+    ):
+        want = core(first.double(), second.double(), *window)
+        got = op(first, second, *window)
+        assert torch.equal(got, want.to(got.dtype))
+
+
 @pytest.mark.parametrize("width", [5, 8])
 def test_a_cell_of_float32_goes_with_gates_of_16_bits(width: int) -> None:
     gates, cell = torch.randn(2, 8, 3, width).half(), torch.randn(2, 2, 3, width)
@@ -242,6 +273,11 @@ def test_shared_memory_fits_every_architecture(
     test_global_matching(case)
 
 
+def test_local_attention_fits_the_smallest_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOSOPS_EMULATOR_ARCH", "86")
+    test_local_attention("two tiles of offsets, the second in part")
+
+
 @pytest.mark.parametrize("architecture", ["86", "90"])
 def test_long_lines_fit_every_architecture(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     monkeypatch.setenv("VOSOPS_EMULATOR_ARCH", architecture)
@@ -278,12 +314,16 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.Monke
         lambda: (ops.global_conv_split(image, *lines, None, None, None, "tf32x3"),),
         lambda: (ops.global_conv_weight(image, image[:, :7], 3, 1, "ieee"),),
         lambda: ops.conv_lstm_pointwise(image, None, image[:, :5], 1.0),
+        lambda: (ops.local_attention_dot(image, image.flip(3), 2, 1),),
+        lambda: (ops.local_attention_weigh(scores, image, 2, 2),),
+        lambda: (ops.local_attention_spread(scores, image, 2, 2),),
     ]
     read = read_inputs((1, 2, 16, 24, 70, 200), BFLOAT, BFLOAT, True)
     local, across = local_inputs("tensor: phases of the dilation"), global_inputs("tensor: sorted lists")
     backward = backward_inputs()
     image = torch.randn(2, 20, 9, 11)
     lines = image[:, :, :3, :1], image[:, :, :1, :3]
+    scores = torch.randn(2, 25, 9, 11)
     in_order = [call() for call in calls]
     for seed in ("1", "2"):
         monkeypatch.setenv("VOSOPS_EMULATOR_SHUFFLE", seed)
@@ -333,4 +373,6 @@ if __name__ == "__main__":
     test_memory_read_backward_in_chunks()
     for name in CONV_CASES:
         test_global_conv(name)
+    for name in ATTENTION_CASES:
+        test_local_attention(name)
     print(ALL_CASES, "cases")

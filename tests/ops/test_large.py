@@ -65,6 +65,11 @@ def problem(op: str) -> tuple[dict[str, Tensor], tuple]:
     if op == "matching_backward":
         grad, query, key = torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 7)
         return {"grad": grad, "query": query, "key": key, "index": torch.randint(-1, 7, (2, 3, 5))}, ()
+    if op.startswith("local_attention"):
+        maps = torch.randn(2, 3, 4, 5)
+        if op == "local_attention_dot":
+            return {"a": maps, "b": torch.randn_like(maps)}, (1, 1)
+        return {"weights": torch.randn(2, 9, 4, 5), "maps": maps}, (1, 1)
     query, key, value = torch.randn(2, 3, 5), torch.randn(2, 3, 7), torch.randn(2, 2, 4, 7)
     vectors = {
         "shrinkage": torch.rand(2, 7) + 0.5,
@@ -91,6 +96,7 @@ def problem(op: str) -> tuple[dict[str, Tensor], tuple]:
 
 OPS = ("local_matching", "global_matching", "matching_backward", "memory_read", "memory_read_backward")
 OPS += ("memory_usage", "memory_select", "memory_gather", "memory_gather_backward")
+OPS += ("local_attention_dot", "local_attention_weigh", "local_attention_spread")
 MATCHING = ("local_matching", "global_matching")
 
 

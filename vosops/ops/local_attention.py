@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vosops import _checks, backends
-from vosops.ops._registration import cpp_reasons_not, has_kernel, register_pieces
+from vosops.ops._registration import (
+    HAS_CPP,
+    cpp_reasons_not,
+    define_triton_op,
+    has_kernel,
+    register_pieces,
+    triton_reasons_not,
+)
 
 
 def local_attention(
@@ -55,8 +63,8 @@ def local_attention(
 
     Scores, softmax and sums are float32, also under autocast. Differentiable to any order in all tensors,
     deterministic. Time O(N H W K (C + Cv)); memory beyond inputs and result: the scores, O(N heads H W K), in place of
-    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT). Compiled kernels
-    exist for the CPU; elsewhere it runs on PyTorch's own ops, a shift of the window at a time.
+    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT). Where neither the
+    compiled kernels nor Triton's run, PyTorch's own ops do, a shift of the window at a time.
 
     Source: Yang et al., AOT, NeurIPS 2021 (`MultiheadLocalAttentionV2`); Yang and Yang, DeAOT, NeurIPS 2022.
 
@@ -72,9 +80,11 @@ def local_attention(
     _check_learned(query, value, relative_key, relative_value, bias, heads, offsets)
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        q, k, v = (x.to(dtype).unflatten(1, (heads, -1)).flatten(0, 1) for x in (query, key, value))
+        q, k = (_by_head(x.to(dtype), heads) for x in (query, key))
         scale = q.shape[1] ** -0.5 if scale is None else scale
         run = backends.choose("local_attention", (q,)).run
+        as_it_is = relative_value is None and _reads_half(run, value.device)
+        v = _by_head(value if as_it_is else value.to(dtype), heads)
         scores = run("dot", q * scale, k, reach, dilation)
         scores = scores.unflatten(0, (query.shape[0], heads))
         if relative_key is not None:
@@ -90,6 +100,12 @@ def local_attention(
             out = out + torch.einsum("nmkhw,mck->nmchw", weights, relative_value.to(dtype))
         out = out.flatten(1, 2).to(value.dtype)
     return (out, weights) if return_weights else out
+
+
+def _by_head(maps: Tensor, heads: int) -> Tensor:
+    """(N*heads,C/heads,H,W) of (N,C,H,W)."""
+    folded: Tensor = maps.unflatten(1, (heads, -1)).flatten(0, 1)
+    return folded
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, radius: int, heads: int, dilation: int) -> None:
@@ -144,7 +160,8 @@ def _outside(reach: int, dilation: int, like: Tensor) -> Tensor:
 
 
 # ---- The registered pieces. With d the offset: dot[d,p] = a[p] . b[p+d], weigh[p] = sum of w[d,p] b[p+d], and
-# spread[p] = sum of w[d,p-d] a[p-d]. Each one's derivatives are the two others, so that all orders exist.
+# spread[p] = sum of w[d,p-d] a[p-d]. Each one's derivatives are the two others, so that all orders exist. Maps are
+# float32 or float64, on GPUs also float16 and bfloat16, weights float32 or float64.
 
 _OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
 
@@ -166,7 +183,7 @@ def _shifts(
 
 
 def _dot(a: Tensor, b: Tensor, reach: int, dilation: int) -> Tensor:
-    out = a.new_zeros(a.shape[0], (2 * reach + 1) ** 2, *a.shape[2:])
+    out = torch.zeros_like(_fake_dot(a, b, reach, dilation))
     for k, here, there in _shifts(a, reach, dilation):
         out[:, k][here] = (a[here] * b[there]).sum(1)
     return out
@@ -187,7 +204,8 @@ def _spread(weights: Tensor, a: Tensor, reach: int, dilation: int) -> Tensor:
 
 
 def _fake_dot(a: Tensor, b: Tensor, reach: int, dilation: int) -> Tensor:
-    return a.new_empty(a.shape[0], (2 * reach + 1) ** 2, *a.shape[2:])
+    sizes = (a.shape[0], (2 * reach + 1) ** 2, *a.shape[2:])
+    return a.new_empty(sizes, dtype=torch.promote_types(a.dtype, torch.float32))
 
 
 def _fake_map(weights: Tensor, x: Tensor, reach: int, dilation: int) -> Tensor:
@@ -200,7 +218,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 class _Kernels:
-    """The three ops, compiled ("") or as shifts of whole maps ("_shifts"), and their derivatives by one another."""
+    """The three ops and their derivatives by one another: compiled (""), "_triton", or shifts of whole maps."""
 
     def __init__(self, suffix: str) -> None:
         self.suffix = suffix
@@ -237,24 +255,47 @@ class _Kernels:
         return *(self(*call, *ctx.window) if need else None for call, need in pairs), None, None
 
 
-for _name, _first, _run in (("dot", "a", _dot), ("weigh", "weights", _weigh), ("spread", "weights", _spread)):
-    _second = "a" if _name == "spread" else "b"
-    _OPS.define(
-        f"local_attention_{_name}_shifts(Tensor {_first}, Tensor {_second}, int reach, int dilation) -> Tensor"
-    )
-    _OPS.impl(f"local_attention_{_name}_shifts", _run, "CompositeExplicitAutograd")
+def _define_triton(name: str, schema: str) -> None:
+    def kernel(*args: Any) -> Any:
+        return getattr(import_module("vosops.triton.local_attention"), name)(*args)
 
-COMPILED, SHIFTS = _Kernels(""), _Kernels("_shifts")
-SHIFTS.register()
-HAS_COMPILED = has_kernel("local_attention_dot", "CPU")
-if HAS_COMPILED:
-    COMPILED.register()
+    define_triton_op(name, schema, kernel)
+
+
+def _define(name: str, first: str, second: str, by_shifts: Callable[..., Tensor]) -> None:
+    """Define a piece for Triton and for PyTorch's own ops; csrc/ops.cpp defines the compiled one."""
+    schema = f"(Tensor {first}, Tensor {second}, int reach, int dilation) -> Tensor"
+    _define_triton(f"local_attention_{name}", schema)
+    _OPS.define(f"local_attention_{name}_shifts{schema}")
+    _OPS.impl(f"local_attention_{name}_shifts", by_shifts, "CompositeExplicitAutograd")
+
+
+_define("dot", "a", "b", _dot)
+_define("weigh", "weights", "b", _weigh)
+_define("spread", "weights", "a", _spread)
+
+COMPILED, TRITON, SHIFTS = _Kernels(""), _Kernels("_triton"), _Kernels("_shifts")
+HAS_COMPILED = HAS_CPP and has_kernel("local_attention_dot", "CPU")
+for _kernels in (COMPILED, TRITON, SHIFTS) if HAS_COMPILED else (TRITON, SHIFTS):
+    _kernels.register()
+
+
+def _reads_half(run: Callable[..., Any], device: torch.device) -> bool:
+    """Whether the maps of an implementation may be float16 and bfloat16."""
+    return run is TRITON or (run is COMPILED and device.type == "cuda")
+
+
+_LACKING = {
+    device: []
+    if HAS_COMPILED and has_kernel("local_attention_dot", key)
+    else [f"the compiled library has no local_attention for {key}"]
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+}
+"""Device -> why the compiled library there cannot serve although it was loaded."""
 
 
 def _cpp_reasons_not(query: Tensor) -> list[str]:
-    if query.device.type == "cpu" and HAS_COMPILED:
-        return cpp_reasons_not(query)
-    return [f"the compiled library has no local_attention for {query.device.type}"]
+    return cpp_reasons_not(query) or _LACKING[query.device.type]
 
 
 def _prepare(query: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
@@ -268,6 +309,7 @@ backends.register_op(
         prepare=_prepare,
         implementations=(
             backends.Implementation("cpp", COMPILED, _cpp_reasons_not),
+            backends.Implementation("triton", TRITON, lambda query: triton_reasons_not(query)),
             backends.Implementation("reference", SHIFTS, lambda *_: []),
         ),
         orders={"cpu": backends.UNMEASURED, "cuda": backends.UNMEASURED},
