@@ -31,6 +31,7 @@ bench: $(VENV)/ready
 	$(BIN)/vosops bench global_matching --json benchmarks/results/global_matching_cpu.json
 	$(BIN)/vosops bench memory_read --json benchmarks/results/memory_read_cpu.json
 	$(BIN)/vosops bench global_conv --json benchmarks/results/global_conv_cpu.json
+	$(BIN)/vosops bench local_attention --json benchmarks/results/local_attention_cpu.json
 	$(BIN)/vosops bench conv_lstm --json benchmarks/results/conv_lstm_cpu.json
 
 docs: $(VENV)/ready

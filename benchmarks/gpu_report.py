@@ -21,7 +21,7 @@ from vosops.benchmarking.gpu_cases import CELLS, MODES
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance-gpu.md"
-OPS = ("local_matching", "global_matching", "memory_read", "global_conv", "conv_lstm")
+OPS = ("local_matching", "global_matching", "memory_read", "local_attention", "global_conv", "conv_lstm")
 COMMAND = "benchmarks/gpu_check.sh"
 
 GOALS = {

@@ -37,6 +37,7 @@ ORIGINALS = {
     "global_conv": ("RGMP", ("four convolutions",)),
     "memory_read": ("STM or STCN", ("bmm, softmax, bmm", "STCN top-k")),
     "conv_lstm": ("eager PyTorch", ("eager",)),
+    "local_attention": ("AOT", ("dense map",)),
 }
 """Op -> whose code came first, and the contenders written in its manner."""
 BUSY_LOAD = 1.5

@@ -172,6 +172,15 @@ def test_convolutions_compute_the_same_values_and_gradients(variant):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("variant", BENCHMARKS["local_attention"].variants, ids=lambda v: v.name)
+def test_windows_give_the_same_values_and_gradients(variant):
+    inputs = BENCHMARKS["local_attention"].case("training").small().inputs(CPU)
+    plain = next(v for v in BENCHMARKS["local_attention"].variants if v.name == "unfold")
+    found, wanted = (v.call(inputs, backward=True)() for v in (variant, plain))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_prepared_half_gives_the_values_of_the_whole():
     case = BENCHMARKS["global_conv"].case("4096x15x27-prepared").small()
     inputs = case.inputs(CPU)

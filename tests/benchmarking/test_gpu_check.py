@@ -454,6 +454,10 @@ def test_every_op_is_timed_in_every_arithmetic_forward_and_backward():
         assert {c.mode for c in CELLS if c.op == op and not c.backward} == set(MODES)
         assert {c.mode for c in CELLS if c.op == op and c.backward} == set(MODES)
         assert any(c.compiled for c in CELLS if c.op == op)
+    for backward in (False, True):  # which computes in float32 whatever is allowed
+        cells = [c for c in CELLS if c.op == "local_attention" and c.backward == backward]
+        assert {c.mode for c in cells} == {"ieee", "bf16", "f16"}
+    assert any(c.compiled for c in CELLS if c.op == "local_attention")
     assert len({cell.key for cell in CELLS}) == len(CELLS)
 
 
@@ -463,6 +467,7 @@ DIFFERENTIATED = {
     "memory_read": 3,
     "global_conv": 5,
     "conv_lstm": 4,
+    "local_attention": 3,
 }
 ATTENTION = Cell("memory_read", MemorySize("attention", 20, 3, 2, 8, 16, batch=2), "ieee")
 

@@ -23,6 +23,7 @@ from vosops.benchmarking.gpu_convolutions import (
     call,
     channels_last,
 )
+from vosops.benchmarking.local_attention import SIZE_480P, SIZE_1080P, AttentionSize
 from vosops.benchmarking.local_matching import normalise
 from vosops.benchmarking.memory_read import (
     MemoryInputs,
@@ -68,7 +69,7 @@ class Cell:
     """
 
     op: str
-    size: Case | MemorySize | ConvolutionSize
+    size: Case | MemorySize | ConvolutionSize | AttentionSize
     mode: str
     backward: bool = False
     compiled: bool = False
@@ -116,12 +117,15 @@ def _cells() -> tuple[Cell, ...]:
     """Everything that is timed, the most telling first."""
 
     def modes(
-        op: str, size: Case | MemorySize | ConvolutionSize, names: str, backward: bool = False
+        op: str,
+        size: Case | MemorySize | ConvolutionSize | AttentionSize,
+        names: str,
+        backward: bool = False,
     ) -> list[Cell]:
         return [Cell(op, size, mode, backward) for mode in names.split()]
 
     local, over_all, read = "local_matching", "global_matching", "memory_read"
-    conv, lstm = "global_conv", "conv_lstm"
+    conv, lstm, attention = "global_conv", "conv_lstm", "local_attention"
     first = [
         *modes(local, LOCAL_480P, "bf16 ieee tf32x3 tf32 f16"),
         *modes(over_all, GLOBAL_480P, "bf16 ieee tf32x3 tf32 f16"),
@@ -129,11 +133,13 @@ def _cells() -> tuple[Cell, ...]:
         *modes(read, READ_TOP, "bf16 ieee tf32 tf32x3 f16"),
         *modes(conv, CONV_RGMP, "bf16 ieee tf32 tf32x3 f16"),
         *modes(lstm, LSTM_128, "bf16 ieee tf32 tf32x3 f16"),
+        *modes(attention, SIZE_480P, "ieee bf16 f16"),
         *modes(local, LOCAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
         *modes(over_all, GLOBAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
         *modes(read, READ_TRAINING, "bf16 ieee tf32 tf32x3 f16", backward=True),
         *modes(conv, CONV_RGMP, "bf16 ieee tf32 tf32x3 f16", backward=True),
         *modes(lstm, LSTM_TRAINING, "bf16 ieee tf32 tf32x3 f16", backward=True),
+        *modes(attention, SIZE_480P, "ieee bf16 f16", backward=True),
         *modes(conv, CONV_PREPARED, "bf16 ieee"),
         *modes(conv, CONV_STRIDE_16, "bf16 ieee tf32"),
         *modes(conv, CONV_STRIDE_8, "bf16 ieee tf32"),
@@ -143,6 +149,8 @@ def _cells() -> tuple[Cell, ...]:
         *modes(read, READ_20, "bf16 ieee"),
         *modes(read, READ_OBJECTS, "bf16"),
         *modes(read, READ_1080P, "bf16"),
+        *modes(attention, SIZE_1080P, "ieee bf16"),
+        *modes(attention, SIZE_1080P, "ieee", backward=True),
     ]
     compiled = [
         *modes(local, LOCAL_480P, "ieee"),
@@ -153,6 +161,7 @@ def _cells() -> tuple[Cell, ...]:
         *modes(read, READ_TRAINING, "bf16", backward=True),
         *modes(conv, CONV_RGMP, "bf16"),
         *modes(lstm, LSTM_128, "bf16"),
+        *modes(attention, SIZE_480P, "ieee"),
     ]
     return (*first, *(replace(cell, compiled=True) for cell in compiled))
 
@@ -164,6 +173,7 @@ SMALL = (
     Cell("global_matching", Case("small", 9, 13, objects=2), "ieee"),
     Cell("global_conv", GlobalConvSize("small", 20, 5, 9, True, 12, 10, 5, 2), "ieee"),
     Cell("conv_lstm", LstmSize("small", 6, 5, 9, 2, 2), "ieee"),
+    Cell("local_attention", AttentionSize("small", 5, 9, 12, 2, 2, 2), "ieee"),
     Cell("memory_read", MemorySize("small", 35, 3, 2, 24, 40, batch=2, anisotropic=True), "ieee"),
     Cell("memory_read", MemorySize("small-top", 35, 3, 2, 24, 40, batch=2, top_k=7), "ieee"),
 )
@@ -199,7 +209,7 @@ def problem(cell: Cell, device: torch.device) -> Problem:
         return _matching(cell, cell.size, device)
     if isinstance(cell.size, MemorySize):
         return _memory(cell, cell.size, device)
-    return _convolution(cell, cell.size, device)
+    return _formulated(cell, cell.size, device)
 
 
 def implementation(name: str) -> str:
@@ -336,11 +346,11 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, {}, flops, moved)
 
 
-# ---- Convolutions.
+# ---- Convolutions and windowed attention.
 
 
-def _convolution(cell: Cell, size: ConvolutionSize, device: torch.device) -> Problem:
-    """vosops in both memory formats beside PyTorch, whose convolutions are cuDNN's."""
+def _formulated(cell: Cell, size: ConvolutionSize | AttentionSize, device: torch.device) -> Problem:
+    """vosops beside the size's other formulations, each in both memory formats."""
     mode = MODES[cell.mode]
     tensors, count = size.tensors(mode.dtype, device), size.differentiated
     last = channels_last(tensors)
@@ -357,16 +367,21 @@ def _convolution(cell: Cell, size: ConvolutionSize, device: torch.device) -> Pro
     contenders = {
         implementation(name): call(ours(name), tensors, count, cell.backward) for name in IMPLEMENTATIONS
     }
-    others = {"torch.compile": torch.compile(size.naive, dynamic=False)} if cell.compiled else {}
-    if not cell.compiled:
+    if cell.compiled:
+        first = next(iter(size.peers.values()))
+        others: dict[str, Formulation] = {"torch.compile": torch.compile(first, dynamic=False)}
+    else:
         for name in IMPLEMENTATIONS:
             contenders[f"{implementation(name)}, channels_last"] = call(
                 ours(name), last, count, cell.backward
             )
-        others["cuDNN"] = size.naive
+        others = size.peers
     for name, formulation in others.items():
         contenders[name] = call(formulation, tensors, count, cell.backward)
         contenders[f"{name}, channels_last"] = call(formulation, last, count, cell.backward)
     on_cpu = [t.float() for t in size.tensors(mode.dtype, torch.device("cpu"))]
     oracle = call(size.naive, on_cpu, count, cell.backward)
-    return Problem(tuple(tensors), oracle, contenders, {}, *size.work(mode.dtype.itemsize, cell.backward))
+    left_out = dict(size.left_out) if isinstance(size, AttentionSize) else {}
+    return Problem(
+        tuple(tensors), oracle, contenders, left_out, *size.work(mode.dtype.itemsize, cell.backward)
+    )

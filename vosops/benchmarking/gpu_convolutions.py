@@ -61,6 +61,11 @@ class GlobalConvSize:
         """How many of the tensors, from the first on, a backward pass differentiates."""
         return 5
 
+    @property
+    def peers(self) -> dict[str, Formulation]:
+        """Other contenders."""
+        return {"cuDNN": self.naive}
+
     def ours(self, precision: str | None) -> Formulation:
         """By vosops."""
 
@@ -123,6 +128,11 @@ class LstmSize:
     def differentiated(self) -> int:
         """How many of the tensors, from the first on, a backward pass differentiates."""
         return 4
+
+    @property
+    def peers(self) -> dict[str, Formulation]:
+        """Other contenders."""
+        return {"cuDNN": self.naive}
 
     def ours(self, precision: str | None) -> Formulation:
         """By vosops, whose convolution is PyTorch's on a GPU: `precision` changes nothing."""

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 import vosops
-from vosops.benchmarking import conv_lstm, global_conv, global_matching, local_matching, memory_read
+from vosops.benchmarking import (
+    conv_lstm,
+    global_conv,
+    global_matching,
+    local_attention,
+    local_matching,
+    memory_read,
+)
 from vosops.benchmarking.arithmetic import Arithmetic
 from vosops.benchmarking.cases import BEST, Benchmark, Plan, Variant
 from vosops.benchmarking.fresh import run_fresh
@@ -23,7 +30,7 @@ from vosops.benchmarking.measure import Ceilings, Clock, Timing, bandwidth, inte
 
 BENCHMARKS: dict[str, Benchmark] = {
     module.BENCHMARK.op: module.BENCHMARK
-    for module in (local_matching, global_matching, memory_read, global_conv, conv_lstm)
+    for module in (local_matching, global_matching, memory_read, local_attention, global_conv, conv_lstm)
 }
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
