@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.scripts import load_script
+
 SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "shared"))
 
 
@@ -42,3 +44,11 @@ def golden():
         return torch.load(path, weights_only=True)
 
     return load
+
+
+def with_golden_weights(network: torch.nn.Module) -> torch.nn.Module:
+    """The network, in eval mode, with the weights that the golden cases were made with; or skips."""
+    path = SHARED / "golden/recipe.py"
+    if not path.exists():
+        pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
+    return load_script(path).apply_recipe(network.eval())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks/results/cuda_report.json"
@@ -15,11 +15,7 @@ COMMITTED = ROOT / "benchmarks/results/cuda_report.json"
 
 @pytest.fixture(scope="module")
 def cuda_report():
-    spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "benchmarks/cuda_report.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks/cuda_report.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import load_script
 from vosops.benchmarking.gpu_cases import CELLS
 
 ROOT = Path(__file__).parents[2]
@@ -16,10 +16,7 @@ CARD = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture(scope="module")
 def gpu_report():
-    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "benchmarks/gpu_report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks/gpu_report.py")
 
 
 def variant(name: str, median: float, share: float | None = 0.5, right: bool = True) -> dict:

@@ -52,11 +52,6 @@ def mask(tmp_path):
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def segment(monkeypatch, capsys, folder, network):
     """Runs the command with the network; returns (exit code, what it printed)."""
 

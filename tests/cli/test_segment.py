@@ -36,11 +36,6 @@ def mask(tmp_path):
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def vosops(monkeypatch, capsys):
     """Runs the command in this process with a small model; returns (exit code, what it printed)."""
     monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: ColourTracker())

@@ -40,11 +40,6 @@ def clip(tmp_path):
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def vosops(monkeypatch, capsys, weights):
     """Runs the command in this process; returns (exit code, what it printed)."""
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 import vosops
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def compatibility():
-    spec = importlib.util.spec_from_file_location("compatibility", ROOT / "benchmarks/compatibility.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks/compatibility.py")
 
 
 def run_of(card: str, date: str, *, right: bool = True) -> dict:

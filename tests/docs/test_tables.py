@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import load_script
 from vosops.benchmarking import systems
 
 ROOT = Path(__file__).parents[2]
@@ -16,9 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def make_tables(tmp_path, monkeypatch):
     pytest.importorskip("rich")
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "benchmarks/make_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(ROOT / "benchmarks/make_tables.py")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from ast import literal_eval
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.conftest import SHARED
+from tests.conftest import SHARED, with_golden_weights
 from vosops.inference import Tracker
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
@@ -33,16 +32,6 @@ def network() -> RGMP:
         if name.endswith(("bn3.weight", "downsample.1.weight")):
             parameter.data.fill_(0.3)
     return network
-
-
-def recipe_network(align_corners: bool) -> RGMP:
-    path = SHARED / "golden/recipe.py"
-    if not path.exists():
-        pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe.apply_recipe(RGMP(align_corners=align_corners).eval())
 
 
 def clip(frames: int, objects: int) -> tuple[list[Tensor], Tensor]:
@@ -126,7 +115,7 @@ def test_parameters_are_those_of_the_original(network):
 def test_golden(golden, align_corners):
     """Logits of all stages there are, and three frames of probabilities, each from the one before."""
     case = golden("rgmp_model.pt")["so_1scale"]
-    network, suffix = recipe_network(align_corners), "_ac1" if align_corners else ""
+    network, suffix = with_golden_weights(RGMP(align_corners=align_corners)), "_ac1" if align_corners else ""
     frames, mask, size = case["frames"], case["masks"][:, 0, 0], (96, 160)
     with torch.no_grad():
         torch.testing.assert_close(network.Encoder.last(frames[:, :, 0], mask), case["ref_r5"], **TOLERANCE)
@@ -338,7 +327,7 @@ def test_the_command_segments_a_clip(tmp_path, monkeypatch):
     mask = SHARED / "data/davis2017/Annotations/480p/bmx-trees/00000.png"
     if not clip_folder.exists():
         pytest.skip(f"{clip_folder} is not here (set VOSOPS_TEST_DATA)")
-    torch.save(official_checkpoint(recipe_network(True)), tmp_path / "weights.pth")
+    torch.save(official_checkpoint(with_golden_weights(RGMP(align_corners=True))), tmp_path / "weights.pth")
     options = [
         "--model",
         "rgmp",

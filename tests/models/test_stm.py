@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import vosops
-from tests.conftest import SHARED
+from tests.conftest import SHARED, with_golden_weights
 from vosops.inference import Tracker, segment
 from vosops.memory import MemoryBudgetError
 from vosops.models import STM, create_model
@@ -33,13 +32,7 @@ def network() -> STM:
 @pytest.fixture(scope="module")
 def original() -> STM:
     """With the weights of the golden cases."""
-    path = SHARED / "golden/recipe.py"
-    if not path.exists():
-        pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe.apply_recipe(STM().eval())
+    return with_golden_weights(STM())
 
 
 def clip(frames: int, objects: int) -> tuple[list[Tensor], Tensor]:

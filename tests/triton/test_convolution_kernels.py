@@ -8,30 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vosops.ops._registration import HAS_TRITON, TRITON_INTERPRETED
+from tests.triton.device import DEVICE
 from vosops.reference.global_conv import (
     global_conv_merge_core,
     global_conv_split_core,
     global_conv_weight_core,
 )
-
-if not HAS_TRITON or not (TRITON_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs triton, and TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
-
-from vosops.triton import _common, conv_lstm, global_conv
-
-DEVICE = "cpu" if TRITON_INTERPRETED else "cuda"
-
-
-@pytest.fixture
-def chip(monkeypatch):
-    """Pretend to run on another GPU, of so many multiprocessors."""
-
-    def pretend(capability: int, processors: int) -> None:
-        target = _common.Target(capability, processors)
-        monkeypatch.setattr(global_conv, "target_of", lambda tensor: target)
-
-    return pretend
+from vosops.triton import conv_lstm, global_conv
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -10,27 +10,11 @@ import pytest
 import torch
 
 from tests.ops.matching import assert_matches, blobs, embeddings
-from vosops.ops._registration import HAS_TRITON, TRITON_INTERPRETED
+from tests.triton.device import DEVICE
 from vosops.reference import global_matching_core, local_matching_core
-
-if not HAS_TRITON or not (TRITON_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs triton, and TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
-
 from vosops.triton import _common, global_matching, local_matching, matching_backward
 
-DEVICE = "cpu" if TRITON_INTERPRETED else "cuda"
 LOW = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def chip(monkeypatch):
-    """Pretend to run on another GPU; one multiprocessor, so that the largest tiles are taken even for small maps."""
-
-    def pretend(capability: int) -> None:
-        for module in (local_matching, global_matching):
-            monkeypatch.setattr(module, "target_of", lambda tensor: _common.Target(capability, 1))
-
-    return pretend
 
 
 def check_local(query, key, mask, radius, dilation=1, query_mask=None, precision="ieee"):

@@ -10,26 +10,9 @@ import pytest
 import torch
 
 import vosops
-from vosops.ops._registration import HAS_TRITON, TRITON_INTERPRETED
+from tests.triton.device import DEVICE
 from vosops.reference.memory_read import memory_read_core, memory_select_core
-
-if not HAS_TRITON or not (TRITON_INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs triton, and TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
-
-from vosops.triton import _common, memory_read, memory_scores, memory_select
-
-DEVICE = "cpu" if TRITON_INTERPRETED else "cuda"
-
-
-@pytest.fixture
-def chip(monkeypatch):
-    """Pretend to run on another GPU, of so many multiprocessors."""
-
-    def pretend(capability: int, processors: int) -> None:
-        target = _common.Target(capability, processors)
-        monkeypatch.setattr(memory_scores, "target_of", lambda tensor: target)
-
-    return pretend
+from vosops.triton import memory_read, memory_scores, memory_select
 
 
 def read(query, key, value, precision="ieee"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -88,11 +89,7 @@ def segment(
     from vosops.inference.job import Job, Settings
     from vosops.inference.usage import keep_freed_memory
 
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: give one")
-    if fps <= 0:
-        raise InputError(f"--fps must be above 0, got {fps}")
-    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+    mode, rate = run_mode(resume, overwrite), frame_rate(fps)
     settings = Settings(
         model,
         weights,
@@ -115,7 +112,7 @@ def segment(
             mode=mode,
             settings=settings,
             outputs=Outputs(overlay=overlay, cutout=cutout, coco=coco),
-            fps=Fraction(fps).limit_denominator(_FPS_DENOMINATOR),
+            fps=rate,
             progress=console,
             should_stop=lambda: signals.requested,
         )
@@ -129,6 +126,24 @@ def segment(
             if not mask:
                 raise InputError("which object? Give --mask PNG, FRAME=PNG or a folder (repeatable)")
             console.summary(job.video(input, mask))
+
+
+def run_mode(resume: bool, overwrite: bool) -> Mode:
+    """What becomes of a run that is in the folder already."""
+    from vosops.inference.errors import InputError
+
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: give one")
+    return "resume" if resume else "overwrite" if overwrite else "new"
+
+
+def frame_rate(fps: float) -> Fraction:
+    """The rate of --fps as cameras mean it."""
+    from vosops.inference.errors import InputError
+
+    if not 0 < fps < math.inf:
+        raise InputError(f"--fps must be above 0, got {fps}")
+    return Fraction(fps).limit_denominator(_FPS_DENOMINATOR)
 
 
 class StopSignals:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from vosops.inference.run import Mode
-
-_FPS_DENOMINATOR = 1001  # so that 23.976 is 24000/1001
 
 
 def register(app: typer.Typer) -> None:
@@ -54,10 +48,9 @@ def semantic(
 
     Writes one palette PNG of class numbers a frame, contact_sheet.png and report.json into --out.
     """
-    from vosops.cli.segment import Console, StopSignals
+    from vosops.cli.segment import Console, StopSignals, frame_rate, run_mode
     from vosops.inference.datasets import open_source
     from vosops.inference.drawing_pass import Outputs
-    from vosops.inference.errors import InputError
     from vosops.inference.loop import frame_range
     from vosops.inference.models import find_device, find_dtype
     from vosops.inference.run import Run
@@ -70,14 +63,10 @@ def semantic(
     )
     from vosops.inference.usage import keep_freed_memory
 
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: give one")
-    if fps <= 0:
-        raise InputError(f"--fps must be above 0, got {fps}")
-    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+    mode, rate = run_mode(resume, overwrite), frame_rate(fps)
     keep_freed_memory()
     place = find_device(device)
-    source = open_source(input, Fraction(fps).limit_denominator(_FPS_DENOMINATOR))
+    source = open_source(input, rate)
     indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
     tracker = make_semantic_tracker(
         weights,
