@@ -350,18 +350,30 @@ class TestByName:
 class TestEncoder:
     def test_folding_the_norms_changes_nothing_and_follows_the_weights(self):
         encoder = ResNet50Encoder(("m",), last_stage=5, mask_bias=True)
-        for x in encoder.buffers():
-            if x.dim() == 1:
+        for name, x in encoder.named_buffers():
+            if name.endswith("running_mean"):
+                x.uniform_(-0.1, 0.1)
+            elif name.endswith("running_var"):
                 x.uniform_(0.5, 1.5)
         frame, mask = torch.rand(1, 3, 32, 64), torch.rand(2, 1, 32, 64)
-        for _ in range(2):
+
+        @torch.no_grad()
+        def change_in_place():
+            for x in encoder.parameters():
+                x.mul_(1 + 0.1 * torch.rand_like(x))
+
+        def change_data():  # which PyTorch does not count as a change
+            for x in encoder.parameters():
+                x.data.mul_(1 + 0.1 * torch.rand_like(x))
+
+        for change in (change_in_place, change_data, lambda: None):
             with_gradients = encoder(frame, mask)
             with torch.no_grad():
                 for folded, plain in zip(encoder(frame, mask), with_gradients, strict=True):
+                    assert plain.abs().max() > 0.1
                     torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
                 assert torch.equal(encoder.last(frame, mask), encoder(frame, mask)[-1])
-                for x in encoder.parameters():
-                    x.mul_(1 + 0.1 * torch.rand_like(x))
+            change()
 
     def test_refuses_other_masks_and_stages(self):
         with pytest.raises(ValueError, match="masks must be 0, got 1"):

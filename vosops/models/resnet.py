@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.xception import conv_norm
+
 __all__ = ["ResNet50Encoder"]
 
 _MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which the original encoders were trained on first
@@ -102,33 +104,12 @@ class ResNet50Encoder(nn.Module):
 
 
 class _FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm by its running statistics, in training too; without gradients folded into the convolution before."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self._folded: tuple[object, Tensor, Tensor] | None = None
+    """Batch norm by its running statistics, in training too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
-
-    def after(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
-        """The norm of a convolution (without bias) of x."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.forward(convolution(x))
-        return functional.conv2d(x, *self._fold(convolution), convolution.stride, convolution.padding)
-
-    def _fold(self, convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that does both; made anew when a parameter has changed."""
-        assert self.running_mean is not None and self.running_var is not None
-        tensors = (convolution.weight, self.weight, self.bias, self.running_mean, self.running_var)
-        state = [(x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in tensors]
-        if self._folded is None or self._folded[0] != state:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            weight = convolution.weight * scale[:, None, None, None]
-            self._folded = state, weight, self.bias - self.running_mean * scale
-        return self._folded[1:]
 
 
 class _Downsample(nn.Sequential):
@@ -137,7 +118,7 @@ class _Downsample(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         convolution, norm = self
         assert isinstance(convolution, nn.Conv2d) and isinstance(norm, _FrozenBatchNorm)
-        return norm.after(convolution, x)
+        return conv_norm(convolution, norm, x)
 
 
 class _Bottleneck(nn.Module):
@@ -159,8 +140,8 @@ class _Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.bn1.after(self.conv1, x), inplace=True)
-        y = functional.relu(self.bn2.after(self.conv2, y), inplace=True)
-        y = self.bn3.after(self.conv3, y)
+        y = functional.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        y = functional.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
+        y = conv_norm(self.conv3, self.bn3, y)
         y += x if self.downsample is None else self.downsample(x)
         return functional.relu(y, inplace=True)
