@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vosops
 from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE, INTERPRETED, load
@@ -989,7 +990,7 @@ def test_golden_mask_propagation(golden):
         (
             {"memory_key": torch.zeros(2, 8, 9), "query_key": torch.zeros(3, 8, 4)},
             ValueError,
-            "equal batches",
+            "memory_key must have batch 1 or 3",
         ),
         ({"similarity": "cosine"}, ValueError, "similarity must be"),
         ({"selection": torch.zeros(1, 8, 4)}, ValueError, "selection must be None"),
@@ -1014,6 +1015,29 @@ def test_golden_mask_propagation(golden):
             "memory_value must be a sequence with one entry for each of",
         ),
         ({"groups": [None], "valid": (0, 3)}, ValueError, "valid must be None with groups"),
+        ({"valid": (0.0, 3.0)}, TypeError, "valid must be bool or a range"),
+        ({"memory_key": None}, TypeError, "memory_key must be"),
+        ({"memory_value": None}, TypeError, "memory_value must be"),
+        ({"memory_value": 3, "groups": [None]}, ValueError, "memory_value must be a sequence"),
+        ({"shrinkage": torch.ones(1, 1, 9, dtype=torch.bool)}, TypeError, "shrinkage must be float32"),
+        ({"bias": torch.ones(1, 9, dtype=torch.bool)}, TypeError, "bias must be float32"),
+        (
+            {"selection": torch.ones(1, 8, 4, dtype=torch.int64), "similarity": "l2"},
+            TypeError,
+            "selection must be float32",
+        ),
+        ({"query_key": torch.zeros(3, 8, 4), "bias": torch.zeros(2, 9)}, ValueError, "bias must have batch"),
+        ({"scale": "large"}, TypeError, "scale must be a number"),
+        ({"prior": 0.0, "query_key": torch.zeros(1, 8, 2, 2)}, ValueError, "prior must be greater"),
+        ({"prior": 2.0}, ValueError, "query_key must have shape"),
+        (
+            {
+                "memory_key": [torch.zeros(1, 8, 9)] * 2,
+                "memory_value": [[torch.zeros(1, 5, 9)] * 2, torch.zeros(1, 5, 9)],
+            },
+            ValueError,
+            "memory_value must have equal",
+        ),
     ],
     ids=lambda v: str(v)[:30] if isinstance(v, str) else None,
 )
@@ -1025,3 +1049,166 @@ def test_wrong_input_is_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         vosops.memory_read(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (torch.zeros(3, 5, 9), ValueError, "memory_value must have batch"),
+        ([torch.zeros(1, 5, 4), torch.zeros(1, 4, 5)], ValueError, "memory_value must have equal"),
+        ([], TypeError, "memory_value must be"),
+        (torch.zeros(1, 5, 9, dtype=torch.int64), TypeError, "memory_value must be float32"),
+    ],
+)
+def test_wrong_values_to_gather_are_named(value, error, message):
+    chosen = vosops.memory_select(torch.zeros(2, 8, 4), torch.zeros(2, 8, 9), 3)
+    with pytest.raises(error, match=message):
+        vosops.memory_gather(chosen, value)
+    with pytest.raises(TypeError, match="weights must be MemoryWeights"):
+        vosops.memory_gather(chosen.weights, torch.zeros(2, 5, 9))
+
+
+def test_wrong_reads_to_merge_are_named():
+    out, lse = torch.zeros(1, 5, 4), torch.zeros(1, 4)
+    for outs, lses, error in (
+        ([out], ["lse"], TypeError),
+        ([out, out[:, :2]], [lse, lse], ValueError),
+        ([out, out], [lse, lse[:, :2]], ValueError),
+        ([lse], [out], ValueError),
+    ):
+        with pytest.raises(error, match="outs|lses"):
+            vosops.merge_reads(outs, lses)
+
+
+# ---- What broadcasts, and what is NaN.
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("batches", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 1), (1, 0, 0)])
+def test_an_empty_batch_broadcasts(batches, top_k):
+    (query, key, value), _ = make()
+    query, key, value = (t.expand(n, *t.shape[1:]) for t, n in zip((query, key, value), batches, strict=True))
+    out, usage, lse = vosops.memory_read(query, key, value, top_k=top_k, return_usage=True, return_lse=True)
+    assert (out.shape, usage.shape, lse.shape) == ((0, 5, 3, 5), (0, 2, 3, 4), (0, 3, 5))
+    objects = vosops.memory_read(query, key, [value, value], top_k=top_k)
+    assert objects.shape == (0, 2, 5, 3, 5)
+
+
+def test_a_selection_of_one_broadcasts():
+    (query, key, value), options = make("l2 shrinkage selection", n=3)
+    options["selection"] = options["selection"][:1]
+    one = vosops.memory_read(query, key, value, **options)
+    options["selection"] = options["selection"].expand_as(query)
+    assert torch.equal(one, vosops.memory_read(query, key, value, **options))
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_values_of_one_and_of_a_batch_in_segments(top_k):
+    (query, key, value), _ = make()
+    batch = torch.randn(3, *value.shape[1:])
+    for both in ([batch, value], [value, batch]):
+        read = vosops.memory_read(query, [key, key + 1], both, top_k=top_k)
+        expanded = [each.expand_as(batch) for each in both]
+        torch.testing.assert_close(read, vosops.memory_read(query, [key, key + 1], expanded, top_k=top_k))
+
+
+def test_values_and_weights_of_two_dtypes_are_gathered():
+    (query, key, value), _ = make(dtype=torch.float64)
+    read = vosops.memory_read(query, key, value, top_k=4)
+    for weights in (
+        vosops.memory_select(t(query), t(key), 4) for t in (torch.Tensor.float, torch.Tensor.double)
+    ):
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            out = vosops.memory_gather(weights, value.flatten(2).to(dtype))
+            assert out.dtype == dtype
+            torch.testing.assert_close(out.double(), read, rtol=0, atol=2e-3)
+
+
+def test_a_nan_query_stays_nan_in_merged_reads():
+    (query, key, value), _ = make()
+    query[:, :, 0, 0] = torch.nan
+    out, lse = vosops.merge_reads(*zip(*[vosops.memory_read(query, key, value, return_lse=True)] * 2))
+    for each in (out[0], lse):
+        assert each[:, 0, 0].isnan().all() and each.isnan().sum() == each[:, 0, 0].numel()
+
+
+@pytest.mark.parametrize("options", [{"prior": 2.0}, {}], ids=str)
+def test_autocast_does_not_reach_plain_products(options, implementation):
+    tensors, _ = make()
+    expected = vosops.memory_read(*tensors, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = vosops.memory_read(*tensors, **options)
+    assert torch.equal(expected, got)
+
+
+def test_autocast_does_not_reach_second_derivatives():
+    tensors = [t.requires_grad_() for t in make()[0]]
+
+    def second():
+        grads = torch.autograd.grad(vosops.memory_read(*tensors).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+
+    expected = second()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = second()
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_prior_of_no_pixels():
+    (query, key, value), _ = make(q=(0, 5))
+    assert vosops.memory_read(query, key, value, prior=2.0).shape == (1, 5, 0, 5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_vmap_of_usage_needs_no_loop():
+    (query, key, value), _ = make(n=2)
+    both = torch.vmap(lambda *t: vosops.memory_read(*(x[None] for x in t), return_usage=True)[1])(
+        query, key, value
+    )
+    torch.testing.assert_close(both[:, 0], vosops.memory_read(query, key, value, return_usage=True)[1])
+
+
+# ---- One graph for memories and queries of every size.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"similarity": "l2", "return_usage": True, "return_lse": True},
+        {"similarity": "l2", "top_k": 3, "return_usage": True},
+        {"valid": (9, 10**6)},
+        {"prior": 2.0},
+    ],
+    ids=str,
+)
+def test_compiled_once_for_a_growing_memory(options):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    read = torch.compile(
+        lambda q, k, v: vosops.memory_read(q, k, v, **options), backend=counter, fullgraph=True
+    )
+    for frames, height in ((2, 3), (3, 3), (5, 4), (6, 7)):
+        tensors = [
+            torch.randn(1, 4, height, 5),
+            torch.randn(1, 4, frames, 3, 3),
+            torch.randn(1, 2, frames, 3, 3),
+        ]
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 2)
+        torch.testing.assert_close(read(*tensors), vosops.memory_read(*tensors, **options))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_for_a_memory_of_any_size(strict):
+    class Read(torch.nn.Module):
+        def forward(self, query, key, value):
+            return vosops.memory_read(query, key, value, similarity="l2", return_usage=True, top_k=None)
+
+    size = torch.export.Dim("M", min=2, max=4096)
+    shapes = {"query": None, "key": {2: size}, "value": {2: size}}
+    tensors = torch.randn(1, 4, 5), torch.randn(1, 4, 18), torch.randn(1, 2, 18)
+    program = torch.export.export(Read(), tensors, dynamic_shapes=shapes, strict=strict).module()
+    longer = tensors[0], torch.randn(1, 4, 50), torch.randn(1, 2, 50)
+    torch.testing.assert_close(program(*longer), Read()(*longer))

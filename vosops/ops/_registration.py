@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -74,6 +75,13 @@ def _fold(arg: Any, dim: Any, size: int) -> Any:
     return batched.flatten(0, 1)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which products keep their dtypes on devices of this type."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def differentiate(
     formula: Callable[..., Sequence[Tensor | None]],
     saved: Sequence[Tensor | None],
@@ -85,7 +93,8 @@ def differentiate(
     Inputs that the formula does not use get none: they are functions of the others.
     """
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
+    device = next(t for t in saved if t is not None).device.type
+    with torch.enable_grad(), without_autocast(device):
         # Views of their own: one saved tensor may be computed from another, which must not count twice.
         values = [None if t is None else t.view_as(t) for t in saved]
         results = zip(formula(*values), cotangents, strict=True)

@@ -20,6 +20,7 @@ from vosops.ops._registration import (
     register_pieces,
     register_vmap,
     triton_reasons_not,
+    without_autocast,
 )
 from vosops.reference.memory_read import (
     gaussian_prior,
@@ -136,11 +137,14 @@ def memory_read(
     if groups is None:
         valids, given = [valid], [memory_value]
     else:
-        valids, given = _check_groups(groups, valid), list(memory_value)
-        if isinstance(memory_value, Tensor) or len(given) != len(valids):
+        valids = _check_groups(groups, valid)
+        if not isinstance(memory_value, Sequence) or len(memory_value) != len(valids):
             raise ValueError(
                 f"memory_value must be a sequence with one entry for each of the {len(valids)} groups"
             )
+        given = list(memory_value)
+    if prior is not None:
+        _check_prior(prior, query_key, top_k)
     results: list[Any] = [None] * len(valids)
     for together in _that_share_scores(valids):
         memory = _Memory(
@@ -149,7 +153,7 @@ def memory_read(
         )  # fmt: skip
         values = [memory.values(given[g], i) for i, g in enumerate(together)]
         if prior is not None:
-            reads = [_read_with_prior(memory, each, prior, top_k, query_key) for each in values]
+            reads = [_read_with_prior(memory, each, prior, top_k) for each in values]
         elif top_k is not None:
             reads = memory.read_selected(values, top_k, return_usage)
         else:
@@ -219,23 +223,33 @@ def memory_gather(weights: MemoryWeights, memory_value: ValueSegments) -> Tensor
         torch.Size([1, 3, 16, 6, 6])
     """
     _checks.refuse_forward_mode("memory_gather")
-    segments: list[Any] = [memory_value] if isinstance(memory_value, Tensor) else list(memory_value)
+    if not isinstance(weights, MemoryWeights):
+        raise TypeError(f"weights must be MemoryWeights of memory_select, got {type(weights).__name__}")
+    segments = _segments("memory_value", memory_value, None)
     for value in segments:
         if not isinstance(value, Tensor):
             raise TypeError(f"memory_value must hold tensors, got {type(value).__name__}")
         if value.dim() not in (3, 4):
             raise ValueError(f"memory_value must have shape (N,Cv,M) or (N,O,Cv,M), got {tuple(value.shape)}")
+        if value.shape[1:-1] != segments[0].shape[1:-1]:
+            raise ValueError(
+                f"memory_value must have equal objects and channels in all segments, "
+                f"got {tuple(segments[0].shape)} and {tuple(value.shape)}"
+            )
         _checks.check_floating("memory_value", value)
-    per_object = segments[0].dim() == 4
+        _checks.check_same_device("memory_value", value, "weights", weights.weights)
+    per_object, dtype = segments[0].dim() == 4, segments[0].dtype
     index, weight = weights.indices.flatten(2).long(), weights.weights.flatten(2)
+    if any(tensor.dtype == torch.float64 for tensor in (weight, *segments)):
+        weight, segments = weight.double(), [value.double() for value in segments]
     values = [value if per_object else value.unsqueeze(1) for value in segments]
-    batch = max(index.shape[0], values[0].shape[0])
+    batch = _common_batch("memory_value", values, index.shape[0])
     index, weight = _expand(index, batch), _expand(weight, batch)
     values = [_expand(value, batch) for value in values]
     kernels = backends.choose("memory_read", (values[0],))
     sizes = [value.shape[3] for value in values]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    out = _gather_segments(kernels, weight, index, [[value] for value in values], offsets)
+    out = _gather_segments(kernels, weight, index, [[value] for value in values], offsets).to(dtype)
     out = torch.unflatten(out, 3, tuple(weights.indices.shape[2:]))
     return out if per_object else out.squeeze(1)
 
@@ -254,18 +268,33 @@ def merge_reads(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
     """
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be as many, at least one, got {len(outs)} and {len(lses)}")
+    for out, part_lse in zip(outs, lses, strict=True):
+        for name, tensor in (("outs", out), ("lses", part_lse)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must hold tensors, got {type(tensor).__name__}")
+        between = out.dim() - part_lse.dim()
+        if out.shape != outs[0].shape or part_lse.shape != lses[0].shape:
+            raise ValueError(
+                f"outs and lses must have equal shapes, got {tuple(outs[0].shape)} and {tuple(out.shape)}, "
+                f"{tuple(lses[0].shape)} and {tuple(part_lse.shape)}"
+            )
+        if between not in (1, 2) or (*out.shape[:1], *out.shape[1 + between :]) != tuple(part_lse.shape):
+            raise ValueError(
+                f"lses must have the shape (N,*Q) of outs (N,[O,]Cv,*Q), got {tuple(part_lse.shape)} and "
+                f"{tuple(out.shape)}"
+            )
     stacked = torch.stack(list(lses))
     greatest = stacked.detach().amax(0)
     exponentials = torch.exp(stacked - torch.where(greatest.isneginf(), 0, greatest))
     total = exponentials.sum(0)
-    some = total > 0
+    some = total != 0
     total = torch.where(some, total, 1)
     lse = torch.where(some, greatest + total.log(), -torch.inf)
     shares = exponentials / total
     merged = torch.zeros((), dtype=stacked.dtype, device=stacked.device)
     for out, share in zip(outs, shares, strict=True):
-        between = (1,) * (out.dim() - share.dim())
-        merged = merged + out.to(share.dtype) * share.view(share.shape[0], *between, *share.shape[1:])
+        ones = (1,) * (out.dim() - share.dim())
+        merged = merged + out.to(share.dtype) * share.view(share.shape[0], *ones, *share.shape[1:])
     return merged.to(outs[0].dtype), lse
 
 
@@ -336,14 +365,18 @@ class _Memory:
         if selection is not None:
             if similarity != "l2":
                 raise ValueError("selection must be None unless similarity is 'l2'")
-            _checks.check_tensor("selection", selection, tuple(query_key.shape))
+            _checks.check_tensor("selection", selection, ("N", *query_key.shape[1:]))
+            _checks.check_floating("selection", selection)
+            _checks.check_same_device("selection", selection, "query_key", query_key)
         channels = query_key.shape[1]
-        scale = 1 / math.sqrt(channels) if scale is None else float(scale)
+        scale = 1 / math.sqrt(channels) if scale is None else _checked_number("scale", scale)
         self.query_shape = tuple(query_key.shape[2:])
         double = any(tensor.dtype == torch.float64 for tensor in (query_key, *keys))
         self.wide = torch.float64 if double else torch.float32
         self.precision = _checks.resolve_precision(precision, query_key)
-        self.batch = max(tensor.shape[0] for tensor in (query_key, *keys))
+        self.batch = _common_batch("memory_key", keys, query_key.shape[0])
+        if selection is not None:
+            self.batch = _common_batch("selection", [selection], self.batch)
         count = len(keys)
         shrinkages = _segments("shrinkage", shrinkage, count)
         biases = _segments("bias", bias, count)
@@ -358,7 +391,7 @@ class _Memory:
         self.query_bias: Tensor | None = None
         self.scale = scale
         if similarity == "l2" and selection is not None:
-            query, chosen = query.to(self.wide), selection.flatten(2).to(self.wide)
+            query, chosen = torch.broadcast_tensors(query.to(self.wide), selection.flatten(2).to(self.wide))
             self.query_bias = -scale * (chosen * query.square()).sum(1)
             query = torch.cat([2 * chosen * query, -chosen], 1)
         elif similarity == "l2":
@@ -379,6 +412,11 @@ class _Memory:
                     return None
                 _checks.check_tensor(name, vector, ("N", *lead, *key.shape[2:]))
                 _checks.check_same_device(name, vector, "query_key", query_key)
+                if name != "valid":
+                    _checks.check_floating(name, vector)
+                elif vector.dtype != torch.bool:
+                    raise TypeError(f"valid must be bool or a range (start, stop), got {vector.dtype}")
+                self.batch = _common_batch(name, [vector], self.batch)
                 flat = vector.flatten(1)[:, first:last]  # noqa: B023
                 return flat if flat.dtype == torch.bool else flat.to(self.wide)
 
@@ -392,13 +430,9 @@ class _Memory:
                 key_bias = squared if key_bias is None else key_bias + squared
             mask = part("valid", masks[i], ())
             if mask is not None:
-                if mask.dtype != torch.bool:
-                    raise TypeError(f"valid must be bool or a range (start, stop), got {masks[i].dtype}")  # type: ignore[union-attr]
                 zero = torch.zeros((), dtype=self.wide, device=mask.device)
                 key_bias = torch.where(mask, zero if key_bias is None else key_bias, -torch.inf)
             self.pieces.append(_Piece(flat_key, shrink, key_bias, i, first, self.offsets[i] + first))
-        vectors = [v for piece in self.pieces for v in (piece.shrinkage, piece.key_bias) if v is not None]
-        self.batch = max([self.batch, *(v.shape[0] for v in vectors)])
         self.kernels = backends.choose("memory_read", (self.query,))
 
     def members(self, group: int) -> list[int]:
@@ -412,7 +446,7 @@ class _Memory:
     def values(self, memory_value: ValueSegments, group: int) -> _Values:
         """The checked values of a group."""
         if self.segmented:
-            if isinstance(memory_value, Tensor) or len(memory_value) != len(self.shapes):
+            if not isinstance(memory_value, Sequence) or len(memory_value) != len(self.shapes):
                 raise ValueError(
                     "memory_value must be a sequence with one entry for each segment of memory_key"
                 )
@@ -435,7 +469,7 @@ class _Memory:
                 alone = isinstance(value, Tensor)
                 lead = ("N", "O", "Cv") if alone and each.dim() == 3 + len(shape) else ("N", "Cv")
                 positions = each.shape[len(lead) :]
-                of_range_only = len(positions) == len(shape) and positions.numel() == last - first < size
+                of_range_only = len(positions) == len(shape) and math.prod(positions) == last - first < size
                 if not of_range_only:
                     _checks.check_tensor("memory_value", each, (*lead, *shape))
                 per_object = not alone or len(lead) == 3
@@ -447,17 +481,18 @@ class _Memory:
             starts.append(first if flat[0].shape[3] != size else 0)
         every = [value for flat in segments for value in flat]
         dtype = every[0].dtype
+        counts = [(len(flat) * flat[0].shape[1], flat[0].shape[2]) for flat in segments]
+        if any(each != counts[0] for each in counts):
+            raise ValueError(f"memory_value must have equal (O,Cv) in all segments, got {counts}")
         if self.wide == torch.float64 or any(value.dtype == torch.float64 for value in every):
             if self.wide != torch.float64:
                 raise TypeError("memory_value must not be float64 unless query_key or memory_key is")
             segments = [[value.to(torch.float64) for value in flat] for flat in segments]
         fold = None
-        if self.batch == 1 and every[0].shape[0] > 1:
-            fold = (every[0].shape[0], sum(value.shape[1] for value in segments[0]))
-            segments = [_fold_batch(flat) for flat in segments]
-        for value in (value for flat in segments for value in flat):
-            if value.shape[0] not in (1, self.batch):
-                raise ValueError(f"memory_value must have batch 1 or {self.batch}, got {value.shape[0]}")
+        batch = _common_batch("memory_value", every, self.batch)
+        if batch != self.batch:
+            fold = (batch, counts[0][0])
+            segments = [_fold_batch([_expand(value, batch) for value in flat]) for flat in segments]
         return _Values(segments, starts, per_object, fold, dtype)
 
     def core(self, piece: _Piece) -> tuple[Any, ...]:
@@ -475,9 +510,7 @@ class _Memory:
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]
         for i, piece in enumerate(self.pieces):
             inside = [group for group in range(len(values)) if i in members[group]]
-            kinds = {group: values[group].kind(piece) for group in inside}
-            for kind in dict.fromkeys(kinds.values()):
-                alike = [group for group in inside if kinds[group] == kind]
+            for alike in _by_kind(inside, values, piece):
                 each = [values[group].of(piece) for group in alike]
                 out, lse = self._read_piece(piece, [value for parts in each for value in parts])
                 sizes = [values[group].objects for group in alike]
@@ -579,18 +612,35 @@ class _Memory:
         return shaped if self.segmented else shaped[0]
 
 
+def _by_kind(groups: list[int], values: list[_Values], piece: _Piece) -> list[list[int]]:
+    """The groups in sets whose values of a piece are of one kind."""
+    sets: list[list[int]] = []
+    for group in groups:
+        kind = values[group].kind(piece)
+        alike = next((each for each in sets if values[each[0]].kind(piece) == kind), None)
+        if alike is None:
+            sets.append([group])
+        else:
+            alike.append(group)
+    return sets
+
+
 def _fold_batch(values: list[Tensor]) -> list[Tensor]:
     """Values (N,O,Cv,M) as those (1,O,Cv,M) of N times as many objects, batch element by batch element."""
     if len(values) == 1:
         return [values[0].flatten(0, 1).unsqueeze(0)]
+    if values[0].shape[0] == 0:
+        return _fold_batch([torch.cat(values, 1)])
     return [value[n : n + 1] for n in range(values[0].shape[0]) for value in values]
 
 
 def _side_by_side(values: list[Tensor]) -> Tensor | None:
     """Values (N,1,Cv,M) that lie at equal distances in one storage, as a bank's do, as one view (N,O,Cv,M); or None."""
     first = values[0]
-    if torch.compiler.is_compiling() or any(
-        torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(first.storage_offset(), int)
+        or any(torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values)
     ):
         return None
     alike = all(v.shape == first.shape and v.stride() == first.stride() for v in values)
@@ -620,7 +670,9 @@ def _check_groups(groups: Any, valid: Any) -> list[Valid | None]:
 
 
 def _is_range(valid: Any) -> bool:
-    return isinstance(valid, tuple) and len(valid) == 2 and all(isinstance(end, int) for end in valid)
+    if not isinstance(valid, (tuple, list)) or len(valid) != 2:
+        return False
+    return not any(end is None or isinstance(end, Tensor) for end in valid)
 
 
 def _that_share_scores(valids: list[Valid | None]) -> list[list[int]]:
@@ -632,24 +684,35 @@ def _that_share_scores(valids: list[Valid | None]) -> list[list[int]]:
 
 def _cut(sizes: list[int], ranges: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """(segment, start, stop) of the pieces between the ranges' ends that lie in a range; an empty one if a range is."""
-    ends = sorted({end for each in ranges for end in each})
-    pieces, offset = [], 0
-    for segment, size in enumerate(sizes):
-        inner = [end - offset for end in ends if 0 < end - offset < size]
-        for first, last in zip([0, *inner], [*inner, size], strict=True):
-            wanted = any(start <= offset + first and offset + last <= stop for start, stop in ranges)
-            if first < last and wanted:
-                pieces.append((segment, first, last))
-        offset += size
-    if any(start >= min(stop, offset) for start, stop in ranges):
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    uncut = [(segment, 0, size) for segment, size in enumerate(sizes)]
+    for end in (
+        end for each in ranges for end in each
+    ):  # one by one: sizes may be symbols, which cannot be sorted
+        cut = []
+        for segment, first, last in uncut:
+            inner = end - offsets[segment]
+            if first < inner and inner < last:
+                cut += [(segment, first, inner), (segment, inner, last)]
+            else:
+                cut.append((segment, first, last))
+        uncut = cut
+    pieces = []
+    for segment, first, last in uncut:
+        offset = offsets[segment]
+        wanted = any(start <= offset + first and offset + last <= stop for start, stop in ranges)
+        if first < last and wanted:
+            pieces.append((segment, first, last))
+    total = sum(sizes)
+    if any(start >= min(stop, total) for start, stop in ranges):
         pieces.append((0, 0, 0))
     return pieces
 
 
 def _segments(name: str, value: Any, count: int | None) -> list[Any]:
     """`value` as a list with one entry per segment; None stands for `count` times None."""
-    if value is None:
-        return [None] * (count or 0)
+    if value is None and count is not None:
+        return [None] * count
     if isinstance(value, Tensor):
         values: list[Any] = [value]
     elif isinstance(value, Sequence) and len(value) > 0:
@@ -679,9 +742,6 @@ def _check_keys(query_key: Tensor, keys: list[Tensor]) -> None:
                 f"memory_key must have the channels of query_key ({query_key.shape[1]}), at least one, "
                 f"got {key.shape[1]}"
             )
-    batches = {tensor.shape[0] for tensor in (query_key, *keys)} - {1}
-    if len(batches) > 1:
-        raise ValueError(f"query_key and memory_key must have equal batches or 1, got {sorted(batches)}")
 
 
 def _valid_range(valid: Valid | None, count: int, total: int) -> tuple[int, int, list[Any]]:
@@ -689,11 +749,40 @@ def _valid_range(valid: Valid | None, count: int, total: int) -> tuple[int, int,
     if valid is None:
         return 0, total, [None] * count
     if _is_range(valid):
-        start, stop = (int(end) for end in valid)  # type: ignore[arg-type]
+        if not all(hasattr(end, "__index__") for end in valid):
+            raise TypeError(f"valid must be bool or a range (start, stop) of ints, got {valid}")
+        ends: list[Any] = [end if isinstance(end, (int, torch.SymInt)) else int(end) for end in valid]
+        start, stop = ends
         if not 0 <= start <= stop:
             raise ValueError(f"valid must be a range (start, stop) with 0 <= start <= stop, got {valid}")
         return start, min(stop, total), [None] * count
     return 0, total, _segments("valid", valid, count)
+
+
+def _common_batch(name: str, tensors: Sequence[Tensor], batch: int) -> int:
+    """What `batch` and those of the tensors, which `name` holds, broadcast to."""
+    for tensor in tensors:
+        size = tensor.shape[0]
+        if size not in (1, batch) and batch != 1:
+            raise ValueError(f"{name} must have batch 1 or {batch}, got {size}")
+        batch = batch if size == 1 else size
+    return batch
+
+
+def _checked_number(name: str, value: Any) -> float:
+    """Return `value` as a float; raise TypeError where it is none."""
+    if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _check_prior(prior: Any, query_key: Any, top_k: Any) -> None:
+    if not _checked_number("prior", prior) > 0:
+        raise ValueError(f"prior must be greater than 0, got {prior}")
+    if isinstance(query_key, Tensor) and query_key.dim() != 4:
+        raise ValueError(f"query_key must have shape (N,Ck,H,W) with a prior, got {tuple(query_key.shape)}")
+    if top_k is not None:
+        _checks.check_positive_int("top_k", top_k)
 
 
 def _expand(tensor: Tensor, batch: int) -> Tensor:
@@ -703,6 +792,8 @@ def _expand(tensor: Tensor, batch: int) -> Tensor:
 def _squared_length(key: Tensor, wide: torch.dtype) -> Tensor:
     """|key|^2 (N,M) of key (N,C,M) in `wide`, some positions at a time."""
     step = _SQUARED_LENGTH_POSITIONS
+    if torch.compiler.is_compiling() or not isinstance(key.shape[2], int):  # one graph for every size
+        return key.to(wide).square().sum(1)
     starts = range(0, max(key.shape[2], 1), step)
     parts = [key[:, :, i : i + step].to(wide).square().sum(1) for i in starts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -734,23 +825,22 @@ def _gather_segments(
 
 
 def _read_with_prior(
-    memory: _Memory, values: _Values, prior: float, top_k: int | None, query_key: Tensor
+    memory: _Memory, values: _Values, prior: float, top_k: int | None
 ) -> tuple[Tensor, list[Tensor | None], Tensor]:
     """The read with KMN's Gaussian, through the whole affinity."""
-    if len(memory.pieces) > 1 or memory.segmented or query_key.dim() < 4:
-        raise ValueError(
-            "prior must be None with segments or several groups, and needs query_key of shape (N,Ck,H,W)"
-        )
+    if len(memory.pieces) > 1 or memory.segmented:
+        raise ValueError("prior must be None with segments or several groups")
     (piece,) = memory.pieces
     query, key, shrinkage, query_bias, key_bias, scale, _ = memory.core(piece)
-    scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
-    scores = scores + gaussian_prior(scores, memory.query_shape[-2:], prior)
-    if top_k is not None and top_k < scores.shape[1]:
-        order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
-        scores = scores.masked_fill(~kept, -torch.inf)
-    weights, lse = softmax_over_memory(scores)
-    objects = [value.to(weights.dtype) @ weights[:, None] for value in values.of(piece)]
+    with without_autocast(query.device.type):
+        scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
+        scores = scores + gaussian_prior(scores, memory.query_shape, prior)
+        if top_k is not None and top_k < scores.shape[1]:
+            order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
+            kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+            scores = scores.masked_fill(~kept, -torch.inf)
+        weights, lse = softmax_over_memory(scores)
+        objects = [value.to(weights.dtype) @ weights[:, None] for value in values.of(piece)]
     return torch.cat(objects, 1), [weights.sum(2)], lse
 
 
@@ -1016,6 +1106,7 @@ def _register(suffix: str) -> None:
     for name, (fake, backward, setup_context) in pieces.items():
         register_pieces(name + suffix, fake=fake, backward=backward, setup_context=setup_context)
     torch.library.register_fake(f"vosops::memory_usage{suffix}", _fake_usage)
+    register_vmap(f"memory_usage{suffix}")
 
 
 for _name in _SCHEMAS:
@@ -1045,7 +1136,8 @@ def _reference(kernel: str, *args: Any) -> Any:
         ),
         "memory_gather": memory_gather_core,
     }
-    return cores[kernel](*args)
+    with without_autocast(args[0].device.type):
+        return cores[kernel](*args)
 
 
 def _prepare(

@@ -177,6 +177,8 @@ def gaussian_prior(scores: Tensor, size: Sequence[int], sigma: float) -> Tensor:
     scores (N,M,P), P = H*W of `size`; sigma in pixels of the query. The best pixel is not differentiated.
     """
     height, width = size
+    if scores.shape[2] == 0:
+        return scores
     best = scores.detach().argmax(2, keepdim=True)
     pixels = torch.arange(height * width, device=scores.device)[None, None]
     squared = (best // width - pixels // width).square() + (best % width - pixels % width).square()
