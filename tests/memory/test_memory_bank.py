@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -584,6 +585,23 @@ def test_clear_keeps_what_is_permanent(policy):
     assert bank.num_prototypes == 0 and bank.due(8)
     bank.clear(keep_permanent=False)
     assert bank.objects == [] and bank.bytes_reserved == 0
+
+
+def test_a_cleared_long_term_memory_resumes_to_the_bit():
+    bank = MemoryBank(top_k=3, **LONG_TERM)
+    for t in range(12):
+        bank.add(t, **frame_of([1, 2] if t < 4 else [1, 2, 3], t))
+        bank.read(*query_of(t))
+    assert bank.num_prototypes > 0
+    bank.clear()
+    resumed = MemoryBank(bank.settings)
+    resumed.load_state_dict(bank.state_dict())
+    assert bank._views(list(bank._groups)) == [
+        view._replace(parts=[replace(rows, arena=bank._arena) for rows in view.parts])
+        for view in resumed._views(list(resumed._groups))
+    ]
+    for t in range(3):
+        assert torch.equal(bank.read(*query_of(t)), resumed.read(*query_of(t)))
 
 
 def test_a_temporary_frame_is_dropped_by_the_next():

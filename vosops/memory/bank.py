@@ -244,7 +244,7 @@ class MemoryBank:
         """Drop what is not permanent, or everything, the storage included."""
         for store in (self._work, self._host):
             store.remove_if(i for i, slot in enumerate(store.slots) if not slot.permanent)
-        self._elements, self._last_frame = 0, None
+        self._elements, self._seen, self._last_frame = 0, {}, None
         if not keep_permanent or not self._work.slots:
             self._forget()
 
