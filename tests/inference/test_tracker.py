@@ -509,6 +509,8 @@ class TestOptions:
         assert Tracker(model) is model
         with pytest.raises(TypeError, match="got a Tracker, which leads one already"):
             Tracker(Tracker(Echo()))
+        with pytest.raises(TypeError, match="wrapped by torch.compile.*: compile these"):
+            Tracker(torch.compile(Echo()))
         with pytest.raises(TypeError, match="ColourTracker tracks by itself and takes no memory_every"):
             Tracker(model, memory_every=3)
 

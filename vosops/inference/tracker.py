@@ -71,6 +71,11 @@ class Tracker:
             return super().__new__(cls)
         if isinstance(model, Tracker):
             raise TypeError("model must be a Network, got a Tracker, which leads one already")
+        if isinstance(getattr(model, "_orig_mod", None), Network):
+            raise TypeError(
+                "model must be a Network, got one wrapped by torch.compile, whose parts would run as they are: compile "
+                "these, as in network.query = torch.compile(network.query)"
+            )
         if not hasattr(model, "initialize"):
             raise TypeError(f"model must be a Network or track by itself, got {type(model).__name__}")
         if options:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models._folding import conv_norm
 from vosops.models.features import INSTALL_MODELS, INSTALL_VIDEO, EfficientNetLite0, import_extra
 from vosops.models.weights import read_weights
-from vosops.models.xception import Xception65, conv_norm
+from vosops.models.xception import Xception65
 
 __all__ = ["DeepLabV3Plus", "feature_size", "truncated_normal_"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vosops import _checks
-from vosops.models.xception import conv_norm
+from vosops.models._folding import conv_norm
 
 NUM_CLASSES = 19  # of Cityscapes
 CHANNELS = 128  # of what the branches hand on

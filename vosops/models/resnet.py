@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vosops.models.xception import conv_norm
+from vosops.models._folding import conv_norm
 
 __all__ = ["ResNet50Encoder"]
 
