@@ -83,3 +83,10 @@ def test_without_scikit_image_it_says_what_to_install(run, tmp_path, monkeypatch
     assert result.exit_code == 1
     assert result.stderr.startswith("vosops demo: ") and "pip install 'vosops[demo]'" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_where_it_cannot_write_it_says_so(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("--out", tmp_path / "file", "--frames", 3, "--size", 64)
+    assert result.exit_code == 1
+    assert result.stderr == f"vosops demo: cannot write into --out {tmp_path / 'file'}: Not a directory\n"

@@ -157,6 +157,7 @@ class TestBadInput:
 
         assert "--size" in wrong("--size", "0")
         assert "--device cuda:77" in wrong("--device", "cuda:77")
+        assert "--device meta cannot be used" in wrong("--device", "meta")
         assert "--dtype" in wrong("--dtype", "int8")
         assert "no frame to process" in wrong("--start", "12")
         assert "--fps" in wrong("--fps", "0")
@@ -174,6 +175,27 @@ class TestBadInput:
         line = self.wrong(real_vosops, out, *arguments, "--backbone", "nothing", code=1)
         assert "nothing" in line
 
+    def test_what_a_model_does_not_take(self, real_vosops, clip, mask, tmp_path, out):
+        def wrong(*options):
+            return self.wrong(real_vosops, out, clip, "--mask", mask, *options)
+
+        assert "--checkout does not go with --model propagate" in wrong("--checkout", tmp_path)
+        assert "--backbone does not go with --model stm" in wrong("--model", "stm", "--backbone", "x")
+        assert "is a folder: give a file" in wrong("--model", "stm", "--weights", tmp_path)
+
+    @pytest.mark.parametrize("model", ["lstm_icnet", "lstm_segnet", "rfcn"])
+    def test_a_model_that_segments_classes(self, real_vosops, clip, mask, out, model):
+        line = self.wrong(real_vosops, out, clip, "--mask", mask, "--model", model)
+        assert f"--model {model} does not follow objects through a video: see vosops semantic" in line
+        assert model not in self.wrong(real_vosops, out, clip, "--mask", mask, "--model", "nothing")
+
+    def test_an_overlay_without_its_extra_is_refused_before_the_work(
+        self, vosops, clip, mask, out, monkeypatch
+    ):
+        monkeypatch.setitem(sys.modules, "av", None)
+        line = self.wrong(vosops, out, clip, "--mask", mask, "--overlay", code=1)
+        assert line == "vosops: av is not installed: pip install 'vosops[video]'"
+
     def test_memory_budget(self, real_vosops, clip, mask, out):
         line = self.wrong(real_vosops, out, clip, "--mask", mask, "--memory-budget", "2 apples")
         assert "--memory-budget 2 apples" in line
@@ -182,12 +204,18 @@ class TestBadInput:
         line = self.wrong(vosops, out, clip, "--mask", mask, "--sequence", "bear")
         assert "root of a data set" in line
 
-    def test_typer_missing(self, monkeypatch, capsys):
-        monkeypatch.setitem(sys.modules, "typer", None)
+    @pytest.mark.parametrize("package", ["typer", "rich"])
+    def test_a_package_of_the_command_line_is_missing(self, monkeypatch, capsys, clip, mask, out, package):
+        monkeypatch.setattr(
+            sys, "argv", ["vosops", "segment", str(clip), "--mask", str(mask), "--out", str(out)]
+        )
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(SystemExit) as exit:
             cli.main()
         assert exit.value.code == 1
-        assert "pip install 'vosops[" in capsys.readouterr().err
+        assert capsys.readouterr().err == f"vosops: {package} is not installed: pip install 'vosops[video]'\n"
 
 
 def test_a_truncated_video(vosops, tmp_path, out):

@@ -52,9 +52,10 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped", _INTERRUPTED)
     except ModuleNotFoundError as error:
-        if error.name not in ("numpy", "rich", "typer"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("numpy", "rich", "typer"):
             raise
-        _fail(f"{error.name} is not installed: pip install 'vosops[video]'", 1)
+        _fail(f"{package} is not installed: pip install 'vosops[video]'", 1)
 
 
 def _fail(message: str, code: int) -> None:

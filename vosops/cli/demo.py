@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vosops.cli.output import refuse
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -62,9 +64,11 @@ def demo(
         try:
             clip = DemoClip(frames, (size, round(size * ASPECT)))
         except ImportError as error:
-            typer.echo(f"vosops demo: {error}", err=True)
-            raise typer.Exit(1) from None
-        images, truth = write_clip(clip, out / CLIP)
+            refuse("demo", str(error))
+        try:
+            images, truth = write_clip(clip, out / CLIP)
+        except OSError as error:
+            refuse("demo", f"cannot write into --out {out}: {error.strerror or error}")
     first = sorted(truth.iterdir())[0]
     with console.status(f"segmenting {len(clip)} frames of {clip.size[1]}x{clip.size[0]}"):
         job = Job(

@@ -26,7 +26,7 @@ def find_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used ({reason}): try cpu, cuda or cuda:0") from error
@@ -38,6 +38,13 @@ def find_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {name}")
     return DTYPES[name]
+
+
+def check_weights(file: Path) -> None:
+    """Refuses a file of weights that is none."""
+    if not file.is_file():
+        what = "is a folder: give a file" if file.is_dir() else "does not exist"
+        raise InputError(f"--weights {file} {what}")
 
 
 def make_tracker(
@@ -57,17 +64,22 @@ def make_tracker(
     a clone of the model's repository, for those that need one. naive, scales: what :class:`Tracker` says, for networks.
     """
     from vosops.memory import parse_bytes
-    from vosops.models import Network, create_model, list_models, tracks_by_itself
+    from vosops.models import create_model, follows_objects, list_models, takes, tracks_by_itself
 
-    if name not in list_models():
-        raise InputError(f"--model {name} is not known: choose one of {', '.join(list_models())}")
-    if weights is not None and not weights.is_file():
-        raise InputError(f"--weights {weights} does not exist")
+    known = list_models()
+    if name not in known:
+        able = ", ".join(model for model in known if follows_objects(model))
+        raise InputError(f"--model {name} is not known: choose one of {able}")
+    if not follows_objects(name):
+        raise InputError(f"--model {name} does not follow objects through a video: see vosops semantic")
+    if weights is not None:
+        check_weights(weights)
     options: dict[str, Any] = {}
-    if backbone is not None:
-        options["backbone"] = backbone
-    if checkout is not None:
-        options["checkout"] = checkout
+    for option, value in (("backbone", backbone), ("checkout", checkout)):
+        if value is not None:
+            if not takes(name, option):
+                raise InputError(f"--{option} does not go with --model {name}")
+            options[option] = value
     budget = None
     if memory_budget is not None:
         try:
@@ -90,6 +102,4 @@ def make_tracker(
     if tracks_by_itself(name):
         tracker: VideoTracker = model
         return tracker
-    if not isinstance(model, Network):
-        raise InputError(f"--model {name} does not follow objects through a video: see vosops semantic")
     return Tracker(model, memory_budget=budget, naive=naive, scales=scales)

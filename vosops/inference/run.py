@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .checkpoint import CHECKPOINT_EVERY, STATE_FOLDER, RunState
 from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
-from .errors import IncompleteInputError, InputError, InterruptedRunError, ResumeError, disk_errors
+from .errors import IncompleteInputError, InputError, InterruptedRunError, ResumeError, disk_errors, require
 from .files import PART_SUFFIX
 from .frames import FrameSource
 from .loop import FrameLoop
@@ -74,6 +74,8 @@ class Run:
             ResumeError: The run in the folder had other arguments.
             VosopsError: Anything else a user can mend, such as a full disk.
         """
+        if self.outputs.overlay:
+            require("av")  # before all the work, not after it
         already_complete = self._open_folder(mode)
         if not already_complete:
             self._propagate()

@@ -16,6 +16,7 @@ from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
 from .loop import SegmentedFrame, expected_frames, resized_frames
 from .masks import davis_palette
+from .models import check_weights
 from .resize import computation_size
 from .semantic import SemanticTracker
 
@@ -130,8 +131,7 @@ def make_semantic_tracker(
     """Return a tracker of LSTM-ICNet with the weights of a file; one-line errors for what a user can get wrong."""
     from vosops.models import create_model
 
-    if not weights.is_file():
-        raise InputError(f"--weights {weights} does not exist")
+    check_weights(weights)
     if not 1 < num_classes < len(davis_palette()) // 3:
         raise InputError(f"--classes must be from 2 to 255, got {num_classes}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,6 +103,17 @@ def list_models() -> list[str]:
 def tracks_by_itself(name: str) -> bool:
     """Whether the model of that name is a :class:`VideoTracker`; the others are networks."""
     return name in _TRACKERS
+
+
+def follows_objects(name: str) -> bool:
+    """Whether the model of that name leads objects through a video; the others segment into classes."""
+    model = _NETWORKS.get(name)
+    return name in _TRACKERS or (isinstance(model, type) and issubclass(model, Network))
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether `create_model` takes an option for the model of that name."""
+    return option in inspect.signature({**_TRACKERS, **_NETWORKS}[name]).parameters
 
 
 def create_model(
