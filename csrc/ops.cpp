@@ -61,6 +61,8 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "global_conv_split(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, "
       "Tensor? addend, str precision) -> Tensor");
   m.def("global_conv_merge(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor");
+  m.def("global_conv_split_input(Tensor grad, Tensor first, Tensor second, str precision) -> Tensor");
+  m.def("global_conv_merge_input(Tensor grad, Tensor first, Tensor second, str precision) -> Tensor");
   m.def("global_conv_weight(Tensor x, Tensor grad, int kernel_h, int kernel_w, str precision) -> Tensor");
   m.def(
       "conv_lstm_pointwise(Tensor gates, Tensor? more_gates, Tensor cell, float forget_bias) -> (Tensor "

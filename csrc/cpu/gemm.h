@@ -28,13 +28,14 @@ template <class E, int kColumns = kTileRegisters>
 using TileSums = typename E::Lanes::Reg[kKeyPanel][kColumns];
 
 // sums[j][r] = start(j, r) + sum over elements of lanes[e][r] * keys[e][j]; then finish(sums). The lanes of
-// successive elements are lane_stride apart. A panel at the end of a row may be kColumns < kTileRegisters
-// wide.
+// successive elements are lane_stride apart and their keys key_stride. A panel at the end of a row may be
+// kColumns < kTileRegisters wide.
 template <class E, int kColumns = kTileRegisters, class Start, class Finish>
 [[gnu::always_inline]] inline void multiply(const typename E::Lanes::T* lanes,
                                             const typename E::Lanes::T* keys, int64_t elements,
                                             const Start& start, const Finish& finish,
-                                            int64_t lane_stride = kColumns * E::Lanes::kLanes) {
+                                            int64_t lane_stride = kColumns * E::Lanes::kLanes,
+                                            int64_t key_stride = kKeyPanel) {
   using V = typename E::Lanes;
   TileSums<E, kColumns> sums;
 #pragma GCC unroll 16
@@ -54,7 +55,7 @@ template <class E, int kColumns = kTileRegisters, class Start, class Finish>
       for (int r = 0; r < kColumns; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
     }
     lanes += lane_stride;
-    keys += kKeyPanel;
+    keys += key_stride;
   }
   finish(sums);
 }

@@ -16,41 +16,22 @@
 //
 // Maps are read and written channels last; others are transposed first and at the end. What is not float32,
 // and kernels or maps that Winograd does not help, go to PyTorch's convolution.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include "cpu/global_conv.h"
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
 
 #include "common/checks.h"
-#include "cpu/gemm.h"
-#include "cpu/parallel.h"
-#include "cpu/strided.h"
-#include "cpu/vec.h"
-#include "cpu/winograd_line.h"
 
 namespace vosops::cpu {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::MemoryFormat;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-using MaybeTensor = std::optional<Tensor>;
-
-// Calls `name`.`overload` of PyTorch, which returns one tensor.
-template <class... Args>
-Tensor call_aten(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
+using namespace global_conv;
 
 Tensor add(const Tensor& a, const Tensor& b) {
   return torch::stable::subtract(a, b, -1.0);  // the stable interface has no addition
@@ -69,78 +50,27 @@ Tensor line_conv(const Tensor& x, const Tensor& weight, const MaybeTensor& bias)
   return add(zero, torch::stable::reshape(*bias, IntHeaderOnlyArrayRef(shape.data(), 3)));
 }
 
-using V = Vec<float, kRegisterBytes>;
-using Element = FloatElement<V>;
-constexpr int kLanes = V::kLanes, kPanel = kLanePanel<V>;
-constexpr int64_t kBlockChannels = 128;  // summed in registers at a time
-constexpr int64_t kRowStride =
-    kBlockChannels + 16;  // of values, so that tiles fall into different cache sets
-constexpr int64_t kBlockTiles = 24 * kKeyPanel;
-constexpr int64_t kBlockPixels = 128;  // transposed at a time
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// to[c][r] = from[r][c] of a matrix with `rows` rows; rows of `to` are padded with zeros to `padded`.
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
-               int64_t to_stride, int64_t padded) {
-  const int64_t full_rows = rows / kLanes * kLanes, full_columns = columns / kLanes * kLanes;
-  for (int64_t r = 0; r < full_rows; r += kLanes)
-    for (int64_t c = 0; c < full_columns; c += kLanes)
-      transpose_lanes<V>(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = c < full_columns ? full_rows : 0; r < rows; ++r)
-      to[c * to_stride + r] = from[r * from_stride + c];
-    std::fill(to + c * to_stride + rows, to + c * to_stride + padded, 0.f);
-  }
-}
-
-// Loops that become vector code.
+// The weights of a line convolution, read in place: of output m and input c at data + m * output_stride + c *
+// input_stride. The weights of the gradient of another one's input are its own with outputs and inputs
+// exchanged and the taps reversed.
 template <class S>
-void widen_row(const S* __restrict from, int64_t count, float* __restrict to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-}
-template <class S>
-void narrow_row(const float* __restrict from, int64_t count, S* __restrict to) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, from + i, 4);
-      const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = 0x7fc0;
-      to[i].x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
-  }
-}
-
-// A map of float32, channels last: pixel (n, h, w) at data + ((n * height + h) * width + w) * stride.
-template <class T>
-struct PixelMap {
-  T* data;
-  int64_t stride;
+struct LineWeight {
+  const S* data;
+  const S* end;  // after the last one
+  int64_t outputs, inputs, output_stride, input_stride, tap_stride;
+  bool reversed;
 };
 
 // One "same" line convolution of a map whose channels are a multiple of kLanes, to the first channels of
 // `out`.
 template <class S>
 struct Line {
+  Lines lines;
   PixelMap<const float> x;
-  int64_t batch, height, width, channels;
-  bool along_width;
-  const S* weight;  // (outputs, inputs, taps)
-  int64_t outputs, inputs, output_stride, input_stride, tap_stride;
+  LineWeight<S> weight;
   PixelMap<float> out;
   const float* bias;  // of the outputs, or null
   bool add;           // to what is in `out`
-
-  int64_t length() const { return along_width ? width : height; }
-  int64_t lines() const { return batch * (along_width ? height : width); }
-  int64_t step() const { return along_width ? 1 : width; }  // pixels from one position of a line to the next
-  int64_t first_pixel(int64_t line) const {
-    return along_width ? line * width : line / width * height * width + line % width;
-  }
 };
 
 template <class W, class S>
@@ -148,101 +78,109 @@ class WinogradLine {
  public:
   explicit WinogradLine(const Line<S>& line)
       : line_(line),
-        tiles_per_line_(ceil_div(line.length(), W::kOut)),
-        tiles_(line.lines() * tiles_per_line_),
-        block_tiles_(ceil_div(ceil_div(tiles_, ceil_div(tiles_, kBlockTiles)), kKeyPanel) * kKeyPanel),
-        panels_(ceil_div(line.outputs, kPanel)),
-        values_(W::kPoints * block_tiles_ * kRowStride),
-        products_(panels_ * panel_products()) {}
+        tiles_(line.lines),
+        block_tiles_(ceil_div(ceil_div(tiles_.count, ceil_div(tiles_.count, kBlockTiles)), kKeyPanel) *
+                     kKeyPanel),
+        panels_(ceil_div(weight_.outputs, kPanel)),
+        blocks_(ceil_div(weight_.inputs, kBlockChannels)),
+        block_(ceil_div(ceil_div(weight_.inputs, blocks_), kLanes) * kLanes),
+        at_once_(blocks_ * kRowStride <= panels_ * kPanel + kRowStride),
+        values_((at_once_ ? blocks_ : 1) * block_values()),
+        products_(at_once_ ? 0 : panels_ * panel_products()) {}
 
   void run() {
-    const int64_t blocks = ceil_div(line_.inputs, kBlockChannels);
-    const int64_t block = ceil_div(ceil_div(line_.inputs, blocks), kLanes) * kLanes;
-    for (int64_t tile = 0; tile < tiles_; tile += block_tiles_) {
-      for (int64_t channel = 0; channel < line_.inputs; channel += block) {
-        transform_input(tile, channel, std::min(block, line_.channels - channel));
-        multiply_panels(tile, channel, std::min(block, line_.inputs - channel));
+    for (int64_t tile = 0; tile < tiles_.count; tile += block_tiles_) {
+      for (int64_t first = 0; first < blocks_; first += at_once_ ? blocks_ : 1) {
+        const int64_t end = at_once_ ? blocks_ : first + 1;
+        for (int64_t block = first; block < end; ++block)
+          transform_input(tile, block, values_.data() + (block - first) * block_values());
+        multiply_panels(tile, first, end);
       }
     }
   }
 
  private:
+  int64_t block_values() const { return W::kPoints * block_tiles_ * kRowStride; }
   int64_t panel_products() const { return W::kPoints * block_tiles_ * kPanel; }
+  int64_t channels(int64_t block) const { return std::min(block_, weight_.inputs - block * block_); }
 
-  // The values of all tiles of a block in `channels` channels, zeros around the map and after the last tile.
-  void transform_input(int64_t first_tile, int64_t channel, int64_t channels) {
+  // The values of all tiles of a block in a block of channels, zeros around the map and after the last tile.
+  void transform_input(int64_t first_tile, int64_t block, float* values) {
+    const int64_t channel = block * block_, padded = ceil_div(channels(block), kLanes) * kLanes;
     parallel_tasks(block_tiles_ / kKeyPanel, [&] {
       return [&](int64_t task) {
-        alignas(64) static constexpr float kZeros[kBlockChannels] = {};
         const int64_t begin = task * kKeyPanel;
         for (int64_t t = begin; t < begin + kKeyPanel; ++t) {
-          const int64_t tile = first_tile + t;
-          const int64_t line = tile / tiles_per_line_,
-                        first = tile % tiles_per_line_ * W::kOut - W::kTaps / 2;
-          const int64_t base = tile < tiles_ ? line_.first_pixel(line) : 0;
           const float* sources[W::kPoints];
-          for (int j = 0; j < W::kPoints; ++j) {
-            const int64_t at = first + j;
-            const bool inside = tile < tiles_ && at >= 0 && at < line_.length();
-            sources[j] =
-                inside ? line_.x.data + (base + at * line_.step()) * line_.x.stride + channel : kZeros;
-          }
-          float* to = values_.data() + t * kRowStride;
-          for (int64_t c = 0; c < channels; c += kLanes) {
-            typename V::Reg inputs[W::kPoints], values[W::kPoints];
+          tiles_.pixels(first_tile + t, W::kTaps / 2, line_.x, channel, kZeros, sources);
+          float* to = values + t * kRowStride;
+          for (int64_t c = 0; c < padded; c += kLanes) {
+            typename V::Reg inputs[W::kPoints], points[W::kPoints];
 #pragma GCC unroll 16
             for (int j = 0; j < W::kPoints; ++j) inputs[j] = V::load(sources[j] + c);
-            W::template transform_input<V>(inputs, values);
+            W::template transform_input<V>(inputs, points);
 #pragma GCC unroll 16
-            for (int p = 0; p < W::kPoints; ++p) V::store(to + p * block_tiles_ * kRowStride + c, values[p]);
+            for (int p = 0; p < W::kPoints; ++p) V::store(to + p * block_tiles_ * kRowStride + c, points[p]);
           }
         }
       };
     });
   }
 
-  void multiply_panels(int64_t first_tile, int64_t channel, int64_t channels) {
+  // The products of all panels with the channel blocks [first, end), whose values were made.
+  void multiply_panels(int64_t first_tile, int64_t first, int64_t end) {
     parallel_tasks(panels_, [&] {
       return [&, weights = Workspace<float>(W::kPoints * kBlockChannels * kPanel),
-              scratch = Workspace<float>(kLanes * kLanes * W::kTaps)](int64_t panel) mutable {
-        for (int64_t lane = 0; lane < kPanel; lane += kLanes)
-          transform_weights(panel * kPanel + lane, channel, channels, scratch.data(), weights.data() + lane);
-        float* products = products_.data() + panel * panel_products();
-        for (int p = 0; p < W::kPoints; ++p) {
-          const float* panel_weights = weights.data() + p * kBlockChannels * kPanel;
-          for (int64_t t = 0; t < block_tiles_; t += kKeyPanel) {
-            const int64_t at = p * block_tiles_ + t;
-            multiply_tile(panel_weights, values_.data() + at * kRowStride, channels, channel > 0,
-                          products + at * kPanel);
+              scratch = Workspace<float>(kLanes * kLanes * W::kTaps),
+              own = Workspace<float>(at_once_ ? panel_products() : 0)](int64_t panel) mutable {
+        float* products = at_once_ ? own.data() : products_.data() + panel * panel_products();
+        for (int64_t block = first; block < end; ++block) {
+          for (int64_t lane = 0; lane < kPanel; lane += kLanes)
+            transform_weights(panel * kPanel + lane, block * block_, channels(block), scratch.data(),
+                              weights.data() + lane);
+          const float* values = values_.data() + (block - first) * block_values();
+          for (int p = 0; p < W::kPoints; ++p) {
+            const float* panel_weights = weights.data() + p * kBlockChannels * kPanel;
+            for (int64_t t = 0; t < block_tiles_; t += kKeyPanel) {
+              const int64_t at = p * block_tiles_ + t;
+              multiply_tile(panel_weights, values + at * kRowStride, channels(block), block > 0,
+                            products + at * kPanel);
+            }
           }
         }
-        if (channel + channels == line_.inputs) transform_output(first_tile, panel, products);
+        if (end == blocks_) transform_output(first_tile, panel, products);
       };
     });
   }
 
   // The transformed weights of kLanes output channels from `output` on, zero after the last one.
   void transform_weights(int64_t output, int64_t channel, int64_t channels, float* scratch, float* to) {
-    const int64_t outputs = std::clamp<int64_t>(line_.outputs - output, 0, kLanes);
-    const bool packed = outputs == kLanes && line_.input_stride == W::kTaps && line_.tap_stride == 1;
-    const S* from = line_.weight + output * line_.output_stride + channel * line_.input_stride;
+    const int64_t outputs = std::clamp<int64_t>(weight_.outputs - output, 0, kLanes);
+    const bool whole = outputs == kLanes && weight_.tap_stride == 1;
+    const bool by_input = whole && weight_.input_stride == W::kTaps;
+    const bool by_output = whole && weight_.output_stride == W::kTaps;
+    const S* from = weight_.data + output * weight_.output_stride + channel * weight_.input_stride;
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, channels - c);
-      const S* source = from + c * line_.input_stride;
-      if (packed && count == kLanes) {
-        transpose_weights(source, scratch);
+      const S* source = from + c * weight_.input_stride;
+      if (by_input && count == kLanes) {
+        transpose_inputs(source, scratch);
+      } else if (by_output) {
+        transpose_outputs(source, count, scratch);
       } else {
         std::fill_n(scratch, kLanes * kLanes * W::kTaps, 0.f);
         for (int64_t i = 0; i < outputs; ++i)
           for (int64_t e = 0; e < count; ++e)
             for (int64_t tap = 0; tap < W::kTaps; ++tap)
-              scratch[(e * W::kTaps + tap) * kLanes + i] =
-                  widen(source[i * line_.output_stride + e * line_.input_stride + tap * line_.tap_stride]);
+              scratch[(e * W::kTaps + tap) * kLanes + i] = widen(
+                  source[i * weight_.output_stride + e * weight_.input_stride + tap * weight_.tap_stride]);
       }
+      const int64_t first = weight_.reversed ? W::kTaps - 1 : 0, step = weight_.reversed ? -1 : 1;
       for (int64_t e = 0; e < count; ++e) {
+        const float* row = scratch + (e * W::kTaps + first) * kLanes;
         typename V::Reg taps[W::kTaps], values[W::kPoints];
 #pragma GCC unroll 16
-        for (int tap = 0; tap < W::kTaps; ++tap) taps[tap] = V::load(scratch + (e * W::kTaps + tap) * kLanes);
+        for (int tap = 0; tap < W::kTaps; ++tap) taps[tap] = V::load(row + tap * step * kLanes);
         W::template transform_weight<V>(taps, values);
 #pragma GCC unroll 16
         for (int p = 0; p < W::kPoints; ++p) V::store(to + (p * kBlockChannels + c + e) * kPanel, values[p]);
@@ -250,11 +188,12 @@ class WinogradLine {
     }
   }
 
+  static constexpr int64_t kRow = kLanes * W::kTaps;  // adjacent weights of kLanes channels
+
   // scratch (kLanes * taps,kLanes) from the adjacent weights of kLanes input channels, output by output.
-  void transpose_weights(const S* source, float* scratch) {
-    constexpr int64_t kRow = kLanes * W::kTaps;
+  void transpose_inputs(const S* source, float* scratch) {
     const float* rows;
-    int64_t stride = line_.output_stride;
+    int64_t stride = weight_.output_stride;
     float wide[kLanes * kRow];
     if constexpr (std::is_same_v<S, float>) {
       rows = source;
@@ -265,6 +204,23 @@ class WinogradLine {
     }
     for (int64_t i = 0; i < W::kTaps; ++i)
       transpose_lanes<V>(rows + i * kLanes, stride, scratch + i * kLanes * kLanes, kLanes);
+  }
+
+  // The same from the adjacent weights of kLanes output channels, input by input for `count` of them.
+  void transpose_outputs(const S* source, int64_t count, float* scratch) {
+    constexpr int kRest = W::kTaps % kLanes, kWhole = W::kTaps - kRest;
+    float wide[kRow + kLanes] = {};  // whole registers are read, beyond the last weight
+    for (int64_t e = 0; e < count; ++e, source += weight_.input_stride, scratch += kRow) {
+      const float* row = wide;
+      if constexpr (std::is_same_v<S, float>) {
+        if (source + kRow + kLanes <= weight_.end) row = source;
+      }
+      if (row == wide) widen_row(source, kRow, wide);
+      for (int tap = 0; tap < kWhole; tap += kLanes)
+        transpose_lanes<V>(row + tap, W::kTaps, scratch + tap * kLanes, kLanes);
+      if constexpr (kRest > 0)
+        transpose_lanes<V, kRest>(row + kWhole, W::kTaps, scratch + kWhole * kLanes, kLanes);
+    }
   }
 
   // products (kKeyPanel,kPanel) = or += values (kKeyPanel,channels) times weights (channels,kPanel). Every
@@ -287,23 +243,24 @@ class WinogradLine {
 
   // Writes, or adds, the pixels of a block's tiles in a panel of output channels.
   void transform_output(int64_t first_tile, int64_t panel, const float* products) {
-    const int64_t end = std::min(block_tiles_, tiles_ - first_tile);
+    const Lines& lines = tiles_.lines;
+    const int64_t end = std::min(block_tiles_, tiles_.count - first_tile);
     for (int64_t t = 0; t < end; ++t) {
-      const int64_t tile = first_tile + t, position = tile % tiles_per_line_ * W::kOut;
-      const int64_t pixel = line_.first_pixel(tile / tiles_per_line_) + position * line_.step();
-      const int64_t count = std::min<int64_t>(W::kOut, line_.length() - position);
+      const int64_t tile = first_tile + t, position = tile % tiles_.per_line * W::kOut;
+      const int64_t pixel = lines.first_pixel(tile / tiles_.per_line) + position * lines.step();
+      const int64_t count = std::min<int64_t>(W::kOut, lines.length() - position);
       for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
         const int64_t output = panel * kPanel + lane;
-        const int64_t lanes = std::min<int64_t>(kLanes, line_.outputs - output);
-        if (lanes <= 0) break;
+        const int64_t left = std::min<int64_t>(kLanes, weight_.outputs - output);
+        if (left <= 0) break;
         typename V::Reg points[W::kPoints], outputs[W::kOut];
 #pragma GCC unroll 16
         for (int p = 0; p < W::kPoints; ++p)
           points[p] = V::load(products + (p * block_tiles_ + t) * kPanel + lane);
         W::template transform_output<V>(points, outputs);
         for (int64_t i = 0; i < count; ++i)
-          store(line_.out.data + (pixel + i * line_.step()) * line_.out.stride + output, outputs[i], output,
-                lanes);
+          store(line_.out.data + (pixel + i * lines.step()) * line_.out.stride + output, outputs[i], output,
+                left);
       }
     }
   }
@@ -323,130 +280,24 @@ class WinogradLine {
   }
 
   const Line<S> line_;
-  const int64_t tiles_per_line_, tiles_, block_tiles_, panels_;
+  const LineWeight<S>& weight_ = line_.weight;
+  const Tiles<W> tiles_;
+  const int64_t block_tiles_, panels_;
+  const int64_t blocks_, block_;  // of input channels, and how many channels each but the last has
+  const bool at_once_;            // whether a task sums all of them, in less memory than one after the other
   Workspace<float> values_, products_;
 };
 
-// Calls f with every Winograd<kOut, kTaps> that is compiled for a number of taps.
-template <class F>
-void each_winograd(int64_t taps, const F& f) {
-  if (taps == 3) f(Winograd<6, 3>{});
-  if (taps == 5) f(Winograd<6, 5>{});
-  if (taps == 7) f(Winograd<6, 7>{}), f(Winograd<5, 7>{}), f(Winograd<4, 7>{});
-  if (taps == 9) f(Winograd<4, 9>{});
-}
-
-constexpr int64_t kLeastChannels = 16;     // fewer than these do not fill the registers
-constexpr double kWorthwhileShare = 0.75;  // of the plain sum's multiplications that Winograd may need
-
-// The products per line of the cheapest Winograd algorithm.
-int64_t fewest_products(int64_t taps, int64_t length) {
-  int64_t fewest = taps * length;
-  each_winograd(taps, [&]<class W>(W) { fewest = std::min(fewest, ceil_div(length, W::kOut) * W::kPoints); });
-  return fewest;
-}
-
-// Whether a line convolution is to be computed in Winograd arithmetic; one without channels is nothing to
-// compute.
-bool winograd_helps(const Tensor& x, const Tensor& weight) {
-  if (weight.size(0) == 0 || weight.size(1) == 0) return true;
-  const bool along_width = weight.size(2) == 1;
-  const int64_t taps = weight.size(along_width ? 3 : 2), length = x.size(along_width ? 3 : 2);
-  const auto plain = static_cast<double>(taps * length);
-  return std::min(weight.size(0), weight.size(1)) >= kLeastChannels &&
-         static_cast<double>(fewest_products(taps, length)) <= kWorthwhileShare * plain;
+bool helps(const Tensor& x, const Tensor& weight) {
+  const int dim = weight.size(2) == 1 ? 3 : 2;
+  return winograd_helps(weight.size(0), weight.size(1), weight.size(dim), x.size(dim));
 }
 
 bool takes_winograd(const std::string& precision, const Tensor& x, const Tensor& first,
                     const Tensor& second) {
-  return precision == "winograd" && x.scalar_type() != ScalarType::Double && winograd_helps(x, first) &&
-         winograd_helps(x, second) && std::max(first.numel(), second.numel()) > 0;
+  return precision == "winograd" && x.scalar_type() != ScalarType::Double && helps(x, first) &&
+         helps(x, second) && std::max(first.numel(), second.numel()) > 0;
 }
-
-template <class S>
-void winograd_line(const Line<S>& line, int64_t taps) {
-  const int64_t fewest = fewest_products(taps, line.length());
-  bool done = false;
-  each_winograd(taps, [&]<class W>(W) {
-    if (done || ceil_div(line.length(), W::kOut) * W::kPoints != fewest) return;
-    WinogradLine<W, S>(line).run();
-    done = true;
-  });
-}
-
-// Calls f with a value of a dtype that Winograd arithmetic takes; all of it is float32.
-template <class F>
-void dispatch_low(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
-  if (dtype == ScalarType::Half) return f(Half{});
-  f(float{});
-}
-
-// Maps of any stride with their channels last, in float32, and padded with zeros to whole registers.
-class ChannelsLastMap {
- public:
-  explicit ChannelsLastMap(const Tensor& x) {
-    const int64_t channels = x.size(1), width = x.size(3), pixels = x.size(2) * width;
-    const bool whole_rows = x.stride(2) == width * x.stride(3);
-    const bool last = x.stride(1) == 1 && whole_rows, planes = x.stride(3) == 1 && whole_rows;
-    const bool whole_batch = x.stride(0) == pixels * x.stride(3) || x.size(0) == 1;
-    if (last && whole_batch && channels % kLanes == 0 && x.scalar_type() == ScalarType::Float) {
-      map_ = {x.const_data_ptr<float>(), x.stride(3)};
-      return;
-    }
-    const Tensor source = last || planes ? x : torch::stable::contiguous(x);
-    padded_ = ceil_div(channels, kLanes) * kLanes;
-    copy_.emplace(x.size(0) * pixels * padded_);
-    dispatch_low(x.scalar_type(), [&]<class S>(S) { last ? copy_rows<S>(source) : copy_planes<S>(source); });
-    map_ = {copy_->data(), padded_};
-  }
-  PixelMap<const float> map() const { return map_; }
-
- private:
-  // Pixel by pixel.
-  template <class S>
-  void copy_rows(const Tensor& x) {
-    const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3);
-    parallel_tasks(x.size(0) * pixels, [&] {
-      return [&](int64_t pixel) {
-        const S* from = x.const_data_ptr<S>() + pixel / pixels * x.stride(0) + pixel % pixels * x.stride(3);
-        float* to = copy_->data() + pixel * padded_;
-        widen_row(from, channels, to);
-        std::fill(to + channels, to + padded_, 0.f);
-      };
-    });
-  }
-
-  // Blocks of channels and pixels are transposed.
-  template <class S>
-  void copy_planes(const Tensor& x) {
-    const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3);
-    const int64_t blocks = ceil_div(channels, kBlockChannels);
-    parallel_tasks(x.size(0) * blocks, [&] {
-      return [&, wide = Workspace<float>(kBlockChannels * kBlockPixels)](int64_t task) mutable {
-        const int64_t n = task / blocks, begin = task % blocks * kBlockChannels;
-        const int64_t count = std::min(kBlockChannels, channels - begin);
-        const int64_t padded = std::min(kBlockChannels, padded_ - begin);
-        const S* from = x.const_data_ptr<S>() + n * x.stride(0) + begin * x.stride(1);
-        float* to = copy_->data() + n * pixels * padded_ + begin;
-        for (int64_t p = 0; p < pixels; p += kBlockPixels) {
-          const int64_t width = std::min(kBlockPixels, pixels - p);
-          if constexpr (std::is_same_v<S, float>) {
-            transpose(from + p, x.stride(1), count, width, to + p * padded_, padded_, padded);
-          } else {
-            for (int64_t c = 0; c < count; ++c)
-              widen_row(from + c * x.stride(1) + p, width, wide.data() + c * kBlockPixels);
-            transpose(wide.data(), kBlockPixels, count, width, to + p * padded_, padded_, padded);
-          }
-        }
-      };
-    });
-  }
-
-  int64_t padded_ = 0;
-  std::optional<Workspace<float>> copy_;
-  PixelMap<const float> map_;
-};
 
 // The float32 maps that line convolutions write, channels last; finish() brings them to the tensor.
 class Output {
@@ -496,33 +347,74 @@ class Output {
   std::optional<Workspace<float>> copy_;
 };
 
+// Whether a convolution is one of two or the gradient of its input.
+enum class Direction { kForward, kInputGradient };
+
+int64_t outputs_of(const Tensor& weight, Direction direction) {
+  return weight.size(direction == Direction::kForward ? 0 : 1);
+}
+int64_t inputs_of(const Tensor& weight, Direction direction) {
+  return weight.size(direction == Direction::kForward ? 1 : 0);
+}
+
 // One line convolution in Winograd arithmetic, to the channels of `out` from `channel` on.
 void winograd_conv(const Tensor& x, const PixelMap<const float>& map, const Tensor& weight,
-                   const MaybeTensor& bias, bool add, PixelMap<float> out) {
-  const bool along_width = weight.size(2) == 1;
+                   Direction direction, const MaybeTensor& bias, bool add, PixelMap<float> out) {
+  const bool along_width = weight.size(2) == 1, forward = direction == Direction::kForward;
   const int tap_dim = along_width ? 3 : 2;
+  const int64_t outputs = outputs_of(weight, direction), inputs = inputs_of(weight, direction);
+  const int64_t taps = weight.size(tap_dim), tap_stride = weight.stride(tap_dim);
   std::optional<Workspace<float>> biases;
-  if (bias.has_value()) biases.emplace(weight.size(0));
+  if (bias.has_value()) biases.emplace(outputs);
   dispatch_low(x.scalar_type(), [&]<class S>(S) {
-    for (int64_t i = 0; bias.has_value() && i < weight.size(0); ++i)
+    for (int64_t i = 0; bias.has_value() && i < outputs; ++i)
       (*biases)[i] = widen(bias->const_data_ptr<S>()[i * bias->stride(0)]);
-    const Line<S> line{map,
-                       x.size(0),
-                       x.size(2),
-                       x.size(3),
-                       ceil_div(x.size(1), kLanes) * kLanes,
-                       along_width,
-                       weight.const_data_ptr<S>(),
-                       weight.size(0),
-                       weight.size(1),
-                       weight.stride(0),
-                       weight.stride(1),
-                       weight.stride(tap_dim),
+    const S* data = weight.const_data_ptr<S>();
+    const S* end = data + (weight.size(0) - 1) * weight.stride(0) + (weight.size(1) - 1) * weight.stride(1) +
+                   (taps - 1) * tap_stride + 1;
+    const Line<S> line{{x.size(0), x.size(2), x.size(3), along_width},
+                       map,
+                       {data, end, outputs, inputs, weight.stride(forward ? 0 : 1),
+                        weight.stride(forward ? 1 : 0), tap_stride, !forward},
                        out,
                        bias.has_value() ? biases->data() : nullptr,
                        add};
-    winograd_line(line, weight.size(tap_dim));
+    cheapest_winograd(taps, line.lines.length(), [&]<class W>(W) { WinogradLine<W, S>(line).run(); });
   });
+}
+
+// Two convolutions of one map, side by side.
+void winograd_split(const Tensor& x, const Tensor& first, const Tensor& second, Direction direction,
+                    const MaybeTensor& first_bias, const MaybeTensor& second_bias, Tensor& out) {
+  const ChannelsLastMap map(x);
+  Output output(out);
+  const int64_t middle = outputs_of(first, direction);
+  if (middle > 0) winograd_conv(x, map.map(), first, direction, first_bias, false, output.from_channel(0));
+  if (outputs_of(second, direction) > 0)
+    winograd_conv(x, map.map(), second, direction, second_bias, false, output.from_channel(middle));
+  output.finish();
+}
+
+// The sum of a convolution of a map's first channels and one of its others.
+void winograd_merge(const std::array<Tensor, 2>& halves, const Tensor& first, const Tensor& second,
+                    Direction direction, const MaybeTensor& bias, Tensor& out) {
+  Output output(out);
+  bool written = false;
+  for (const auto& [half, weight] : {std::pair{&halves[0], &first}, {&halves[1], &second}}) {
+    if (inputs_of(*weight, direction) == 0) continue;
+    const ChannelsLastMap map(*half);
+    winograd_conv(*half, map.map(), *weight, direction, written ? std::nullopt : bias, written,
+                  output.from_channel(0));
+    written = true;
+  }
+  output.finish();
+}
+
+// A map's first channels and its others.
+std::array<Tensor, 2> halves_of(const Tensor& x, int64_t middle) {
+  Tensor map = x;
+  return {torch::stable::narrow(map, 1, 0, middle),
+          torch::stable::narrow(map, 1, middle, x.size(1) - middle)};
 }
 
 void check_line(const char* name, const Tensor& weight, int64_t channels, ScalarType dtype) {
@@ -558,16 +450,10 @@ Tensor split(const Tensor& x, const Tensor& first, const Tensor& second, const M
   Tensor out = empty_like_map(x, first.size(0) + second.size(0));
   if (out.numel() == 0) return out;
   if (takes_winograd(precision, x, first, second)) {
-    const ChannelsLastMap map(x);
-    Output output(out);
-    if (first.size(0) > 0) winograd_conv(x, map.map(), first, first_bias, false, output.from_channel(0));
-    if (second.size(0) > 0)
-      winograd_conv(x, map.map(), second, second_bias, false, output.from_channel(first.size(0)));
-    output.finish();
+    winograd_split(x, first, second, Direction::kForward, first_bias, second_bias, out);
     return addend.has_value() ? torch::stable::copy_(out, add(out, *addend)) : out;
   }
-  Tensor parts[] = {torch::stable::narrow(out, 1, 0, first.size(0)),
-                    torch::stable::narrow(out, 1, first.size(0), second.size(0))};
+  std::array<Tensor, 2> parts = halves_of(out, first.size(0));
   if (first.size(0) > 0) torch::stable::copy_(parts[0], line_conv(x, first, first_bias));
   if (second.size(0) > 0) torch::stable::copy_(parts[1], line_conv(x, second, second_bias));
   return addend.has_value() ? torch::stable::copy_(out, add(out, *addend)) : out;
@@ -582,52 +468,56 @@ Tensor merge(const Tensor& x, const Tensor& first, const Tensor& second, const M
   check_line_bias("bias", bias, first);
   Tensor out = empty_like_map(x, first.size(0));
   if (out.numel() == 0) return out;
-  Tensor input = x;
-  const Tensor halves[] = {torch::stable::narrow(input, 1, 0, first.size(1)),
-                           torch::stable::narrow(input, 1, first.size(1), second.size(1))};
+  const std::array<Tensor, 2> halves = halves_of(x, first.size(1));
   if (takes_winograd(precision, x, first, second)) {
-    Output output(out);
-    bool written = false;
-    for (const auto& [half, weight] : {std::pair{&halves[0], &first}, {&halves[1], &second}}) {
-      if (weight->size(1) == 0) continue;
-      const ChannelsLastMap map(*half);
-      winograd_conv(*half, map.map(), *weight, written ? std::nullopt : bias, written,
-                    output.from_channel(0));
-      written = true;
-    }
-    output.finish();
+    winograd_merge(halves, first, second, Direction::kForward, bias, out);
     return out;
   }
   const Tensor left = line_conv(halves[0], first, bias), right = line_conv(halves[1], second, {});
   return torch::stable::copy_(out, add(left, right));
 }
 
-Tensor weight_gradient(const Tensor& x, const Tensor& grad, int64_t kernel_h, int64_t kernel_w,
-                       const std::string& precision) {
-  check_shape("x", x, {kAnySize, kAnySize, kAnySize, kAnySize});
-  check_shape("grad", grad, {x.size(0), kAnySize, x.size(2), x.size(3)});
-  check_dtype("grad", grad, x.scalar_type());
-  const std::array<int64_t, 4> sizes{grad.size(1), x.size(1), kernel_h, kernel_w};
+// PyTorch's gradient of a line convolution's input.
+Tensor input_gradient(const Tensor& grad, const Tensor& weight) {
+  const std::array<int64_t, 4> sizes{grad.size(0), weight.size(1), grad.size(2), grad.size(3)};
   const IntHeaderOnlyArrayRef shape(sizes.data(), 4);
-  if (x.numel() == 0 || grad.numel() == 0) return torch::stable::new_zeros(x, shape);
-  const Tensor weight = torch::stable::new_empty(x, shape);
-  const std::array<int64_t, 2> ones{1, 1}, zeros{0, 0}, padding{kernel_h / 2, kernel_w / 2};
-  const IntHeaderOnlyArrayRef stride(ones.data(), 2), pad(padding.data(), 2), none(zeros.data(), 2);
-  const std::array<bool, 3> wanted{false, true, false};
-  std::array<StableIValue, 11> stack{from(grad),
-                                     from(x),
-                                     from(weight),
-                                     from(std::optional<IntHeaderOnlyArrayRef>{}),
-                                     from(stride),
-                                     from(pad),
-                                     from(stride),
-                                     from(false),
-                                     from(none),
-                                     from(int64_t{1}),
-                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(to<Tensor>(stack[1]));
+  if (weight.size(0) == 0) return torch::stable::new_zeros(grad, shape);
+  return conv_backward(grad, torch::stable::new_empty(grad, shape), weight, kOfInput);
+}
+
+// The gradient of split's x, for `grad` of its result.
+Tensor split_input(const Tensor& grad, const Tensor& first, const Tensor& second,
+                   const std::string& precision) {
+  check_line("first", first, kAnySize, grad.scalar_type());
+  check_line("second", second, first.size(1), grad.scalar_type());
+  check_shape("grad", grad, {kAnySize, first.size(0) + second.size(0), kAnySize, kAnySize});
+  Tensor out = empty_like_map(grad, first.size(1));
+  if (out.numel() == 0) return out;
+  const std::array<Tensor, 2> halves = halves_of(grad, first.size(0));
+  if (takes_winograd(precision, grad, first, second)) {
+    winograd_merge(halves, first, second, Direction::kInputGradient, {}, out);
+    return out;
+  }
+  return torch::stable::copy_(out, add(input_gradient(halves[0], first), input_gradient(halves[1], second)));
+}
+
+// The gradient of merge's x, for `grad` of its result.
+Tensor merge_input(const Tensor& grad, const Tensor& first, const Tensor& second,
+                   const std::string& precision) {
+  check_line("first", first, kAnySize, grad.scalar_type());
+  check_line("second", second, kAnySize, grad.scalar_type());
+  check_shape("second", second, {first.size(0), kAnySize, kAnySize, kAnySize});
+  check_shape("grad", grad, {kAnySize, first.size(0), kAnySize, kAnySize});
+  Tensor out = empty_like_map(grad, first.size(1) + second.size(1));
+  if (out.numel() == 0) return out;
+  if (takes_winograd(precision, grad, first, second)) {
+    winograd_split(grad, first, second, Direction::kInputGradient, {}, {}, out);
+    return out;
+  }
+  std::array<Tensor, 2> parts = halves_of(out, first.size(1));
+  if (first.size(1) > 0) torch::stable::copy_(parts[0], input_gradient(grad, first));
+  if (second.size(1) > 0) torch::stable::copy_(parts[1], input_gradient(grad, second));
+  return out;
 }
 
 }  // namespace
@@ -636,5 +526,6 @@ Tensor weight_gradient(const Tensor& x, const Tensor& grad, int64_t kernel_h, in
 STABLE_TORCH_LIBRARY_IMPL(vosops, CPU, m) {
   m.impl("global_conv_split", TORCH_BOX(&vosops::cpu::split));
   m.impl("global_conv_merge", TORCH_BOX(&vosops::cpu::merge));
-  m.impl("global_conv_weight", TORCH_BOX(&vosops::cpu::weight_gradient));
+  m.impl("global_conv_split_input", TORCH_BOX(&vosops::cpu::split_input));
+  m.impl("global_conv_merge_input", TORCH_BOX(&vosops::cpu::merge_input));
 }

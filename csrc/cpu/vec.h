@@ -71,8 +71,9 @@ struct Vec {
   }
 };
 
-// Transposes kLanes x kLanes values: to[j * to_stride + i] = from[i * from_stride + j].
-template <class V>
+// Transposes kLanes rows, the first kColumns values of each: to[j * to_stride + i] = from[i * from_stride +
+// j]. Whole registers are read.
+template <class V, int kColumns = V::kLanes>
 void transpose_lanes(const typename V::T* from, int64_t from_stride, typename V::T* to, int64_t to_stride) {
   constexpr int kLanes = V::kLanes;
   typename V::CodeReg low, high;  // which lanes of two registers interleave to their lower and upper halves
@@ -94,7 +95,7 @@ void transpose_lanes(const typename V::T* from, int64_t from_stride, typename V:
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) V::store(to + i * to_stride, rows[i]);
+  for (int i = 0; i < kColumns; ++i) V::store(to + i * to_stride, rows[i]);
 }
 
 #if defined(__AVX512F__)

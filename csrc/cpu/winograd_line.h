@@ -58,12 +58,7 @@ class Winograd {
   [[gnu::always_inline]] static void transform_output(const typename V::Reg* products,
                                                       typename V::Reg* outputs) {
     typename V::Reg even[kPairs], odd[kPairs];
-#pragma GCC unroll 16
-    for (int p = 0; p < kPairs; ++p) {
-      const int at = kFirstPair + 2 * p;
-      even[p] = products[at] + products[at + 1];
-      odd[p] = products[at] - products[at + 1];
-    }
+    halves<V>(products, even, odd);
 #pragma GCC unroll 16
     for (int i = 0; i < kOut; ++i) {
       typename V::Reg total = sum<V>(kTable.output[i], i % 2 == 0 ? even : odd, 0, kPairs, 1);
@@ -73,10 +68,40 @@ class Winograd {
     }
   }
 
+  // What transform_output makes of a gradient of its outputs, at all points.
+  template <class V>
+  [[gnu::always_inline]] static void transform_grad(const typename V::Reg* grads, typename V::Reg* values) {
+    if constexpr (kHasZero) values[0] = grads[0];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) {
+      const float* powers = kTable.powers[p];
+      const typename V::Reg even = sum<V>(powers, grads, 0, kOut, 2), odd = sum<V>(powers, grads, 1, kOut, 2);
+      values[kFirstPair + 2 * p] = even + odd;
+      values[kFirstPair + 2 * p + 1] = even - odd;
+    }
+    values[kPoints - 1] = grads[kOut - 1];
+  }
+
+  // The gradient of the taps from the products of transform_grad's and transform_input's values.
+  template <class V>
+  [[gnu::always_inline]] static void transform_products(const typename V::Reg* products,
+                                                        typename V::Reg* taps) {
+    typename V::Reg even[kPairs], odd[kPairs];
+    halves<V>(products, even, odd);
+#pragma GCC unroll 16
+    for (int j = 0; j < kTaps; ++j) {
+      typename V::Reg total = sum<V>(kTable.tap_weight[j], j % 2 == 0 ? even : odd, 0, kPairs, 1);
+      if (kHasZero && j == 0) total += products[0] * kTable.weight[0][0];
+      if (j == kTaps - 1) total += products[kPoints - 1];
+      taps[j] = total;
+    }
+  }
+
  private:
   static constexpr int kRows = kHasZero + kPairs + 1;
   struct Table {
-    float input[kRows][kPoints], weight[kRows][kTaps], output[kOut][kPairs];
+    float input[kRows][kPoints], weight[kRows][kTaps], tap_weight[kTaps][kPairs];  // of pairs, transposed
+    float output[kOut][kPairs], powers[kPairs][kOut];                              // output transposed
   };
 
   static consteval Table make_table() {
@@ -107,16 +132,30 @@ class Winograd {
         power *= points[left_out];
       }
     }
+    for (int p = 0; p < kPairs; ++p)
+      for (int j = 0; j < kTaps; ++j) table.tap_weight[j][p] = table.weight[kHasZero + p][j];
     for (int p = 0; p < kPairs; ++p) {
       double power = 1.0;
       for (int i = 0; i < kOut; ++i) {
-        table.output[i][p] = static_cast<float>(power);
+        table.output[i][p] = table.powers[p][i] = static_cast<float>(power);
         power *= positive[p];
       }
     }
     return table;
   }
   static constexpr Table kTable = make_table();
+
+  // What the even and the odd terms of each pair's row are multiplied with.
+  template <class V>
+  [[gnu::always_inline]] static void halves(const typename V::Reg* products, typename V::Reg* even,
+                                            typename V::Reg* odd) {
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) {
+      const int at = kFirstPair + 2 * p;
+      even[p] = products[at] + products[at + 1];
+      odd[p] = products[at] - products[at + 1];
+    }
+  }
 
   // The sum of row[j] * terms[j] over j = begin, begin + step ... below end, without the terms that are zero.
   template <class V>

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vosops.benchmarking.arithmetic import Arithmetic
 from vosops.benchmarking.cases import CHANNELS, Case
 from vosops.benchmarking.fresh import run_fresh
 from vosops.benchmarking.measure import Ceilings, Clock, Timing, interleave, peak_bytes
+from vosops.benchmarking.runner import BENCHMARKS
 
 
 def test_functions_take_turns():
@@ -78,6 +80,15 @@ def test_peak_memory_counts_buffers_that_an_op_keeps():
     ours, unfold = (first_call_peak_of("local_matching", name, case) for name in ("vosops", "unfold"))
     assert unfold > 25 * 4 * CHANNELS * 60 * 107
     assert ours < unfold / 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_training_through_global_conv_needs_less_memory_than_pytorch():
+    case = BENCHMARKS["global_conv"].case("4096x15x27-backward")
+    case = replace(case, size=replace(case.size, channels=1024))
+    ours, eager = (first_call_peak_of("global_conv", name, case) for name in ("vosops", "four convolutions"))
+    gradients = 4 * sum(t.numel() for t in case.inputs(torch.device("cpu")).tensors)
+    assert gradients < ours < 0.9 * eager
 
 
 def first_call_peak_of(op, name, case):

@@ -1,4 +1,4 @@
-"""global_conv: its three core ops on every backend, the public op, the module, and RGMP's original."""
+"""global_conv: its core ops on every backend, the public op, the module, and RGMP's original."""
 
 from __future__ import annotations
 
@@ -67,6 +67,9 @@ def core(backend, op):
         pytest.skip(f"{backend} has no kernels of global_conv yet")
 
 
+LOW_AND_FLOAT = tuple(dtype for dtype in CPU.dtypes if dtype != torch.float64)
+
+
 def precisions(backend, dtype):
     if backend is not CPU:
         return ("ieee",)
@@ -129,7 +132,10 @@ def test_core_merge(backend, dtype, case):
             assert_near(core(backend, "merge")(*arguments, precision), want, precision, dtype, summed=3)
 
 
-@every_backend_and_case(["k7", "k7, odd channels", "k1", "few channels", "one pixel"])
+WEIGHTS = [case for case in CASES if case != "second is empty"]
+
+
+@every_backend_and_case(WEIGHTS)
 def test_core_weight(backend, dtype, case):
     x, first, second, *_ = split_problem(case, dtype, backend.device)
     for weight in (first, second):
@@ -138,6 +144,115 @@ def test_core_weight(backend, dtype, case):
             got = core(backend, "weight")(x, grad, *weight.shape[2:], precision)
             want = global_conv_weight_core(*wide([x, grad]), *weight.shape[2:])
             assert_near(got, want, precision, dtype)
+
+
+INPUT_GRADIENTS = {
+    "split_input": (split_problem, global_conv_split_core),
+    "merge_input": (merge_problem, global_conv_merge_core),
+}
+"""Ops of the CPU -> the problem and the core whose gradient of x they are."""
+
+
+def input_gradient(op, x, first, second, grad):
+    """The gradient of x by differentiating the reference in float64."""
+    core = INPUT_GRADIENTS[op][1]
+    x, first, second, grad = wide([x, first, second, grad])
+    biases = (None, None, None) if op == "split_input" else (None,)
+    return torch.autograd.grad(core(x.requires_grad_(), first, second, *biases), x, grad)[0]
+
+
+def input_problem(op, case, dtype, layout="contiguous"):
+    """The arguments of an input gradient, and the gradient of the x that it is for."""
+    x, first, second, *_ = INPUT_GRADIENTS[op][0](case, dtype)
+    channels = first.shape[0] + second.shape[0] if op == "split_input" else first.shape[0]
+    grad = embeddings((x.shape[0], channels, *x.shape[2:]), dtype, layout)
+    if layout != "contiguous":
+        first, second = (embeddings(weight.shape, dtype, layout) for weight in (first, second))
+    return (grad, first, second), input_gradient(op, x, first, second, grad)
+
+
+@pytest.mark.parametrize("op", INPUT_GRADIENTS)
+@pytest.mark.parametrize("dtype", CPU.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+def test_core_input_gradient(op, dtype, case):
+    arguments, want = input_problem(op, case, dtype)
+    for precision in precisions(CPU, dtype):
+        assert_near(core(CPU, op)(*arguments, precision), want, precision, dtype, summed=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("case", ["k7", "k7, odd channels", "few channels"])
+def test_core_gradients_read_any_stride(case, layout):
+    for op in INPUT_GRADIENTS:
+        arguments, want = input_problem(op, case, torch.float32, layout)
+        for precision in ("exact", "winograd"):
+            result = core(CPU, op)(*arguments, precision)
+            assert_near(result, want, precision, summed=3)
+            if layout == "channels_last":
+                assert result.is_contiguous(memory_format=torch.channels_last)
+    (n, c, h, w), (m, _), (kh, kw) = CASES[case]
+    x, grad = (embeddings((n, channels, h, w), torch.float32, layout) for channels in (c, m))
+    for kernel in ((kh, 1), (1, kw)):
+        want = global_conv_weight_core(*wide([x, grad]), *kernel)
+        for precision in ("exact", "winograd"):
+            assert_near(core(CPU, "weight")(x, grad, *kernel, precision), want, precision)
+
+
+@pytest.mark.parametrize("dtype", LOW_AND_FLOAT, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_core_weight_sums_several_rounds(dtype):
+    x, grad = (
+        normal(1, 20, 180, 240, dtype=dtype),
+        normal(1, 17, 180, 240, dtype=dtype),
+    )  # 7200 tiles in a row
+    for kernel in ((7, 1), (1, 7)):
+        got = core(CPU, "weight")(x, grad, *kernel, "winograd")
+        assert_near(got, global_conv_weight_core(*wide([x, grad]), *kernel), "winograd", dtype)
+
+
+def test_core_weight_error_stays_below_its_bound_over_many_pixels():
+    x, grad = normal(2, 256, 60, 107).relu(), normal(2, 64, 60, 107)
+    for kernel in ((7, 1), (1, 7)):
+        got = core(CPU, "weight")(x, grad, *kernel, "winograd")
+        want = global_conv_weight_core(x.double(), grad.double(), *kernel)
+        error = got.double() - want
+        assert 0 < error.square().mean().sqrt() < 1e-5 * want.square().mean().sqrt()
+        assert error.abs().max() < 2e-5 * want.abs().max()
+
+
+def test_core_exact_gradients_err_at_most_twice_as_much_as_pytorchs():
+    x, first, second, *_ = split_problem("k7, odd channels")
+    grad = normal(2, 33 + 19, 13, 20)
+    halves = grad[:, :33], grad[:, 33:]
+    inputs = [t.requires_grad_() for t in (x, first, second)]
+    eager = torch.autograd.grad(global_conv_split_core(*inputs, None, None, None), inputs, grad)
+    exact = [core(CPU, "split_input")(grad, first, second, "exact")]
+    exact += [
+        core(CPU, "weight")(x, half, *weight.shape[2:], "exact")
+        for half, weight in zip(halves, (first, second), strict=True)
+    ]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = torch.autograd.grad(global_conv_split_core(*doubles, None, None, None), doubles, grad.double())
+    for ours, theirs, want in zip(exact, eager, wanted, strict=True):
+        errors = [(t.detach().double() - want).abs().max() for t in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1] + 1e-6 * want.abs().max()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 3), c=st.integers(1, 60), h=st.integers(1, 30), w=st.integers(1, 30), m=st.integers(1, 40),
+    k=st.sampled_from(range(1, 16, 2)), tall=st.booleans(), layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    precision=st.sampled_from(["exact", "winograd"]),
+)  # fmt: skip
+def test_core_gradients_on_random_problems(n, c, h, w, m, k, tall, layout, dtype, precision):
+    kernel = (k, 1) if tall else (1, k)
+    x, grad = embeddings((n, c, h, w), dtype, layout), embeddings((n, m, h, w), dtype, layout)
+    weight = embeddings((m, c, *kernel), dtype, layout)
+    got = core(CPU, "weight")(x, grad, *kernel, precision)
+    assert_near(got, global_conv_weight_core(*wide([x, grad]), *kernel), precision, dtype)
+    got = core(CPU, "split_input")(grad, weight, weight[:0], precision)
+    want = input_gradient("split_input", x, weight, weight[:0], grad)
+    assert_near(got, want, precision, dtype, summed=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -199,10 +314,23 @@ def test_core_every_output_is_written_and_nothing_else_is_read(backend, determin
 @pytest.mark.parametrize("op", ["split", "merge"])
 def test_core_does_not_depend_on_the_number_of_threads(op):
     arguments = {"split": split_problem, "merge": merge_problem}[op]("several blocks of channels and tiles")
+    assert_same_with_any_threads(lambda: core(CPU, op)(*arguments, "winograd"))
+
+
+def test_core_gradients_do_not_depend_on_the_number_of_threads():
+    case = "several blocks of channels and tiles"
+    for op in INPUT_GRADIENTS:
+        arguments, _ = input_problem(op, case, torch.float32)
+        assert_same_with_any_threads(lambda op=op, arguments=arguments: core(CPU, op)(*arguments, "winograd"))
+    x, grad = normal(1, 100, 31, 37), normal(1, 200, 31, 37)
+    assert_same_with_any_threads(lambda: core(CPU, "weight")(x, grad, 1, 7, "winograd"))
+
+
+def assert_same_with_any_threads(compute):
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(core(CPU, op)(*arguments, "winograd"))
+        results.append(compute())
     torch.set_num_threads(threads)
     assert all(torch.equal(results[0], result) for result in results[1:])
 
@@ -316,6 +444,19 @@ def test_second_derivatives_of_the_weight_gradient():
 
         assert torch.autograd.gradcheck(op, (x, grad))
         assert torch.autograd.gradgradcheck(op, (x, grad))
+
+
+def test_second_derivatives_of_the_input_gradients(problem):
+    _, l1, l2, r1, r2, *_ = problem
+    ops, grad = torch.ops.vosops, normal(2, 2, 4, 5, dtype=torch.float64).requires_grad_()
+    cotangent = normal(2, 5, 4, 5, dtype=torch.float64).requires_grad_()
+    for op, inputs in (
+        (ops.global_conv_split_input, (cotangent, l1, r1)),
+        (ops.global_conv_merge_input, (grad, l2, r2)),
+    ):
+        assert torch.autograd.gradcheck(lambda *a, op=op: op(*a, "exact"), inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda *a, op=op: op(*a, "exact"), inputs, fast_mode=True)
+        torch.library.opcheck(op.default, (*inputs, "exact"))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -249,7 +249,7 @@ def _resolve_precision(precision: str | None, x: Tensor) -> str:
 
 
 # ---- The registered pieces. split and merge are each other's gradients of the input: with flipped weights, input
-# and output channels exchanged.
+# and output channels exchanged. On the CPU split_input and merge_input read the weights so, and nothing is copied.
 
 
 def flipped(weight: Tensor) -> Tensor:
@@ -280,8 +280,20 @@ def _fake_weight(x: Tensor, grad: Tensor, kernel_h: int, kernel_w: int, _: str) 
     return x.new_empty((grad.shape[1], x.shape[1], kernel_h, kernel_w))
 
 
+def _fake_split_input(grad: Tensor, first: Tensor, *_: Any) -> Tensor:
+    return _empty_map(grad, first.shape[1])
+
+
+def _fake_merge_input(grad: Tensor, first: Tensor, second: Tensor, _: str) -> Tensor:
+    return _empty_map(grad, first.shape[1] + second.shape[1])
+
+
 def _sum_of_bias(ctx: Any, position: int, grad: Tensor) -> Tensor | None:
     return grad.sum((0, 2, 3)) if ctx.needs_input_grad[position] else None
+
+
+def _halves(x: Tensor, middle: int) -> tuple[Tensor, Tensor]:
+    return x[:, :middle], x[:, middle:]
 
 
 def _setup_split(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -295,13 +307,18 @@ def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, first, second)
 
 
+def _setup_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, first, second, ctx.precision = inputs
+    ctx.save_for_backward(grad, first, second)
+
+
 def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, grad, _, _, ctx.precision = inputs
     ctx.save_for_backward(x, grad)
 
 
 class _Kernels:
-    """The three ops of one library, C++ ("") or Triton ("_triton")."""
+    """The ops of one library, C++ ("") or Triton ("_triton")."""
 
     def __init__(self, suffix: str) -> None:
         self.suffix = suffix
@@ -318,39 +335,74 @@ class _Kernels:
         result: Tensor = self("weight", x, grad, like.shape[2], like.shape[3], precision)
         return result
 
+    def split_input(self, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
+        """The gradient of split's x."""
+        if self._has_input_ops(grad):
+            result: Tensor = self("split_input", grad, first, second, precision)
+            return result
+        result = self("merge", grad, flipped(first), flipped(second), None, precision)
+        return result
+
+    def merge_input(self, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
+        """The gradient of merge's x."""
+        if self._has_input_ops(grad):
+            result: Tensor = self("merge_input", grad, first, second, precision)
+            return result
+        result = self("split", grad, flipped(first), flipped(second), None, None, None, precision)
+        return result
+
+    def _has_input_ops(self, grad: Tensor) -> bool:
+        return self.suffix == "" and grad.device.type == "cpu"
+
+    def weight_gradients(
+        self,
+        ctx: Any,
+        maps: Sequence[tuple[Tensor, Tensor]],
+        weights: tuple[Tensor, Tensor],
+    ) -> Iterator[Tensor | None]:
+        """Those of both weights that need one, each for an input and the gradient of its convolution."""
+        for need, (x, grad), weight in zip(ctx.needs_input_grad[1:3], maps, weights, strict=True):
+            yield self.weight_gradient(x, grad, weight, ctx.precision) if need else None
+
     def backward_split(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
-        needs, middle = ctx.needs_input_grad, first.shape[0]
-        halves = grad[:, :middle], grad[:, middle:]
-        grad_x = (
-            self("merge", grad, flipped(first), flipped(second), None, ctx.precision) if needs[0] else None
-        )
-        weights = (
-            self.weight_gradient(x, half, weight, ctx.precision) if need else None
-            for need, half, weight in zip(needs[1:3], halves, (first, second), strict=True)
-        )
+        needs = ctx.needs_input_grad
+        halves = _halves(grad, first.shape[0])
+        grad_x = self.split_input(grad, first, second, ctx.precision) if needs[0] else None
+        weights = self.weight_gradients(ctx, [(x, half) for half in halves], (first, second))
         grad_addend = (grad.sum(0, keepdim=True) if ctx.repeated else grad) if needs[5] else None
         biases = (_sum_of_bias(ctx, 3 + i, half) for i, half in enumerate(halves))
         return grad_x, *weights, *biases, grad_addend, None
 
     def backward_merge(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
-        needs, channels = ctx.needs_input_grad, first.shape[1]
-        grad_x = None
-        if needs[0]:
-            grad_x = self("split", grad, flipped(first), flipped(second), None, None, None, ctx.precision)
-        halves = x[:, :channels], x[:, channels:]
-        weights = (
-            self.weight_gradient(half, grad, weight, ctx.precision) if need else None
-            for need, half, weight in zip(needs[1:3], halves, (first, second), strict=True)
-        )
+        grad_x = self.merge_input(grad, first, second, ctx.precision) if ctx.needs_input_grad[0] else None
+        halves = _halves(x, first.shape[1])
+        weights = self.weight_gradients(ctx, [(half, grad) for half in halves], (first, second))
         return grad_x, *weights, _sum_of_bias(ctx, 3, grad), None
 
+    def backward_split_input(self, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """The adjoint of an adjoint: a split of the cotangent, which also stands for x beside the weights."""
+        grad, first, second = ctx.saved_tensors
+        grad_grad = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = self("split", cotangent, first, second, None, None, None, ctx.precision)
+        maps = [(cotangent, half) for half in _halves(grad, first.shape[0])]
+        return grad_grad, *self.weight_gradients(ctx, maps, (first, second)), None
+
+    def backward_merge_input(self, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        grad, first, second = ctx.saved_tensors
+        grad_grad = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = self("merge", cotangent, first, second, None, ctx.precision)
+        maps = [(half, grad) for half in _halves(cotangent, first.shape[1])]
+        return grad_grad, *self.weight_gradients(ctx, maps, (first, second)), None
+
     def backward_weight(self, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        """The op is bilinear: the cotangent is a weight that convolves x, and flipped the gradient."""
+        """The op is bilinear: the cotangent is a weight that convolves x, and its adjoint the gradient."""
         x, grad = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grad_x = self.line_conv(grad, flipped(cotangent), ctx.precision) if needs[0] else None
+        grad_x = self.split_input(grad, cotangent, cotangent[:0], ctx.precision) if needs[0] else None
         grad_grad = self.line_conv(x, cotangent, ctx.precision) if needs[1] else None
         return grad_x, grad_grad, None, None, None
 
@@ -395,12 +447,18 @@ class _Kernels:
         return torch.stack([self(op, *entry(i)) for i in range(size)])
 
     def register(self) -> None:
-        """Give the three ops their fake kernels, derivatives and vmap rules."""
+        """Give the ops their fake kernels, derivatives and vmap rules."""
         pieces: dict[str, tuple[Any, Any, Any, Any]] = {
             "split": (_fake_split, _setup_split, self.backward_split, self.vmap_maps("split")),
             "merge": (_fake_merge, _setup_merge, self.backward_merge, self.vmap_maps("merge")),
             "weight": (_fake_weight, _setup_weight, self.backward_weight, self.vmap_weight),
         }
+        if self.suffix == "":
+            for op, fake, backward in (
+                ("split_input", _fake_split_input, self.backward_split_input),
+                ("merge_input", _fake_merge_input, self.backward_merge_input),
+            ):
+                pieces[op] = fake, _setup_input, backward, self.vmap_maps(op)
         for op, (fake, setup_context, backward, vmap) in pieces.items():
             name = f"vosops::global_conv_{op}{self.suffix}"
             torch.library.register_fake(name, fake)
