@@ -351,6 +351,12 @@ class _Kernels:
         result = self("split", grad, flipped(first), flipped(second), None, None, None, precision)
         return result
 
+    def line_input(self, grad: Tensor, weight: Tensor, precision: str) -> Tensor:
+        """The gradient of line_conv's x."""
+        if self._has_input_ops(grad):
+            return self.split_input(grad, weight, weight[:0], precision)
+        return self.line_conv(grad, flipped(weight), precision)
+
     def _has_input_ops(self, grad: Tensor) -> bool:
         return self.suffix == "" and grad.device.type == "cpu"
 
@@ -402,7 +408,7 @@ class _Kernels:
         """The op is bilinear: the cotangent is a weight that convolves x, and its adjoint the gradient."""
         x, grad = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grad_x = self.split_input(grad, cotangent, cotangent[:0], ctx.precision) if needs[0] else None
+        grad_x = self.line_input(grad, cotangent, ctx.precision) if needs[0] else None
         grad_grad = self.line_conv(x, cotangent, ctx.precision) if needs[1] else None
         return grad_x, grad_grad, None, None, None
 
