@@ -81,8 +81,7 @@ def test_a_contender_that_computes_something_else_stops_the_run(run, monkeypatch
     [
         (
             ("convolution",),
-            "OP: expected one of local_matching, global_matching, memory_read, global_conv, conv_lstm, all, systems; "
-            "got 'convolution'",
+            f"OP: expected one of {', '.join(BENCHMARKS)}, all, systems; got 'convolution'",
         ),
         (("local_matching", "--case", "huge"), "--case: expected one of tiny, tiny-training; got 'huge'"),
         (("local_matching", "--dtype", "int8"), "--dtype: expected one of"),
@@ -104,6 +103,11 @@ def test_wrong_arguments_are_refused_in_one_line(run, arguments, message):
     result = run(*arguments)
     assert result.exit_code == 1
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_the_help_names_every_op(run):
+    shown = run("--help").stdout
+    assert [op for op in (*BENCHMARKS, "all", "systems") if op not in shown] == []
 
 
 def test_what_was_measured_is_kept_when_a_later_case_fails(run, monkeypatch, tmp_path):

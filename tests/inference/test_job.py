@@ -342,6 +342,8 @@ class TestDatasets:
         assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir()] == ["cow"]
         with pytest.raises(InputError, match="no sequence horse"):
             Job(tmp_path / "b", settings=SETTINGS).dataset(root, ["horse"])
+        with pytest.raises(InputError, match="--sequence test.txt: there is no such file of names"):
+            Job(tmp_path / "b", settings=SETTINGS).dataset(root, ["test.txt"])
         with pytest.raises(InputError, match="has no resolution 240p: it has 480p"):
             Job(tmp_path / "b", settings=SETTINGS).dataset(root, [], "240p")
 

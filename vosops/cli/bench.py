@@ -30,7 +30,7 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="local_matching, global_matching, memory_read, global_conv, conv_lstm, or all; "
+            help="local_matching, global_matching, memory_read, local_attention, global_conv, conv_lstm, or all; "
             "systems: whole networks."
         ),
     ],

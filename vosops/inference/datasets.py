@@ -87,6 +87,8 @@ def _names(names: Sequence[str]) -> set[str]:
     found: set[str] = set()
     for name in names:
         path = Path(name)
+        if path.suffix == ".txt" and not path.is_file():
+            raise InputError(f"--sequence {name}: there is no such file of names")
         found |= set(path.read_text(encoding="utf-8").split()) if path.is_file() else {name}
     return found
 
