@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -182,6 +183,50 @@ def test_a_fork_that_looks_at_the_affinity_still_works(core, monkeypatch):
         got = [*run(core, frames=6), core.memory.best]
     assert len(caught) == 1
     assert_agree(expected, got)
+
+
+@pytest.mark.filterwarnings("ignore:.*builds it")
+def test_a_fork_that_edits_the_scores_gets_its_edits(core, monkeypatch):
+    import inference.memory_manager as manager
+
+    get_similarity = manager.get_similarity
+
+    def forked(*args):
+        scores = manager.memory_util_similarity(*args)
+        scores[:, : scores.shape[1] // 2] -= 2
+        scores[:, -3:].mul_(0.5)
+        return scores
+
+    monkeypatch.setattr(manager, "memory_util_similarity", get_similarity, raising=False)
+    monkeypatch.setattr(manager, "get_similarity", forked)
+    expected = run(core, frames=6)
+    with accelerate(core):
+        assert manager.memory_util_similarity is not get_similarity
+        assert_agree(expected, run(core, frames=6))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, about what breaks the graph
+def test_compiled_callers_get_the_replacements_and_the_originals_back(core):
+    import model.memory_util as util
+
+    def read(mk, ms, qk, qe, mv):
+        affinity, usage = util.do_softmax(util.get_similarity(mk, ms, qk, qe), top_k=3, return_usage=True)
+        return mv @ affinity, usage
+
+    torch._dynamo.reset()
+    compiled = torch.compile(read, backend="aot_eager")
+    inputs = [
+        torch.rand(1, 4, 20),
+        torch.rand(1, 1, 20),
+        torch.rand(1, 4, 6),
+        torch.rand(1, 4, 6),
+        torch.rand(3, 5, 20),
+    ]
+    expected = read(*inputs)
+    for context in (nullcontext, lambda: accelerate(core), nullcontext):
+        with context():
+            for a, b in zip(expected, compiled(*inputs)):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_fork_with_other_maths_is_refused(core, monkeypatch):

@@ -22,7 +22,7 @@ def fresh_warnings(monkeypatch):
 def never_built(monkeypatch):
     """Makes it an error to build an affinity."""
 
-    def refuse(self, operation):
+    def refuse(self, operation, **_):
         raise AssertionError(f"{operation} built the affinity")
 
     monkeypatch.setattr(Handle, "dense", refuse)
@@ -193,3 +193,41 @@ def test_what_is_written_into_a_handle_is_read_from_it():
     with pytest.warns(RuntimeWarning, match="mul_"):
         affinity.mul_(2)
     close(value @ affinity, 2 * (value @ affinity.build()))
+
+
+@pytest.mark.filterwarnings("ignore:.*builds it")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda h: h[:, 3:9].mul_(2),
+        lambda h: h[:, 3:9][:, 2:4].fill_(1),
+        lambda h: h[:, :, 1:].__iadd__(1),
+        lambda h: h[:, 3:9].__setitem__((0, 0), 7.0),
+    ],
+)
+def test_a_slice_of_a_handle_is_a_view(write):
+    handle = scores()
+    before = handle[:, 2:8]
+    expected = handle.build()
+    write(expected), write(handle)
+    close(handle.softmax(1), expected.softmax(1))
+    close(before.softmax(1), expected[:, 2:8].softmax(1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda h, v: torch.bmm(input=v, mat2=h),
+        lambda h, v: h.sum(axis=2),
+        lambda h, v: torch.sum(input=h, dim=2),
+        lambda h, v: h.expand(size=(3, -1, -1)),
+        lambda h, v: torch.softmax(input=h, dim=1),
+        lambda h, v: torch.cat([h, h], axis=1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*builds it")
+def test_arguments_by_names_that_pytorch_knows(call):
+    value = torch.randn(B, 4, M)
+    for handle in (scores(), Affinity.of(scores(), 5)):
+        got = call(handle, value)
+        close(got.build() if isinstance(got, Handle) else got, call(handle.build(), value))

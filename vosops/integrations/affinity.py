@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -42,24 +43,37 @@ class Handle(torch.Tensor):
     """A tensor (B,M,P) without storage: P queries' relation to M memory positions.
 
     The operations that memory managers apply to it are answered from its description, everything else from the
-    tensor itself, which is then built, with one warning for each kind of operation.
+    tensor itself, which is then built, with one warning for each kind of operation. A slice is a view: what is
+    written into it reaches the handle that it was taken from, and what is written there is seen in it.
     """
 
     _dense: Tensor | None
+    _source: tuple[Handle, Any] | None  # the handle that this one is a view of, and the index
     _answers: Mapping[str, Callable[..., Any]]
 
     @classmethod
     def _make(cls: type[H], shape: tuple[int, int, int], like: Tensor) -> H:
         handle: H = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
-        handle._dense = None
+        handle._dense, handle._source = None, None
         return handle
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is a tensor, into which something may have been written since."""
+        return self._dense is not None or (self._source is not None and self._source[0].is_built)
 
     def build(self) -> Tensor:
         """The tensor itself."""
         raise NotImplementedError
 
-    def dense(self, operation: str) -> Tensor:
-        """The tensor itself, for an operation that needs it; from then on the handle is only its name."""
+    def dense(self, operation: str, *, writes: bool = False) -> Tensor:
+        """The tensor itself, for an operation that needs it; from then on the handle is only its name.
+
+        writes: whether the operation changes it, and with it the handle that this one is a view of.
+        """
+        if self._dense is None and self._source is not None and (writes or self.is_built):
+            source, index = self._source
+            self._dense = source.dense(operation, writes=writes)[index]
         if self._dense is None:
             if operation not in _warned:
                 _warned.add(operation)
@@ -87,7 +101,8 @@ class Handle(torch.Tensor):
         if name in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         answer = cls._answers.get(name)
-        if answer is not None and not any(h._dense is not None for h in _handles(args)):
+        handles = _handles((*args, *kwargs.values()))
+        if answer is not None and not any(h.is_built for h in handles) and _accepts(answer, args, kwargs):
             result = answer(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -187,7 +202,10 @@ class Similarity(Handle):
         if not kept:
             kept = [self.columns[0]._replace(stop=self.columns[0].start)]
         result = Similarity._of(self.query, self.selection, tuple(kept), self.options)
-        return result if queries is None else result.select_queries(queries)
+        result = result if queries is None else result.select_queries(queries)
+        if not isinstance(queries, Tensor):
+            result._source = (self, index)
+        return result
 
     @staticmethod
     def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
@@ -285,7 +303,10 @@ class Affinity(Handle):
         if queries is None:
             return self
         chosen = self.chosen and MemoryWeights(*(part[..., queries] for part in self.chosen))
-        return Affinity._of(self.scores.select_queries(queries), chosen, self.shape[0])
+        result = Affinity._of(self.scores.select_queries(queries), chosen, self.shape[0])
+        if not isinstance(queries, Tensor):
+            result._source = (self, index)
+        return result
 
     def _expand(self, *sizes: Any) -> Any:
         if len(sizes) == 1 and not isinstance(sizes[0], int):
@@ -375,7 +396,24 @@ def _handles(args: Any) -> list[Handle]:
 
 def _with_dense(operation: str, arguments: Any) -> Any:
     """The arguments with every handle replaced by its tensor."""
-    return tree_map(lambda a: a.dense(operation) if isinstance(a, Handle) else a, arguments)
+    writes = _writes(operation)
+    return tree_map(lambda a: a.dense(operation, writes=writes) if isinstance(a, Handle) else a, arguments)
+
+
+def _writes(operation: str) -> bool:
+    """Whether an operation of this name changes its first argument: add_, __iadd__, __setitem__."""
+    name = operation.removeprefix("aten.").split(".")[0]
+    in_place = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    return name == "__setitem__" or in_place or (name.endswith("_") and not name.endswith("__"))
+
+
+def _accepts(answer: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation was called with arguments, and by the names, that its answer knows."""
+    try:
+        inspect.signature(answer).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _parse_index(index: Any, positions: int) -> tuple[slice, Any, bool]:

@@ -119,6 +119,8 @@ def _softmax(original: Function) -> Function:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if isinstance(similarity, Handle) and similarity.is_built:  # something may have been written into it
+            similarity = similarity.dense("do_softmax")
         if not isinstance(similarity, Similarity) or args or kwargs:
             return original(similarity, top_k, inplace, return_usage, *args, **kwargs)
         affinity = Affinity.of(similarity, top_k)
