@@ -1,6 +1,7 @@
 """The three linear pieces of local attention, dot, weigh and spread, on every backend: any shape, stride and dtype.
 
-Their inputs are small integers, whose sums are exact: results are those of float64, rounded once.
+Their inputs are small integers, whose sums are exact: results are those of float64, rounded once. At the end the op
+that is made of them, which test_local_attention.py specifies, on every backend's device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import vosops
 from tests.ops.backends import ALL, CPU, load
+from vosops import reference
 from vosops.reference.local_attention import (
     local_attention_dot_core,
     local_attention_spread_core,
@@ -174,3 +177,55 @@ def test_other_dtypes_are_refused(backend):
     ):
         with pytest.raises((RuntimeError, TypeError), match="dtype|float32"):
             run(backend, piece, first.to(backend.device), second.to(backend.device), 1, 1)
+
+
+# ---- The op on every backend.
+
+
+@pytest.fixture
+def forced(backend):
+    """The backend, which then serves all calls of the op."""
+    if backend.namespace != "vosops":
+        pytest.skip("no call of the op reaches the emulated namespace")
+    with vosops.use_backend("triton" if backend.suffix else "cpp"):
+        yield backend
+
+
+@EVERY_BACKEND_AND_DTYPE
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_op_and_its_gradients(forced, dtype, relative):
+    """Values of half precision are read as they are unless something is added to them."""
+    maps = [torch.randn(1, c, 4, 5).to(forced.device, dtype) for c in (8, 8, 6)]
+    options = {"bias": torch.randn(2, 9)} | ({"relative_value": torch.randn(2, 3, 9)} if relative else {})
+    results = []
+    for function, wider in ((vosops.local_attention, dtype), (reference.local_attention, torch.float64)):
+        leaves = [t.to(wider).detach().requires_grad_() for t in maps]
+        given = {name: t.to(forced.device, wider) for name, t in options.items()}
+        out, weights = function(*leaves, radius=1, heads=2, return_weights=True, **given)
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+        assert out.dtype == wider and weights.dtype == torch.promote_types(wider, torch.float32)
+        results.append([t.detach().double() for t in (out, weights, *grads)])
+    rounding = {torch.bfloat16: 4e-2, torch.float16: 4e-3}.get(dtype, 1e-5)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * max(1, theirs.abs().max().item()))
+
+
+@EVERY_BACKEND
+@EVERY_PIECE
+def test_registration(forced, piece):
+    first, second, *window = problem(piece, "small", device=forced.device)
+    arguments = (first.requires_grad_(), second.requires_grad_(), *window)
+    torch.library.opcheck(forced.op(f"local_attention_{piece}"), arguments)
+
+
+@EVERY_BACKEND
+def test_compile_and_vmap(forced):
+    q, k, v = (torch.randn(2, 1, 4, 3, 4, device=forced.device) for _ in range(3))
+
+    def function(q, k, v):
+        return vosops.local_attention(q, k, v, radius=1, heads=2)
+
+    one_by_one = torch.stack([function(*maps) for maps in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(torch.vmap(function)(q, k, v), one_by_one)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q[0], k[0], v[0]), one_by_one[0])
