@@ -131,6 +131,11 @@ class TestProtocol:
         assert memory.added[0]["masks"].sum() == SIZE[0] * SIZE[1]
         assert torch.equal(memory.added[0]["labels"][1:23, 1:30], first_labels().long())
 
+    def test_a_mask_of_bools_is_one_object(self):
+        one, _ = started(first_labels((1,)).bool())
+        assert [(type(i), i) for i in one.object_ids] == [(int, 1)]
+        assert one.step(frames(1)[0], output="labels").dtype == torch.uint8
+
     def test_later_masks_are_the_soft_results(self):
         one, memory = started()
         found = [one.step(image) for image in frames(3)]

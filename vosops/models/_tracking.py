@@ -12,7 +12,7 @@ IGNORED = 255  # the label of pixels about which nothing is known
 
 def ids_of(labels: Tensor) -> list[int]:
     """The ids of the objects in labels, ascending."""
-    return [i for i in torch.unique(labels).tolist() if i not in (0, IGNORED)]
+    return [int(i) for i in torch.unique(labels).tolist() if i not in (0, IGNORED)]
 
 
 def check_first(frame: Tensor, labels: Tensor) -> None:
