@@ -21,6 +21,16 @@ def run():
     return lambda *args: CliRunner().invoke(app, ["eval", *map(str, args)])
 
 
+def write(root, true, predicted, frames):
+    """One sequence of frames that are all alike: root/true/clip and root/pred/clip."""
+    for name, mask in (("true", true), ("pred", predicted)):
+        folder = root / name / "clip"
+        folder.mkdir(parents=True)
+        for t in range(frames):
+            Image.fromarray(mask).save(folder / f"{t:05d}.png")
+    return root
+
+
 @pytest.fixture
 def folders(tmp_path):
     """One sequence of two objects; the prediction halves object 1."""
@@ -28,12 +38,7 @@ def folders(tmp_path):
     true[2:10, 2:10], true[12:18, 12:18] = 1, 2
     predicted = true.copy()
     predicted[2:10, 6:10] = 0
-    for name, mask in (("true", true), ("pred", predicted)):
-        folder = tmp_path / name / "clip"
-        folder.mkdir(parents=True)
-        for t in range(5):
-            Image.fromarray(mask).save(folder / f"{t:05d}.png")
-    return tmp_path
+    return write(tmp_path, true, predicted, frames=5)
 
 
 def test_the_table_shows_every_object_and_the_means(run, folders):
@@ -108,12 +113,7 @@ class TestSemantic:
         true[:, 29] = 1
         predicted = true.copy()
         predicted[:10, 29] = 0
-        for name, mask in (("true", true), ("pred", predicted)):
-            folder = tmp_path / name / "clip"
-            folder.mkdir(parents=True)
-            for t in range(3):
-                Image.fromarray(mask).save(folder / f"{t:05d}.png")
-        return tmp_path
+        return write(tmp_path, true, predicted, frames=3)
 
     @pytest.fixture
     def semantic(self, run, classes):
