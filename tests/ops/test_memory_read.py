@@ -1124,6 +1124,21 @@ def test_values_and_weights_of_two_dtypes_are_gathered():
             torch.testing.assert_close(out.double(), read, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("option", ["dot", "l2 shrinkage selection"])
+def test_a_nan_query_reads_nan_and_no_other_pixel_does(option, top_k, implementation):
+    (query, key, value), options = make(option, o=2, m=(24,))
+    query[:, 3, 1, 2] = torch.nan
+    reads = [vosops.memory_read(query, key, value, **options, top_k=top_k, return_lse=True)]
+    if top_k is not None:
+        chosen = vosops.memory_select(query, key, top_k, **options)
+        halves = [value[..., :9], value[..., 9:]]
+        reads.append((vosops.memory_gather(chosen, halves), chosen.lse))
+    for out, lse in reads:
+        assert out[..., 1, 2].isnan().all() and out.isnan().sum() == out[..., 1, 2].numel()
+        assert lse[:, 1, 2].isnan().all() and lse.isnan().sum() == 1
+
+
 def test_a_nan_query_stays_nan_in_merged_reads():
     (query, key, value), _ = make()
     query[:, :, 0, 0] = torch.nan

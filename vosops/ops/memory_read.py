@@ -111,7 +111,7 @@ def memory_read(
             torch.backends.cuda.matmul.allow_tf32 is on.
 
     A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
-    position reads 0, its lse is -inf.
+    position reads 0, its lse is -inf. A query pixel that is NaN reads NaN; with top_k a key that is NaN is not chosen.
 
     Returns:
         (N,Cv,*Q), or (N,O,Cv,*Q), in the value's dtype; with return_usage or return_lse a tuple (out, usage, lse) of
@@ -203,7 +203,7 @@ def memory_select(
             precision,
         )  # fmt: skip
         for g, (score, index) in zip(together, memory.select(top_k), strict=True):
-            weights, lse = _softmax_of_selected(score, index)
+            weights, lse = memory.softmax_of_selected(score, index)
             chosen = MemoryWeights(*(memory.shape_queries(rows) for rows in (index.int(), weights, lse)))
             usage = memory.usage_of_selected(weights, index) if return_usage else None
             results[g] = chosen if usage is None else (chosen, memory.shape_usage(usage))
@@ -567,13 +567,20 @@ class _Memory:
         """(out, usage, lse) of the softmax over the top_k best positions for each group."""
         results = []
         for each, (score, index) in zip(values, self.select(top_k), strict=True):
-            weights, lse = _softmax_of_selected(score, index)
+            weights, lse = self.softmax_of_selected(score, index)
             expanded = [[_expand(value, self.batch) for value in flat] for flat in each.segments]
             offsets = [offset + start for offset, start in zip(self.offsets, each.starts, strict=True)]
             out = _gather_segments(self.kernels, weights, index, expanded, offsets)
             usage = self.usage_of_selected(weights, index) if return_usage else []
             results.append((out, usage, lse))
         return results
+
+    def softmax_of_selected(self, score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (N,K,P) and lse (N,P) of selected scores; -1 has weight 0, a query pixel that is NaN NaN."""
+        weights, lse = softmax_over_memory(torch.where(index >= 0, score, -torch.inf))
+        undefined = self.query.detach().isnan().any(1)
+        weights = torch.where(index >= 0, weights, 0).masked_fill(undefined[:, None], torch.nan)
+        return weights, lse.masked_fill(undefined, torch.nan)
 
     def usage_of_selected(self, weights: Tensor, index: Tensor) -> list[Tensor | None]:
         total = sum(self.sizes)
@@ -799,12 +806,6 @@ def _squared_length(key: Tensor, wide: torch.dtype) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _softmax_of_selected(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (N,K,P) and lse (N,P) of selected scores; -1 has weight 0."""
-    weights, lse = softmax_over_memory(torch.where(index >= 0, score, -torch.inf))
-    return torch.where(index >= 0, weights, 0), lse
-
-
 def _gather_segments(
     kernels: backends.Implementation,
     weights: Tensor,
@@ -812,7 +813,10 @@ def _gather_segments(
     values: list[list[Tensor]],
     offsets: list[int],
 ) -> Tensor:
-    """Gather from each segment what was chosen of it, and add up; `offsets`: position of its first value."""
+    """Gather from each segment what was chosen of it, and add up; `offsets`: position of its first value.
+
+    Weights of NaN, which a query pixel of NaN has, give NaN whatever was chosen.
+    """
     total: Tensor | None = None
     for objects, offset in zip(values, offsets, strict=True):
         local = index - offset
@@ -821,7 +825,8 @@ def _gather_segments(
         part = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         total = part if total is None else total + part
     assert total is not None
-    return total
+    undefined = weights.detach().isnan().any(1)
+    return total.masked_fill_(undefined[:, None, None], torch.nan)
 
 
 def _read_with_prior(
