@@ -14,6 +14,11 @@
 // from the third-level cache at some bytes per cycle. The multiplications are 2 / 7 of the plain sum's for
 // F(6, 7), and take 85 % of the time.
 //
+// Where the values of all channel blocks take less memory than the products of all panels, as in the gradient
+// of an input of many channels, all values are made first, and a task keeps the products of its panel only.
+// That gradient is a line convolution too: it reads the same weights with inputs and outputs exchanged and
+// the taps backwards, from where they lie.
+//
 // Maps are read and written channels last; others are transposed first and at the end. What is not float32,
 // and kernels or maps that Winograd does not help, go to PyTorch's convolution.
 #include "cpu/global_conv.h"

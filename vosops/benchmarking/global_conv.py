@@ -222,6 +222,10 @@ BENCHMARK = Benchmark(
         ConvCase("4096x15x27-bfloat16", _DEEP, dtype=torch.bfloat16, goals={BEST: 0.95}),
         ConvCase("256x60x107-bfloat16", _LARGE, dtype=torch.bfloat16, goals={BEST: 0.95}),
         ConvCase("4096x15x27-backward", _DEEP, backward=True, goals={BEST: 1.8}, goal_memory=LESS_THAN_EAGER),
+        ConvCase("256x60x107-backward", _LARGE, backward=True, goals={BEST: 1.8}),
+        ConvCase(
+            "4096x15x27-bfloat16-backward", _DEEP, dtype=torch.bfloat16, backward=True, goals={BEST: 1.2}
+        ),
         ConvCase("256x60x107-two-threads", _LARGE, threads=2, only=(EAGER, ONE_THREAD)),
         ConvCase("small", ConvSize(128, 15, 27), only=(EAGER,), quick=True),
     ),
