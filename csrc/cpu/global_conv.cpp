@@ -19,7 +19,7 @@
 // That gradient is a line convolution too: it reads the same weights with inputs and outputs exchanged and
 // the taps backwards, from where they lie.
 //
-// Maps are read and written channels last; others are transposed first and at the end. What is not float32,
+// Maps are read and written channels last; others are transposed first and at the end. What is float64,
 // and kernels or maps that Winograd does not help, go to PyTorch's convolution.
 #include "cpu/global_conv.h"
 
