@@ -112,6 +112,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The implementation that `use_backend` or VOSOPS_BACKEND asks for; None: the choice is open."""
+    return _forced
+
+
 def choose(name: str, core_args: tuple[Any, ...]) -> Implementation:
     """The implementation of op `name` that serves these core arguments."""
     op = _ops[name]

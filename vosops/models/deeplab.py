@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vosops.models._folding import conv_norm
+from vosops.models.convolution import conv_norm
 from vosops.models.features import INSTALL_MODELS, INSTALL_VIDEO, EfficientNetLite0, import_extra
 from vosops.models.weights import read_weights
 from vosops.models.xception import Xception65
@@ -131,7 +131,7 @@ class _ResNet(_Encoder):
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         net: Any = self.network
-        x = low = net.maxpool(torch.relu_(conv_norm(net.conv1, net.bn1, images)))
+        x = low = net.maxpool(conv_norm(net.conv1, net.bn1, images, relu=True))
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             for block in stage:
                 x = _bottleneck(block, x)
@@ -141,8 +141,8 @@ class _ResNet(_Encoder):
 
 def _bottleneck(block: Any, x: Tensor) -> Tensor:
     """A block of torchvision's ResNets, its batch norms folded where they can be."""
-    y = torch.relu_(conv_norm(block.conv1, block.bn1, x))
-    y = torch.relu_(conv_norm(block.conv2, block.bn2, y))
+    y = conv_norm(block.conv1, block.bn1, x, relu=True)
+    y = conv_norm(block.conv2, block.bn2, y, relu=True)
     y = conv_norm(block.conv3, block.bn3, y)
     y += x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x)
     return torch.relu_(y)
@@ -255,7 +255,7 @@ class _Conv(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        return torch.relu_(conv_norm(conv, norm, x))
+        return conv_norm(conv, norm, x, relu=True)
 
 
 def _separable(inputs: int, dilation: int = 1) -> list[nn.Module]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vosops import _checks
-from vosops.models._folding import conv_norm
+from vosops.models.convolution import conv_norm
 
 NUM_CLASSES = 19  # of Cityscapes
 CHANNELS = 128  # of what the branches hand on
@@ -156,8 +156,7 @@ class PSPNet(nn.Module):
     def _layer(self, name: str, x: Tensor, *, relu: bool = True) -> Tensor:
         convolution, norm = self.get_submodule(name), self.get_submodule(f"{name}_bn")
         assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        x = conv_norm(convolution, norm, x)
-        return F.relu_(x) if relu else x
+        return conv_norm(convolution, norm, x, relu=relu)
 
     def _norm(self, name: str, x: Tensor, *, relu: bool = False) -> Tensor:
         x = self.get_submodule(name)(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vosops.models._folding import conv_norm
+from vosops.models.convolution import conv_norm
 
 __all__ = ["ResNet50Encoder"]
 
@@ -140,8 +140,8 @@ class _Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        y = functional.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
+        y = conv_norm(self.conv1, self.bn1, x, relu=True)
+        y = conv_norm(self.conv2, self.bn2, y, relu=True)
         y = conv_norm(self.conv3, self.bn3, y)
         y += x if self.downsample is None else self.downsample(x)
         return functional.relu(y, inplace=True)

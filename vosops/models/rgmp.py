@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from vosops import soft_aggregate
 from vosops.memory import MemoryBudgetError
+from vosops.models.convolution import Conv3x3
 from vosops.models.network import Masks, Memory, Network, TensorMasks, objects_together, resize_rows
 from vosops.models.resnet import ResNet50Encoder
 from vosops.nn import GlobalConv2d
@@ -306,14 +307,14 @@ class _Refine(nn.Module):
         return _residual(enlarged, self.convMM1, self.convMM2)
 
 
-def _conv(inputs: int, outputs: int = _CHANNELS) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
+def _conv(inputs: int, outputs: int = _CHANNELS) -> Conv3x3:
+    return Conv3x3(inputs, outputs)
 
 
-def _residual(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+def _residual(x: Tensor, first: Conv3x3, second: Conv3x3) -> Tensor:
     """x + second(relu(first(relu(x)))), with two buffers beside x."""
-    y: Tensor = second(functional.relu(first(functional.relu(x)), inplace=True))
-    return y.add_(x)
+    y: Tensor = second(first(functional.relu(x), relu=True), x)
+    return y
 
 
 def _enlarged(x: Tensor, size: torch.Size, align_corners: bool) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from vosops import _checks
 from vosops.memory import MemoryBank, MemoryBudgetError, MemorySettings
+from vosops.models.convolution import Conv3x3
 from vosops.models.network import Masks, Memory, Network, objects_together, resize_rows
 from vosops.models.resnet import ResNet50Encoder
 from vosops.ops import memory_read, soft_aggregate
@@ -321,8 +322,8 @@ class _KeyValue(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Key = nn.Conv2d(_R4, _KEY, 3, padding=1)
-        self.Value = nn.Conv2d(_R4, _VALUE, 3, padding=1)
+        self.Key = Conv3x3(_R4, _KEY)
+        self.Value = Conv3x3(_R4, _VALUE)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.Key(x), self.Value(x)
@@ -333,13 +334,11 @@ class _ResBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(_DECODER, _DECODER, 3, padding=1)
-        self.conv2 = nn.Conv2d(_DECODER, _DECODER, 3, padding=1)
+        self.conv1 = Conv3x3(_DECODER, _DECODER)
+        self.conv2 = Conv3x3(_DECODER, _DECODER)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv1(functional.relu(x))
-        y = self.conv2(functional.relu(y, inplace=True))
-        y += x
+        y: Tensor = self.conv2(self.conv1(functional.relu(x), relu=True), x)
         return y
 
 
@@ -348,7 +347,7 @@ class _Refine(nn.Module):
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.convFS = nn.Conv2d(inputs, _DECODER, 3, padding=1)
+        self.convFS = Conv3x3(inputs, _DECODER)
         self.ResFS = _ResBlock()
         self.ResMM = _ResBlock()
 
@@ -368,7 +367,7 @@ class _Decoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convFM = nn.Conv2d(2 * _VALUE, _DECODER, 3, padding=1)
+        self.convFM = Conv3x3(2 * _VALUE, _DECODER)
         self.ResMM = _ResBlock()
         self.RF3 = _Refine(_R3)
         self.RF2 = _Refine(_R2)

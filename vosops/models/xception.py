@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vosops.models._folding import conv_norm
+from vosops.models.convolution import conv_norm
 
 __all__ = ["Xception65"]
 
@@ -71,8 +71,7 @@ class _ConvNorm(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = conv_norm(self.conv, self.bn, x)
-        return torch.relu_(x) if self.relu else x
+        return conv_norm(self.conv, self.bn, x, relu=self.relu)
 
 
 class _Separable(nn.Module):
