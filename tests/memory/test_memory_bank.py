@@ -866,3 +866,23 @@ def test_a_bank_on_a_gpu_off_loads_to_pinned_memory():
     query, selection = query_of()
     got = parted.read(query.cuda(), selection.cuda()).cpu()
     torch.testing.assert_close(got, whole.read(query, selection), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_query_pixel_that_is_nan_reads_nan_and_no_other(dtype, top_k, staged):
+    host = {"budget": 4000 if dtype == torch.float32 else 2500, "host_budget": "1MB"} if staged else {}
+    bank = MemoryBank(dtype=dtype, top_k=top_k, **host)
+    bank._reader.far_host = staged  # what lies on the host is staged to be read
+    for t in range(12):
+        bank.add(t, **frame_of([1, 2], t))
+    assert (bank.host_bytes_used > 0) == staged
+    query, selection = query_of()
+    before = bank.read(query, selection)
+    query[0, 2, 1, 0] = torch.nan
+    read = bank.read(query, selection)
+    assert read[..., 1, 0].isnan().all()
+    other = torch.ones(2, 2, dtype=torch.bool)
+    other[1, 0] = False
+    torch.testing.assert_close(read[..., other], before[..., other])

@@ -247,4 +247,6 @@ def _best_of(selections: Sequence[MemoryWeights], top_k: int) -> MemoryWeights:
     scores, indices = scores.gather(1, order), indices.gather(1, order)
     lse = scores.logsumexp(1)
     weights = torch.where(indices >= 0, (scores - lse[:, None]).exp(), 0)
+    undefined = torch.stack([chosen.lse for chosen in selections]).isnan().any(0)  # query pixels that are NaN
+    weights, lse = weights.masked_fill(undefined[:, None], torch.nan), lse.masked_fill(undefined, torch.nan)
     return MemoryWeights(indices, weights, lse)
