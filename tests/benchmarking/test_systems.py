@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -66,3 +67,10 @@ def test_says_so_where_not_even_the_smallest_fits(monkeypatch):
     monkeypatch.setattr(systems, "measure", lambda case, **options: Measurement(case, True, 1.0, 5 * 10**9))
     found = systems.largest_that_fits(SMALL, naive=True, threads=1, note=lambda line: None)
     assert found.peak is None and found.failure == "more than 4 GB at 240p"
+
+
+def test_the_table_names_the_frugal_frame_first():
+    sizes = {True: (304, 512), False: (1712, 3040)}
+    found = [Measurement(replace(SMALL, size=size), naive, 1.0, 10**9) for naive, size in sizes.items()]
+    assert "| 3040 x 1712 / 512 x 304 |" in systems.table(found)
+    assert "| 3040 x 1712 / 512 x 304 |" in systems.table(found[::-1])

@@ -152,7 +152,7 @@ def largest_that_fits(
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """The measurements in Markdown: a row for each case, frugal beside naive."""
+    """The measurements in Markdown: a row for each case, frugal before naive, also where their frames differ."""
     heading, *lines = (f"| {' | '.join(cells)} |" for cells in (HEADINGS, *rows(measurements)))
     return "\n".join([heading, "|---" * len(HEADINGS) + "|", *lines])
 
@@ -165,8 +165,8 @@ def rows(measurements: Sequence[Measurement]) -> list[list[str]]:
         cases.setdefault(m.case.name, {})[m.naive] = m
     for name, ways in cases.items():
         case = next(iter(ways.values())).case
-        frames = {f"{m.case.size[1]} x {m.case.size[0]}" for m in ways.values()}
-        cells = [name, " / ".join(sorted(frames, key=len, reverse=True)), str(case.objects), str(case.frames)]
+        frames = dict.fromkeys(f"{m.case.size[1]} x {m.case.size[0]}" for _, m in sorted(ways.items()))
+        cells = [name, " / ".join(frames), str(case.objects), str(case.frames)]
         for field in (_seconds, _peak):
             cells += [field(ways[naive]) if naive in ways else "" for naive in (False, True)]
         result.append(cells)
