@@ -24,9 +24,6 @@ VERSIONS = ("v1", "v2", "v3", "v4", "v5", "v6")
 SIZE = (97, 122)  # the least height; halves of both parities follow
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def draw(shapes, seed=0):
     """Variables by TensorFlow's names, such that no layer dies or explodes."""
     rng = np.random.default_rng(seed)

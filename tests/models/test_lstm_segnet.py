@@ -18,9 +18,6 @@ OPTIONS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(params=OPTIONS, ids=str)
 def model(request):
     name, options = request.param
