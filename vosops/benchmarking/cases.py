@@ -60,6 +60,12 @@ class Plan:
         raise NotImplementedError
 
     @property
+    def run(self) -> list[str]:
+        """The end of every title: the dtype, what is computed, and threads if the case is about them."""
+        parts = [str(self.dtype).removeprefix("torch."), "forward + backward" if self.backward else "forward"]
+        return parts + ([f"{self.threads} threads"] if self.threads else [])
+
+    @property
     def mismatched_share(self) -> float:
         """Share of the output that may differ between two contenders."""
         return 0.0
@@ -98,10 +104,7 @@ class Case(Plan):
         parts = [f"{self.height}x{self.width}", f"{self.objects} object{'s' * (self.objects != 1)}"]
         parts += [f"radius {self.radius}"] if self.radius else []
         parts += [f"mask {self.coverage:.0%} of the frame"] if self.coverage < 1 else []
-        parts += [str(self.dtype).removeprefix("torch.")]
-        parts += ["forward + backward" if self.backward else "forward"]
-        parts += [f"{self.threads} threads"] if self.threads else []
-        return ", ".join(parts)
+        return ", ".join([*parts, *self.run])
 
     def inputs(self, device: torch.device) -> Inputs:
         """Its tensors."""

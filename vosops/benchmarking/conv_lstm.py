@@ -44,10 +44,7 @@ class LstmCase(Plan):
         """What it is, for people."""
         parts = [f"C={self.channels}, {self.height}x{self.width}"]
         parts += ["one step" if self.steps == 1 else f"{self.steps} steps"]
-        parts += [str(self.dtype).removeprefix("torch.")]
-        parts += ["forward + backward" if self.backward else "forward"]
-        parts += [f"{self.threads} threads"] if self.threads else []
-        return ", ".join(parts)
+        return ", ".join([*parts, *self.run])
 
     def inputs(self, device: torch.device) -> LstmInputs:
         """Its tensors."""

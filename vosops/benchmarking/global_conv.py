@@ -50,10 +50,7 @@ class ConvCase(Plan):
         size = self.size
         parts = [f"{size.channels} channels, {size.height}x{size.width}, k={KERNEL}, to {OUT}"]
         parts += ["one half of the channels prepared"] if size.prepared else []
-        parts += [str(self.dtype).removeprefix("torch.")]
-        parts += ["forward + backward" if self.backward else "forward"]
-        parts += [f"{self.threads} threads"] if self.threads else []
-        return ", ".join(parts)
+        return ", ".join([*parts, *self.run])
 
     def inputs(self, device: torch.device) -> ConvInputs:
         """Its tensors."""

@@ -95,10 +95,7 @@ class AttentionCase(Plan):
     @property
     def title(self) -> str:
         """What it is, for people."""
-        parts = [self.size.title, str(self.dtype).removeprefix("torch.")]
-        parts += ["forward + backward" if self.backward else "forward"]
-        parts += [f"{self.threads} threads"] if self.threads else []
-        return ", ".join(parts)
+        return ", ".join([self.size.title, *self.run])
 
     def inputs(self, device: torch.device) -> AttentionInputs:
         """Its tensors."""

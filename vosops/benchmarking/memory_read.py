@@ -71,10 +71,7 @@ class MemoryCase(Plan):
     @property
     def title(self) -> str:
         """What it is, for people."""
-        parts = [self.size.title, str(self.dtype).removeprefix("torch.")]
-        parts += ["forward + backward" if self.backward else "forward"]
-        parts += [f"{self.threads} threads"] if self.threads else []
-        return ", ".join(parts)
+        return ", ".join([self.size.title, *self.run])
 
     @property
     def mismatched_share(self) -> float:
