@@ -2,8 +2,8 @@
 
 On a CPU most of the time of a frame goes into 3x3 convolutions of hundreds of channels. PyTorch's reach nearly the
 processor's peak; a quarter of the multiplications is what makes them faster, 2.4 times at 256 channels. Their rounding
-is some 6 times as large, about 1e-6 of the output's root mean square. With gradients, in other dtypes, on other devices
-and under ``use_backend("reference")`` they are PyTorch's own.
+is some 6 times as large, 1e-6 to 2e-6 of the output's root mean square (benchmarks/convolutions.py). With gradients, in
+other dtypes, on other devices and under ``use_backend("reference")`` they are PyTorch's own.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def conv2d(
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the size, by `conv2d`."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
-        super().__init__(inputs, outputs, 3, padding=1, bias=bias)
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor, addend: Tensor | None = None, relu: bool = False) -> Tensor:
         """The convolution of x, + addend, and a ReLU if asked for."""
