@@ -21,16 +21,16 @@ from tests.inference.clips import (
     write_video,
 )
 from vosops.inference.drawing_pass import Outputs
-from vosops.inference.errors import (
+from vosops.inference.job import Job, Settings
+from vosops.inference.masks import davis_palette
+from vosops.inference.models import make_tracker
+from vosops.io.errors import (
     IncompleteInputError,
     InputError,
     InterruptedRunError,
     ResumeError,
     VosopsError,
 )
-from vosops.inference.job import Job, Settings
-from vosops.inference.masks import davis_palette
-from vosops.inference.models import make_tracker
 
 COUNT = 23
 BOXES = moving(COUNT, ids=(1, 2))

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from tests.inference.clips import picture, write_folder, write_mask, write_video
-from vosops.inference.errors import InputError
 from vosops.inference.frames import ImageFolder
 from vosops.inference.masks import (
     GivenMask,
@@ -19,6 +18,7 @@ from vosops.inference.masks import (
     write_labels,
 )
 from vosops.inference.video import VideoFile
+from vosops.io.errors import InputError
 
 SIZE = (6, 8)
 PALETTE = bytes(range(200, 0, -1)).ljust(768, b"\7")

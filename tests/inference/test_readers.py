@@ -7,9 +7,9 @@ import pytest
 
 from tests.inference.clips import cut, moving, picture, rotate_file, write_folder, write_video
 from vosops.inference.datasets import open_source
-from vosops.inference.errors import InputError
 from vosops.inference.frames import ArraySource, ImageFolder, natural_key, read_ahead, with_last
 from vosops.inference.video import VideoFile, is_cut_off
+from vosops.io.errors import InputError
 
 FRAMES = [picture(boxes) for boxes in moving(30)]
 

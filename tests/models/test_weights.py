@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vosops.inference.errors import InputError, VosopsError
 from vosops.inference.models import make_tracker
+from vosops.io.errors import InputError, VosopsError
 from vosops.models.tensorflow import read_variables
 from vosops.models.weights import load_weights, read_weights
 

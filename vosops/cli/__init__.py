@@ -43,7 +43,7 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, with an exit code."""
-    from vosops.inference.errors import VosopsError
+    from vosops.io.errors import VosopsError
 
     try:
         build_app()()

@@ -85,9 +85,9 @@ def segment(
     """
     from vosops.inference.datasets import is_dataset
     from vosops.inference.drawing_pass import Outputs
-    from vosops.inference.errors import InputError
     from vosops.inference.job import Job, Settings
     from vosops.inference.usage import keep_freed_memory
+    from vosops.io.errors import InputError
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)
     settings = Settings(
@@ -130,7 +130,7 @@ def segment(
 
 def run_mode(resume: bool, overwrite: bool) -> Mode:
     """What becomes of a run that is in the folder already."""
-    from vosops.inference.errors import InputError
+    from vosops.io.errors import InputError
 
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other: give one")
@@ -139,7 +139,7 @@ def run_mode(resume: bool, overwrite: bool) -> Mode:
 
 def frame_rate(fps: float) -> Fraction:
     """The rate of --fps as cameras mean it."""
-    from vosops.inference.errors import InputError
+    from vosops.io.errors import InputError
 
     if not 0 < fps < math.inf:
         raise InputError(f"--fps must be above 0, got {fps}")
@@ -161,7 +161,7 @@ class StopSignals:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        from vosops.inference.errors import InterruptedRunError
+        from vosops.io.errors import InterruptedRunError
 
         if self.requested:
             raise InterruptedRunError("stopped at once; --resume goes on from the last checkpoint")
@@ -175,7 +175,7 @@ class StopSignals:
 
 def _numbers(text: str) -> tuple[float, ...]:
     """The numbers of a comma-separated option."""
-    from vosops.inference.errors import InputError
+    from vosops.io.errors import InputError
 
     try:
         return tuple(float(number) for number in text.split(","))

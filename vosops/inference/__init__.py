@@ -1,7 +1,8 @@
 """Video in, masks out: readers, the propagation loop, writers, resume."""
 
+from vosops.io.errors import VosopsError
+
 from .api import segment
-from .errors import VosopsError
 from .loop import Propagation, SegmentedFrame
 from .semantic import SemanticTracker
 from .tracker import Tracker

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vosops.io.errors import IncompleteInputError
 from vosops.models.network import Network
 
 from .datasets import open_source
-from .errors import IncompleteInputError
 from .frames import ArraySource
 from .loop import Propagation, SegmentedFrame, frame_range
 from .masks import MaskSet, masks_from_python

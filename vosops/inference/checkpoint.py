@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .errors import ResumeError, disk_errors
+from vosops.io.errors import ResumeError, disk_errors
+
 from .files import complete_or_absent, write_text
 from .report import Record
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from .errors import InputError
+from vosops.io.errors import InputError
+
 from .files import sha256
 from .frames import DEFAULT_FPS, IMAGE_SUFFIXES, FrameSource, ImageFolder, natural_key
 from .masks import GivenMask

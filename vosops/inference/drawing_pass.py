@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vosops.io.errors import InterruptedRunError
+
 from .coco import CocoFile
 from .drawing import ContactSheet, class_overlay, colour_table, overlay, write_cutout
-from .errors import InterruptedRunError
 from .frames import FrameSource
 from .masks import CONTACT_SHEET, LabelMaps, read_labels
 from .progress import Progress

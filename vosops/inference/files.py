@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import disk_errors
+from vosops.io.errors import disk_errors
 
 PART_SUFFIX = ".part"
 _HASH_CHUNK = 1 << 20

@@ -14,7 +14,7 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import InputError, VosopsError, require
+from vosops.io.errors import InputError, VosopsError, require
 
 if TYPE_CHECKING:
     import numpy as np

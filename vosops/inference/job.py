@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vosops.io.errors import IncompleteInputError, InputError
+
 from .datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
 from .drawing_pass import Outputs
-from .errors import IncompleteInputError, InputError
 from .files import sha256, write_text
 from .frames import DEFAULT_FPS, FrameSource
 from .loop import Propagation, frame_range

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vosops.backends import use_backend
+from vosops.io.errors import InputError, VosopsError
 from vosops.memory import MemoryBudgetError
 
-from .errors import InputError, VosopsError
 from .frames import FrameSource, RawFrame, read_ahead, with_last
 from .masks import IGNORE, MaskSet
 from .resize import computation_size, resize_frame, resize_labels, resize_probability, to_labels

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import InputError, require
+from vosops.io.errors import InputError, require
+
 from .files import complete_or_absent, sha256
 from .frames import FrameSource, natural_key
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import InputError, VosopsError
+from vosops.io.errors import InputError, VosopsError
+
 from .tracker import Tracker
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import disk_errors
+from vosops.io.errors import disk_errors
+
 from .files import complete_or_absent
 from .loop import SegmentedFrame
 

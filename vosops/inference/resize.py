@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import InputError
+from vosops.io.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vosops.io.errors import (
+    IncompleteInputError,
+    InputError,
+    InterruptedRunError,
+    ResumeError,
+    disk_errors,
+    require,
+)
+
 from .checkpoint import CHECKPOINT_EVERY, STATE_FOLDER, RunState
 from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
-from .errors import IncompleteInputError, InputError, InterruptedRunError, ResumeError, disk_errors, require
 from .files import PART_SUFFIX
 from .frames import FrameSource
 from .loop import FrameLoop

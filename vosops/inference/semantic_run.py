@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vosops.io.errors import InputError, VosopsError
+
 from .cityscapes import CITYSCAPES
-from .errors import InputError, VosopsError
 from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
 from .loop import SegmentedFrame, expected_frames, resized_frames

@@ -11,7 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, require
+from vosops.io.errors import InputError, require
+
 from .files import quick_hash
 from .frames import DEFAULT_FPS, FrameSource, RawFrame
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .errors import VosopsError, require
+from vosops.io.errors import VosopsError, require
+
 from .files import complete_or_absent
 
 if TYPE_CHECKING:

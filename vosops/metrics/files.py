@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vosops.inference.errors import InputError
 from vosops.inference.masks import CONTACT_SHEET, read_labels
+from vosops.io.errors import InputError
 
 LISTED = 5
 """How many missing files or sequences an error names before it only counts them."""
