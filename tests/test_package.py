@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vosops
-from vosops import _library
+from vosops import _library, cli
 from vosops.models import list_models
 
 FOLDER = Path(vosops.__file__).parent
@@ -49,6 +49,64 @@ def test_import_brings_neither_models_nor_commands():
     code = "import sys, vosops; print(*[m for m in sys.modules if m.startswith('vosops.')])"
     modules = run(code).stdout.split()
     assert not [m for m in modules if re.match(r"vosops\.(models|inference|cli|metrics|data)", m)]
+
+
+SUBMODULES = ["data", "inference", "integrations", "io", "memory", "metrics", "models", "nn", "training"]
+
+
+def test_submodules_come_with_the_package_on_first_use():
+    code = f"""
+import vosops
+for name in {SUBMODULES!r}:
+    assert getattr(vosops, name).__name__ == f"vosops.{{name}}"
+vosops.nn.ConvLSTM, vosops.models.create_model, vosops.memory.MemoryBank
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_namespace_holds_the_public_names_and_no_other():
+    assert set(dir(vosops)) == {*vosops.__all__, *SUBMODULES, "__version__"}
+    for name in vosops.__all__:
+        assert getattr(vosops, name).__name__ == name
+    files = {path.stem for path in FOLDER.iterdir()}  # submodules that someone imported
+    stray = {name for name in vars(vosops) if not name.startswith("_")} - {*dir(vosops), *files}
+    assert not stray
+    with pytest.raises(AttributeError, match="module 'vosops' has no attribute 'nothing'"):
+        vosops.nothing  # noqa: B018
+
+
+def test_the_command_answers_without_torch_what_needs_none():
+    pytest.importorskip("typer")
+    # A torch that cannot be imported, instead of a time: --help and --version take 0.1 to 0.2 CPU-seconds.
+    arguments = [["--version"], ["--help"], *([name, "--help"] for name in cli._COMMANDS)]
+    code = f"""
+import sys
+sys.modules["torch"] = None
+from _vosops_cli import main
+for arguments in {arguments!r}:
+    sys.argv = ["vosops", *arguments]
+    try:
+        main()
+    except SystemExit as exit:
+        assert not exit.code, arguments
+"""
+    result = run(code, COLUMNS="120")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"vosops {vosops.__version__}\n")
+    assert result.stdout.count("Usage: ") == len(arguments) - 1
+
+
+def test_the_command_brings_the_ops_when_a_name_is_first_asked_for():
+    code = """
+import _vosops_cli, sys, vosops
+assert "torch" not in sys.modules
+assert "local_matching" in vosops.list_ops()
+import torch
+assert torch.ops.vosops.cpu_capability()
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
 
 
 def test_one_cpu_library_is_loaded():

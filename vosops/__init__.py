@@ -1,24 +1,29 @@
 """vosops: fused, memory-efficient, differentiable operators for video object segmentation."""
 
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import sys as _sys
+import typing as _typing
 
-from vosops.backends import explain, list_ops, use_backend
-from vosops.ops import (
-    MemoryWeights,
-    conv_lstm,
-    global_conv,
-    global_conv_prepare,
-    global_matching,
-    local_attention,
-    local_matching,
-    memory_gather,
-    memory_read,
-    memory_select,
-    merge_reads,
-    soft_aggregate,
-)
+if "_vosops_cli" not in _sys.modules:
+    # The `vosops` command (see _vosops_cli.py) answers --help and --version without PyTorch; it gets these names,
+    # and `torch.ops.vosops`, when it first asks for one.
+    from vosops.backends import explain, list_ops, use_backend
+    from vosops.ops import (
+        MemoryWeights,
+        conv_lstm,
+        global_conv,
+        global_conv_prepare,
+        global_matching,
+        local_attention,
+        local_matching,
+        memory_gather,
+        memory_read,
+        memory_select,
+        merge_reads,
+        soft_aggregate,
+    )
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from vosops.inference import segment
 
 __version__ = "0.1.0"
@@ -41,11 +46,23 @@ __all__ = [
     "use_backend",
 ]
 
+_SUBMODULES = ("data", "inference", "integrations", "io", "memory", "metrics", "models", "nn", "training")
 
-def __getattr__(name: str) -> Any:
-    """Import `segment` on first use: it needs optional packages that the ops do not."""
-    if name == "segment":
-        from vosops.inference import segment
 
-        return segment
-    raise AttributeError(f"module 'vosops' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """List the public names, those that are imported on first use included."""
+    return sorted([*__all__, *_SUBMODULES, "__version__"])
+
+
+if not _typing.TYPE_CHECKING:  # so that type checkers still report names that do not exist
+
+    def __getattr__(name: str) -> object:
+        """Import on first use what `import vosops` does not bring: the submodules, and `segment`."""
+        if name in _SUBMODULES:
+            return _importlib.import_module(f"vosops.{name}")
+        if name in __all__:
+            for module in ("vosops.ops", "vosops.backends", "vosops.inference"):
+                value = getattr(_importlib.import_module(module), name, None)
+                if value is not None:
+                    return value
+        raise AttributeError(f"module 'vosops' has no attribute {name!r}")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -127,10 +128,10 @@ def _build() -> dict[str, Any]:
     libraries = sorted(path.name for path in Path(vosops.__file__).parent.glob("lib*.so"))
     info: dict[str, Any] = {"libraries": ", ".join(libraries) or "none"}
     try:
-        from vosops import _C
+        module = importlib.import_module("vosops._C")
     except ImportError:
         return info
-    return info | {f"built_with_{k}" if k != "summary" else k: v for k, v in _C.build_info().items() if v}
+    return info | {f"built_with_{k}" if k != "summary" else k: v for k, v in module.build_info().items() if v}
 
 
 def _processor() -> str:

@@ -19,13 +19,27 @@ def build_app() -> typer.Typer:
 
     app = typer.Typer(
         name="vosops",
-        help="Video object segmentation: masks through videos, and what it takes to measure them.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
-    app.callback()(_root)
+
+    def show_version(asked: bool) -> None:
+        if asked:
+            from vosops import __version__
+
+            typer.echo(f"vosops {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=show_version, help="Show the version and exit."
+        ),
+    ) -> None:
+        """Video object segmentation: masks through videos, and what it takes to measure them."""
+
     for command in _COMMANDS:
         try:
             module = import_module(f"vosops.cli.{command}")
