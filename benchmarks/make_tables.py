@@ -1,12 +1,12 @@
-"""Writes the measured numbers into docs/performance.md and README.md.
+"""Writes the measured numbers, and the table of models, into docs/ and README.md.
 
     make bench                              measures: benchmarks/results/<op>_cpu.json
     python benchmarks/make_tables.py        rewrites what lies between the marks
     python benchmarks/make_tables.py --check    exit code 1 if a file is not up to date
 
 A region begins with `<!-- table: KIND NAME -->` and ends with `<!-- end of table -->`. KIND is goals, all or
-brief (NAME: an op), segmentation (NAME: a model, whose page in docs/models has the table) or systems (NAME: a network,
-or "all", of benchmarks/bench_systems.py).
+brief (NAME: an op), segmentation (NAME: a model, whose page in docs/models has the table), systems (NAME: a network,
+or "all", of benchmarks/bench_systems.py) or models (NAME: objects or classes, that the models of the registry find).
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vosops.benchmarking import BENCHMARKS, systems
 from vosops.benchmarking.cases import Plan
+from vosops.models import ModelEntry, find_model, list_models
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,6 +43,8 @@ ORIGINALS = {
     "local_attention": ("AOT", ("dense map",)),
 }
 """Op -> whose code came first, and the contenders written in its manner."""
+COMMON_OPTIONS = ("memory_budget",)
+"""Options that the text beside the table of models tells of."""
 BUSY_LOAD = 1.5
 """A load average above this is told: other programs were at work."""
 
@@ -207,7 +212,39 @@ def of_systems(network: str) -> str:
     )
 
 
+def of_models(found: str) -> str:
+    """The registered models that track objects, or that segment into classes; the networks are made without memory."""
+    entries = [find_model(name) for name in list_models()]
+    rows = []
+    for entry in sorted(entries, key=lambda entry: entry.kind != "tracker"):
+        if entry.tracks_objects != (found == "objects"):
+            continue
+        names = ", ".join(f"`{name}`" for name in (entry.name, *entry.aliases))
+        what = entry.summary + (f" ({entry.paper})" if entry.paper else "")
+        weights = entry.checkpoint or {"none": "none", "optional": "optional"}.get(entry.weights, "yours")
+        rows.append(
+            [
+                f"[{names}]({entry.page})" if entry.page else names,
+                what,
+                parameters(entry),
+                weights,
+                ", ".join(f"`{option}`" for option in entry.options if option not in COMMON_OPTIONS),
+            ]
+        )
+    return table(["name", "what it does", "parameters", "weights", "options"], rows)
+
+
+def parameters(entry: ModelEntry) -> str:
+    """How many a network has by default."""
+    if entry.kind == "tracker":
+        return "-"
+    with torch.device("meta"):
+        count = sum(x.numel() for x in entry.load()().parameters())
+    return f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
+
+
 KINDS = {
+    "models": of_models,
     "goals": goals,
     "all": everything,
     "brief": brief,

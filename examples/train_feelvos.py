@@ -20,10 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vosops.inference import Tracker
 from vosops.inference.masks import read_labels
 from vosops.metrics import region_similarity
-from vosops.models import create_model
+from vosops.models import create_model, create_tracker
 from vosops.training import ClipSampler, annealed_share, bootstrapped_cross_entropy
 
 MAX_DISTANCE = 15  # from the first frame of a clip to the others
@@ -130,7 +129,7 @@ def sequence_score(
 
     files = sorted(images.glob("*.jpg"))
     files = files if count == -1 else files[: count + 1]
-    tracker, values = Tracker(network), []
+    tracker, values = create_tracker(network), []
     for index, file in enumerate(files):
         truth = read_labels(annotations / f"{file.stem}.png")[0] > 0
         with Image.open(file) as opened:

@@ -41,7 +41,7 @@ WIDTH = 18
 
 
 def collect() -> dict[str, Any]:
-    """Everything as plain data: versions, build, cpu, gpus, environment, ops."""
+    """Everything as plain data: versions, build, cpu, gpus, environment, models, ops."""
     return {
         "versions": _versions(),
         "optional": {package: _version(package) for package in OPTIONAL},
@@ -56,6 +56,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "cuda_library_missing": _library.CUDA_REASONS,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "models": _models(),
         "ops": {op: {device: _explain(op, device) for device in ("cpu", "cuda")} for op in vosops.list_ops()},
     }
 
@@ -83,6 +84,8 @@ def describe(facts: dict[str, Any]) -> str:
         *(_line(f"GPU {i}", gpu) for i, gpu in enumerate(facts["gpus"])),
         *([] if facts["gpus"] else [_line("GPU", "none")]),
         *(_line(name, value) for name, value in facts["environment"].items()),
+        "",
+        *(_line(name, _of_model(model)) for name, model in facts["models"].items()),
     ]
     for devices in facts["ops"].values():
         for device, explanation in devices.items():
@@ -132,6 +135,34 @@ def _build() -> dict[str, Any]:
     except ImportError:
         return info
     return info | {f"built_with_{k}" if k != "summary" else k: v for k, v in module.build_info().items() if v}
+
+
+def _models() -> dict[str, dict[str, Any]]:
+    """What the registry says of each model; none of them is imported."""
+    from vosops.models import find_model, list_models
+
+    return {
+        name: {
+            "kind": entry.kind,
+            "summary": entry.summary,
+            "weights": entry.weights,
+            "aliases": list(entry.aliases),
+            "not_installed": entry.missing_package or None,
+            "install": entry.install,
+        }
+        for name, entry in ((name, find_model(name)) for name in list_models())
+    }
+
+
+def _of_model(model: dict[str, Any]) -> str:
+    """A model in a line."""
+    text = f"{model['kind']}: {model['summary']}"
+    if model["aliases"]:
+        text += f"; also {', '.join(model['aliases'])}"
+    if model["not_installed"]:
+        text += f"; {model['not_installed']} is not installed"
+        text += f" ({model['install']})" if model["install"] else ""
+    return text
 
 
 def _processor() -> str:

@@ -186,7 +186,7 @@ class TestBadInput:
     @pytest.mark.parametrize("model", ["lstm_icnet", "lstm_segnet", "rfcn"])
     def test_a_model_that_segments_classes(self, real_vosops, clip, mask, out, model):
         line = self.wrong(real_vosops, out, clip, "--mask", mask, "--model", model)
-        assert f"--model {model} does not follow objects through a video: see vosops semantic" in line
+        assert f"--model {model} does not track objects, see vosops semantic: choose one of cutie" in line
         assert model not in self.wrong(real_vosops, out, clip, "--mask", mask, "--model", "nothing")
 
     def test_an_overlay_without_its_extra_is_refused_before_the_work(

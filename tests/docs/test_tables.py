@@ -94,7 +94,11 @@ def test_every_region_of_the_pages_is_known(make_tables):
     for match in regions:
         kind, name = match[2], match[3]
         assert kind in make_tables.KINDS
-        known = {"segmentation": ["propagate"], "systems": ["all", *systems.NETWORKS]}
+        known = {
+            "segmentation": ["propagate"],
+            "systems": ["all", *systems.NETWORKS],
+            "models": ["objects", "classes"],
+        }
         assert name in known.get(kind, make_tables.BENCHMARKS)
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vosops.models._tracking import most_probable
+
 SIZE = (48, 64)
 SKY = (40, 60, 80)
 COLOURS = {1: (220, 40, 40), 2: (40, 220, 40), 3: (40, 40, 220)}
@@ -151,7 +153,23 @@ class ColourTracker:
         weights = probabilities.sum(0).clamp(min=1e-6)
         seen = (probabilities.T @ pixels) / weights[:, None]
         self.means = self.means + self.drift * (seen - self.means)
-        return probabilities.T.reshape(-1, *frame.shape[1:])
+        self.latest = probabilities.T.reshape(-1, *frame.shape[1:])
+        return self.latest if output == "probs" else most_probable(self.latest, self.object_ids)
+
+    def predict(self, frame, *, output="probs"):
+        means = self.means
+        predicted = self.step(frame, output=output)
+        self.means = means
+        return predicted
+
+    def confidence(self):
+        return self.latest.amax(0)
+
+    def add_objects(self, frame, labels):
+        self._learn(frame, labels)
+
+    def remove_object(self, object_id):
+        raise NotImplementedError
 
     def _learn(self, frame, labels):
         pixels = frame.float().div(255)

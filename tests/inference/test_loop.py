@@ -9,7 +9,7 @@ import torch
 from tests.inference.clips import ColourTracker, cut, moving, picture, truth, write_video
 from vosops.inference import segment
 from vosops.inference.frames import ArraySource
-from vosops.inference.loop import Propagation, frame_range
+from vosops.inference.loop import TrackingLoop, frame_range
 from vosops.inference.masks import MaskSet, masks_from_python
 from vosops.inference.resize import computation_size, resize_frame, resize_labels, to_labels
 from vosops.io.errors import IncompleteInputError, InputError
@@ -151,7 +151,7 @@ def test_going_on_from_a_state_is_bit_identical(stop_after):
         source = ArraySource([picture(b) for b in TWO])
         given = MaskSet(masks_from_python(masks, source, range(12)), source.size)
         options = {"short_side": 32, "device": CPU, "keep_probabilities": True}
-        return Propagation(ColourTracker(), source, given, range(12), **options)
+        return TrackingLoop(ColourTracker(), source, given, range(12), **options)
 
     whole = list(propagation())
     first = propagation()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.integrations.conftest import CHECKOUT, assert_agree
+from tests.models.tracker_contract import check_tracker
 from vosops.integrations import accelerate
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
@@ -105,6 +106,10 @@ def test_probabilities(make):
         tracker.step(frame(1))
 
 
+def test_the_protocol(make):
+    check_tracker(make, [frame(t) for t in range(4)], [labels(7), labels(7), labels(3).flip(0)])
+
+
 def test_given_labels_are_the_result(make):
     tracker = make()
     tracker.initialize(frame(0), labels(1))
@@ -117,7 +122,7 @@ def test_given_labels_are_the_result(make):
 def test_unknown_pixels_take_the_prediction(make):
     tracker = make()
     tracker.initialize(frame(0), labels(1))
-    predicted = tracker._predict(frame(1))
+    predicted = tracker.predict(frame(1), output="labels").long()
     given = labels(1)
     given[40:] = 255
     got = most_probable(tracker.step(frame(1), given), tracker.object_ids)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tests.conftest import SHARED
 from tests.ops.matching import channels_first
 from vosops import cli
-from vosops.inference import Tracker
+from vosops.inference import NetworkTracker
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model, feelvos
 from vosops.models.feelvos import FEELVOS, FirstAndPreviousMatching, NestedMatching, References
@@ -338,7 +338,7 @@ def masks_of(labels, object_ids):
 @torch.no_grad()
 def test_tracking_is_the_originals_procedure(network):
     frames, labels = clip(4)
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], labels[0])
     tracked = [tracker.step(frame) for frame in frames[1:]]
     embedded = [network.embed(frame[None]) for frame in frames]
@@ -359,7 +359,7 @@ def test_tracking_is_the_originals_procedure(network):
 
 def test_the_memory_does_not_grow_but_for_permanent_frames(network):
     frames, labels = clip(5)
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], labels[0])
     sizes = []
     for t in range(1, 5):
@@ -370,7 +370,7 @@ def test_the_memory_does_not_grow_but_for_permanent_frames(network):
 
 def test_a_new_object_makes_its_frame_a_reference(network):
     frames, labels = clip(4)
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], torch.where(labels[0] == 2, 0, labels[0]))
     tracker.step(frames[1])
     tracker.add_objects(frames[1], torch.where(labels[1] == 2, 7, 0))
@@ -383,7 +383,7 @@ def test_a_new_object_makes_its_frame_a_reference(network):
 
 def test_a_removed_object_is_nobody(network):
     frames, labels = clip(4)
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], labels[0])
     tracker.step(frames[1])
     tracker.step(frames[2])
@@ -398,7 +398,7 @@ def test_an_object_smaller_than_a_cell_stays_one_in_the_first_frame(network):
     frames, labels = clip(2)
     labels = torch.where(labels == 2, 0, labels)
     labels[0, 30, 46] = 2
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], labels[0])
     tracker.step(frames[1])
     memory = tracker._memories[0]
@@ -407,13 +407,13 @@ def test_an_object_smaller_than_a_cell_stays_one_in_the_first_frame(network):
 
 def test_a_state_goes_on_to_the_bit(network):
     frames, labels = clip(5)
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], labels[0])
     for t in (1, 2):
         tracker.step(frames[t], permanent=t == 2)
     state = tracker.state_dict()
     after = [tracker.step(frame) for frame in frames[3:]]
-    other = Tracker(network)
+    other = NetworkTracker(network)
     other.load_state_dict(state)
     assert all(torch.equal(other.step(f), want) for f, want in zip(frames[3:], after, strict=True))
     assert not torch.equal(after[0], after[1])
@@ -433,11 +433,11 @@ def test_what_was_kept_of_a_frame_is_what_it_would_be(network):
 
 def test_the_budget_is_kept_and_named(network):
     frames, labels = clip(3)
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], labels[0])
     tracker.step(frames[1])
     used = tracker.memory_bytes()
-    tracker = Tracker(network, memory_budget=used)
+    tracker = NetworkTracker(network, memory_budget=used)
     tracker.initialize(frames[0], labels[0])
     tracker.step(frames[1], labels[1])
     with pytest.raises(
@@ -459,7 +459,7 @@ def test_labels_are_the_most_probable_of_the_probabilities(network):
     frames, labels = clip(2)
     results = []
     for output in ("probs", "labels"):
-        tracker = Tracker(network)
+        tracker = NetworkTracker(network)
         tracker.initialize(frames[0], labels[0])
         results.append(tracker.step(frames[1], output=output))
     assert torch.equal(results[0].argmax(0), results[1].long())
@@ -469,7 +469,7 @@ def test_naive_tracking_gives_the_same(network):
     frames, labels = clip(3)
     results = []
     for naive in (False, True):
-        tracker = Tracker(network, naive=naive)
+        tracker = NetworkTracker(network, naive=naive)
         tracker.initialize(frames[0], labels[0])
         results.append(torch.stack([tracker.step(frame) for frame in frames[1:]]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-3)
@@ -479,7 +479,7 @@ def test_scales_are_averaged(network):
     frames, labels = clip(2)
     results = []
     for scales in ((1.0,), (0.8,), (0.8, 1.0)):
-        tracker = Tracker(network, scales=scales)
+        tracker = NetworkTracker(network, scales=scales)
         tracker.initialize(frames[0], labels[0])
         results.append(tracker.step(frames[1]))
     torch.testing.assert_close(results[2], (results[0] + results[1]) / 2, rtol=1e-4, atol=1e-5)
@@ -488,7 +488,7 @@ def test_scales_are_averaged(network):
 
 def test_bfloat16_and_channels_last_track(network):
     frames, labels = clip(3)
-    tracker = Tracker(network, dtype=torch.bfloat16, channels_last=True)
+    tracker = NetworkTracker(network, dtype=torch.bfloat16, channels_last=True)
     tracker.initialize(frames[0], labels[0])
     probabilities = [tracker.step(frame) for frame in frames[1:]][-1]
     assert probabilities.dtype == torch.float32

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.tracker_contract import check_tracker
 from vosops.models import Propagate, create_model, list_models
 
 HEIGHT, WIDTH = 96, 128
@@ -98,6 +99,13 @@ def test_probabilities_are_float32_of_background_and_each_object_and_sum_to_one(
     assert probabilities.dtype == torch.float32
     torch.testing.assert_close(probabilities.sum(0), torch.ones(HEIGHT, WIDTH))
     assert probabilities.min() >= 0
+
+
+def test_the_protocol() -> None:
+    clip = list(moving(4, second=True))
+    only_7 = torch.where(clip[3][1] == 7, 7, 0)
+    first = [torch.where(labels == 1, 1, 0) for _, labels in clip]
+    check_tracker(make_model, [frame for frame, _ in clip], [first[0], first[2], only_7])
 
 
 def test_labels_are_the_most_probable_class() -> None:

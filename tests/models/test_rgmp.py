@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.conftest import SHARED, with_golden_weights
-from vosops.inference import Tracker
+from vosops.inference import NetworkTracker
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
 from vosops.models.network import TensorMasks
@@ -96,9 +96,11 @@ def original_protocol(
     return results
 
 
-def started(network: RGMP, objects: int = 2, steps: int = 1, **options) -> tuple[Tracker, list[Tensor]]:
+def started(
+    network: RGMP, objects: int = 2, steps: int = 1, **options
+) -> tuple[NetworkTracker, list[Tensor]]:
     frames, labels = clip(steps + 4, objects)
-    tracker = Tracker(network, **options)
+    tracker = NetworkTracker(network, **options)
     tracker.initialize(frames[0], labels)
     for frame in frames[1 : steps + 1]:
         tracker.step(frame)
@@ -142,7 +144,7 @@ def test_golden(golden, align_corners):
 )
 def test_the_original_protocol(network, objects, scales):
     frames, labels = clip(3, objects, (HEIGHT, WIDTH) if scales == (1.0,) else LARGER)
-    tracker = Tracker(network, scales=scales)
+    tracker = NetworkTracker(network, scales=scales)
     tracker.initialize(frames[0], labels)
     for frame, expected in zip(frames[1:], original_protocol(network, frames, labels, scales), strict=True):
         probabilities = tracker.step(frame)
@@ -174,7 +176,7 @@ def test_labels_are_the_most_probable_objects_made_in_tiles(network, monkeypatch
     tracker, frames = started(network)
     state = tracker.state_dict()
     expected = torch.tensor([0, 2, 5], dtype=torch.uint8)[tracker.step(frames[0]).argmax(0)]
-    monkeypatch.setattr("vosops.inference.tracker._TILE_BYTES", 4 * 3 * 64 * 7)  # seven rows
+    monkeypatch.setattr("vosops.inference.network_tracker._TILE_BYTES", 4 * 3 * 64 * 7)  # seven rows
     tracker.load_state_dict(state)
     assert torch.equal(tracker.step(frames[0], output="labels"), expected)
 
@@ -203,13 +205,13 @@ def test_references_are_made_once_and_are_all_that_is_kept(network, monkeypatch)
 
 def test_the_budget_is_held(network):
     frames, labels = clip(2, 2)
-    tracker = Tracker(network, memory_budget=3 * 512 * 4 * 4 - 1)
+    tracker = NetworkTracker(network, memory_budget=3 * 512 * 4 * 4 - 1)
     tracker.initialize(frames[0], labels)
     with pytest.raises(
         MemoryBudgetError, match="budget must be at least 24576 bytes for the references of 2"
     ):
         tracker.step(frames[1])
-    tracker = Tracker(network, memory_budget=3 * 512 * 4 * 4)
+    tracker = NetworkTracker(network, memory_budget=3 * 512 * 4 * 4)
     tracker.initialize(frames[0], labels)
     tracker.step(frames[1])
 
@@ -217,7 +219,7 @@ def test_the_budget_is_held(network):
 def test_an_object_refers_to_the_frame_where_it_appeared(network):
     """The later object and the union to the second frame; the first object to the first, corrected or not."""
     frames, labels = clip(3, 2)
-    tracker = Tracker(network)
+    tracker = NetworkTracker(network)
     tracker.initialize(frames[0], torch.where(labels == 2, 2, 0))
     tracker.step(frames[1], labels)
     tracker.step(frames[2])
@@ -236,7 +238,7 @@ def test_an_object_refers_to_the_frame_where_it_appeared(network):
 
 def test_corrections_are_the_mask_that_the_next_frame_sees(network):
     frames, labels = clip(3, 1)
-    corrected, other = Tracker(network), Tracker(network)
+    corrected, other = NetworkTracker(network), NetworkTracker(network)
     for tracker in (corrected, other):
         tracker.initialize(frames[0], labels)
         tracker.step(frames[1])
@@ -264,7 +266,7 @@ def test_resuming_is_bit_identical(network, change):
     file = io.BytesIO()
     torch.save(tracker.state_dict(), file)
     file.seek(0)
-    resumed = Tracker(network, scales=(1.0, 0.5))
+    resumed = NetworkTracker(network, scales=(1.0, 0.5))
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for frame in frames[:2]:
         assert torch.equal(tracker.step(frame), resumed.step(frame))

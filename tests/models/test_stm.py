@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import vosops
 from tests.conftest import SHARED, with_golden_weights
-from vosops.inference import Tracker, segment
+from vosops.inference import NetworkTracker, segment
 from vosops.memory import MemoryBudgetError
 from vosops.models import STM, create_model
 from vosops.models import stm as module
@@ -46,7 +46,7 @@ def clip(frames: int, objects: int) -> tuple[list[Tensor], Tensor]:
 
 
 def run(network: STM, images: list[Tensor], labels: Tensor, **options) -> list[Tensor]:
-    tracker = Tracker(network, **options)
+    tracker = NetworkTracker(network, **options)
     tracker.initialize(images[0], labels)
     return [tracker.step(image) for image in images[1:]]
 
@@ -205,7 +205,7 @@ class TestWaysAgree:
 class TestMemory:
     def test_holds_first_every_so_many_and_previous(self, network):
         images, labels = clip(8, 2)
-        tracker = Tracker(network, memory_every=3)
+        tracker = NetworkTracker(network, memory_every=3)
         tracker.initialize(images[0], labels)
         stored = []
         for image in images[1:]:
@@ -219,7 +219,7 @@ class TestMemory:
     def test_budget_is_never_passed_and_shared_anew(self, network):
         images, labels = clip(8, 3)
         budget = 20 * FRAME_BYTES
-        tracker = Tracker(network, memory_every=1, memory_budget=budget)
+        tracker = NetworkTracker(network, memory_every=1, memory_budget=budget)
         tracker.initialize(images[0], torch.where(labels == 3, 0, labels))
         for t, image in enumerate(images[1:]):
             tracker.step(image)
@@ -236,7 +236,7 @@ class TestMemory:
         images, labels = clip(4, 2)
         exact, memories = [], []
         for one in (network, small):
-            tracker = Tracker(one)
+            tracker = NetworkTracker(one)
             tracker.initialize(images[0], labels)
             exact.append([tracker.step(image) for image in images[1:]])
             memories.append(tracker.memory_bytes())
@@ -246,7 +246,7 @@ class TestMemory:
 
     def test_says_when_permanent_frames_do_not_fit(self, network):
         images, labels = clip(2, 1)
-        tracker = Tracker(network, memory_budget=FRAME_BYTES // 2)
+        tracker = NetworkTracker(network, memory_budget=FRAME_BYTES // 2)
         tracker.initialize(images[0], labels)
         for _ in range(2):
             with pytest.raises(MemoryBudgetError, match="budget must be at least"):
@@ -255,7 +255,7 @@ class TestMemory:
 
     def test_says_that_objects_share_the_budget(self, network):
         images, labels = clip(2, 2)
-        tracker = Tracker(network, memory_budget=FRAME_BYTES // 2)
+        tracker = NetworkTracker(network, memory_budget=FRAME_BYTES // 2)
         tracker.initialize(images[0], labels)
         with pytest.raises(
             MemoryBudgetError,
@@ -263,7 +263,7 @@ class TestMemory:
         ) as caught:
             tracker.step(images[1])
         for budget, fits in ((caught.value.needed, True), (caught.value.needed - 2, False)):
-            tracker = Tracker(network, memory_budget=budget)
+            tracker = NetworkTracker(network, memory_budget=budget)
             tracker.initialize(images[0], labels)
             if fits:
                 tracker.step(images[1])
@@ -275,20 +275,20 @@ class TestMemory:
     @pytest.mark.parametrize("naive", [False, True])
     def test_state_goes_on_to_the_bit(self, network, tmp_path, naive):
         images, labels = clip(6, 2)
-        one = Tracker(network, memory_every=2, naive=naive)
+        one = NetworkTracker(network, memory_every=2, naive=naive)
         one.initialize(images[0], labels)
         for image in images[1:4]:
             one.step(image)
         torch.save(one.state_dict(), tmp_path / "state.pth")
         wanted = [one.step(image) for image in images[4:]]
-        other = Tracker(network, memory_every=2, naive=naive)
+        other = NetworkTracker(network, memory_every=2, naive=naive)
         other.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
         assert all(torch.equal(other.step(x), y) for x, y in zip(images[4:], wanted, strict=True))
 
     @pytest.mark.parametrize("naive", [False, True])
     def test_objects_come_and_go(self, network, naive):
         images, labels = clip(6, 3)
-        tracker = Tracker(network, memory_every=2, naive=naive)
+        tracker = NetworkTracker(network, memory_every=2, naive=naive)
         tracker.initialize(images[0], torch.where(labels == 3, 0, labels))
         tracker.step(images[1])
         tracker.step(images[2], torch.where(labels == 3, labels, 255))

@@ -2,7 +2,7 @@
 
 Weights are random: neither time nor memory depends on them. Each measurement has a process of its own, whose peak
 resident memory is reported, interpreter, libraries and weights included. `naive` computes as the original code does
-(`vosops.inference.Tracker`). A measurement may be held to a limit: a process that needs more fails, and says so.
+(`vosops.inference.NetworkTracker`). A measurement may be held to a limit: a process that needs more fails, and says so.
 """
 
 from __future__ import annotations
@@ -237,12 +237,12 @@ def _measure(case: Case, naive: bool, threads: int, limit: int | None) -> dict[s
 
 def _started(case: Case, naive: bool) -> Any:
     """A tracker after its first frame, its memory filled up to two frames less than the case has."""
-    from vosops.inference import SemanticTracker, Tracker
+    from vosops.inference import NetworkTracker, SemanticTracker
     from vosops.models import create_model
 
     if case.network == SEMANTIC:
         return SemanticTracker(create_model(case.network), naive=naive, channels_last=not naive)
-    tracker = Tracker(create_model(case.network), naive=naive)
+    tracker = NetworkTracker(create_model(case.network), naive=naive)
     height, width = case.size
     labels = torch.zeros(case.size, dtype=torch.uint8)
     for i in range(case.objects):

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, what was compiled, CPU and GPUs, and which implementation serves each op and why."""
+    """Show versions, what was compiled, CPU and GPUs, the models, and which implementation serves each op and why."""
     from vosops import info
 
     facts = info.collect()

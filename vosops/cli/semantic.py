@@ -16,14 +16,24 @@ def register(app: typer.Typer) -> None:
 def semantic(
     input: Annotated[Path, typer.Argument(help="Video file or folder of frames.")],
     out: Annotated[Path, typer.Option(help="Folder for the label maps and everything else.")],
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "lstm_icnet",
     weights: Annotated[
-        Path, typer.Option(help="Weights of LSTM-ICNet, or an .npz of the original's variables.")
-    ],
-    version: Annotated[str, typer.Option(help="Where the ConvLSTMs are: icnet, v1 ... v6.")] = "v5",
+        Path | None,
+        typer.Option(help="File of the model's weights, such as an .npz of LSTM-ICNet's variables."),
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option(help="lstm_icnet: where the ConvLSTMs are: icnet, v1 ... v6; default: v5.")
+    ] = None,
     variant: Annotated[
-        str, typer.Option(help="convolution, spatial, depthwise, separable, fast or faster.")
-    ] = "convolution",
-    classes: Annotated[int, typer.Option(help="How many classes; 19 are Cityscapes'.")] = 19,
+        str | None,
+        typer.Option(
+            help="convolution (the default), spatial, depthwise or separable; lstm_icnet: fast, faster."
+        ),
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(help="How many classes; default: Cityscapes' 19, or as many as the model has."),
+    ] = None,
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Carry the state instead of running four frames for each.")
     ] = False,
@@ -44,7 +54,7 @@ def semantic(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
 ) -> None:
-    """Say of every pixel of a video what it is, with LSTM-ICNet; no mask is needed.
+    """Say of every pixel of a video what it is; no mask is needed.
 
     Writes one palette PNG of class numbers a frame, contact_sheet.png and report.json into --out.
     """
@@ -54,9 +64,9 @@ def semantic(
     from vosops.inference.loop import frame_range
     from vosops.inference.models import find_device, find_dtype
     from vosops.inference.run import Run
-    from vosops.inference.semantic_run import (
+    from vosops.inference.semantic_loop import (
         ClassLabels,
-        SemanticPropagation,
+        SemanticLoop,
         arguments_of,
         class_palette,
         make_semantic_tracker,
@@ -68,12 +78,12 @@ def semantic(
     place = find_device(device)
     source = open_source(input, rate)
     indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
+    options = {"version": version, "variant": variant, "classes": classes}
     tracker = make_semantic_tracker(
+        model,
         weights,
         place,
-        version=version,
-        variant=variant,
-        num_classes=classes,
+        options=options,
         streaming=streaming,
         dtype=find_dtype(dtype),
         naive=naive,
@@ -82,14 +92,13 @@ def semantic(
         summary = Run(
             out=out,
             source=source,
-            masks=ClassLabels(class_palette(classes)),
-            propagation=SemanticPropagation(tracker, source, indices, short_side=size),
+            masks=ClassLabels(class_palette(tracker.num_classes)),
+            propagation=SemanticLoop(tracker, source, indices, short_side=size),
             arguments=arguments_of(
+                model,
                 weights,
                 source,
-                version=version,
-                variant=variant,
-                classes=classes,
+                options,
                 streaming=streaming,
                 naive=naive,
                 device=str(place),

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vosops.io.errors import IncompleteInputError
 from vosops.models.network import Network
 
+from .create import create_tracker
 from .datasets import open_source
 from .frames import ArraySource
-from .loop import Propagation, SegmentedFrame, frame_range
+from .loop import SegmentedFrame, TrackingLoop, frame_range
 from .masks import MaskSet, masks_from_python
 from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
-from .tracker import Tracker
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker
@@ -71,7 +71,7 @@ def segment(
         a memory budget.
 
     Raises:
-        TypeError: For a model that is none.
+        TypeError: For a model that is neither a name nor a network nor a tracker.
         InputError: At the call's first frame, when something given cannot be used.
         VosopsError: When what must be remembered exceeds the memory budget.
         IncompleteInputError: After the last frame that could be read, when the video ended early.
@@ -97,11 +97,10 @@ def segment(
             naive=naive,
             scales=scales,
         )
-    elif isinstance(model, Network):
-        model = Tracker(model, memory_budget=memory_budget, naive=naive, scales=scales)
-    elif not hasattr(model, "initialize"):
-        raise TypeError(f"model must be a name, a network or a tracker, got {type(model).__name__}")
-    propagation = Propagation(
+    else:
+        running: dict[str, Any] = {"memory_budget": memory_budget, "naive": naive, "scales": scales}
+        model = create_tracker(model, **(running if isinstance(model, Network) else {}))
+    loop = TrackingLoop(
         model,
         source,
         masks,
@@ -112,6 +111,6 @@ def segment(
         keep_probabilities=probabilities,
         naive=naive,
     )
-    yield from propagation
-    if propagation.problem:
-        raise IncompleteInputError(propagation.problem)
+    yield from loop
+    if loop.problem:
+        raise IncompleteInputError(loop.problem)

@@ -18,7 +18,7 @@ from .datasets import VideoSequence, find_sequences, masks_of_sequence, open_sou
 from .drawing_pass import Outputs
 from .files import sha256, write_text
 from .frames import DEFAULT_FPS, FrameSource
-from .loop import Propagation, frame_range
+from .loop import TrackingLoop, frame_range
 from .masks import GivenMask, MaskSet, find_masks
 from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
 from .progress import NoProgress, Progress, never
@@ -127,7 +127,7 @@ class Job:
         only_new_objects: bool = False,
     ) -> Summary:
         masks = MaskSet(given, source.size, only_new_objects)
-        propagation = Propagation(
+        propagation = TrackingLoop(
             self._tracker,
             source,
             masks,

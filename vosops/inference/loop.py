@@ -1,8 +1,7 @@
-"""The propagation loop: frames through a tracker, forward from the earliest mask, then backward from it."""
+"""The loop over a video: frames through a tracker, forward from the earliest mask, then backward from it."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +18,6 @@ from vosops.memory import MemoryBudgetError
 from .frames import FrameSource, RawFrame, read_ahead, with_last
 from .masks import IGNORE, MaskSet
 from .resize import computation_size, resize_frame, resize_labels, resize_probability, to_labels
-from .tracker import Tracker
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -115,7 +113,7 @@ def resized_frames(
         yield raw, image, resize_frame(image.permute(2, 0, 1), size)
 
 
-class Propagation:
+class TrackingLoop:
     """Drives a tracker over one video; iterate over it once to get :class:`SegmentedFrame` objects.
 
     Frames come in the order they are computed: forward from the earliest mask to the end, then, with the
@@ -185,7 +183,7 @@ class Propagation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict`` of a propagation with the same arguments."""
+        """Go on from a ``state_dict`` of a loop with the same arguments."""
         self.phase = state["phase"]
         self.position = state["position"]
         self.problem = state["problem"]
@@ -259,11 +257,7 @@ class Propagation:
         if given:
             labels = self._apply_mask(raw.index, frame, last)
             best = torch.ones(self.size)
-        elif (
-            isinstance(self.tracker, Tracker)
-            and self.compute_size == self.size
-            and not self.keep_probabilities
-        ):
+        elif self.compute_size == self.size and not self.keep_probabilities:
             labels = self.tracker.step(frame, end=last, output="labels").cpu()
             best = self.tracker.confidence().cpu()
         else:
@@ -299,31 +293,18 @@ class Propagation:
             self.tracker.initialize(frame, self._small(labels, ids))
             return labels
         others = [i for i in self.tracker.object_ids if i not in ids]
-        segmented = False  # whether the tracker has seen the frame
         if others:
-            segmented = isinstance(self.tracker, Tracker)
-            predicted = self._predict(frame) if segmented else self._peek(frame)
+            predicted = self._predict(frame)
             keep = (labels == 0) & torch.isin(predicted, torch.tensor(others, dtype=predicted.dtype))
             labels = torch.where(keep, predicted, labels)
-        small = self._small(labels, [*ids, *others])
-        if segmented:
-            self.tracker.add_objects(frame, small)
-        else:
-            self.tracker.step(frame, labels=small, permanent=True, end=last)
+        self.tracker.step(frame, labels=self._small(labels, [*ids, *others]), permanent=True, end=last)
         return labels
 
     def _predict(self, frame: Tensor) -> Tensor:
-        """Return the label map, at the input's size, that the tracker finds in its next frame."""
-        probabilities = self.tracker.step(frame)
+        """Return the label map, at the input's size, that the tracker sees on the next frame."""
+        probabilities = self.tracker.predict(frame)
         labels, _ = to_labels(probabilities, self.tracker.object_ids, self.size)
         return labels.cpu()
-
-    def _peek(self, frame: Tensor) -> Tensor:
-        """Return what the tracker sees on a frame, leaving the tracker as it was."""
-        state = copy.deepcopy(self.tracker.state_dict())
-        labels = self._predict(frame)
-        self.tracker.load_state_dict(state)
-        return labels
 
     def _small(self, labels: Tensor, ids: list[int]) -> Tensor:
         return resize_labels(labels, self.compute_size, ids).long().to(self.device)

@@ -1,5 +1,13 @@
 """How good masks are: J and F as DAVIS defines them; of classes, the mean IoU as Cityscapes does."""
 
+from vosops.metrics.classes import (
+    Consistency,
+    SemanticReport,
+    SequenceCounts,
+    class_iou,
+    confusion_matrix,
+    evaluate_semantic,
+)
 from vosops.metrics.davis import (
     ObjectScore,
     Statistics,
@@ -11,14 +19,6 @@ from vosops.metrics.davis import (
 )
 from vosops.metrics.files import EvaluationError
 from vosops.metrics.folders import Report, evaluate
-from vosops.metrics.semantic import (
-    Consistency,
-    SemanticReport,
-    SequenceCounts,
-    class_iou,
-    confusion_matrix,
-    evaluate_semantic,
-)
 
 __all__ = [
     "Consistency",

@@ -56,5 +56,29 @@ def id_dtype(object_ids: Sequence[int]) -> torch.dtype:
 
 def most_probable(probabilities: Tensor, object_ids: Sequence[int]) -> Tensor:
     """(O+1,H,W) -> (H,W) ids of the most probable class: uint8 where the ids fit, else int64."""
-    ids = torch.tensor([0, *object_ids], dtype=id_dtype(object_ids), device=probabilities.device)
-    return ids[probabilities.argmax(0)]
+    return _with_ids(probabilities.argmax(0), object_ids)
+
+
+def _with_ids(classes: Tensor, object_ids: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *object_ids], dtype=id_dtype(object_ids), device=classes.device)[classes]
+
+
+class KeepsConfidence:
+    """The part of a tracker that answers what :meth:`step` found, and keeps what :meth:`confidence` asks for."""
+
+    object_ids: list[int]
+    _confidence: Tensor | None = None
+
+    def confidence(self) -> Tensor:
+        """The probability (H,W) of each pixel's label in the latest frame: see :class:`vosops.models.VideoTracker`."""
+        if self._confidence is None:
+            raise RuntimeError("initialize or step must be called before confidence")
+        return self._confidence
+
+    def _answer(self, probabilities: Tensor, output: str) -> Tensor:
+        """Probabilities (O+1,H,W) of the latest frame, as `output` asks for them."""
+        if output == "probs":
+            self._confidence = probabilities.amax(0)
+            return probabilities
+        self._confidence, classes = probabilities.max(0)
+        return _with_ids(classes, self.object_ids)

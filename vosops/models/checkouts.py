@@ -15,6 +15,7 @@ from torch.nn import functional
 from vosops.memory import MemoryBudgetError, parse_bytes
 from vosops.models._tracking import (
     IGNORED,
+    KeepsConfidence,
     check_first,
     check_frame,
     check_labels,
@@ -64,8 +65,8 @@ def plan_memory(
     return MemoryPlan(work, kept, prototypes, long_tokens, max(0, buffer))
 
 
-class CheckoutTracker(ABC):
-    """A tracker around an inference core; follows the protocol of :class:`vosops.models.VideoTracker`.
+class CheckoutTracker(KeepsConfidence, ABC):
+    """A tracker around an inference core: a :class:`vosops.models.VideoTracker`.
 
     size: the short side of the computation in pixels, -1 for the frame's. memory_budget: bytes, or a text such as
     "2GB", that the memory's keys, values and usage may take. Pixels of label 255 take the core's own prediction, on
@@ -95,6 +96,7 @@ class CheckoutTracker(ABC):
         self.object_ids: list[int] = []
         self._core: Any = None
         self._frame_size: tuple[int, int] | None = None
+        self._confidence = None
 
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
         """Forgets everything and starts from this frame: see :class:`vosops.models.VideoTracker`."""
@@ -103,7 +105,8 @@ class CheckoutTracker(ABC):
         self._frame_size = (frame.shape[1], frame.shape[2])
         with torch.inference_mode():
             self._core = self._new_core()
-            self._give(frame, labels, end=False)
+            probabilities = self._give(frame, labels, end=False)
+        self._confidence = probabilities.clone().amax(0)
 
     def step(
         self,
@@ -128,7 +131,22 @@ class CheckoutTracker(ABC):
                 probabilities = self._give(frame, labels, end=end)
             else:
                 probabilities = self._sized(self._advance(self._image(frame), None, permanent, end))
-        probabilities = probabilities.clone()  # outside of inference mode: an ordinary tensor
+        return self._answer(probabilities.clone(), output)  # outside of inference mode: an ordinary tensor
+
+    def predict(self, frame: Tensor, *, output: str = "probs") -> Tensor:
+        """Segment a frame as `step` would, and stay as it was: see :class:`vosops.models.VideoTracker`.
+
+        Takes as much memory again as the core remembers: its state is copied, and put back.
+        """
+        self._check_started()
+        check_frame(frame, self._frame_size)
+        check_output(output)
+        confidence, state = self._confidence, self.state_dict()
+        with torch.inference_mode():
+            probabilities = self._sized(self._advance(self._image(frame), None, False, True))
+        self.load_state_dict(state)
+        self._confidence = confidence
+        probabilities = probabilities.clone()
         return probabilities if output == "probs" else most_probable(probabilities, self.object_ids)
 
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
@@ -141,11 +159,12 @@ class CheckoutTracker(ABC):
         with torch.inference_mode():
             given = ids_of(labels)
             labels = labels.to(self.device)
-            predicted = self._predict(frame)
+            predicted = self.predict(frame, output="labels").long()
             others = torch.tensor([i for i in self.object_ids if i not in given], device=self.device)
             labels = torch.where((labels == 0) & torch.isin(predicted, others), predicted, labels)
             self._go_back()
-            self._give(frame, labels, end=False)
+            probabilities = self._give(frame, labels, end=False)
+        self._confidence = probabilities.clone().amax(0)
 
     def remove_object(self, object_id: int) -> None:
         """Stops tracking an object."""
@@ -221,7 +240,7 @@ class CheckoutTracker(ABC):
         labels = labels.to(self.device).long()
         unknown = labels == IGNORED
         if self.object_ids and bool(unknown.any()):
-            labels = torch.where(unknown, self._predict(frame), labels)
+            labels = torch.where(unknown, self.predict(frame, output="labels").long(), labels)
         new = [i for i in ids_of(labels) if i not in self.object_ids]
         image = self._image(frame)
         height, width = image.shape[1:]
@@ -232,14 +251,6 @@ class CheckoutTracker(ABC):
         ]
         masks = small == torch.tensor(self.object_ids, device=self.device)[:, None, None]
         return self._sized(self._advance(image, masks, True, end))
-
-    def _predict(self, frame: Tensor) -> Tensor:
-        """The ids (H,W) that the core sees on a frame; its state stays as it was."""
-        state = self.state_dict()
-        with torch.inference_mode():
-            probabilities = self._sized(self._advance(self._image(frame), None, False, True))
-        self.load_state_dict(state)
-        return most_probable(probabilities, self.object_ids).long()
 
     def _image(self, frame: Tensor) -> Tensor:
         """The frame (3,H,W), float32 in [0, 1], at the size of the computation."""

@@ -57,7 +57,7 @@ class References(NamedTuple):
 
 
 class FEELVOS(Network):
-    """The network; :class:`vosops.inference.Tracker` leads it through a video, :meth:`forward` is for training.
+    """The network; :func:`vosops.models.create_tracker` tracks objects with it, :meth:`forward` trains it.
 
     backbone: of DeepLabV3+, a name for :mod:`vosops.models.deeplab`. output_stride: 8, or 16, which is faster and what
     the original is trained with; None: 8 where the backbone can. matching: "feelvos" or "cfbi". radius: of FEELVOS'

@@ -25,7 +25,7 @@ from vosops.models.icnet import (
     draw_as_tensorflow,
     prepare_frames,
 )
-from vosops.models.semantic import SemanticNetwork, State
+from vosops.models.semantic_network import SemanticNetwork, State
 from vosops.models.tensorflow import load_variables
 from vosops.nn import ConvLSTMCell
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vosops.models.semantic import SemanticNetwork, State
+from vosops.models.semantic_network import SemanticNetwork, State
 from vosops.nn import ConvLSTMCell
 
 __all__ = ["RFCN", "LSTMSegNet"]

@@ -1,6 +1,6 @@
-"""What :class:`vosops.inference.Tracker` needs of a network: `Network`, its `Memory` of a video, and `Masks`.
+"""What :class:`vosops.inference.NetworkTracker` needs of a network: `Network`, its `Memory` of a video, and `Masks`.
 
-A tracker leads a network through a video like this, with every frame padded by :meth:`Network.padding` and, for each
+The tracker runs a network over a video like this, with every frame padded by :meth:`Network.padding` and, for each
 of its scales, resized to :meth:`Network.scaled_size`:
 
 1. first frame and labels: a new memory for each scale;
@@ -84,7 +84,7 @@ class Memory(ABC):
 
         Called for every frame before the next one is segmented, in order. frame: its number, from 0. permanent: its
         masks are the truth (the first frame; one with new or corrected objects) and it stays for good. keep: it is one
-        of every so many that a growing memory keeps (STM); neither: it is needed for the next frame alone, as the
+        of every N-th that a growing memory keeps (STM); neither: it is needed for the next frame alone, as the
         previous one. A memory that keeps only the first and the previous frame (RGMP, FEELVOS) ignores `keep`.
         Raises MemoryBudgetError (best by its `of`, which says what is needed), and then changes nothing, if permanent
         frames do not fit the budget.

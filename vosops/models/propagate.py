@@ -23,6 +23,7 @@ import vosops
 from vosops.memory import MemoryBank, MemoryBudgetError, parse_bytes
 from vosops.models._tracking import (
     IGNORED,
+    KeepsConfidence,
     check_first,
     check_frame,
     check_labels,
@@ -90,8 +91,8 @@ def _full_precision(method: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-class Propagate:
-    """The training-free tracker; it follows the protocol of :class:`vosops.models.VideoTracker`.
+class Propagate(KeepsConfidence):
+    """The training-free tracker: a :class:`vosops.models.VideoTracker`.
 
     backbone: a name for :func:`vosops.models.features.create_backbone`; pretrained=False takes random weights.
     size: the short side of the computation in pixels (frames are resized to it and results are given at the frame's
@@ -142,6 +143,7 @@ class Propagate:
         self._recent_probabilities: list[Tensor] = []  # (O+1,h,w) each
         self._memory = self._new_memory(None)
         self._steps = 0  # since the memory was begun
+        self._confidence = None
 
     @torch.no_grad()
     def initialize(self, frame: Tensor, labels: Tensor) -> None:
@@ -151,7 +153,7 @@ class Propagate:
         self._frame_size = (frame.shape[1], frame.shape[2])
         features = self._features(self._image(frame))
         background = torch.ones(1, *self._frame_size, device=self.device)
-        self._learn(features, labels, background)
+        self._confidence = self._learn(features, labels, background).amax(0)
 
     @torch.no_grad()
     def step(
@@ -169,13 +171,7 @@ class Propagate:
         after which nothing need be remembered. output: "probs", or "labels" for a map of ids (H,W), uint8 where the
         ids fit, else int64.
         """
-        self._check_started()
-        check_frame(frame, self._frame_size)
-        check_output(output)
-        image = self._image(frame)
-        features = self._features(image)
-        keys = self._embedded(features)
-        fine = self._enlarge(self._match(keys), image)
+        features, keys, fine = self._segment(frame, output)
         probabilities = _resized(fine, (frame.shape[1], frame.shape[2]))
         if labels is not None:
             check_labels(labels, frame)
@@ -186,6 +182,13 @@ class Propagate:
             self._remember(keys, fine)
             if permanent:
                 self._keep(features, _hard(self._recent_probabilities[-1]), self._recent_probabilities[-1])
+        return self._answer(probabilities, output)
+
+    @torch.no_grad()
+    def predict(self, frame: Tensor, *, output: str = "probs") -> Tensor:
+        """Segment a frame as `step` would, and stay as it was: see :class:`vosops.models.VideoTracker`."""
+        _, _, fine = self._segment(frame, output)
+        probabilities = _resized(fine, (frame.shape[1], frame.shape[2]))
         return probabilities if output == "probs" else most_probable(probabilities, self.object_ids)
 
     @torch.no_grad()
@@ -200,7 +203,7 @@ class Propagate:
         check_frame(frame, self._frame_size)
         check_labels(labels, frame)
         previous = _resized(self._recent_probabilities[-1], (frame.shape[1], frame.shape[2]))
-        self._learn(self._features(self._image(frame)), labels, previous)
+        self._confidence = self._learn(self._features(self._image(frame)), labels, previous).amax(0)
 
     @torch.no_grad()
     def remove_object(self, object_id: int) -> None:
@@ -247,10 +250,21 @@ class Propagate:
         self._memory = self._new_memory(self._memory_room())
         self._memory.load_state_dict(state["memory"])
         self._steps = state["steps"]
+        self._confidence = None
 
     def _check_started(self) -> None:
         if self._frame_size is None:
             raise RuntimeError("initialize must be called before the first step")
+
+    def _segment(self, frame: Tensor, output: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (C,h,w), keys (D,h,w) and probabilities (O+1,*size) of the computation of the next frame."""
+        self._check_started()
+        check_frame(frame, self._frame_size)
+        check_output(output)
+        image = self._image(frame)
+        features = self._features(image)
+        keys = self._embedded(features)
+        return features, keys, self._enlarge(self._match(keys), image)
 
     def _image(self, frame: Tensor) -> Tensor:
         """The frame (3,H,W), float32 in [0, 1], at the size of the computation."""

@@ -48,7 +48,7 @@ class RGMPOutput(NamedTuple):
 
 
 class RGMP(Network):
-    """The network; :class:`vosops.inference.Tracker` leads it through a video.
+    """The network; :func:`vosops.models.create_tracker` tracks objects with it.
 
     align_corners: of every enlargement in the decoder. The published weights need True, which was the meaning of the
     original code when they were trained; with False (what the same code means to PyTorch since 0.4) probabilities

@@ -34,7 +34,7 @@ _HALO = 3  # rows that three 3x3 convolutions see beside their own
 
 
 class STM(Network):
-    """STM's network; `vosops.inference.Tracker` runs it, `forward` trains it.
+    """STM's network; `create_tracker` tracks objects with it, `forward` trains it.
 
     slots: the classes among which probabilities are divided: the original has always 11, so that it takes 10 objects at
     most, and what is not there keeps a probability of about 1e-7; None: as many as there are, any number.
@@ -61,7 +61,7 @@ class STM(Network):
         self.Decoder = _Decoder()
 
     def forward(self, frames: Tensor, masks: Tensor) -> Tensor:
-        """Leads objects through clips, with gradients: for training.
+        """Track objects through clips, with gradients: for training.
 
         frames (N,T,3,H,W) in [0, 1], H and W multiples of 16; masks (N,O,H,W) of the first frame, in [0, 1]. The memory
         of each frame is all earlier ones, with the soft masks that were estimated there. Returns the logits

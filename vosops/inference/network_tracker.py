@@ -1,4 +1,4 @@
-"""`Tracker`: a network leads the objects of a first frame through a video, a frame at a time."""
+"""`NetworkTracker`: a network tracks the objects of a first frame through a video, a frame at a time."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from vosops.models._tracking import (
 )
 from vosops.models.network import Masks, Memory, Network, resize_rows, source_rows
 
-__all__ = ["Tracker"]
+__all__ = ["NetworkTracker", "uncompiled"]
 
 _TILE_BYTES = 16 << 20  # of the probabilities that are made at a time
 _GROUP_BYTES = 64 << 20  # of the full-size masks that are kept while a frame is memorised
 _FLOAT = 4  # bytes
 
 
-class Tracker:
-    """Leads objects through a video with a network; follows the protocol of :class:`vosops.models.VideoTracker`.
+class NetworkTracker:
+    """Tracks objects through a video with a network: a :class:`vosops.models.VideoTracker`.
+
+    :func:`create_tracker` makes it of a network or a model's name.
 
     Args:
-        model: a :class:`vosops.models.Network`, whose device is where everything runs; it is put into eval mode. A
-            model that tracks by itself (propagate, cutie, xmem) is returned as it is and takes no options.
-        memory_every: every so many frames one is kept by networks whose memory grows (STM), from the first on.
+        model: a :class:`vosops.models.Network`, whose device is where everything runs; it is put into eval mode.
+        memory_every: networks whose memory grows (STM) keep every N-th frame, the first included.
         scales: the network runs at each of these sizes, relative to the frame's, and the results are averaged.
         memory_budget: bytes, or a text such as "2GB", that what is remembered of the frames may take at most, at all
             scales together.
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
-        channels_last: keep the network's weights and maps in that memory format; None: as the network likes it, but
+        channels_last: keep the network's weights and maps in that memory format; None: as the network prefers, but
             contiguous if naive.
         naive: as the original code computes: reference ops, memory by concatenation, everything at full size at once;
             the same results at many times the memory, to show the difference.
@@ -55,32 +56,15 @@ class Tracker:
     unless they are the output. Not differentiable: networks are trained by their own `forward`.
 
         >>> import torch
-        >>> from vosops.inference import Tracker
+        >>> from vosops.inference import NetworkTracker
         >>> from vosops.models import create_model
-        >>> tracker = Tracker(create_model("stm"))
+        >>> tracker = NetworkTracker(create_model("stm"))
         >>> labels = torch.zeros(32, 32, dtype=torch.uint8)
         >>> labels[8:24, 8:24] = 1
         >>> tracker.initialize(torch.rand(3, 32, 32), labels)
         >>> tracker.step(torch.rand(3, 32, 32)).shape
         torch.Size([2, 32, 32])
     """
-
-    def __new__(cls, model: Any, **options: Any) -> Any:
-        """A tracker, or the model itself if it is one."""
-        if isinstance(model, Network):
-            return super().__new__(cls)
-        if isinstance(model, Tracker):
-            raise TypeError("model must be a Network, got a Tracker, which leads one already")
-        if isinstance(getattr(model, "_orig_mod", None), Network):
-            raise TypeError(
-                "model must be a Network, got one wrapped by torch.compile, whose parts would run as they are: compile "
-                "these, as in network.query = torch.compile(network.query)"
-            )
-        if not hasattr(model, "initialize"):
-            raise TypeError(f"model must be a Network or track by itself, got {type(model).__name__}")
-        if options:
-            raise TypeError(f"{type(model).__name__} tracks by itself and takes no {', '.join(options)}")
-        return model
 
     def __init__(
         self,
@@ -93,6 +77,7 @@ class Tracker:
         channels_last: bool | None = None,
         naive: bool = False,
     ) -> None:
+        _check_network(model)
         if not scales or not all(0 < scale < math.inf for scale in scales):
             raise ValueError(f"scales must be positive numbers, at least one, got {tuple(scales)}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -206,8 +191,20 @@ class Tracker:
         self._latest = replace(latest, labels=labels, score_ids=score_ids)
         self._object_ids.remove(object_id)
 
+    def predict(self, frame: Tensor, *, output: str = "probs") -> Tensor:
+        """Segment a frame as `step` would, and stay as it was: see :class:`vosops.models.VideoTracker`.
+
+        The latest frame is memorised by this, as the next step would.
+        """
+        latest = self._started()
+        check_frame(frame, _size(latest.frame))
+        check_output(output)
+        with self._running():
+            self._memorise()
+            return self._output(*self._segment(latest.index + 1, frame, None, False), output)
+
     def confidence(self) -> Tensor:
-        """The probability (H,W) float32 of the most probable class, in the frame that was segmented last."""
+        """The probability (H,W) float32 of each pixel's label in the latest frame; 1 where labels were given."""
         latest = self._started()
         with self._running():
             return self._maps(latest, self._object_ids).confidence()
@@ -552,6 +549,28 @@ class _FrameMasks(Masks):
             return classes
         resized = functional.interpolate(classes[None, None].float(), self.size, mode="nearest-exact")
         return resized[0, 0].long()
+
+
+def uncompiled(model: Any) -> Any:
+    """The network that `torch.compile` wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _check_network(model: Any) -> None:
+    """Raise TypeError, with what to do, unless model is a network as it is."""
+    if isinstance(model, Network):
+        return
+    if isinstance(uncompiled(model), Network):
+        raise TypeError(
+            "model must be a Network, got one wrapped by torch.compile, whose parts would run as they are: compile "
+            "these, as in network.query = torch.compile(network.query)"
+        )
+    if hasattr(model, "initialize"):
+        raise TypeError(
+            f"model must be a Network, got a {type(model).__name__}, which tracks by itself: use it as it is, or "
+            "let create_tracker(model) decide"
+        )
+    raise TypeError(f"model must be a Network, got {type(model).__name__}")
 
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:

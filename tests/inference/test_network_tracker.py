@@ -1,7 +1,8 @@
-"""Tracker: how it leads a network through a video, with a network whose every number is predictable."""
+"""NetworkTracker: how it runs a network over a video, with a network whose every number is predictable."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vosops
 from tests.inference.clips import ColourTracker, picture, truth
+from tests.models.tracker_contract import check_tracker
 from vosops import backends
-from vosops.inference import Propagation, Tracker, tracker
+from vosops.inference import NetworkTracker, TrackingLoop, network_tracker
 from vosops.inference.frames import ArraySource
 from vosops.inference.masks import MaskSet, masks_from_python
 from vosops.memory import MemoryBudgetError
@@ -106,9 +108,9 @@ def first_labels(ids=(1, 2)) -> Tensor:
     return labels
 
 
-def started(labels: Tensor | None = None, **options) -> tuple[Tracker, EchoMemory]:
+def started(labels: Tensor | None = None, **options) -> tuple[NetworkTracker, EchoMemory]:
     network = Echo()
-    one = Tracker(network, **options)
+    one = NetworkTracker(network, **options)
     one.initialize(torch.rand(3, *SIZE), first_labels() if labels is None else labels)
     return one, network.memories[0]
 
@@ -178,7 +180,7 @@ class TestProtocol:
 
     def test_results_are_ordinary_tensors_in_any_mode(self):
         network = Echo()
-        one = Tracker(network)
+        one = NetworkTracker(network)
         with torch.inference_mode():
             one.initialize(frames(1)[0], first_labels())
             found = one.step(frames(1)[0])
@@ -199,8 +201,8 @@ class TestLabels:
     @pytest.mark.parametrize("ids", [(1, 2), (3, 300)])
     @pytest.mark.parametrize("tile", [1, 1 << 20])
     def test_are_the_most_probable_of_the_probabilities(self, monkeypatch, ids, tile):
-        monkeypatch.setattr(tracker, "_TILE_BYTES", tile)
-        monkeypatch.setattr(tracker, "_GROUP_BYTES", tile)
+        monkeypatch.setattr(network_tracker, "_TILE_BYTES", tile)
+        monkeypatch.setattr(network_tracker, "_GROUP_BYTES", tile)
         images, labels = frames(3), torch.zeros(SIZE, dtype=torch.int64)
         for n, i in enumerate(ids):
             labels[2 + 6 * n : 8 + 6 * n, 3 + 8 * n : 12 + 8 * n] = i
@@ -217,8 +219,8 @@ class TestLabels:
             assert torch.equal(a["masks"], b["masks"])
 
     def test_never_hold_the_probabilities_of_all_pixels(self, monkeypatch):
-        monkeypatch.setattr(tracker, "_TILE_BYTES", 16 << 10)
-        monkeypatch.setattr(tracker, "_GROUP_BYTES", 1)
+        monkeypatch.setattr(network_tracker, "_TILE_BYTES", 16 << 10)
+        monkeypatch.setattr(network_tracker, "_GROUP_BYTES", 1)
 
         class Sparing(EchoMemory):
             def add(self, image, masks, **options):
@@ -240,7 +242,7 @@ class TestLabels:
         )
         size = (60, 100)
         labels = torch.arange(9).repeat_interleave(6000 // 9 + 1)[:6000].view(size) + 1
-        one = Tracker(Echo())
+        one = NetworkTracker(Echo())
         one.initialize(torch.rand(3, *size), labels)
         with Largest() as largest:
             for _ in range(2):
@@ -249,6 +251,10 @@ class TestLabels:
         with Largest() as largest:
             one.step(torch.rand(3, *size))
         assert largest.most == 10 * size[0] * size[1]
+
+
+def test_the_protocol():
+    check_tracker(lambda: NetworkTracker(Echo()), frames(4), [first_labels((i,)) for i in (1, 2, 3)])
 
 
 class TestCorrections:
@@ -323,7 +329,7 @@ class TestCorrections:
         assert torch.equal(found[:3, :15], before[:, :15])
 
     def test_add_objects_may_start(self):
-        one = Tracker(Echo())
+        one = NetworkTracker(Echo())
         one.add_objects(frames(1)[0], first_labels())
         assert one.object_ids == [1, 2]
 
@@ -372,14 +378,14 @@ class TestState:
             one.remove_object(1)
         torch.save(one.state_dict(), tmp_path / "state.pth")
         wanted = [one.step(image) for image in images[2:]]
-        other = Tracker(Echo(), memory_every=2)
+        other = NetworkTracker(Echo(), memory_every=2)
         other.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
         assert other.object_ids == one.object_ids
         assert all(torch.equal(other.step(x), y) for x, y in zip(images[2:], wanted, strict=True))
 
     def test_of_a_tracker_that_has_not_begun(self):
         one, _ = started()
-        one.load_state_dict(Tracker(Echo()).state_dict())
+        one.load_state_dict(NetworkTracker(Echo()).state_dict())
         assert one.object_ids == []
         with pytest.raises(RuntimeError, match="initialize must be called before"):
             one.step(frames(1)[0])
@@ -410,7 +416,7 @@ class TestScales:
         image = frames(1)[0]
         torch.manual_seed(1)
         whole = started(scales=(0.5, 0.75, 1.0))[0].step(image)
-        monkeypatch.setattr(tracker, "_TILE_BYTES", 1)
+        monkeypatch.setattr(network_tracker, "_TILE_BYTES", 1)
         torch.manual_seed(1)
         torch.testing.assert_close(started(scales=(0.5, 0.75, 1.0))[0].step(image), whole)
 
@@ -428,7 +434,7 @@ class TestScales:
         labels[8:30, 8:30], labels[32:60, 40:90] = 1, 2
 
         def run(budget):
-            one = Tracker(network, scales=scales, memory_budget=budget)
+            one = NetworkTracker(network, scales=scales, memory_budget=budget)
             one.initialize(image, labels)
             one.step(image)
             return one
@@ -462,17 +468,17 @@ class TestScales:
         assert [len(memory.added) for memory in (first, second)] == [1, 1]
 
 
-class TestPropagation:
+class TestLoop:
     """The loop of `vosops segment` around a tracker."""
 
-    class Hidden:
-        """A tracker that the loop does not know for one, so that it looks ahead by saving and restoring."""
+    class Copying(NetworkTracker):
+        """Looks ahead by saving and restoring, as a tracker may that cannot do better."""
 
-        def __init__(self) -> None:
-            self.tracker = Tracker(Echo())
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.tracker, name)
+        def predict(self, frame: Tensor, *, output: str = "probs") -> Tensor:
+            state = copy.deepcopy(self.state_dict())
+            found = self.step(frame, output=output)
+            self.load_state_dict(state)
+            return found
 
     @pytest.mark.parametrize("short_side", [-1, 32])
     def test_a_correction_of_some_objects_needs_no_copy_of_the_state(self, short_side):
@@ -483,15 +489,15 @@ class TestPropagation:
             source = ArraySource([picture({}) for _ in range(4)])
             given = MaskSet(masks_from_python(masks, source, range(4)), source.size)
             return list(
-                Propagation(one, source, given, range(4), short_side=short_side, device=torch.device("cpu"))
+                TrackingLoop(one, source, given, range(4), short_side=short_side, device=torch.device("cpu"))
             )
 
-        one = Tracker(Echo())
+        one = NetworkTracker(Echo())
         one.load_state_dict = None  # never called
         found = run(one)
         assert one.object_ids == [1, 2, 3]
         assert (found[2].labels == 1).any() and (found[3].labels == 3).any()
-        for ours, theirs in zip(found, run(self.Hidden()), strict=True):
+        for ours, theirs in zip(found, run(self.Copying(Echo())), strict=True):
             assert torch.equal(ours.labels, theirs.labels)
             assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-5)
 
@@ -500,7 +506,7 @@ class TestPropagation:
         mask = truth({1: (4, 4, 20, 30)})
         found = [
             [frame.labels for frame in vosops.segment(clip, mask, model=model, size=-1, **options)]
-            for model, options in ((Tracker(Echo(), scales=(0.5,)), {}), (Echo(), {"scales": (0.5,)}))
+            for model, options in ((NetworkTracker(Echo(), scales=(0.5,)), {}), (Echo(), {"scales": (0.5,)}))
         ]
         assert (found[0][2] == 1).any()
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -509,15 +515,16 @@ class TestPropagation:
 
 
 class TestOptions:
-    def test_a_model_that_tracks_by_itself_is_returned(self):
-        model = ColourTracker()
-        assert Tracker(model) is model
-        with pytest.raises(TypeError, match="got a Tracker, which leads one already"):
-            Tracker(Tracker(Echo()))
+    @pytest.mark.parametrize("make", [ColourTracker, lambda: NetworkTracker(Echo())])
+    def test_what_tracks_by_itself_is_refused_with_what_to_do(self, make):
+        with pytest.raises(
+            TypeError, match=r"which tracks by itself: use it as it is, or let create_tracker"
+        ):
+            NetworkTracker(make())
+
+    def test_a_compiled_network_is_refused_with_what_to_do(self):
         with pytest.raises(TypeError, match="wrapped by torch.compile.*: compile these"):
-            Tracker(torch.compile(Echo()))
-        with pytest.raises(TypeError, match="ColourTracker tracks by itself and takes no memory_every"):
-            Tracker(model, memory_every=3)
+            NetworkTracker(torch.compile(Echo()))
 
     def test_naive_uses_the_reference_ops(self, monkeypatch):
         forced = []
@@ -556,11 +563,11 @@ class TestOptions:
     )
     def test_refuses_other_options(self, options, error, message):
         with pytest.raises(error, match=message):
-            Tracker(Echo(), **options)
+            NetworkTracker(Echo(), **options)
 
     def test_refuses_what_is_no_model(self):
-        with pytest.raises(TypeError, match="model must be a Network or track by itself, got Linear"):
-            Tracker(nn.Linear(1, 1))
+        with pytest.raises(TypeError, match="model must be a Network, got Linear"):
+            NetworkTracker(nn.Linear(1, 1))
 
     def test_refuses_other_frames_and_labels(self):
         one, _ = started()

@@ -13,7 +13,7 @@ from torch import Tensor
 from vosops import _checks, backends
 from vosops.models._tracking import check_frame, check_output
 from vosops.models.network import resize_rows
-from vosops.models.semantic import SemanticNetwork, State
+from vosops.models.semantic_network import SemanticNetwork, State
 
 __all__ = ["SemanticTracker"]
 
@@ -27,11 +27,12 @@ class SemanticTracker:
     """Segments the frames of a video into classes; no mask is needed.
 
     Args:
-        model: a :class:`~vosops.models.semantic.SemanticNetwork`, such as LSTM-ICNet, whose device is where
+        model: a :class:`~vosops.models.SemanticNetwork`, such as LSTM-ICNet, whose device is where
             everything runs; it is put into eval mode.
         window: without streaming each frame is the last of a clip of so many frames (fewer at a video's
             beginning), and the recurrent layers begin each clip with zeros: the original's way. What a frame
-            gives alone is computed once and kept, so only the recurrent layers work `window` times.
+            gives alone is computed once and kept, so only the recurrent layers work `window` times. 1 for a
+            network without such layers.
         streaming: carry the recurrent state from frame to frame instead: everything is computed once, and a
             frame sees all those before it. The same for the first `window` frames, and different after.
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
@@ -64,7 +65,8 @@ class SemanticTracker:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
         self.model = model.eval()
-        self.window = _checks.check_positive_int("window", window)
+        window = _checks.check_positive_int("window", window)
+        self.window = window if model.recurrent else 1
         self.streaming = streaming
         self.dtype = dtype
         self.naive = naive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vosops.io.errors import InputError, VosopsError
+from vosops.io.errors import InputError
+from vosops.models.create import create_model
 
 from .cityscapes import CITYSCAPES
 from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
 from .loop import SegmentedFrame, expected_frames, resized_frames
 from .masks import davis_palette
-from .models import check_weights
+from .models import check_weights, find_entry, model_option, model_options, one_line_errors
 from .resize import computation_size
-from .semantic import SemanticTracker
+from .semantic_tracker import SemanticTracker
 
+DEFAULT_MODEL = "lstm_icnet"
+MOST_CLASSES = 255  # that label maps of one byte tell apart from 255, of which nothing is known
 _PALETTE_BYTES = 768
 
 
@@ -41,7 +44,7 @@ class ClassLabels:
     first_area: dict[int, int] = field(default_factory=dict)
 
 
-class SemanticPropagation:
+class SemanticLoop:
     """Drives a tracker over a video; iterate over it once to get the frames, in input order.
 
     Between two frames :meth:`state_dict` says all that :meth:`load_state_dict` needs to go on. ``problem`` is
@@ -80,7 +83,7 @@ class SemanticPropagation:
         return {"position": self.position, "problem": self.problem, "tracker": self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict`` of a propagation with the same arguments."""
+        """Go on from a ``state_dict`` of a loop with the same arguments."""
         self.position = state["position"]
         self.problem = state["problem"]
         self.tracker.load_state_dict(state["tracker"])
@@ -119,37 +122,48 @@ class SemanticPropagation:
 
 
 def make_semantic_tracker(
-    weights: Path,
+    name: str,
+    weights: Path | None,
     device: torch.device,
     *,
-    version: str,
-    variant: str,
-    num_classes: int,
+    options: Mapping[str, Any],
     streaming: bool,
     dtype: torch.dtype,
     naive: bool = False,
 ) -> SemanticTracker:
-    """Return a tracker of LSTM-ICNet with the weights of a file; one-line errors for what a user can get wrong."""
-    from vosops.models import create_model
+    """Return a tracker of the model of that name; one-line errors for what a user can get wrong.
 
-    check_weights(weights)
-    if not 1 < num_classes < len(davis_palette()) // 3:
-        raise InputError(f"--classes must be from 2 to 255, got {num_classes}")
-    try:
-        model = create_model(
-            "lstm_icnet", weights, device=device, version=version, variant=variant, num_classes=num_classes
+    options: of the model, by the names of the command line; None: the model's default.
+    """
+    entry = find_entry(name, "semantic network")
+    given = model_options(entry, options)
+    check_weights(entry, weights)
+    classes = {**entry.defaults, **given}.get("num_classes", MOST_CLASSES)
+    if not 1 < classes <= MOST_CLASSES:
+        raise InputError(f"--classes must be from 2 to {MOST_CLASSES}, got {classes}")
+    with one_line_errors(entry):
+        model = create_model(entry.name, weights, device=device, **given)
+    if model.num_classes > MOST_CLASSES:
+        raise InputError(
+            f"--model {entry.name} has {model.num_classes} classes: {MOST_CLASSES} can be written"
         )
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise VosopsError(f"model lstm_icnet cannot be made: {reason}") from error
     return SemanticTracker(model, streaming=streaming, dtype=dtype, naive=naive)
 
 
-def arguments_of(weights: Path, source: FrameSource, **options: Any) -> dict[str, Any]:
-    """Everything that changes the label maps, for a run's record."""
+def arguments_of(
+    name: str, weights: Path | None, source: FrameSource, options: Mapping[str, Any], **others: Any
+) -> dict[str, Any]:
+    """Everything that changes the label maps, for a run's record; options: as for `make_semantic_tracker`."""
+    entry = find_entry(name, "semantic network")
+    own = {**entry.defaults, **model_options(entry, options)}
+    model = (
+        {} if entry.name == DEFAULT_MODEL else {"model": entry.name}
+    )  # of older runs, of the default, none is known
     return {
         "input": source.title,
         "input content": source.fingerprint(),
-        "weights content": sha256(weights),
-        **options,
+        **model,
+        "weights content": None if weights is None else sha256(weights),
+        **{option: own[model_name] for option in options if (model_name := model_option(option)) in own},
+        **others,
     }

@@ -1,0 +1,331 @@
+"""The registry of models: what there is by name, and how each of them is made and run.
+
+A model of this package joins by a line of `_BUILT_IN`; one of another package by :func:`register_model`, which a
+package can have called at the first look into the registry by an entry point of the group ``vosops.models``.
+Nothing is imported before it is asked for: a line names its class as ``"module:attribute"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, TypeVar, get_args, overload
+
+__all__ = ["ENTRY_POINTS", "Kind", "ModelEntry", "find_model", "list_models", "register_model"]
+
+Kind = Literal["tracker", "mask network", "semantic network"]
+"""What a model is: a tracker tracks objects by itself (:class:`vosops.models.VideoTracker`), a mask network tracks them
+when a tracker runs it (:class:`vosops.models.Network`), a semantic network finds the class of every pixel
+(:class:`vosops.models.SemanticNetwork`)."""
+
+Weights = Literal["required", "optional", "none"]
+
+ENTRY_POINTS = "vosops.models"
+"""The group of entry points that other packages register their models by."""
+
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+_OF_CREATE_MODEL = ("weights", "device")  # parameters of a tracker's factory that are no options
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A line of the registry.
+
+    Attributes:
+        name: What `create_model` knows it by; an identifier, as `torch.hub` needs one.
+        factory: A network's is called with the options alone, a tracker's with ``weights`` and ``device`` too. A class,
+            a function, or ``"module:attribute"``, which is imported when it is needed.
+        kind: What the factory makes: "tracker", "mask network" or "semantic network".
+        summary: What it does, in one line for tables and lists.
+        paper: Authors, venue and year.
+        weights: Whether it is of use without a file of weights: "required", "optional", or "none" if it takes none.
+        checkpoint: Which file that is.
+        aliases: Other names.
+        package: A package that it cannot be made without, as it is imported, and in `install` how to get it.
+        install: A command.
+        page: Its page, relative to docs/models.
+    """
+
+    name: str
+    factory: Callable[..., Any] | str
+    kind: Kind
+    summary: str
+    paper: str = ""
+    weights: Weights = "required"
+    checkpoint: str = ""
+    aliases: tuple[str, ...] = ()
+    package: str = ""
+    install: str = ""
+    page: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"name must be an identifier, got {self.name!r}")
+        for option, known in (("kind", get_args(Kind)), ("weights", get_args(Weights))):
+            if getattr(self, option) not in known:
+                raise ValueError(f"{option} must be one of {', '.join(known)}, got {getattr(self, option)!r}")
+        if isinstance(self.factory, str) and not all(self.factory.partition(":")[::2]):
+            raise ValueError(f"factory must be a callable or 'module:attribute', got {self.factory!r}")
+        if not isinstance(self.factory, str) and not callable(self.factory):
+            raise TypeError(f"factory must be a callable or 'module:attribute', got {self.factory!r}")
+        if not self.summary or "\n" in self.summary:
+            raise ValueError(f"summary must be one line of text, got {self.summary!r}")
+
+    @property
+    def tracks_objects(self) -> bool:
+        """Whether it tracks objects through a video, alone or with a tracker."""
+        return self.kind != "semantic network"
+
+    @property
+    def missing_package(self) -> str:
+        """The package that it needs and that is not installed; empty if there is none."""
+        if not self.package or importlib.util.find_spec(self.package) is not None:
+            return ""
+        return self.package
+
+    @property
+    def target(self) -> str:
+        """The factory as "module:attribute"."""
+        if isinstance(self.factory, str):
+            return self.factory
+        return (
+            f"{self.factory.__module__}:{getattr(self.factory, '__qualname__', type(self.factory).__name__)}"
+        )
+
+    def load(self) -> Callable[..., Any]:
+        """Return the factory, and import it if need be."""
+        if not isinstance(self.factory, str):
+            return self.factory
+        module, _, attribute = self.factory.partition(":")
+        factory: Callable[..., Any] = getattr(import_module(module), attribute)
+        return factory
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of its options; imports it."""
+        parameters = inspect.signature(self.load()).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names = (p.name for p in parameters if p.kind in named)
+        return tuple(name for name in names if self.kind != "tracker" or name not in _OF_CREATE_MODEL)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The values of the options that need not be given; imports it."""
+        parameters = inspect.signature(self.load()).parameters
+        given = {name: parameters[name].default for name in self.options}
+        return {name: value for name, value in given.items() if value is not inspect.Parameter.empty}
+
+    @property
+    def takes_any_option(self) -> bool:
+        """Whether its factory has ``**options``; imports it."""
+        parameters = inspect.signature(self.load()).parameters.values()
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    def takes(self, option: str) -> bool:
+        """Whether it has an option of that name; imports it."""
+        return self.takes_any_option or option in self.options
+
+    def check_options(self, options: Any) -> None:
+        """Raise TypeError unless it takes all of these options; imports it."""
+        for option in options:
+            if not self.takes(option):
+                known = ", ".join(self.options) or "nothing"
+                raise TypeError(f"options of {self.name} must be among {known}, got {option}")
+
+
+_CHECKOUT_PAGE = "../integrations.md#cutie-and-xmem-in-vosops-segment"
+
+_BUILT_IN = (
+    ModelEntry(
+        "propagate",
+        "vosops.models.propagate:Propagate",
+        "tracker",
+        "matches ImageNet features of the labelled and the latest three frames; the default of `vosops segment`",
+        weights="none",
+        checkpoint="none: it is not trained",
+        page="propagate.md",
+    ),
+    ModelEntry(
+        "cutie",
+        "vosops.models.cutie:Cutie",
+        "tracker",
+        "the authors' own code with long-term memory, which vosops reads and bounds",
+        paper="Cheng et al., CVPR 2024",
+        checkpoint="cutie-base-mega.pth or cutie-small-mega.pth",
+        package="cutie",
+        install="pip install 'vosops[cutie]'",
+        page=_CHECKOUT_PAGE,
+    ),
+    ModelEntry(
+        "xmem",
+        "vosops.models.xmem:XMem",
+        "tracker",
+        "the authors' own code, from your clone, with long-term memory, which vosops reads and bounds",
+        paper="Cheng and Schwing, ECCV 2022",
+        checkpoint="XMem.pth",
+        page=_CHECKOUT_PAGE,
+    ),
+    ModelEntry(
+        "stm",
+        "vosops.models.stm:STM",
+        "mask network",
+        "attention over every fifth past frame; the memory grows, or has a budget",
+        paper="Oh et al., ICCV 2019",
+        checkpoint="STM_weights.pth",
+        page="stm.md",
+    ),
+    ModelEntry(
+        "rgmp",
+        "vosops.models.rgmp:RGMP",
+        "mask network",
+        "corrects the previous mask beside the first frame",
+        paper="Oh et al., CVPR 2018",
+        checkpoint="the official weights.pth",
+        page="rgmp.md",
+    ),
+    ModelEntry(
+        "feelvos",
+        "vosops.models.feelvos:FEELVOS",
+        "mask network",
+        "nearest embeddings in the first and the previous frame, one head for all objects; or CFBI's matching",
+        paper="Voigtlaender et al., CVPR 2019",
+        checkpoint="an .npz of the original's variables, or what you train",
+        page="feelvos.md",
+    ),
+    ModelEntry(
+        "lstm_icnet",
+        "vosops.models.lstm_icnet:LSTMICNet",
+        "semantic network",
+        "ICNet with ConvLSTMs, over four frames or with a carried state; the default of `vosops semantic`",
+        paper="Pfeuffer et al., IV 2019",
+        checkpoint="an .npz of the original's variables",
+        page="lstm_icnet.md",
+    ),
+    ModelEntry(
+        "lstm_segnet",
+        "vosops.models.lstm_segnet:LSTMSegNet",
+        "semantic network",
+        "SegNet with ConvLSTMs, for comparison",
+        paper="Badrinarayanan et al., PAMI 2017",
+        checkpoint="what you train",
+        page="lstm_icnet.md#siblings",
+    ),
+    ModelEntry(
+        "rfcn",
+        "vosops.models.lstm_segnet:RFCN",
+        "semantic network",
+        "a fully convolutional network with a ConvLSTM, for comparison",
+        paper="Valipour et al., WACV 2017",
+        checkpoint="what you train",
+        page="lstm_icnet.md#siblings",
+    ),
+)
+
+_ENTRIES = {entry.name: entry for entry in _BUILT_IN}
+_NAMES = {name: entry.name for entry in _BUILT_IN for name in (entry.name, *entry.aliases)}
+
+
+@overload
+def register_model(name: str, factory: Callable[..., Any] | str, **entry: Any) -> ModelEntry: ...
+
+
+@overload
+def register_model(name: str, **entry: Any) -> Callable[[_Factory], _Factory]: ...
+
+
+def register_model(name: str, factory: Callable[..., Any] | str | None = None, **entry: Any) -> Any:
+    """Add a model to the registry: a function to call, or a decorator of a class or function.
+
+    From then on `create_model`, `create_tracker`, `vosops segment` and `vosops semantic` make it by its name, and
+    `list_models` and `vosops info` list it.
+
+    Args:
+        name: Its name.
+        factory: What makes it, or ``"module:attribute"``, which is imported when the model is first made.
+        **entry: The other attributes of :class:`vosops.models.ModelEntry`: ``kind`` and ``summary`` at least.
+
+    Returns:
+        The entry; without a factory a decorator, which returns what it decorates.
+
+    Raises:
+        ValueError: The name or an alias is another model's; an attribute cannot be.
+        TypeError: An attribute is missing, or there is no such attribute.
+
+    Example:
+        >>> import torch
+        >>> from vosops.models import FrameNetwork, create_model, register_model
+        >>> @register_model("one_layer", kind="semantic network", summary="a convolution", weights="optional")
+        ... class OneLayer(FrameNetwork):
+        ...     def __init__(self, num_classes=19):
+        ...         super().__init__()
+        ...         self.num_classes = num_classes
+        ...         self.layer = torch.nn.Conv2d(3, num_classes, 3, padding=1)
+        ...
+        ...     def forward(self, images):
+        ...         return self.layer(images)
+        >>> create_model("one_layer", num_classes=5)(torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 5, 8, 8])
+    """
+    if factory is not None:
+        return _add(ModelEntry(name, factory, **entry))
+
+    def decorate(decorated: _Factory) -> _Factory:
+        _add(ModelEntry(name, decorated, **entry))
+        return decorated
+
+    return decorate
+
+
+def _add(entry: ModelEntry) -> ModelEntry:
+    """Enter it; the same factory again (a notebook's cell that ran twice) takes the place of its former self."""
+    for name in (entry.name, *entry.aliases):
+        other = _ENTRIES.get(_NAMES.get(name, ""))
+        if other is not None and (other.name != entry.name or other.target != entry.target):
+            raise ValueError(f"name must be new, got {name!r}, which is {other.target}")
+    _NAMES.update({name: entry.name for name in (entry.name, *entry.aliases)})
+    _ENTRIES[entry.name] = entry
+    return entry
+
+
+def list_models(kind: Kind | None = None) -> list[str]:
+    """The names of all models, or of those of a kind: "tracker", "mask network" or "semantic network".
+
+    >>> from vosops.models import list_models
+    >>> list_models("mask network")
+    ['feelvos', 'rgmp', 'stm']
+    """
+    if kind is not None and kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    _load_entry_points()
+    return sorted(name for name, entry in _ENTRIES.items() if kind in (None, entry.kind))
+
+
+def find_model(name: str) -> ModelEntry:
+    """The entry of a model, by its name or an alias; ValueError, with the names that are near, if there is none."""
+    if name not in _NAMES:
+        _load_entry_points()
+    if name not in _NAMES:
+        near = difflib.get_close_matches(str(name), _NAMES, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"model must be one of {', '.join(list_models())}, got {name!r}{hint}")
+    return _ENTRIES[_NAMES[name]]
+
+
+@cache
+def _load_entry_points() -> None:
+    """Import what other packages name in the group ``vosops.models``; one that fails is passed over with a warning."""
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(
+                f"the models of {point.value} cannot be registered ({type(error).__name__}: {error})",
+                stacklevel=2,
+            )
