@@ -19,12 +19,14 @@ def check_tensor(name: str, value: object, shape: Sequence[str | int]) -> None:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    matches = value.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
+    sizes = value.shape
+    matches = len(sizes) == len(shape)
+    for have, want in zip(sizes, shape, strict=False):
+        if not isinstance(want, str) and have != want:
+            matches = False
     if not matches:
         wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
 
 
 def check_floating(name: str, value: Tensor) -> None:

@@ -12,18 +12,57 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+
+import torch
 
 BACKENDS = ("cpp", "triton", "reference")
 
 
+class Call(NamedTuple):
+    """What decides who can serve a call: where its kernels compute, and in which dtype.
+
+    `refusals` are pairs (backend, reason) that the op adds for these arguments. `plain` is the reason why only plain
+    PyTorch computes this call, whichever backend is forced; None: any may.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    refusals: tuple[tuple[str, str], ...] = ()
+    plain: str | None = None
+
+
+class Resolved(Protocol):
+    """Checked arguments of a public function."""
+
+    @property
+    def call(self) -> Call:
+        """What the choice among implementations depends on."""
+
+
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of an op's core: `run(*core_args)`, and the reasons why it cannot take a call."""
+    """One implementation of an op: its kernels by name, and the general reasons why it cannot take a call.
+
+    All implementations of an op have kernels of the same names, arguments and results.
+    """
 
     name: str
-    run: Callable[..., Any]
-    reasons_not: Callable[..., list[str]]
+    kernels: Mapping[str, Callable[..., Any]]
+    reasons_not: Callable[[Call], tuple[str, ...]]
+
+    def run(self, kernel: str, *args: Any) -> Any:
+        """Call a kernel."""
+        return self.kernels[kernel](*args)
+
+    def refuses(self, call: Call) -> tuple[str, ...]:
+        """All reasons why it cannot take this call; none if it can."""
+        reasons = self.reasons_not(call)
+        if call.refusals:
+            reasons += tuple(reason for name, reason in call.refusals if name == self.name)
+        if call.plain is not None and self.name != "reference":
+            reasons += (call.plain,)
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -33,36 +72,36 @@ class Order:
     `measured` is the result's path in the repository; None: nothing was measured, the order is an expectation.
     """
 
-    names: tuple[str, ...] = BACKENDS
-    measured: str | None = None
+    names: tuple[str, ...]
+    measured: str | None
 
     def __str__(self) -> str:
         return self.measured or "not measured yet"
 
 
-UNMEASURED = Order()
+UNMEASURED = Order(BACKENDS, None)
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op: how its public arguments become those of the core, its implementations, and their order.
+    """An op: how its public functions resolve their arguments, its implementations by name, and their order.
 
-    The core's first argument is a tensor; the type of its device ("cpu", "cuda") chooses among `orders`.
+    `resolve`: public function -> what checks its arguments and says what the choice depends on. The function itself
+    calls it too, so that `explain` judges what `choose` judges. `orders`: type of device ("cpu", "cuda") -> order.
     """
 
     name: str
-    prepare: Callable[..., tuple[Any, ...]]
-    implementations: tuple[Implementation, ...]
+    resolve: Mapping[str, Callable[..., Resolved]]
+    implementations: Mapping[str, Implementation]
     orders: Mapping[str, Order]
 
-    def order(self, core_args: tuple[Any, ...]) -> Order:
-        """The order for the class of device that the tensors are on."""
-        return self.orders.get(core_args[0].device.type, UNMEASURED)
+    def order(self, call: Call) -> Order:
+        """The order for the class of device that the call computes on."""
+        return self.orders.get(call.device.type, UNMEASURED)
 
-    def ordered(self, core_args: tuple[Any, ...]) -> list[Implementation]:
-        """The implementations, those first that are to be preferred for these core arguments."""
-        by_name = {implementation.name: implementation for implementation in self.implementations}
-        return [by_name[name] for name in self.order(core_args).names if name in by_name]
+    def ordered(self, call: Call) -> list[Implementation]:
+        """The implementations, those first that are to be preferred for this call."""
+        return [self.implementations[name] for name in self.order(call).names if name in self.implementations]
 
 
 _ops: dict[str, Op] = {}
@@ -97,7 +136,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Force one implementation within a `with` block: "cpp", "triton", "reference", or None for the choice.
 
     A call that the forced implementation cannot take raises RuntimeError with the reasons. The choice holds for
-    all threads.
+    all threads. What no kernel computes (the prior of `memory_read`) is plain PyTorch under any choice.
 
         >>> import torch, vosops
         >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)
@@ -117,18 +156,19 @@ def forced() -> str | None:
     return _forced
 
 
-def choose(name: str, core_args: tuple[Any, ...]) -> Implementation:
-    """The implementation of op `name` that serves these core arguments."""
+def choose(name: str, call: Call) -> Implementation:
+    """The implementation of op `name` that serves this call."""
     op = _ops[name]
-    forced = _forced
+    forced = _forced if call.plain is None else None
     refusals: list[str] = []
-    for implementation in op.ordered(core_args):
-        if forced is not None and implementation.name != forced:
+    for backend in op.order(call).names:
+        implementation = op.implementations.get(backend)
+        if implementation is None or (forced is not None and backend != forced):
             continue
-        reasons = implementation.reasons_not(*core_args)
+        reasons = implementation.refuses(call)
         if not reasons:
             return implementation
-        refusals.append(f"{implementation.name}: {'; '.join(reasons)}")
+        refusals.append(f"{backend}: {'; '.join(reasons)}")
     asked = f"backend {forced!r}" if forced is not None else "any backend"
     raise RuntimeError(f"{name} cannot run on {asked}. {' | '.join(refusals) or 'It has no such backend.'}")
 
@@ -145,15 +185,16 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
       reference  not preferred
     """
     name = op if isinstance(op, str) else op.__name__
-    if name not in _ops:
-        raise ValueError(f"op must be one of {', '.join(list_ops())}, got {name!r}")
-    entry = _ops[name]
-    core_args = entry.prepare(*args, **kwargs)
-    forced = _forced
+    entries = {function: entry for entry in _ops.values() for function in entry.resolve}
+    if name not in entries:
+        raise ValueError(f"op must be one of {', '.join(sorted(entries))}, got {name!r}")
+    entry = entries[name]
+    call = entry.resolve[name](*args, **kwargs).call
+    forced = _forced if call.plain is None else None
     chosen: str | None = None
     lines = []
-    for implementation in entry.ordered(core_args):
-        reasons = implementation.reasons_not(*core_args)
+    for implementation in entry.ordered(call):
+        reasons = implementation.refuses(call)
         notes = []
         if forced is not None and implementation.name != forced:
             notes.append(f"backend {forced!r} is forced")
@@ -162,7 +203,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         elif not reasons:
             chosen = implementation.name
             notes.append("serves this call")
-        lines.append(f"  {implementation.name:<10} {'; '.join(notes + reasons)}")
-    order = f"order on {core_args[0].device.type}: {entry.order(core_args)}"
+        lines.append(f"  {implementation.name:<10} {'; '.join([*notes, *reasons])}")
+    order = f"order on {call.device.type}: {entry.order(call)}"
     header = f"{name}: {chosen or 'nothing can serve this call'} ({order})"
     return "\n".join([header, *lines])

@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -31,7 +30,7 @@ using MaybeTensor = std::optional<Tensor>;
 template <class... Args>
 Tensor call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 
@@ -53,7 +52,7 @@ inline Tensor conv_backward(const Tensor& grad, const Tensor& x, const Tensor& w
                                      from(none),
                                      from(int64_t{1}),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
-  TORCH_ERROR_CODE_CHECK(
+  STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor gradients[] = {to<Tensor>(stack[kOfInput]), to<Tensor>(stack[kOfWeight]),
                               to<Tensor>(stack[2])};

@@ -13,7 +13,7 @@
 #include <tuple>
 
 #include "common/layout.h"
-#include "host.cuh"
+#include "memory_scores.cuh"
 
 namespace vosops::cuda {
 namespace {

@@ -15,7 +15,7 @@
 #include <optional>
 #include <vector>
 
-#include "rows.cuh"
+#include "memory_scores.cuh"
 
 namespace vosops::cuda {
 

@@ -12,7 +12,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -78,7 +77,7 @@ class DeviceScope {
       : device_(tensor.get_device_index()), guard_(tensor.get_device_index()) {}
   Stream stream() const {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     return static_cast<Stream>(stream);
   }
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vosops import _checks
-from vosops.ops.conv_lstm import conv_lstm
-from vosops.reference.conv_lstm import GATES, VARIANTS
+from vosops.ops.conv_lstm import GATES, VARIANTS, conv_lstm
 
 WEIGHT_NAMES = {
     "convolution": ("weight",),

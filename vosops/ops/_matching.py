@@ -1,23 +1,83 @@
-"""What local and global matching register alike: derivative, implementations, order of choice."""
+"""What local and global matching share: objects in, normalised distances out, and the registration of their cores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vosops import backends
-from vosops.ops._registration import (
-    HAS_CPP,
-    cpp_reasons_not,
-    define_triton_op,
-    register_pieces,
-    triton_reasons_not,
-)
+from vosops import _checks, backends
+from vosops.ops._registration import Piece, register_op, register_pieces, without_argument
 from vosops.ops.matching_backward import matching_backward
+
+IGNORED_LABEL = 255
+
+
+class Matching(NamedTuple):
+    """The checked arguments of a matching: the core's, query first and precision last."""
+
+    call: backends.Call
+    core: tuple[Any, ...]
+
+
+def resolved(query: Tensor, *rest: Any) -> Matching:
+    """The arguments of a core, which computes in the query's dtype."""
+    return Matching(backends.Call(query.device, query.dtype), (query, *rest))
+
+
+def match(name: str, arguments: Matching) -> tuple[Tensor, Tensor]:
+    """The core's raw distance and index (N,O,slots,H,W)."""
+    result: tuple[Tensor, Tensor] = backends.choose(name, arguments.call).run(name, *arguments.core)
+    return result
+
+
+def object_masks(mask: Tensor, num_objects: int | None, key: Tensor) -> Tensor:
+    """The boolean masks (N,O,*key.shape[2:]) that `mask` stands for.
+
+    A boolean or floating `mask` (N,O,...) holds one map per object (floating: > 0.5), which may overlap.
+    An integer `mask` (N,...) is a label map: value v belongs to object v for v < num_objects, 0 included;
+    255 and any other value belong to no object.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    _checks.check_same_device("mask", mask, "query", key)
+    batch, pixels = key.shape[0], tuple(key.shape[2:])
+    if mask.dtype in _checks.INTEGER_DTYPES:
+        if num_objects is None:
+            raise ValueError(f"num_objects must be given with an integer label map (mask is {mask.dtype})")
+        count = _checks.check_positive_int("num_objects", num_objects, least=0)
+        _checks.check_tensor("mask", mask, (batch, *pixels))
+        if count > IGNORED_LABEL:
+            raise ValueError(f"num_objects must be at most {IGNORED_LABEL} with a label map, got {count}")
+        labels = torch.arange(count, device=mask.device).view(1, count, *(1,) * len(pixels))
+        return mask.long().unsqueeze(1) == labels
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask must be bool, floating or an integer label map, got {mask.dtype}")
+    _checks.check_tensor("mask", mask, (batch, "O", *pixels))
+    if num_objects is not None and mask.shape[1] != num_objects:
+        raise ValueError(f"num_objects must be mask.shape[1] ({mask.shape[1]}) or None, got {num_objects}")
+    return mask if mask.dtype == torch.bool else mask > 0.5
+
+
+def finish_distance(distance: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
+    """Add the object's bias to a raw distance (N,O,...) and map it to [-1, 1] by tanh(d / 2).
+
+    tanh(d / 2) equals FEELVOS' 1 - 2 / (1 + exp(d)), but its derivatives stay finite where exp overflows;
+    an infinite distance (no such pixel) gives exactly 1.
+    """
+    if bias is not None:
+        distance = distance + bias.to(distance.dtype).view(1, -1, *(1,) * (distance.dim() - 2))
+    return torch.tanh(distance / 2) if normalize else distance
+
+
+def nearest_mean(distance: Tensor, index: Tensor) -> Tensor:
+    """Mean over dim 2 of the K nearest distances (N,O,K,H,W), of those that there are (index >= 0)."""
+    found = index >= 0
+    count = found.sum(2)
+    mean = torch.where(found, distance, 0).sum(2) / count.clamp(min=1)
+    return torch.where(count > 0, mean, distance.select(2, 0))
 
 
 def empty_matches(query: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -31,49 +91,17 @@ def register_matching(
     name: str,
     schema: str,
     *,
-    prepare: Callable[..., tuple[Any, ...]],
+    resolve: Callable[..., Matching],
     fake: Callable[..., tuple[Tensor, Tensor]],
     reference: Callable[..., tuple[Tensor, Tensor]],
 ) -> None:
     """Register the op `name` (query, key, ..., precision) -> (distance, index) in all its implementations.
 
-    `prepare` turns the public arguments into those of the core, `fake` gives the core's empty outputs, and
+    `resolve` turns the public arguments into those of the core, `fake` gives the core's empty outputs, and
     `reference` is the core in plain PyTorch, without the precision.
     """
-
-    def triton(*args: Any) -> tuple[Tensor, Tensor]:
-        kernel = getattr(import_module(f"vosops.triton.{name}"), name)
-        result: tuple[Tensor, Tensor] = kernel(*args)
-        return result
-
-    define_triton_op(name, schema, triton)
-    for suffix, available in (("", HAS_CPP), ("_triton", True)):
-        if available:
-            register_pieces(
-                name + suffix,
-                fake=fake,
-                backward=_backward_by(f"matching_backward{suffix}"),
-                setup_context=_setup_context,
-            )
-
-    def dispatched(suffix: str) -> Callable[..., Any]:
-        return lambda *args: getattr(torch.ops.vosops, name + suffix)(*args)
-
-    backends.register_op(
-        backends.Op(
-            name=name,
-            prepare=prepare,
-            implementations=(
-                backends.Implementation("cpp", dispatched(""), lambda q, *_: cpp_reasons_not(q)),
-                backends.Implementation("triton", dispatched("_triton"), lambda q, *_: triton_reasons_not(q)),
-                backends.Implementation("reference", lambda *args: reference(*args[:-1]), lambda *_: []),
-            ),
-            orders={
-                "cpu": backends.Order(measured=f"benchmarks/results/{name}_cpu.json"),
-                "cuda": backends.UNMEASURED,
-            },
-        )
-    )
+    register_pieces({name: Piece(fake, _backward_by, _setup_context, schema=schema)}, name)
+    register_op(name, resolve={name: resolve}, reference={name: without_argument(-1, reference)})
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,9 +111,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.others = len(inputs) - 2
 
 
-def _backward_by(op: str) -> Callable[..., Any]:
+def _backward_by(suffix: str) -> Callable[..., Any]:
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         query, key, index = ctx.saved_tensors
-        return *matching_backward(op, grad, query, key, index), *(None,) * ctx.others
+        return *matching_backward(suffix, grad, query, key, index), *(None,) * ctx.others
 
     return backward

@@ -1,38 +1,165 @@
-"""Registers the pieces of an op with PyTorch: one helper serves the C++ and the Triton schema alike."""
+"""Registers an op with PyTorch and with `vosops.backends`: one helper serves the C++ and the Triton library alike."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vosops import _library
+from vosops import _library, backends
 
-_TRITON_OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
+_OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_CPP = _library.CPU_CAPABILITY is not None
+NO_FLOAT64 = ("float64 is computed on the CPU and by the reference only",)
+SUFFIXES = ("", "_triton")
+"""Of the names of dispatcher ops, by library: the compiled one and Triton's."""
+
+
+class Piece(NamedTuple):
+    """What PyTorch is told of a dispatcher op.
+
+    `backward` and `vmap` make the derivative and the vmap rule for a library's suffix, whose other ops they may call;
+    without `backward` there is no derivative, without `vmap` the new dim is folded into N. `schema` is that of the
+    Triton twin (csrc/ops.cpp has the compiled op's), None where there is no twin.
+    """
+
+    fake: Callable[..., Any]
+    backward: Callable[[str], Callable[..., Any]] | None = None
+    setup_context: Callable[..., None] | None = None
+    vmap: Callable[[str], Callable[..., Any]] | None = None
+    schema: str | None = None
 
 
 def register_pieces(
+    pieces: Mapping[str, Piece], triton_module: str | None = None, suffixes: Sequence[str] = SUFFIXES
+) -> None:
+    """Register dispatcher ops `vosops::<name><suffix>` in every library that has them.
+
+    Triton's twins are defined here; `triton_module` of vosops.triton has their kernels, under the ops' names.
+    """
+    for name, piece in pieces.items():
+        if piece.schema is not None and triton_module is not None:
+            _define_triton(name, piece.schema, triton_module)
+    for suffix in suffixes:
+        for name, piece in pieces.items():
+            if hasattr(torch.ops.vosops, name + suffix):
+                _register(name, suffix, piece)
+
+
+def _register(name: str, suffix: str, piece: Piece) -> None:
+    qualified = f"vosops::{name}{suffix}"
+    torch.library.register_fake(qualified, piece.fake)
+    if piece.backward is not None:
+        torch.library.register_autograd(qualified, piece.backward(suffix), setup_context=piece.setup_context)
+    vmap = folding_vmap(dispatched(name, suffix)) if piece.vmap is None else piece.vmap(suffix)
+    torch.library.register_vmap(qualified, vmap)
+
+
+def _define_triton(name: str, schema: str, module: str) -> None:
+    """Define `vosops::name_triton` with a Python kernel for GPUs (and for the CPU under the interpreter)."""
+
+    def kernel(*args: Any) -> Any:
+        return getattr(import_module(f"vosops.triton.{module}"), name)(*args)
+
+    define(f"{name}_triton", schema, kernel, "CUDA", *(["CPU"] if TRITON_INTERPRETED else []))
+
+
+def define(name: str, schema: str, kernel: Callable[..., Any], *keys: str) -> None:
+    """Define `vosops::name` with one Python kernel for these dispatch keys."""
+    _OPS.define(f"{name}{schema}")
+    for key in keys:
+        _OPS.impl(name, kernel, key)
+
+
+def dispatched(name: str, suffix: str) -> Callable[..., Any]:
+    """The dispatcher op of a library."""
+    op: Callable[..., Any] = getattr(torch.ops.vosops, name + suffix)
+    return op
+
+
+def register_op(
     name: str,
     *,
-    fake: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
+    resolve: Mapping[str, Callable[..., backends.Resolved]],
+    reference: Mapping[str, Callable[..., Any]],
+    kernels: Callable[[str], Mapping[str, Callable[..., Any]]] | None = None,
+    needs: Sequence[str] = (),
+    orders: Mapping[str, backends.Order] | None = None,
 ) -> None:
-    """Give `vosops::name` its fake kernel, derivative and vmap rule (which folds the new dim into N)."""
-    qualified = f"vosops::{name}"
-    torch.library.register_fake(qualified, fake)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    register_vmap(name)
+    """List the three implementations of an op in `vosops.backends`.
+
+    Args:
+        name: of the op.
+        resolve: see `backends.Op`.
+        reference: its kernels in plain PyTorch, which autocast does not reach.
+        kernels: makes those of the same names for a library's suffix; None: they are the dispatcher ops of `needs`.
+        needs: dispatcher ops without which a library cannot serve the op; by default those of the kernels' names.
+        orders: of preference by type of device; None: compiled, Triton, reference, measured on the CPU by the op's
+            own benchmark.
+    """
+    needs = needs or list(reference)
+    lacking = {device: _lacking(name, needs, device.upper()) for device in ("cpu", "cuda")}
+
+    def compiled_reasons_not(call: backends.Call) -> tuple[str, ...]:
+        return cpp_reasons_not(call) or lacking[call.device.type]
+
+    def of_library(suffix: str) -> Mapping[str, Callable[..., Any]]:
+        if not all(hasattr(torch.ops.vosops, need + suffix) for need in needs):
+            return {}  # the reasons not to run it are never empty
+        return kernels(suffix) if kernels else {each: dispatched(each, suffix) for each in needs}
+
+    plain = {each: _without_autocast(core) for each, core in reference.items()}
+    implementations = (
+        backends.Implementation("cpp", of_library(""), compiled_reasons_not),
+        backends.Implementation("triton", of_library("_triton"), triton_reasons_not),
+        backends.Implementation("reference", plain, lambda _: ()),
+    )
+    measured = f"benchmarks/results/{name}_cpu.json"
+    backends.register_op(
+        backends.Op(
+            name=name,
+            resolve=resolve,
+            implementations={each.name: each for each in implementations},
+            orders=orders
+            or {"cpu": backends.Order(backends.BACKENDS, measured), "cuda": backends.UNMEASURED},
+        )
+    )
 
 
-def register_vmap(name: str, call: Callable[..., Any] | None = None) -> None:
-    """Give `vosops::name` its vmap rule, which folds the new dim into N; then comes `call` (the op)."""
-    op = call or getattr(torch.ops.vosops, name)
+def without_argument(position: int, core: Callable[..., Any]) -> Callable[..., Any]:
+    """`core` as a kernel that gets one argument more, at `position`: the precision, which plain PyTorch has not."""
+
+    def kernel(*args: Any) -> Any:
+        kept = list(args)
+        del kept[position]
+        return core(*kept)
+
+    return kernel
+
+
+def _without_autocast(core: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        with without_autocast(args[0].device.type):
+            return core(*args)
+
+    return kernel
+
+
+def _lacking(name: str, needs: Sequence[str], key: str) -> tuple[str, ...]:
+    """Why the compiled library of a device cannot serve an op although it was loaded."""
+    if all(has_kernel(need, key) for need in needs):
+        return ()
+    return (f"the compiled library has no {name} for {key}",)
+
+
+def folding_vmap(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """A vmap rule that folds the new dim into N and calls `op` once."""
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
@@ -42,12 +169,11 @@ def register_vmap(name: str, call: Callable[..., Any] | None = None) -> None:
             return outputs.unflatten(0, (size, -1)), 0
         return tuple(out.unflatten(0, (size, -1)) for out in outputs), (0,) * len(outputs)
 
-    torch.library.register_vmap(f"vosops::{name}", vmap)
+    return vmap
 
 
-def register_looping_vmap(name: str, call: Callable[..., Any] | None = None) -> None:
-    """Give `vosops::name` a vmap rule for weights that have no N to fold into: one `call` (the op) after the other."""
-    op = call or getattr(torch.ops.vosops, name)
+def looping_vmap(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """A vmap rule for weights that have no N to fold into: one call of `op` after the other."""
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         calls = []
@@ -61,7 +187,7 @@ def register_looping_vmap(name: str, call: Callable[..., Any] | None = None) -> 
         outputs = tuple(torch.stack(out) for out in zip(*calls, strict=True))
         return outputs, (0,) * len(outputs)
 
-    torch.library.register_vmap(f"vosops::{name}", vmap)
+    return vmap
 
 
 def _fold(arg: Any, dim: Any, size: int) -> Any:
@@ -109,14 +235,6 @@ def differentiate(
     return [next(grads) if need and t is not None else None for t, need in zip(values, needs, strict=True)]
 
 
-def define_triton_op(name: str, schema: str, kernel: Callable[..., Any]) -> None:
-    """Define `vosops::name_triton` with a Python kernel for GPUs (and for the CPU under the interpreter)."""
-    _TRITON_OPS.define(f"{name}_triton{schema}")
-    _TRITON_OPS.impl(f"{name}_triton", kernel, "CUDA")
-    if TRITON_INTERPRETED:
-        _TRITON_OPS.impl(f"{name}_triton", kernel, "CPU")
-
-
 def has_kernel(name: str, key: str) -> bool:
     """Whether the compiled libraries have a kernel of `vosops::name` for a dispatch key."""
     return hasattr(torch.ops.vosops, name) and bool(
@@ -124,27 +242,25 @@ def has_kernel(name: str, key: str) -> bool:
     )
 
 
-def cpp_reasons_not(tensor: Tensor) -> list[str]:
-    """Why the compiled library cannot serve a call on this tensor's device."""
-    if tensor.device.type == "cpu":
-        return list(_library.CPU_REASONS)
-    if tensor.device.type == "cuda":
-        reasons = list(_library.CUDA_REASONS)
-        if tensor.dtype == torch.float64:
-            reasons.append("float64 is computed on the CPU and by the reference only")
-        return reasons
-    return [f"no compiled kernels for device {tensor.device.type}"]
+def cpp_reasons_not(call: backends.Call) -> tuple[str, ...]:
+    """Why the compiled library cannot serve a call of any op."""
+    device = call.device.type
+    if device == "cpu":
+        return _library.CPU_REASONS
+    if device == "cuda":
+        return _library.CUDA_REASONS + (NO_FLOAT64 if call.dtype == torch.float64 else ())
+    return (f"no compiled kernels for device {device}",)
 
 
-def triton_reasons_not(tensor: Tensor) -> list[str]:
-    """Why the Triton kernels cannot serve a call on this tensor's device."""
-    reasons = []
-    if tensor.device.type != "cuda" and not TRITON_INTERPRETED:
-        reasons.append(f"Triton compiles for GPUs, the tensors are on {tensor.device.type}")
-    if tensor.dtype == torch.float64:
-        reasons.append("float64 is computed on the CPU and by the reference only")
+def triton_reasons_not(call: backends.Call) -> tuple[str, ...]:
+    """Why the Triton kernels cannot serve a call of any op."""
+    reasons: tuple[str, ...] = ()
+    if call.device.type != "cuda" and not TRITON_INTERPRETED:
+        reasons += (f"Triton compiles for GPUs, the tensors are on {call.device.type}",)
+    if call.dtype == torch.float64:
+        reasons += NO_FLOAT64
     if not HAS_TRITON:
-        reasons.append("triton is not installed")
+        reasons += ("triton is not installed",)
     return reasons
 
 
@@ -155,4 +271,3 @@ def _has_triton() -> bool:
 
 
 HAS_TRITON = _has_triton()
-HAS_CPP = _library.CPU_CAPABILITY is not None

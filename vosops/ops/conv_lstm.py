@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vosops import _checks, backends
 from vosops.ops._registration import (
-    HAS_CPP,
-    cpp_reasons_not,
-    define_triton_op,
+    Piece,
+    define,
     differentiate,
+    dispatched,
     has_kernel,
-    register_looping_vmap,
+    looping_vmap,
+    register_op,
     register_pieces,
-    triton_reasons_not,
+    without_argument,
 )
-from vosops.reference.conv_lstm import (
-    GATES,
-    VARIANTS,
-    conv_lstm_core,
-    conv_lstm_pointwise_backward_core,
-    conv_lstm_pointwise_core,
-    convolve,
-    hidden_channels,
-    split_weights,
-)
+from vosops.reference.conv_lstm import conv_lstm_core
+
+VARIANTS = ("convolution", "spatial", "depthwise", "separable")
+GATES = 4  # input, forget, new input, output
 
 WEIGHTS_OF = {"convolution": 1, "spatial": 2, "depthwise": 1, "separable": 2}
 """Variant -> how many weights it has."""
@@ -107,7 +102,7 @@ def conv_lstm(
         (torch.Size([1, 4, 16, 15, 27]), True)
     """
     _checks.refuse_forward_mode("conv_lstm")
-    core = _prepare(
+    arguments = _resolve(
         x,
         weights,
         bias,
@@ -117,13 +112,21 @@ def conv_lstm(
         batch_first=batch_first,
         precision=precision,
     )
+    implementation = backends.choose("conv_lstm", arguments.call)
     with torch.autocast(x.device.type, enabled=False):
-        output, cell = backends.choose("conv_lstm", core).run(*core)
+        output, cell = implementation.run("conv_lstm", *arguments.core)
     last = output[:, -1]
     return (output if batch_first else output.transpose(0, 1)), (last, cell)
 
 
-def _prepare(
+class _Sequence(NamedTuple):
+    """The checked arguments of a call: what decides who serves it, and those of the core."""
+
+    call: backends.Call
+    core: tuple[Any, ...]
+
+
+def _resolve(
     x: Tensor,
     weights: Tensor | Sequence[Tensor],
     bias: Tensor | None = None,
@@ -133,7 +136,7 @@ def _prepare(
     forget_bias: float = 1.0,
     batch_first: bool = True,
     precision: str | None = None,
-) -> tuple[Any, ...]:
+) -> _Sequence:
     """Check the public arguments and turn them into those of the core."""
     axes = ("N", "T", "C", "H", "W") if batch_first else ("T", "N", "C", "H", "W")
     _checks.check_tensor("x", x, axes)
@@ -172,7 +175,8 @@ def _prepare(
             raise TypeError(f"{name} must have the dtype of x ({frames.dtype}), got {each.dtype}")
         _checks.check_same_device(name, each, "x", x)
     winograd = _takes_winograd(precision, frames, given, variant)
-    return frames, given, bias, hidden, cell, variant, float(forget_bias), winograd
+    core = (frames, given, bias, hidden, cell, variant, float(forget_bias), winograd)
+    return _Sequence(backends.Call(frames.device, frames.dtype), core)
 
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,19 +239,24 @@ def _takes_winograd(precision: str | None, x: Tensor, weights: list[Tensor], var
 # ---- The implementations: (x, weights, bias, hidden, cell, variant, forget_bias, winograd) -> (output, last cell).
 
 
-def _cpp(
-    x: Tensor,
-    weights: list[Tensor],
-    bias: Tensor | None,
-    hidden: Tensor | None,
-    cell: Tensor | None,
-    variant: str,
-    forget_bias: float,
-    winograd: bool,
-) -> tuple[Tensor, Tensor]:
-    if not (winograd and HAS_WINOGRAD):
-        return _steps("", x, weights, bias, hidden, cell, variant, forget_bias)
-    return _winograd(x, weights[0], bias, hidden, cell, forget_bias)
+def _kernels(suffix: str) -> Mapping[str, Callable[..., Any]]:
+    """The kernel of a library: its steps, or of the compiled one Winograd's algorithm where that is wanted."""
+
+    def conv_lstm(
+        x: Tensor,
+        weights: list[Tensor],
+        bias: Tensor | None,
+        hidden: Tensor | None,
+        cell: Tensor | None,
+        variant: str,
+        forget_bias: float,
+        winograd: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if winograd and HAS_WINOGRAD and suffix == "":
+            return _winograd(x, weights[0], bias, hidden, cell, forget_bias)
+        return _steps(suffix, x, weights, bias, hidden, cell, variant, forget_bias)
+
+    return {"conv_lstm": conv_lstm}
 
 
 def _winograd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -261,14 +270,6 @@ def _winograd(*args: Any) -> tuple[Tensor, Tensor]:
 def _differentiable_winograd(*args: Any) -> tuple[Tensor, Tensor]:
     output, cells = torch.ops.vosops.conv_lstm_winograd(*args)
     return output, cells[:, -1]
-
-
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    return _steps("_triton", *args[:-1])
-
-
-def _reference(*args: Any) -> tuple[Tensor, Tensor]:
-    return conv_lstm_core(*args[:-1])
 
 
 def _steps(
@@ -285,21 +286,59 @@ def _steps(
 
     One step convolves [x; h] at once; of several, x is convolved for all of them in advance.
     """
-    pointwise = getattr(torch.ops.vosops, f"conv_lstm_pointwise{suffix}")
+    pointwise = dispatched("conv_lstm_pointwise", suffix)
     if cell is None:
-        cell = x.new_zeros((x.shape[0], hidden_channels(weights, variant), *x.shape[3:]))
+        cell = x.new_zeros((x.shape[0], _hidden_channels(weights, variant), *x.shape[3:]))
     if x.shape[1] == 1 and hidden is not None and variant == "convolution":
-        gates = convolve(torch.cat([x[:, 0], hidden], 1), weights, bias, variant)
+        gates = _convolve(torch.cat([x[:, 0], hidden], 1), weights, bias, variant)
         hidden, cell, _ = pointwise(gates, None, cell, forget_bias)
         return hidden.unsqueeze(1), cell
-    of_x, of_hidden = split_weights(weights, x.shape[2], variant)
-    all_gates = convolve(x.flatten(0, 1), of_x, bias, variant).unflatten(0, tuple(x.shape[:2]))
+    of_x, of_hidden = _split_weights(weights, x.shape[2], variant)
+    all_gates = _convolve(x.flatten(0, 1), of_x, bias, variant).unflatten(0, tuple(x.shape[:2]))
     steps = []
     for gates in all_gates.unbind(1):
-        more_gates = None if hidden is None else convolve(hidden, of_hidden, None, variant)
+        more_gates = None if hidden is None else _convolve(hidden, of_hidden, None, variant)
         hidden, cell, _ = pointwise(gates, more_gates, cell, forget_bias)
         steps.append(hidden)
     return torch.stack(steps, 1), cell
+
+
+def _hidden_channels(weights: Sequence[Tensor], variant: str) -> int:
+    """The channels of the state."""
+    return weights[0].shape[1] // 2 if variant == "depthwise" else weights[-1].shape[0] // GATES
+
+
+def _split_weights(
+    weights: Sequence[Tensor], input_channels: int, variant: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parts of packed weights that meet the input and the hidden state.
+
+    The columns of a weight are [input; hidden]; those of the second one of "spatial" are [hidden; hidden].
+    """
+    columns = [input_channels] * len(weights)
+    if variant == "spatial":
+        columns[1] = weights[1].shape[1] // 2
+    of_x = [weight[:, :count] for weight, count in zip(weights, columns, strict=True)]
+    of_hidden = [weight[:, count:] for weight, count in zip(weights, columns, strict=True)]
+    return of_x, of_hidden
+
+
+def _convolve(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, variant: str) -> Tensor:
+    """The share of x (N,C,H,W) in the gates (N,4*hidden,H,W) before activation; zero "same" padding."""
+    first = weights[0]
+    padding = (first.shape[2] // 2, first.shape[3] // 2)
+    if variant == "convolution":
+        return conv2d(x, first, bias, padding=padding)
+    if variant == "spatial":
+        columns = conv2d(x, first, padding=padding)
+        second = weights[1]
+        return conv2d(columns, second, bias, padding=(0, second.shape[3] // 2), groups=GATES)
+    copies = x.unsqueeze(1).expand(-1, GATES, -1, -1, -1).flatten(1, 2)
+    filters = first.reshape(-1, 1, *first.shape[2:])
+    if variant == "depthwise":
+        return conv2d(copies, filters, bias, padding=padding, groups=copies.shape[1])
+    filtered = conv2d(copies, filters, padding=padding, groups=copies.shape[1])
+    return conv2d(filtered, weights[1], bias, groups=GATES)
 
 
 # ---- The registered pieces of the cell update.
@@ -344,14 +383,14 @@ def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.save_for_backward(saved, cell, new_cell)
 
 
-def _backward_pointwise_by(op: str) -> Callable[..., Any]:
+def _backward_pointwise_by(suffix: str) -> Callable[..., Any]:
     def backward(
         ctx: Any, grad_hidden: Tensor | None, grad_cell: Tensor | None, grad_saved: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         saved, cell, new_cell = ctx.saved_tensors
         grad_hidden = torch.zeros_like(cell, dtype=saved.dtype) if grad_hidden is None else grad_hidden
         grad_cell = torch.zeros_like(cell) if grad_cell is None else grad_cell
-        grad_gates, grad_previous = getattr(torch.ops.vosops, op)(
+        grad_gates, grad_previous = dispatched("conv_lstm_pointwise_backward", suffix)(
             grad_hidden, grad_cell, saved, cell, new_cell
         )
         if grad_saved is not None:  # only a second derivative asks for it
@@ -361,6 +400,19 @@ def _backward_pointwise_by(op: str) -> Callable[..., Any]:
         return grad_gates, grad_gates if ctx.has_more_gates else None, grad_previous, None
 
     return backward
+
+
+def _pointwise_gradients(
+    grad_hidden: Tensor, grad_cell: Tensor, saved: Tensor, cell: Tensor, new_cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What conv_lstm_pointwise_backward computes, in differentiable PyTorch."""
+    wide = torch.promote_types(saved.dtype, torch.float32)
+    i, f, g, o = saved.to(wide).chunk(GATES, 1)
+    grad, squashed = grad_hidden.to(wide), new_cell.to(wide).tanh()
+    flow = grad_cell.to(wide) + grad * o * (1 - squashed.square())
+    slopes = torch.cat([i * (1 - i), f * (1 - f), 1 - g.square(), o * (1 - o)], 1)
+    before = torch.cat([flow * g, flow * cell.to(wide), flow * i, grad * squashed], 1)
+    return (before * slopes).to(saved.dtype), (flow * f).to(cell.dtype)
 
 
 def _setup_saving_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -387,37 +439,21 @@ def _derivative_of(formula: Callable[..., Any], tensors: int) -> Callable[..., A
     return backward
 
 
-def _register_pointwise(suffix: str) -> None:
-    backward = f"conv_lstm_pointwise_backward{suffix}"
-    register_pieces(
-        f"conv_lstm_pointwise{suffix}",
-        fake=_fake_pointwise,
-        backward=_backward_pointwise_by(backward),
-        setup_context=_setup_pointwise,
-    )
-    register_pieces(
-        backward,
-        fake=_fake_pointwise_backward,
-        backward=_derivative_of(conv_lstm_pointwise_backward_core, 5),
-        setup_context=_setup_saving_inputs,
-    )
-
-
-def _define_triton(name: str, schema: str) -> None:
-    def kernel(*args: Any) -> Any:
-        return getattr(import_module("vosops.triton.conv_lstm"), name)(*args)
-
-    define_triton_op(name, schema, kernel)
-
-
-_define_triton("conv_lstm_pointwise", POINTWISE)
-_define_triton("conv_lstm_pointwise_backward", POINTWISE_BACKWARD)
-
-
-HAS_POINTWISE = HAS_CPP and hasattr(torch.ops.vosops, "conv_lstm_pointwise")
-for _suffix, _available in (("", HAS_POINTWISE), ("_triton", True)):
-    if _available:
-        _register_pointwise(_suffix)
+register_pieces(
+    {
+        "conv_lstm_pointwise": Piece(
+            _fake_pointwise, _backward_pointwise_by, _setup_pointwise, schema=POINTWISE
+        ),
+        "conv_lstm_pointwise_backward": Piece(
+            _fake_pointwise_backward,
+            lambda _: _derivative_of(_pointwise_gradients, 5),
+            _setup_saving_inputs,
+            schema=POINTWISE_BACKWARD,
+        ),
+    },
+    "conv_lstm",
+)
+HAS_POINTWISE = has_kernel("conv_lstm_pointwise", "CPU")
 
 
 # ---- The registered pieces of Winograd's algorithm, which the CPU library has.
@@ -483,115 +519,104 @@ def _winograd_gradients(
     given = (x, weight, bias, hidden, cell)
     leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
     x, weight, bias, hidden, cell = leaves  # type: ignore[assignment]
-    of_x, of_hidden = split_weights([weight], x.shape[2], "convolution")
+    of_x, of_hidden = _split_weights([weight], x.shape[2], "convolution")
     zeros = torch.zeros_like(output[:, 0])
     hidden, cell = (zeros if state is None else state for state in (hidden, cell))
     loss = zeros.sum()
     for t, frame in enumerate(x.unbind(1)):
-        gates = convolve(frame, of_x, bias, "convolution") + convolve(hidden, of_hidden, None, "convolution")
-        hidden, cell, _ = conv_lstm_pointwise_core(gates, None, cell, forget_bias)
+        gates = _convolve(frame, of_x, bias, "convolution") + _convolve(
+            hidden, of_hidden, None, "convolution"
+        )
+        i, f, g, o = gates.chunk(GATES, 1)
+        cell = (f + forget_bias).sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
         loss = loss + (hidden * grad_output[:, t]).sum() + (cell * grad_cells[:, t]).sum()
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad(loss, wanted, create_graph=True))
     return tuple(None if leaf is None else next(found) for leaf in leaves)
 
 
-HAS_WINOGRAD = HAS_CPP and has_kernel("conv_lstm_winograd", "CPU")
-if HAS_WINOGRAD:
-    torch.library.register_fake("vosops::conv_lstm_winograd", _fake_winograd)
-    torch.library.register_autograd(
-        "vosops::conv_lstm_winograd", _backward_winograd, setup_context=_setup_winograd
-    )
-    torch.library.register_fake("vosops::conv_lstm_winograd_backward", _fake_winograd_backward)
-    torch.library.register_autograd(
-        "vosops::conv_lstm_winograd_backward",
-        _derivative_of(_winograd_gradients, 7),
-        setup_context=_setup_saving_inputs,
-    )
+# Weight -> (where it lies, its version), a sample of it, its transform.
+_packed: Any = WeakTensorKeyDictionary()
 
-    _WINOGRAD_OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
-    _WINOGRAD_OPS.define(
-        "conv_lstm_winograd_cached(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, "
-        "float forget_bias) -> (Tensor output, Tensor new_cell)"
-    )
 
-    # Weight -> (where it lies, its version), a sample of it, its transform.
-    _packed: Any = WeakTensorKeyDictionary()
+def _sample(weight: Tensor) -> Tensor:
+    """Some entries of every part: fused optimizers and `.data` change weights without a new version."""
+    return weight.detach().flatten()[:: weight.numel() // SAMPLED_WEIGHTS + 1].clone()
 
-    def _sample(weight: Tensor) -> Tensor:
-        """Some entries of every part: fused optimizers and `.data` change weights without a new version."""
-        return weight.detach().flatten()[:: weight.numel() // SAMPLED_WEIGHTS + 1].clone()
 
-    def _winograd_cached(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        hidden: Tensor | None,
-        cell: Tensor | None,
-        forget_bias: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Without derivative: the transformed weights are kept until the weights change or die."""
-        packed = None
-        tracked = not weight.is_inference()  # a tensor of inference mode has no version
+def _winograd_cached(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor]:
+    """Without derivative: the transformed weights are kept until the weights change or die."""
+    packed = None
+    tracked = not weight.is_inference()  # a tensor of inference mode has no version
+    if tracked:
+        state = (weight.data_ptr(), weight._version, weight.shape, weight.stride())
+        sample = _sample(weight)
+        kept, kept_sample, packed = _packed.get(weight, (None, None, None))
+        if kept != state or not torch.equal(kept_sample, sample):
+            packed = None
+    if packed is None:
+        packed = torch.ops.vosops.conv_lstm_winograd_pack(weight)
         if tracked:
-            state = (weight.data_ptr(), weight._version, weight.shape, weight.stride())
-            sample = _sample(weight)
-            kept, kept_sample, packed = _packed.get(weight, (None, None, None))
-            if kept != state or not torch.equal(kept_sample, sample):
-                packed = None
-        if packed is None:
-            packed = torch.ops.vosops.conv_lstm_winograd_pack(weight)
-            if tracked:
-                _packed[weight] = (state, sample, packed)
-        result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_packed(
-            x, packed, bias, hidden, cell, forget_bias, weight.shape[0] // GATES
-        )
-        return result
-
-    def _fake_winograd_cached(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        n, t, _, h, w = x.shape
-        channels = weight.shape[0] // GATES
-        return x.new_empty((n, t, channels, h, w)), x.new_empty((n, channels, h, w))
-
-    # For a program that was exported without gradients and is differentiated after all.
-    torch.library.register_autograd(
-        "vosops::conv_lstm_winograd_cached",
-        _derivative_of(_differentiable_winograd, 5),
-        setup_context=_setup_saving_inputs,
+            _packed[weight] = (state, sample, packed)
+    result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_packed(
+        x, packed, bias, hidden, cell, forget_bias, weight.shape[0] // GATES
     )
-    _WINOGRAD_OPS.impl("conv_lstm_winograd_cached", _winograd_cached, "CPU")
-    torch.library.register_fake("vosops::conv_lstm_winograd_cached", _fake_winograd_cached)
-    for _name in ("conv_lstm_winograd", "conv_lstm_winograd_backward"):
-        register_looping_vmap(_name)
-    # Only under vmap's wrappers it is seen whether a derivative is wanted.
-    register_looping_vmap("conv_lstm_winograd_cached", _winograd)
+    return result
 
 
-_LACKING = {
-    device: []
-    if HAS_POINTWISE and has_kernel("conv_lstm_pointwise", key)
-    else [f"the compiled library has no conv_lstm_pointwise for {key}"]
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-}
-"""Device -> why the compiled library there cannot serve although it was loaded."""
+def _fake_winograd_cached(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n, t, _, h, w = x.shape
+    channels = weight.shape[0] // GATES
+    return x.new_empty((n, t, channels, h, w)), x.new_empty((n, channels, h, w))
 
 
-def _cpp_reasons_not(x: Tensor, *rest: Any) -> list[str]:
-    return cpp_reasons_not(x) or _LACKING[x.device.type]
+def _looping(name: str) -> Callable[[str], Callable[..., Any]]:
+    return lambda suffix: looping_vmap(dispatched(name, suffix))
 
 
-backends.register_op(
-    backends.Op(
-        name="conv_lstm",
-        prepare=_prepare,
-        implementations=(
-            backends.Implementation("cpp", _cpp, _cpp_reasons_not),
-            backends.Implementation("triton", _triton, lambda x, *_: triton_reasons_not(x)),
-            backends.Implementation("reference", _reference, lambda *_: []),
+HAS_WINOGRAD = has_kernel("conv_lstm_winograd", "CPU")
+if HAS_WINOGRAD:
+    define(
+        "conv_lstm_winograd_cached",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, float forget_bias)"
+        " -> (Tensor output, Tensor new_cell)",
+        _winograd_cached,
+        "CPU",
+    )
+register_pieces(
+    {
+        "conv_lstm_winograd": Piece(
+            _fake_winograd, lambda _: _backward_winograd, _setup_winograd, _looping("conv_lstm_winograd")
         ),
-        orders={
-            "cpu": backends.Order(measured="benchmarks/results/conv_lstm_cpu.json"),
-            "cuda": backends.UNMEASURED,
-        },
-    )
+        "conv_lstm_winograd_backward": Piece(
+            _fake_winograd_backward,
+            lambda _: _derivative_of(_winograd_gradients, 7),
+            _setup_saving_inputs,
+            _looping("conv_lstm_winograd_backward"),
+        ),
+        "conv_lstm_winograd_cached": Piece(
+            _fake_winograd_cached,
+            # For a program that was exported without gradients and is differentiated after all.
+            lambda _: _derivative_of(_differentiable_winograd, 5),
+            _setup_saving_inputs,
+            # Only under vmap's wrappers it is seen whether a derivative is wanted.
+            lambda _: looping_vmap(_winograd),
+        ),
+    }
+)
+
+register_op(
+    "conv_lstm",
+    resolve={"conv_lstm": _resolve},
+    reference={"conv_lstm": without_argument(-1, conv_lstm_core)},
+    kernels=_kernels,
+    needs=["conv_lstm_pointwise"],
 )

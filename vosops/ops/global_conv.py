@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vosops import _checks, backends
-from vosops.ops._registration import HAS_CPP, cpp_reasons_not, define_triton_op, triton_reasons_not
+from vosops.ops._registration import (
+    Piece,
+    dispatched,
+    looping_vmap,
+    register_op,
+    register_pieces,
+    without_argument,
+)
 from vosops.reference.global_conv import global_conv_merge_core, global_conv_split_core
 
 HAS_AMX = torch.cpu._is_amx_tile_supported()
@@ -81,42 +87,22 @@ def global_conv(
         torch.Size([1, 4, 15, 27])
     """
     _checks.refuse_forward_mode("global_conv")
-    names = ("l1_weight", "l2_weight", "r1_weight", "r2_weight", "l1_bias", "l2_bias", "r1_bias", "r2_bias")
-    given = (l1_weight, l2_weight, r1_weight, r2_weight, l1_bias, l2_bias, r1_bias, r2_bias)
-    x, *cast = _under_autocast(x, *given, prepared)
-    l1_weight, l2_weight, r1_weight, r2_weight, l1_bias, l2_bias, r1_bias, r2_bias, prepared = cast
-    _check_map("x", x)
-    for name, value in zip(names, cast, strict=False):
-        _check_parameter(name, value, x)
-    _check_lines("l1_weight", l1_weight, "r1_weight", r1_weight)
-    _check_lines("r2_weight", r2_weight, "l2_weight", l2_weight)
-    channels = x.shape[1]
-    if prepared is None:
-        _check_first_stage("x", x, l1_weight, r1_weight)
-    else:
-        if l1_bias is not None or r1_bias is not None:
-            raise ValueError("l1_bias and r1_bias must be None with prepared, which holds them already")
-        if channels > l1_weight.shape[1]:
-            raise ValueError(
-                f"x must have at most the {l1_weight.shape[1]} channels of l1_weight, got {channels}"
-            )
-        _check_parameter("prepared", prepared, x)
-        batch = 1 if isinstance(prepared, Tensor) and prepared.shape[:1] == (1,) else x.shape[0]
-        middle = l1_weight.shape[0] + r1_weight.shape[0]
-        _checks.check_tensor("prepared", prepared, (batch, middle, x.shape[2], x.shape[3]))
-        if channels < l1_weight.shape[1]:
-            l1_weight, r1_weight = l1_weight[:, :channels], r1_weight[:, :channels]
-    for name, weight, first in (("l2_weight", l2_weight, l1_weight), ("r2_weight", r2_weight, r1_weight)):
-        height, width = weight.shape[2:]
-        _checks.check_tensor(name, weight, (r2_weight.shape[0], first.shape[0], height, width))
-    for name, bias, weight in zip(names[4:], cast[4:8], cast[:4], strict=True):
-        if bias is not None:
-            _checks.check_tensor(name, bias, (weight.shape[0],))
-    precision = _resolve_precision(precision, x)
-    run = backends.choose("global_conv", (x, l1_weight, r1_weight)).run
-    middle = run("split", x, l1_weight, r1_weight, l1_bias, r1_bias, prepared, precision)
-    bias = r2_bias if l2_bias is None else l2_bias if r2_bias is None else l2_bias + r2_bias
-    result: Tensor = run("merge", middle, l2_weight, r2_weight, bias, precision)
+    arguments = _resolve(
+        x,
+        l1_weight,
+        l2_weight,
+        r1_weight,
+        r2_weight,
+        l1_bias=l1_bias,
+        l2_bias=l2_bias,
+        r1_bias=r1_bias,
+        r2_bias=r2_bias,
+        prepared=prepared,
+        precision=precision,
+    )
+    implementation = backends.choose("global_conv", arguments.call)
+    middle = implementation.run("global_conv_split", *arguments.split)
+    result: Tensor = implementation.run("global_conv_merge", middle, *arguments.merge)
     return result
 
 
@@ -159,6 +145,87 @@ def global_conv_prepare(
         True
     """
     _checks.refuse_forward_mode("global_conv_prepare")
+    arguments = _resolve_prepare(
+        reference, l1_weight, r1_weight, l1_bias=l1_bias, r1_bias=r1_bias, precision=precision
+    )
+    implementation = backends.choose("global_conv", arguments.call)
+    result: Tensor = implementation.run("global_conv_split", *arguments.split)
+    return result
+
+
+class _Lines(NamedTuple):
+    """The checked arguments of a call: what decides who serves it, all of the split's, and the merge's but its map."""
+
+    call: backends.Call
+    split: tuple[Any, ...]
+    merge: tuple[Any, ...] = ()
+
+
+def _resolve(
+    x: Tensor,
+    l1_weight: Tensor,
+    l2_weight: Tensor,
+    r1_weight: Tensor,
+    r2_weight: Tensor,
+    *,
+    l1_bias: Tensor | None = None,
+    l2_bias: Tensor | None = None,
+    r1_bias: Tensor | None = None,
+    r2_bias: Tensor | None = None,
+    prepared: Tensor | None = None,
+    precision: str | None = None,
+) -> _Lines:
+    """Check the arguments of `global_conv` and turn them into those of the core."""
+    names = ("l1_weight", "l2_weight", "r1_weight", "r2_weight", "l1_bias", "l2_bias", "r1_bias", "r2_bias")
+    given = (l1_weight, l2_weight, r1_weight, r2_weight, l1_bias, l2_bias, r1_bias, r2_bias)
+    x, *cast = _under_autocast(x, *given, prepared)
+    l1_weight, l2_weight, r1_weight, r2_weight, l1_bias, l2_bias, r1_bias, r2_bias, prepared = cast
+    _check_map("x", x)
+    for name, value in zip(names, cast, strict=False):
+        _check_parameter(name, value, x)
+    _check_lines("l1_weight", l1_weight, "r1_weight", r1_weight)
+    _check_lines("r2_weight", r2_weight, "l2_weight", l2_weight)
+    channels = x.shape[1]
+    if prepared is None:
+        _check_first_stage("x", x, l1_weight, r1_weight)
+    else:
+        if l1_bias is not None or r1_bias is not None:
+            raise ValueError("l1_bias and r1_bias must be None with prepared, which holds them already")
+        if channels > l1_weight.shape[1]:
+            raise ValueError(
+                f"x must have at most the {l1_weight.shape[1]} channels of l1_weight, got {channels}"
+            )
+        _check_parameter("prepared", prepared, x)
+        batch = 1 if isinstance(prepared, Tensor) and prepared.shape[:1] == (1,) else x.shape[0]
+        middle = l1_weight.shape[0] + r1_weight.shape[0]
+        _checks.check_tensor("prepared", prepared, (batch, middle, x.shape[2], x.shape[3]))
+        if channels < l1_weight.shape[1]:
+            l1_weight, r1_weight = l1_weight[:, :channels], r1_weight[:, :channels]
+    for name, weight, first in (("l2_weight", l2_weight, l1_weight), ("r2_weight", r2_weight, r1_weight)):
+        height, width = weight.shape[2:]
+        _checks.check_tensor(name, weight, (r2_weight.shape[0], first.shape[0], height, width))
+    for name, bias, weight in zip(names[4:], cast[4:8], cast[:4], strict=True):
+        if bias is not None:
+            _checks.check_tensor(name, bias, (weight.shape[0],))
+    precision = _resolve_precision(precision, x)
+    bias = r2_bias if l2_bias is None else l2_bias if r2_bias is None else l2_bias + r2_bias
+    return _Lines(
+        _call(x, l1_weight, r1_weight),
+        (x, l1_weight, r1_weight, l1_bias, r1_bias, prepared, precision),
+        (l2_weight, r2_weight, bias, precision),
+    )
+
+
+def _resolve_prepare(
+    reference: Tensor,
+    l1_weight: Tensor,
+    r1_weight: Tensor,
+    *,
+    l1_bias: Tensor | None = None,
+    r1_bias: Tensor | None = None,
+    precision: str | None = None,
+) -> _Lines:
+    """Check the arguments of `global_conv_prepare` and turn them into those of the core."""
     reference, l1_weight, r1_weight, l1_bias, r1_bias = _under_autocast(
         reference, l1_weight, r1_weight, l1_bias, r1_bias
     )
@@ -178,10 +245,18 @@ def global_conv_prepare(
         )
     if first > 0:
         l1_weight, r1_weight = l1_weight[:, first:], r1_weight[:, first:]
-    run = backends.choose("global_conv", (reference, l1_weight, r1_weight)).run
     precision = _resolve_precision(precision, reference)
-    result: Tensor = run("split", reference, l1_weight, r1_weight, l1_bias, r1_bias, None, precision)
-    return result
+    split = (reference, l1_weight, r1_weight, l1_bias, r1_bias, None, precision)
+    return _Lines(_call(reference, l1_weight, r1_weight), split)
+
+
+def _call(x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> backends.Call:
+    """What decides who serves a call: the CUDA kernels take no longer lines."""
+    longest = max(l1_weight.shape[2], r1_weight.shape[3])
+    refusals: tuple[tuple[str, str], ...] = ()
+    if x.device.type == "cuda" and longest > LONGEST_ON_CUDA:
+        refusals = (("cpp", f"the CUDA kernels take lines of at most {LONGEST_ON_CUDA} taps, not {longest}"),)
+    return backends.Call(x.device, x.dtype, refusals)
 
 
 def _under_autocast(x: Any, *others: Any) -> list[Any]:
@@ -317,110 +392,129 @@ def _setup_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, grad)
 
 
-class _Kernels:
-    """The ops of one library, C++ ("") or Triton ("_triton")."""
+def _line_conv(suffix: str, x: Tensor, weight: Tensor, precision: str) -> Tensor:
+    """One line convolution: a split without a second half."""
+    result: Tensor = dispatched("global_conv_split", suffix)(
+        x, weight, weight[:0], None, None, None, precision
+    )
+    return result
 
-    def __init__(self, suffix: str) -> None:
-        self.suffix = suffix
 
-    def __call__(self, op: str, *args: Any) -> Any:
-        return getattr(torch.ops.vosops, f"global_conv_{op}{self.suffix}")(*args)
+def _has_input_ops(suffix: str, grad: Tensor) -> bool:
+    return suffix == "" and grad.device.type == "cpu"
 
-    def line_conv(self, x: Tensor, weight: Tensor, precision: str) -> Tensor:
-        """One line convolution: a split without a second half."""
-        result: Tensor = self("split", x, weight, weight[:0], None, None, None, precision)
+
+def _split_input(suffix: str, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
+    """The gradient of split's x."""
+    if _has_input_ops(suffix, grad):
+        result: Tensor = torch.ops.vosops.global_conv_split_input(grad, first, second, precision)
         return result
+    merge = dispatched("global_conv_merge", suffix)
+    result = merge(grad, flipped(first), flipped(second), None, precision)
+    return result
 
-    def weight_gradient(self, x: Tensor, grad: Tensor, like: Tensor, precision: str) -> Tensor:
-        result: Tensor = self("weight", x, grad, like.shape[2], like.shape[3], precision)
+
+def _merge_input(suffix: str, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
+    """The gradient of merge's x."""
+    if _has_input_ops(suffix, grad):
+        result: Tensor = torch.ops.vosops.global_conv_merge_input(grad, first, second, precision)
         return result
+    split = dispatched("global_conv_split", suffix)
+    result = split(grad, flipped(first), flipped(second), None, None, None, precision)
+    return result
 
-    def split_input(self, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
-        """The gradient of split's x."""
-        if self._has_input_ops(grad):
-            result: Tensor = self("split_input", grad, first, second, precision)
-            return result
-        result = self("merge", grad, flipped(first), flipped(second), None, precision)
-        return result
 
-    def merge_input(self, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
-        """The gradient of merge's x."""
-        if self._has_input_ops(grad):
-            result: Tensor = self("merge_input", grad, first, second, precision)
-            return result
-        result = self("split", grad, flipped(first), flipped(second), None, None, None, precision)
-        return result
+def _line_input(suffix: str, grad: Tensor, weight: Tensor, precision: str) -> Tensor:
+    """The gradient of _line_conv's x."""
+    if _has_input_ops(suffix, grad):
+        return _split_input(suffix, grad, weight, weight[:0], precision)
+    return _line_conv(suffix, grad, flipped(weight), precision)
 
-    def line_input(self, grad: Tensor, weight: Tensor, precision: str) -> Tensor:
-        """The gradient of line_conv's x."""
-        if self._has_input_ops(grad):
-            return self.split_input(grad, weight, weight[:0], precision)
-        return self.line_conv(grad, flipped(weight), precision)
 
-    def _has_input_ops(self, grad: Tensor) -> bool:
-        return self.suffix == "" and grad.device.type == "cpu"
+def _weight_gradients(
+    suffix: str, ctx: Any, maps: Sequence[tuple[Tensor, Tensor]], weights: tuple[Tensor, Tensor]
+) -> Iterator[Tensor | None]:
+    """Those of both weights that need one, each for an input and the gradient of its convolution."""
+    op = dispatched("global_conv_weight", suffix)
+    for need, (x, grad), weight in zip(ctx.needs_input_grad[1:3], maps, weights, strict=True):
+        yield op(x, grad, weight.shape[2], weight.shape[3], ctx.precision) if need else None
 
-    def weight_gradients(
-        self,
-        ctx: Any,
-        maps: Sequence[tuple[Tensor, Tensor]],
-        weights: tuple[Tensor, Tensor],
-    ) -> Iterator[Tensor | None]:
-        """Those of both weights that need one, each for an input and the gradient of its convolution."""
-        for need, (x, grad), weight in zip(ctx.needs_input_grad[1:3], maps, weights, strict=True):
-            yield self.weight_gradient(x, grad, weight, ctx.precision) if need else None
 
-    def backward_split(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_split_by(suffix: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
         needs = ctx.needs_input_grad
         halves = _halves(grad, first.shape[0])
-        grad_x = self.split_input(grad, first, second, ctx.precision) if needs[0] else None
-        weights = self.weight_gradients(ctx, [(x, half) for half in halves], (first, second))
+        grad_x = _split_input(suffix, grad, first, second, ctx.precision) if needs[0] else None
+        weights = _weight_gradients(suffix, ctx, [(x, half) for half in halves], (first, second))
         grad_addend = (grad.sum(0, keepdim=True) if ctx.repeated else grad) if needs[5] else None
         biases = (_sum_of_bias(ctx, 3 + i, half) for i, half in enumerate(halves))
         return grad_x, *weights, *biases, grad_addend, None
 
-    def backward_merge(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return backward
+
+
+def _backward_merge_by(suffix: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
-        grad_x = self.merge_input(grad, first, second, ctx.precision) if ctx.needs_input_grad[0] else None
-        halves = _halves(x, first.shape[1])
-        weights = self.weight_gradients(ctx, [(half, grad) for half in halves], (first, second))
+        needed = ctx.needs_input_grad[0]
+        grad_x = _merge_input(suffix, grad, first, second, ctx.precision) if needed else None
+        maps = [(half, grad) for half in _halves(x, first.shape[1])]
+        weights = _weight_gradients(suffix, ctx, maps, (first, second))
         return grad_x, *weights, _sum_of_bias(ctx, 3, grad), None
 
-    def backward_split_input(self, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    return backward
+
+
+def _backward_split_input_by(suffix: str) -> Callable[..., Any]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """The adjoint of an adjoint: a split of the cotangent, which also stands for x beside the weights."""
         grad, first, second = ctx.saved_tensors
         grad_grad = None
         if ctx.needs_input_grad[0]:
-            grad_grad = self("split", cotangent, first, second, None, None, None, ctx.precision)
+            split = dispatched("global_conv_split", suffix)
+            grad_grad = split(cotangent, first, second, None, None, None, ctx.precision)
         maps = [(cotangent, half) for half in _halves(grad, first.shape[0])]
-        return grad_grad, *self.weight_gradients(ctx, maps, (first, second)), None
+        return grad_grad, *_weight_gradients(suffix, ctx, maps, (first, second)), None
 
-    def backward_merge_input(self, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    return backward
+
+
+def _backward_merge_input_by(suffix: str) -> Callable[..., Any]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         grad, first, second = ctx.saved_tensors
         grad_grad = None
         if ctx.needs_input_grad[0]:
-            grad_grad = self("merge", cotangent, first, second, None, ctx.precision)
+            merge = dispatched("global_conv_merge", suffix)
+            grad_grad = merge(cotangent, first, second, None, ctx.precision)
         maps = [(half, grad) for half in _halves(cotangent, first.shape[1])]
-        return grad_grad, *self.weight_gradients(ctx, maps, (first, second)), None
+        return grad_grad, *_weight_gradients(suffix, ctx, maps, (first, second)), None
 
-    def backward_weight(self, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    return backward
+
+
+def _backward_weight_by(suffix: str) -> Callable[..., Any]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """The op is bilinear: the cotangent is a weight that convolves x, and its adjoint the gradient."""
         x, grad = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grad_x = self.line_input(grad, cotangent, ctx.precision) if needs[0] else None
-        grad_grad = self.line_conv(x, cotangent, ctx.precision) if needs[1] else None
+        grad_x = _line_input(suffix, grad, cotangent, ctx.precision) if needs[0] else None
+        grad_grad = _line_conv(suffix, x, cotangent, ctx.precision) if needs[1] else None
         return grad_x, grad_grad, None, None, None
 
-    def vmap_maps(self, op: str) -> Callable[..., Any]:
-        """The vmap rule of split and merge: maps are folded into N; batched weights are taken one by one."""
+    return backward
 
-        def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, int]:
+
+def _vmap_maps_by(name: str, *maps: int) -> Callable[[str], Callable[..., Any]]:
+    """The vmap rule of an op whose arguments number `maps` are folded into N; batched weights are taken one by one."""
+
+    def of_library(suffix: str) -> Callable[..., Any]:
+        op = dispatched(name, suffix)
+
+        def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
             size = info.batch_size
-            maps = (0, 5) if op == "split" else (0,)
-            batched = [i for i, dim in enumerate(in_dims) if dim is not None]
-            if any(i not in maps for i in batched):
-                return self._one_by_one(op, size, in_dims, args), 0
+            if any(dim is not None and i not in maps for i, dim in enumerate(in_dims)):
+                return looping_vmap(op)(info, in_dims, *args)
             folded = list(args)
             for i in maps:
                 if args[i] is None or (in_dims[i] is None and i != 0 and args[i].shape[0] == 1):
@@ -428,110 +522,76 @@ class _Kernels:
                 one = args[i].unsqueeze(0) if in_dims[i] is None else args[i].movedim(in_dims[i], 0)
                 n = args[0].shape[0] if in_dims[0] is None else args[0].movedim(in_dims[0], 0).shape[1]
                 folded[i] = one.expand(size, n, *one.shape[2:]).flatten(0, 1)
-            return self(op, *folded).unflatten(0, (size, -1)), 0
+            return op(*folded).unflatten(0, (size, -1)), 0
 
         return vmap
 
-    def vmap_weight(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, int]:
-        """The vmap rule of the weight gradient: the side that is batched is folded into its channels."""
+    return of_library
+
+
+def _vmap_weight_by(suffix: str) -> Callable[..., Any]:
+    """The vmap rule of the weight gradient: the side that is batched is folded into its channels."""
+    op = dispatched("global_conv_weight", suffix)
+
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         x_dim, grad_dim = in_dims[:2]
         if x_dim is not None and grad_dim is not None:
-            return self._one_by_one("weight", size, in_dims, args), 0
+            return looping_vmap(op)(info, in_dims, *args)
         x, grad, *others = args
         if x_dim is not None:
             x = x.movedim(x_dim, 1).flatten(1, 2)
-            return self("weight", x, grad, *others).unflatten(1, (size, -1)), 1
+            return op(x, grad, *others).unflatten(1, (size, -1)), 1
         grad = grad.movedim(grad_dim, 1).flatten(1, 2)
-        return self("weight", x, grad, *others).unflatten(0, (size, -1)), 0
+        return op(x, grad, *others).unflatten(0, (size, -1)), 0
 
-    def _one_by_one(self, op: str, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Tensor:
-        def entry(i: int) -> list[Any]:
-            pairs = zip(args, in_dims, strict=True)
-            return [arg if dim is None else arg.select(dim, i) for arg, dim in pairs]
-
-        return torch.stack([self(op, *entry(i)) for i in range(size)])
-
-    def register(self) -> None:
-        """Give the ops their fake kernels, derivatives and vmap rules."""
-        pieces: dict[str, tuple[Any, Any, Any, Any]] = {
-            "split": (_fake_split, _setup_split, self.backward_split, self.vmap_maps("split")),
-            "merge": (_fake_merge, _setup_merge, self.backward_merge, self.vmap_maps("merge")),
-            "weight": (_fake_weight, _setup_weight, self.backward_weight, self.vmap_weight),
-        }
-        if self.suffix == "":
-            for op, fake, backward in (
-                ("split_input", _fake_split_input, self.backward_split_input),
-                ("merge_input", _fake_merge_input, self.backward_merge_input),
-            ):
-                pieces[op] = fake, _setup_input, backward, self.vmap_maps(op)
-        for op, (fake, setup_context, backward, vmap) in pieces.items():
-            name = f"vosops::global_conv_{op}{self.suffix}"
-            torch.library.register_fake(name, fake)
-            torch.library.register_autograd(name, backward, setup_context=setup_context)
-            torch.library.register_vmap(name, vmap)
+    return vmap
 
 
-SCHEMAS = {
-    "split": "(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, Tensor? addend, "
-    "str precision) -> Tensor",
-    "merge": "(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor",
-    "weight": "(Tensor x, Tensor grad, int kernel_h, int kernel_w, str precision) -> Tensor",
-}
-
-
-def _define_triton(op: str) -> None:
-    def kernel(*args: Any) -> Tensor:
-        result: Tensor = getattr(import_module("vosops.triton.global_conv"), f"global_conv_{op}")(*args)
-        return result
-
-    define_triton_op(f"global_conv_{op}", SCHEMAS[op], kernel)
-
-
-for _op in SCHEMAS:
-    _define_triton(_op)
-
-CPP, TRITON = _Kernels(""), _Kernels("_triton")
-TRITON.register()
-if HAS_CPP:
-    CPP.register()
-
-
-def _reference(op: str, *args: Any) -> Tensor:
-    cores: dict[str, Callable[..., Tensor]] = {
-        "split": global_conv_split_core,
-        "merge": global_conv_merge_core,
-    }
-    return cores[op](*args[:-1])
-
-
-def _prepare(
-    x: Tensor, l1_weight: Tensor, l2_weight: Tensor, r1_weight: Tensor, *_: Any, **__: Any
-) -> tuple[Any, ...]:
-    """What says which implementation serves a call."""
-    return x, l1_weight, r1_weight
-
-
-def _cpp_reasons_not(x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> list[str]:
-    reasons = cpp_reasons_not(x)
-    longest = max(l1_weight.shape[2], r1_weight.shape[3])
-    if x.device.type == "cuda" and longest > LONGEST_ON_CUDA:
-        reasons.append(f"the CUDA kernels take lines of at most {LONGEST_ON_CUDA} taps, not {longest}")
-    return reasons
-
-
-backends.register_op(
-    backends.Op(
-        name="global_conv",
-        prepare=_prepare,
-        implementations=(
-            backends.Implementation("cpp", CPP, _cpp_reasons_not),
-            backends.Implementation("triton", TRITON, lambda x, *_: triton_reasons_not(x)),
-            backends.Implementation("reference", _reference, lambda *_: []),
+register_pieces(
+    {
+        "global_conv_split": Piece(
+            _fake_split,
+            _backward_split_by,
+            _setup_split,
+            _vmap_maps_by("global_conv_split", 0, 5),
+            "(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, Tensor? addend, "
+            "str precision) -> Tensor",
         ),
-        orders={
-            "cpu": backends.Order(measured="benchmarks/results/global_conv_cpu.json"),
-            "cuda": backends.UNMEASURED,
-        },
-    )
+        "global_conv_merge": Piece(
+            _fake_merge,
+            _backward_merge_by,
+            _setup_merge,
+            _vmap_maps_by("global_conv_merge", 0),
+            "(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor",
+        ),
+        "global_conv_weight": Piece(
+            _fake_weight,
+            _backward_weight_by,
+            _setup_weight,
+            _vmap_weight_by,
+            "(Tensor x, Tensor grad, int kernel_h, int kernel_w, str precision) -> Tensor",
+        ),
+        "global_conv_split_input": Piece(
+            _fake_split_input,
+            _backward_split_input_by,
+            _setup_input,
+            _vmap_maps_by("global_conv_split_input", 0),
+        ),
+        "global_conv_merge_input": Piece(
+            _fake_merge_input,
+            _backward_merge_input_by,
+            _setup_input,
+            _vmap_maps_by("global_conv_merge_input", 0),
+        ),
+    },
+    "global_conv",
+)
+register_op(
+    "global_conv",
+    resolve={"global_conv": _resolve, "global_conv_prepare": _resolve_prepare},
+    reference={
+        "global_conv_split": without_argument(-1, global_conv_split_core),
+        "global_conv_merge": without_argument(-1, global_conv_merge_core),
+    },
 )

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
+import torch
 from torch import Tensor
 
-from vosops import _checks, backends
-from vosops.ops._matching import empty_matches, register_matching
-from vosops.reference._matching import finish_distance, nearest_mean, object_masks
-from vosops.reference.global_matching import global_matching_core, stack_frames
+from vosops import _checks
+from vosops.ops._matching import (
+    Matching,
+    empty_matches,
+    finish_distance,
+    match,
+    nearest_mean,
+    object_masks,
+    register_matching,
+    resolved,
+)
+from vosops.reference.global_matching import global_matching_core
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor mask, int neighbors, Tensor? query_mask, str precision)"
@@ -18,6 +27,47 @@ SCHEMA = (
 )
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        """The options that do not change what is returned."""
+
+        neighbors: int
+        bias: Tensor | None
+        normalize: bool
+        num_objects: int | None
+        query_mask: Tensor | None
+        precision: str | None
+
+
+@overload
+def global_matching(
+    query: Tensor,
+    key: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor],
+    *,
+    return_indices: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def global_matching(
+    query: Tensor,
+    key: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor],
+    *,
+    return_indices: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def global_matching(
+    query: Tensor,
+    key: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor],
+    *,
+    return_indices: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def global_matching(
     query: Tensor,
     key: Tensor | Sequence[Tensor],
@@ -73,7 +123,7 @@ def global_matching(
         torch.Size([1, 3, 30, 54])
     """
     _checks.refuse_forward_mode("global_matching")
-    core = _prepare(
+    arguments = _resolve(
         query,
         key,
         mask,
@@ -83,13 +133,13 @@ def global_matching(
         query_mask=query_mask,
         precision=precision,
     )
-    distance, index = backends.choose("global_matching", core).run(*core)
+    distance, index = match("global_matching", arguments)
     nearest = nearest_mean(distance, index) if neighbors > 1 else distance.squeeze(2)
     nearest = finish_distance(nearest, bias, normalize)
     return (nearest, index if neighbors > 1 else index.squeeze(2)) if return_indices else nearest
 
 
-def _prepare(
+def _resolve(
     query: Tensor,
     key: Tensor | Sequence[Tensor],
     mask: Tensor | Sequence[Tensor],
@@ -101,9 +151,9 @@ def _prepare(
     query_mask: Tensor | None = None,
     return_indices: bool = False,
     precision: str | None = None,
-) -> tuple[Any, ...]:
-    """Check the public arguments and turn them into those of the core op."""
-    key, mask = stack_frames(key, mask)
+) -> Matching:
+    """Check the public arguments and turn them into those of the core."""
+    key, mask = _stack_frames(key, mask)
     query, key = _checks.promote_under_autocast(query, key)
     _checks.check_embeddings(query, key, ("N", "C", "T", "H2", "W2"))
     _checks.check_tensor("key", key, (query.shape[0], query.shape[1], "T", "H2", "W2"))
@@ -111,7 +161,19 @@ def _prepare(
     neighbors = _checks.check_positive_int("neighbors", neighbors)
     _checks.check_bias(bias, masks.shape[1], query)
     _checks.check_query_mask(query_mask, query)
-    return query, key, masks, neighbors, query_mask, _checks.resolve_precision(precision, query)
+    precision = _checks.resolve_precision(precision, query)
+    return resolved(query, key, masks, neighbors, query_mask, precision)
+
+
+def _stack_frames(key: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One key (N,C,T,H,W) and its mask from a single frame (a view), or from a sequence (a copy)."""
+    if isinstance(key, Tensor):
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor where key is one, got {type(mask).__name__}")
+        return (key.unsqueeze(2), mask.unsqueeze(-3)) if key.dim() == 4 else (key, mask)
+    if isinstance(mask, Tensor) or len(mask) != len(key) or len(key) == 0:
+        raise ValueError("mask must be a sequence with one mask for each of the frames in key, at least one")
+    return torch.stack(tuple(key), 2), torch.stack(tuple(mask), -3)
 
 
 def _fake(
@@ -125,4 +187,4 @@ def _fake(
     return empty_matches(query, mask, neighbors)
 
 
-register_matching("global_matching", SCHEMA, prepare=_prepare, fake=_fake, reference=global_matching_core)
+register_matching("global_matching", SCHEMA, resolve=_resolve, fake=_fake, reference=global_matching_core)

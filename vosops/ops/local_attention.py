@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from vosops import _checks, backends
 from vosops.ops._registration import (
-    HAS_CPP,
-    cpp_reasons_not,
-    define_triton_op,
+    SUFFIXES,
+    Piece,
+    define,
+    dispatched,
     has_kernel,
+    register_op,
     register_pieces,
-    triton_reasons_not,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    class _Options(TypedDict, total=False):
+        """The options that do not change what is returned."""
+
+        radius: int
+        heads: int
+        dilation: int
+        scale: float | None
+        relative_key: Tensor | None
+        relative_value: Tensor | None
+        bias: Tensor | None
+
+
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_weights: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_weights: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_weights: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def local_attention(
     query: Tensor,
     key: Tensor,
@@ -33,7 +74,7 @@ def local_attention(
     relative_value: Tensor | None = None,
     bias: Tensor | None = None,
     return_weights: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from each pixel of `query` to the pixels of `key` and `value` in a window around the same place.
 
     For query pixel p and offset d in the window, with s the scale and for each head by itself, the score is
@@ -74,32 +115,71 @@ def local_attention(
         torch.Size([1, 64, 15, 27])
     """
     _checks.refuse_forward_mode("local_attention")
-    _check(query, key, value, radius, heads, dilation)
-    reach = radius // dilation
-    offsets = (2 * reach + 1) ** 2
-    _check_learned(query, value, relative_key, relative_value, bias, heads, offsets)
+    arguments = _resolve(
+        query,
+        key,
+        value,
+        radius=radius,
+        heads=heads,
+        dilation=dilation,
+        scale=scale,
+        relative_key=relative_key,
+        relative_value=relative_value,
+        bias=bias,
+    )
+    call, window, scale = arguments
+    dtype = call.dtype
+    kernels = backends.choose("local_attention", call)
     with torch.autocast(query.device.type, enabled=False):
-        dtype = torch.promote_types(query.dtype, torch.float32)
         q, k = (_by_head(x.to(dtype), heads) for x in (query, key))
-        scale = q.shape[1] ** -0.5 if scale is None else scale
-        run = backends.choose("local_attention", (q,)).run
-        as_it_is = relative_value is None and _reads_half(run, value.device)
+        as_it_is = relative_value is None and _reads_half(kernels.name, call.device)
         v = _by_head(value if as_it_is else value.to(dtype), heads)
-        scores = run("dot", q * scale, k, reach, dilation)
+        scores = kernels.run("local_attention_dot", q * scale, k, *window)
         scores = scores.unflatten(0, (query.shape[0], heads))
         if relative_key is not None:
             by_head = q.unflatten(0, (query.shape[0], heads))
             scores = scores + torch.einsum("nmchw,mck->nmkhw", by_head, relative_key.to(dtype))
         if bias is not None:
             scores = scores + (bias[:, :, None, None] if bias.dim() == 2 else bias).to(dtype)
-        outside = _outside(reach, dilation, query)
+        outside = _outside(*window, query)
         weights = scores.masked_fill(outside, -torch.inf).softmax(2)
-        out = run("weigh", weights.flatten(0, 1), v, reach, dilation)
+        out = kernels.run("local_attention_weigh", weights.flatten(0, 1), v, *window)
         out = out.unflatten(0, (query.shape[0], heads))
         if relative_value is not None:
             out = out + torch.einsum("nmkhw,mck->nmchw", weights, relative_value.to(dtype))
         out = out.flatten(1, 2).to(value.dtype)
     return (out, weights) if return_weights else out
+
+
+class _Attention(NamedTuple):
+    """The checked arguments of a call: what decides who serves it, reach and dilation, and the scale."""
+
+    call: backends.Call
+    window: tuple[int, int]
+    scale: float
+
+
+def _resolve(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    radius: int = 7,
+    heads: int = 1,
+    dilation: int = 1,
+    scale: float | None = None,
+    relative_key: Tensor | None = None,
+    relative_value: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_weights: bool = False,
+) -> _Attention:
+    """Check the public arguments."""
+    _check(query, key, value, radius, heads, dilation)
+    reach = radius // dilation
+    _check_learned(query, value, relative_key, relative_value, bias, heads, (2 * reach + 1) ** 2)
+    scale = (query.shape[1] // heads) ** -0.5 if scale is None else scale
+    call = backends.Call(query.device, torch.promote_types(query.dtype, torch.float32))
+    return _Attention(call, (reach, dilation), scale)
 
 
 def _by_head(maps: Tensor, heads: int) -> Tensor:
@@ -163,8 +243,6 @@ def _outside(reach: int, dilation: int, like: Tensor) -> Tensor:
 # spread[p] = sum of w[d,p-d] a[p-d]. Each one's derivatives are the two others, so that all orders exist. Maps are
 # float32 or float64, on GPUs also float16 and bfloat16, weights float32 or float64.
 
-_OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
-
 
 def _shifts(
     like: Tensor, reach: int, dilation: int
@@ -217,101 +295,59 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(first, second)
 
 
-class _Kernels:
-    """The three ops and their derivatives by one another: compiled (""), "_triton", or shifts of whole maps."""
+def _backward_by(adjoints: Callable[..., Any]) -> Callable[[str], Callable[..., Any]]:
+    """The derivative of a piece by the other two.
 
-    def __init__(self, suffix: str) -> None:
-        self.suffix = suffix
+    `adjoints(first, second, grad)`: for each input, the name and the inputs of the piece that gives its gradient.
+    """
 
-    def __call__(self, name: str, first: Tensor, second: Tensor, reach: int, dilation: int) -> Tensor:
-        op = getattr(torch.ops.vosops, f"local_attention_{name}{self.suffix}")
-        result: Tensor = op(first, second, reach, dilation)
-        return result
-
-    def backward_dot(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        return self._needed(ctx, ("weigh", grad, b), ("spread", grad, a))
-
-    def backward_weigh(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, b = ctx.saved_tensors
-        return self._needed(ctx, ("dot", grad, b), ("spread", weights, grad))
-
-    def backward_spread(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, a = ctx.saved_tensors
-        return self._needed(ctx, ("dot", a, grad), ("weigh", weights, grad))
-
-    def register(self) -> None:
-        """Give the three ops their fake kernels, derivatives and vmap rules."""
-        for name, fake in (("dot", _fake_dot), ("weigh", _fake_map), ("spread", _fake_map)):
-            register_pieces(
-                f"local_attention_{name}{self.suffix}",
-                fake=fake,
-                backward=getattr(self, f"backward_{name}"),
-                setup_context=_setup_context,
+    def of_library(suffix: str) -> Callable[..., Any]:
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            calls = zip(adjoints(*ctx.saved_tensors, grad), ctx.needs_input_grad, strict=False)
+            grads = (
+                dispatched(f"local_attention_{name}", suffix)(*inputs, *ctx.window) if need else None
+                for (name, *inputs), need in calls
             )
+            return *grads, None, None
 
-    def _needed(self, ctx: Any, *calls: tuple[str, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-        pairs = zip(calls, ctx.needs_input_grad, strict=False)
-        return *(self(*call, *ctx.window) if need else None for call, need in pairs), None, None
+        return backward
 
-
-def _define_triton(name: str, schema: str) -> None:
-    def kernel(*args: Any) -> Any:
-        return getattr(import_module("vosops.triton.local_attention"), name)(*args)
-
-    define_triton_op(name, schema, kernel)
+    return of_library
 
 
-def _define(name: str, first: str, second: str, by_shifts: Callable[..., Tensor]) -> None:
-    """Define a piece for Triton and for PyTorch's own ops; csrc/ops.cpp defines the compiled one."""
+def _piece(first: str, second: str, fake: Callable[..., Tensor], adjoints: Callable[..., Any]) -> Piece:
     schema = f"(Tensor {first}, Tensor {second}, int reach, int dilation) -> Tensor"
-    _define_triton(f"local_attention_{name}", schema)
-    _OPS.define(f"local_attention_{name}_shifts{schema}")
-    _OPS.impl(f"local_attention_{name}_shifts", by_shifts, "CompositeExplicitAutograd")
+    return Piece(fake, _backward_by(adjoints), _setup_context, schema=schema)
 
 
-_define("dot", "a", "b", _dot)
-_define("weigh", "weights", "b", _weigh)
-_define("spread", "weights", "a", _spread)
-
-COMPILED, TRITON, SHIFTS = _Kernels(""), _Kernels("_triton"), _Kernels("_shifts")
-HAS_COMPILED = HAS_CPP and has_kernel("local_attention_dot", "CPU")
-for _kernels in (COMPILED, TRITON, SHIFTS) if HAS_COMPILED else (TRITON, SHIFTS):
-    _kernels.register()
-
-
-def _reads_half(run: Callable[..., Any], device: torch.device) -> bool:
-    """Whether the maps of an implementation may be float16 and bfloat16."""
-    return run is TRITON or (run is COMPILED and device.type == "cuda")
-
-
-_LACKING = {
-    device: []
-    if HAS_COMPILED and has_kernel("local_attention_dot", key)
-    else [f"the compiled library has no local_attention for {key}"]
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+PIECES = {
+    "local_attention_dot": _piece(
+        "a", "b", _fake_dot, lambda a, b, grad: (("weigh", grad, b), ("spread", grad, a))
+    ),
+    "local_attention_weigh": _piece(
+        "weights", "b", _fake_map, lambda w, b, grad: (("dot", grad, b), ("spread", w, grad))
+    ),
+    "local_attention_spread": _piece(
+        "weights", "a", _fake_map, lambda w, a, grad: (("dot", a, grad), ("weigh", w, grad))
+    ),
 }
-"""Device -> why the compiled library there cannot serve although it was loaded."""
+SHIFTS = "_shifts"
+"""The suffix of the pieces by PyTorch's own ops."""
+
+for (_name, _each), _by_shifts in zip(PIECES.items(), (_dot, _weigh, _spread), strict=True):
+    assert _each.schema is not None
+    define(_name + SHIFTS, _each.schema, _by_shifts, "CompositeExplicitAutograd")
+register_pieces(PIECES, "local_attention", (*SUFFIXES, SHIFTS))
+HAS_COMPILED = has_kernel("local_attention_dot", "CPU")
 
 
-def _cpp_reasons_not(query: Tensor) -> list[str]:
-    return cpp_reasons_not(query) or _LACKING[query.device.type]
+def _reads_half(backend: str, device: torch.device) -> bool:
+    """Whether the maps of an implementation may be float16 and bfloat16."""
+    return backend == "triton" or (backend == "cpp" and device.type == "cuda")
 
 
-def _prepare(query: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
-    """The core's first argument, which says what serves a call."""
-    return (query if isinstance(query, Tensor) else torch.empty(0),)
-
-
-backends.register_op(
-    backends.Op(
-        name="local_attention",
-        prepare=_prepare,
-        implementations=(
-            backends.Implementation("cpp", COMPILED, _cpp_reasons_not),
-            backends.Implementation("triton", TRITON, lambda query: triton_reasons_not(query)),
-            backends.Implementation("reference", SHIFTS, lambda *_: []),
-        ),
-        orders={"cpu": backends.UNMEASURED, "cuda": backends.UNMEASURED},
-    )
+register_op(
+    "local_attention",
+    resolve={"local_attention": _resolve},
+    reference={name: dispatched(name, SHIFTS) for name in ("local_attention_dot", "local_attention_weigh")},
 )

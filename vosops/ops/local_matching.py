@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from torch import Tensor
 
-from vosops import _checks, backends
-from vosops.ops._matching import empty_matches, register_matching
-from vosops.reference._matching import finish_distance, object_masks
+from vosops import _checks
+from vosops.ops._matching import (
+    Matching,
+    empty_matches,
+    finish_distance,
+    match,
+    object_masks,
+    register_matching,
+    resolved,
+)
 from vosops.reference.local_matching import local_matching_core
 
 SCHEMA = (
@@ -19,6 +26,48 @@ SCHEMA = (
 )
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        """The options that do not change what is returned."""
+
+        radius: int | Sequence[int]
+        dilation: int
+        bias: Tensor | None
+        normalize: bool
+        num_objects: int | None
+        query_mask: Tensor | None
+        precision: str | None
+
+
+@overload
+def local_matching(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    *,
+    return_indices: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def local_matching(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    *,
+    return_indices: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def local_matching(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    *,
+    return_indices: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def local_matching(
     query: Tensor,
     key: Tensor,
@@ -78,7 +127,7 @@ def local_matching(
         torch.Size([1, 3, 30, 54])
     """
     _checks.refuse_forward_mode("local_matching")
-    core = _prepare(
+    arguments = _resolve(
         query,
         key,
         mask,
@@ -89,14 +138,14 @@ def local_matching(
         query_mask=query_mask,
         precision=precision,
     )
-    distance, index = backends.choose("local_matching", core).run(*core)
+    distance, index = match("local_matching", arguments)
     if isinstance(radius, int):
         distance, index = distance.squeeze(2), index.squeeze(2)
     distance = finish_distance(distance, bias, normalize)
     return (distance, index) if return_indices else distance
 
 
-def _prepare(
+def _resolve(
     query: Tensor,
     key: Tensor,
     mask: Tensor,
@@ -109,8 +158,8 @@ def _prepare(
     query_mask: Tensor | None = None,
     return_indices: bool = False,
     precision: str | None = None,
-) -> tuple[Any, ...]:
-    """Check the public arguments and turn them into those of the core op."""
+) -> Matching:
+    """Check the public arguments and turn them into those of the core."""
     query, key = _checks.promote_under_autocast(query, key)
     _checks.check_embeddings(query, key, ("N", "C", "H", "W"))
     _checks.check_tensor("key", key, tuple(query.shape))
@@ -119,7 +168,8 @@ def _prepare(
     masks = object_masks(mask, num_objects, key)
     _checks.check_bias(bias, masks.shape[1], query)
     _checks.check_query_mask(query_mask, query)
-    return query, key, masks, radii, dilation, query_mask, _checks.resolve_precision(precision, query)
+    precision = _checks.resolve_precision(precision, query)
+    return resolved(query, key, masks, radii, dilation, query_mask, precision)
 
 
 def _radii(radius: int | Sequence[int]) -> list[int]:
@@ -142,4 +192,4 @@ def _fake(
     return empty_matches(query, mask, len(radius))
 
 
-register_matching("local_matching", SCHEMA, prepare=_prepare, fake=_fake, reference=local_matching_core)
+register_matching("local_matching", SCHEMA, resolve=_resolve, fake=_fake, reference=local_matching_core)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vosops.ops._registration import HAS_CPP, define_triton_op, register_pieces
+from vosops.ops._registration import Piece, register_pieces
 
 SCHEMA = "(Tensor grad, Tensor query, Tensor key, Tensor index) -> (Tensor grad_query, Tensor grad_key)"
 
 
 def matching_backward(
-    op: str, grad: Tensor, query: Tensor, key: Tensor, index: Tensor
+    suffix: str, grad: Tensor, query: Tensor, key: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of sum(grad * distance) for query (N,C,*Q) and key (N,C,*M).
 
     grad and index have shape (N,...,*Q), index counts pixels of *M and is -1 where nothing was matched.
-    `op` names the dispatcher op that computes it: "matching_backward" or "matching_backward_triton".
+    `suffix` names the library that computes it.
     Each key pixel is summed in a fixed order, so the result is deterministic.
     """
     pixels = query.shape[2:].numel()
     slots = (grad.shape[0], -1, pixels) if grad.numel() else (grad.shape[0], 0, pixels)
-    grad_query, grad_key = getattr(torch.ops.vosops, op)(
+    grad_query, grad_key = getattr(torch.ops.vosops, f"matching_backward{suffix}")(
         grad.reshape(slots), query.flatten(2), key.flatten(2), index.reshape(slots)
     )
     return grad_query.view(query.shape), grad_key.view(key.shape)
@@ -37,14 +38,14 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
     ctx.save_for_backward(*inputs)
 
 
-def _derivative_by(op: str) -> Any:
+def _backward_by(suffix: str) -> Callable[..., Any]:
     """The op's own derivative: with cotangents a, b of its outputs the scalar is
     2 sum g (a_p - b_i).(q_p - k_i), so that (a, b) take the places of (q, k) for the gradients of q and k.
     """
 
     def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
         grad, query, key, index = ctx.saved_tensors
-        grad_query, grad_key = getattr(torch.ops.vosops, op)(
+        grad_query, grad_key = getattr(torch.ops.vosops, f"matching_backward{suffix}")(
             grad, a.to(query.dtype).contiguous(), b.to(key.dtype).contiguous(), index
         )
         grad_grad = None
@@ -63,13 +64,6 @@ def _difference(query: Tensor, key: Tensor, index: Tensor, dtype: torch.dtype) -
     return query.to(dtype).unsqueeze(2) - matched
 
 
-def _triton(grad: Tensor, query: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    from vosops.triton.matching_backward import matching_backward as kernel
-
-    return kernel(grad, query, key, index)
-
-
-define_triton_op("matching_backward", SCHEMA, _triton)
-for _name, _available in (("matching_backward", HAS_CPP), ("matching_backward_triton", True)):
-    if _available:
-        register_pieces(_name, fake=_fake, backward=_derivative_by(_name), setup_context=_setup_context)
+register_pieces(
+    {"matching_backward": Piece(_fake, _backward_by, _setup_context, schema=SCHEMA)}, "matching_backward"
+)

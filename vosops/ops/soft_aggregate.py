@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from vosops import _checks
-from vosops.reference.soft_aggregate import EPSILON
+
+EPSILON = 1e-7
+"""What keeps a probability from 0 and from 1."""
 
 
 def soft_aggregate(

@@ -42,54 +42,44 @@ def conv_lstm_core(
     forget_bias: float,
 ) -> tuple[Tensor, Tensor]:
     """x (N,T,C,H,W), states (N,hidden,H,W) or None for zeros -> every hidden state (N,T,hidden,H,W), the last cell."""
-    zeros = x.new_zeros((x.shape[0], hidden_channels(weights, variant), *x.shape[3:]))
+    hidden_size = weights[0].shape[1] // 2 if variant == "depthwise" else weights[-1].shape[0] // GATES
+    zeros = x.new_zeros((x.shape[0], hidden_size, *x.shape[3:]))
     hidden = zeros if hidden is None else hidden
     cell = zeros if cell is None else cell
-    of_x, of_hidden = split_weights(weights, x.shape[2], variant)
     steps = []
     for frame in x.unbind(1):
-        gates = convolve(frame, of_x, bias, variant) + convolve(hidden, of_hidden, None, variant)
+        gates = conv_lstm_gates(frame, hidden, weights, bias, variant)
         hidden, cell, _ = conv_lstm_pointwise_core(gates, None, cell, forget_bias)
         steps.append(hidden)
     return torch.stack(steps, 1), cell
 
 
-def hidden_channels(weights: Sequence[Tensor], variant: str) -> int:
-    """The channels of the state."""
-    return weights[0].shape[1] // 2 if variant == "depthwise" else weights[-1].shape[0] // GATES
-
-
-def split_weights(
-    weights: Sequence[Tensor], input_channels: int, variant: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The parts of packed weights that meet the input and the hidden state.
-
-    The columns of a weight are [input; hidden]; those of the second one of "spatial" are [hidden; hidden].
-    """
-    columns = [input_channels] * len(weights)
-    if variant == "spatial":
-        columns[1] = weights[1].shape[1] // 2
-    of_x = [weight[:, :count] for weight, count in zip(weights, columns, strict=True)]
-    of_hidden = [weight[:, count:] for weight, count in zip(weights, columns, strict=True)]
-    return of_x, of_hidden
-
-
-def convolve(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, variant: str) -> Tensor:
-    """The share of x (N,C,H,W) in the gates (N,4*hidden,H,W) before activation; zero "same" padding."""
-    first = weights[0]
+def conv_lstm_gates(
+    x: Tensor, hidden: Tensor, weights: Sequence[Tensor], bias: Tensor | None, variant: str
+) -> Tensor:
+    """The gates (N,4*hidden,H,W) of x (N,C,H,W) and hidden (N,hidden,H,W) before activation; zero "same" padding."""
+    both = torch.cat([x, hidden], 1)
+    first, last = weights[0], weights[-1]
     padding = (first.shape[2] // 2, first.shape[3] // 2)
     if variant == "convolution":
-        return conv2d(x, first, bias, padding=padding)
-    if variant == "spatial":
-        columns = conv2d(x, first, padding=padding)
-        second = weights[1]
-        return conv2d(columns, second, bias, padding=(0, second.shape[3] // 2), groups=GATES)
-    copies = x.unsqueeze(1).expand(-1, GATES, -1, -1, -1).flatten(1, 2)
-    filters = first.reshape(-1, 1, *first.shape[2:])
-    if variant == "depthwise":
-        return conv2d(copies, filters, bias, padding=padding, groups=copies.shape[1])
-    filtered = conv2d(copies, filters, padding=padding, groups=copies.shape[1])
-    return conv2d(filtered, weights[1], bias, groups=GATES)
+        return conv2d(both, first, bias, padding=padding)
+    gates = []
+    for gate, share in enumerate([None] * GATES if bias is None else bias.chunk(GATES)):
+        if variant == "spatial":
+            of_gate = first.chunk(GATES)[gate]
+            channels = x.shape[1]
+            columns = [conv2d(x, of_gate[:, :channels], padding=padding)]
+            columns.append(conv2d(hidden, of_gate[:, channels:], padding=padding))
+            along = (0, last.shape[3] // 2)
+            gates.append(conv2d(torch.cat(columns, 1), last.chunk(GATES)[gate], share, padding=along))
+            continue
+        filtered = conv2d(both, first[gate].unsqueeze(1), padding=padding, groups=both.shape[1])
+        if variant == "separable":
+            gates.append(conv2d(filtered, last.chunk(GATES)[gate], share))
+        else:
+            total = filtered[:, : x.shape[1]] + filtered[:, x.shape[1] :]
+            gates.append(total if share is None else total + share[:, None, None])
+    return torch.cat(gates, 1)
 
 
 def conv_lstm_pointwise_core(

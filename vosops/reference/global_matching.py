@@ -60,7 +60,7 @@ def global_matching(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`vosops.global_matching` in plain PyTorch; see there. Memory: query times reference pixels."""
     key, mask = stack_frames(key, mask)
-    masks = object_masks(mask, num_objects, key)
+    masks = object_masks(mask, num_objects)
     distance, index = global_matching_core(query, key, masks, neighbors, query_mask)
     nearest = nearest_mean(distance, index) if neighbors > 1 else distance.squeeze(2)
     nearest = finish_distance(nearest, bias, normalize)
@@ -68,11 +68,8 @@ def global_matching(
 
 
 def stack_frames(key: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """One key (N,C,T,H,W) and its mask from a single frame (a view), or from a sequence (a copy)."""
-    if isinstance(key, Tensor):
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a tensor where key is one, got {type(mask).__name__}")
-        return (key.unsqueeze(2), mask.unsqueeze(-3)) if key.dim() == 4 else (key, mask)
-    if isinstance(mask, Tensor) or len(mask) != len(key) or len(key) == 0:
-        raise ValueError("mask must be a sequence with one mask for each of the frames in key, at least one")
-    return torch.stack(tuple(key), 2), torch.stack(tuple(mask), -3)
+    """Key (N,C,T,H,W) and mask of one frame, or of a sequence of frames."""
+    if not isinstance(key, Tensor):
+        return torch.stack(tuple(key), 2), torch.stack(tuple(mask), -3)
+    assert isinstance(mask, Tensor)
+    return (key.unsqueeze(2), mask.unsqueeze(-3)) if key.dim() == 4 else (key, mask)

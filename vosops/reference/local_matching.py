@@ -92,7 +92,7 @@ def local_matching(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`vosops.local_matching` in plain PyTorch; see there. Time and memory grow with the window."""
     radii = (radius,) if isinstance(radius, int) else tuple(radius)
-    masks = object_masks(mask, num_objects, key)
+    masks = object_masks(mask, num_objects)
     distance, index = local_matching_core(query, key, masks, radii, dilation, query_mask)
     if isinstance(radius, int):
         distance, index = distance.squeeze(2), index.squeeze(2)

@@ -107,6 +107,30 @@ def memory_gather_core(weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return (gathered.to(weight.dtype) * weight[:, None, None]).sum(3).to(value.dtype)
 
 
+def memory_read_prior_core(
+    query: Tensor,
+    key: Tensor,
+    shrinkage: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    values: Sequence[Tensor],
+    size: Sequence[int],
+    prior: float,
+    top_k: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The read with KMN's Gaussian: out (N,O,Cv,P) of the values (N,.,Cv,M) of all objects, usage (N,M), lse (N,P)."""
+    scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
+    scores = scores + gaussian_prior(scores, size, prior)
+    if top_k is not None and top_k < scores.shape[1]:
+        order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices[:, :top_k]
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+        scores = scores.masked_fill(~kept, -torch.inf)
+    weights, lse = softmax_over_memory(scores)
+    out = torch.cat([value.to(weights.dtype) @ weights[:, None] for value in values], 1)
+    return out, weights.sum(2), lse
+
+
 def similarity_scores(
     query_key: Tensor,
     memory_key: Tensor,
