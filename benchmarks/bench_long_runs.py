@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from vosops.io.listing import label_maps
 from vosops.models.checkouts import without_pretraining
 
 HEIGHT, WIDTH = 48, 64
@@ -101,7 +102,7 @@ def run(model: str, frames: int, budget: str, checkout: Path) -> dict:
                     break
                 looks.append((marks[len(looks)] + 1, round(resident, 1)))
                 print(*looks[-1], "MB", flush=True)
-        done = len(list(masks.glob("0*.png")))
+        done = len(label_maps(masks)) if masks.is_dir() else 0
         if process.returncode != 0 or done != frames:
             raise RuntimeError(f"{done} of {frames} frames, exit code {process.returncode}")
         return {

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from vosops.inference import SemanticTracker
+from vosops.io.listing import pictures
 from vosops.models import create_model
 from vosops.models.lstm_icnet import LSTMICNet
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--version", default="v5")
     parser.add_argument("--weights", type=Path)
     arguments = parser.parse_args()
-    paths = sorted(p for p in arguments.folder.iterdir() if p.suffix in (".jpg", ".png"))[: arguments.frames]
+    paths = list(pictures(arguments.folder).values())[: arguments.frames]
     frames = [torch.from_numpy(np.array(Image.open(p).convert("RGB"))).permute(2, 0, 1) for p in paths]
     model = create_model("lstm_icnet", arguments.weights, version=arguments.version)
     if arguments.weights is None:

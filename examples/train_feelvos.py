@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from vosops.inference.masks import read_labels
+from vosops.io.listing import pictures, subfolders
 from vosops.metrics import region_similarity
 from vosops.models import create_model, create_tracker
 from vosops.training import ClipSampler, annealed_share, bootstrapped_cross_entropy
@@ -58,7 +59,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     images, annotations = (arguments.davis / part for part in ("JPEGImages", "Annotations"))
-    names = sorted(p.name for p in (images / arguments.resolution).iterdir())
+    names = [folder.name for folder in subfolders(images / arguments.resolution)]
     sample = ClipSampler(
         images / arguments.resolution,
         annotations / arguments.resolution,
@@ -127,7 +128,7 @@ def sequence_score(
     import numpy as np
     from PIL import Image
 
-    files = sorted(images.glob("*.jpg"))
+    files = list(pictures(images).values())
     files = files if count == -1 else files[: count + 1]
     tracker, values = create_tracker(network), []
     for index, file in enumerate(files):

@@ -101,7 +101,7 @@ def test_a_contender_that_computes_something_else_stops_the_run(run, monkeypatch
 )
 def test_wrong_arguments_are_refused_in_one_line(run, arguments, message):
     result = run(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr and result.stderr.count("\n") == 1
 
 

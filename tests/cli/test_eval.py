@@ -79,7 +79,7 @@ def test_merged_objects_are_scored_as_one(run, folders):
 def test_sequences_are_separated_by_commas(run, folders):
     assert run(folders / "pred", folders / "true", "--sequences", "clip").exit_code == 0
     result = run(folders / "pred", folders / "true", "--sequences", "clip,other")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no ground truth for other" in result.stderr
 
 
@@ -87,20 +87,20 @@ def test_sequences_may_come_from_a_text_file(run, folders):
     (folders / "val.txt").write_text("clip\n\n")
     assert run(folders / "pred", folders / "true", "--sequence", folders / "val.txt").exit_code == 0
     result = run(folders / "pred", folders / "true", "--sequence", folders / "test.txt")
-    assert result.exit_code == 1
-    assert "No such file" in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 2
+    assert "there is no such file of names" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_what_is_missing_is_said_in_one_line(run, folders):
     (folders / "pred" / "clip" / "00003.png").unlink()
     result = run(folders / "pred", folders / "true")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == f"vosops eval: {folders / 'pred' / 'clip'}: no prediction for frame 00003\n"
 
 
 def test_an_unwritable_json_is_refused_before_the_work(run, folders):
     result = run(folders / "nowhere", folders / "true", "--json", folders / "absent" / "r.json")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "there is no folder" in result.stderr and result.stderr.count("\n") == 1
 
 
@@ -156,5 +156,5 @@ class TestSemantic:
     )
     def test_errors_are_one_line(self, run, classes, options, message):
         result = run(classes / "pred", classes / "true", *options)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert result.stderr == f"vosops eval: {message}\n"

@@ -7,7 +7,7 @@ import pytest
 
 from tests.inference.clips import cut, moving, picture, rotate_file, write_folder, write_video
 from vosops.inference.datasets import open_source
-from vosops.inference.frames import ArraySource, ImageFolder, natural_key, read_ahead, with_last
+from vosops.inference.frames import ArraySource, ImageFolder, read_ahead, with_last
 from vosops.inference.video import VideoFile, is_cut_off
 from vosops.io.errors import InputError
 
@@ -161,7 +161,7 @@ class TestImageFolder:
     def test_two_frames_of_one_name(self, tmp_path):
         folder = write_folder(tmp_path / "f", FRAMES[:1])
         write_folder(folder, FRAMES[:1], name="{:05d}.bmp")
-        with pytest.raises(InputError, match="two frames named 00000"):
+        with pytest.raises(InputError, match="two pictures named 00000, 00000.bmp and 00000.png: keep one"):
             ImageFolder(folder)
 
     def test_the_fingerprint_tells_changed_frames(self, tmp_path):
@@ -185,10 +185,6 @@ def test_arrays_are_a_source():
     assert [f.index for f in source.forward(range(1, 10))] == [1, 2]
     with pytest.raises(InputError, match=r"uint8 RGB, got \(48, 64\)"):
         ArraySource([FRAMES[0][..., 0]])
-
-
-def test_natural_key():
-    assert sorted(["f10", "f9", "F1"], key=natural_key) == ["F1", "f9", "f10"]
 
 
 class TestReadAhead:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from vosops.cli.output import check_file, refuse, write_json
+from vosops.cli.output import BAD_INPUT, check_file, refuse, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,7 +139,7 @@ def measure_ops(
                     effort=QUICK if quick else FULL,
                 )
             except benchmarking.DisagreementError as error:
-                _refuse(f"{benchmark.op} {c.name}: {error}")
+                _refuse(f"{benchmark.op} {c.name}: {error}", 1)
         results.append(result)
         console.print(*benchmarking.tables([result]))
         if json_file is not None:
@@ -149,7 +149,7 @@ def measure_ops(
         try:
             benchmarking.plot(results, plot_file)
         except OSError as error:
-            _refuse(str(error))
+            _refuse(str(error), 1)
 
 
 def measure_systems(
@@ -187,7 +187,7 @@ def measure_systems(
         for measurement in measured:
             found.append(measurement)
     except (OSError, ValueError) as error:
-        _refuse(str(error))
+        _refuse(str(error), 1)
     finally:
         if found:
             console.print(systems_table(found))
@@ -206,5 +206,5 @@ def systems_table(measurements: Sequence[Measurement]) -> Table:
     return table
 
 
-def _refuse(message: str) -> NoReturn:
-    refuse("bench", message)
+def _refuse(message: str, exit_code: int = BAD_INPUT) -> NoReturn:
+    refuse("bench", message, exit_code)

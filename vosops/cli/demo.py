@@ -54,8 +54,8 @@ def demo(
     from vosops.data import DemoClip, write_clip
     from vosops.inference.drawing_pass import OVERLAY, Outputs
     from vosops.inference.job import Job, Settings
-    from vosops.inference.masks import CONTACT_SHEET
     from vosops.inference.usage import keep_freed_memory
+    from vosops.io.listing import CONTACT_SHEET, label_maps
     from vosops.metrics import evaluate
 
     keep_freed_memory()
@@ -69,7 +69,7 @@ def demo(
             images, truth = write_clip(clip, out / CLIP)
         except OSError as error:
             refuse("demo", f"cannot write into --out {out}: {error.strerror or error}")
-    first = sorted(truth.iterdir())[0]
+    first = next(iter(label_maps(truth).values()))
     with console.status(f"segmenting {len(clip)} frames of {clip.size[1]}x{clip.size[0]}"):
         job = Job(
             out=out / MASKS,

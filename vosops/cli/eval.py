@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vosops.cli.output import check_file, refuse, write_json
+from vosops.cli.output import BAD_INPUT, check_file, refuse, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,19 +91,19 @@ def evaluate(
     a truth, as Cityscapes does.
     """
     from vosops import metrics
+    from vosops.io.errors import VosopsError
 
     options: dict[str, dict[str, Any]] = {
         "objects": {"merge_objects": merge_objects, "keep_ends": keep_ends, "ignore_void": ignore_void},
         "semantic": {"num_classes": classes, "ids": ids, "consistency": consistency},
     }
     if task not in options:
-        refuse("eval", f"--task: expected one of {', '.join(options)}; got {task!r}")
+        refuse("eval", f"--task: expected one of {', '.join(options)}; got {task!r}", BAD_INPUT)
     for other, values in options.items():
         given = [name for name, value in values.items() if value not in (None, False)]
         if other != task and given:
-            refuse(
-                "eval", f"--{given[0].removeprefix('num_').replace('_', '-')} goes with --task {other} alone"
-            )
+            name = given[0].removeprefix("num_").replace("_", "-")
+            refuse("eval", f"--{name} goes with --task {other} alone", BAD_INPUT)
     check_file("eval", "--json", json_file)
     chosen = {name: value for name, value in options[task].items() if value is not None}
     tools: dict[str, tuple[Callable[..., Any], Callable[[Any], Table], Callable[[Any], None]]] = {
@@ -112,10 +112,11 @@ def evaluate(
     }
     score, show, show_csv = tools[task]
     try:
-        names = [name for part in sequences for name in sequence_names(part)] if sequences else None
-        report = score(predictions, ground_truth, sequences=names, jobs=jobs, **chosen)
+        report = score(predictions, ground_truth, sequences=sequences or None, jobs=jobs, **chosen)
+    except VosopsError as error:
+        refuse("eval", str(error), error.exit_code)
     except (ValueError, OSError) as error:
-        refuse("eval", str(error))
+        refuse("eval", str(error), BAD_INPUT)
     if as_csv:
         show_csv(report)
     else:
@@ -124,12 +125,6 @@ def evaluate(
         Console().print(show(report))
     if json_file is not None:
         write_json("eval", json_file, report.to_dict())
-
-
-def sequence_names(option: str) -> list[str]:
-    """The names in one --sequences: the lines of a text file, or names separated by commas."""
-    listed = Path(option).read_text().split() if option.endswith(".txt") else option.split(",")
-    return [name.strip() for name in listed if name.strip()]
 
 
 def print_csv(report: Report) -> None:

@@ -9,11 +9,14 @@ from typing import Any, NoReturn
 
 import typer
 
+BAD_INPUT = 2
+"""The exit code where an argument or an input cannot be used."""
 
-def refuse(command: str, message: str) -> NoReturn:
-    """Ends a command with an error of one line."""
+
+def refuse(command: str, message: str, exit_code: int = 1) -> NoReturn:
+    """End a command with an error of one line."""
     typer.echo(f"vosops {command}: {message}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(exit_code)
 
 
 def check_file(command: str, option: str, file: Path | None) -> None:
@@ -22,9 +25,9 @@ def check_file(command: str, option: str, file: Path | None) -> None:
         return
     folder = file.absolute().parent
     if not folder.is_dir():
-        refuse(command, f"{option} {file}: there is no folder {folder}")
+        refuse(command, f"{option} {file}: there is no folder {folder}", BAD_INPUT)
     if not os.access(file if file.exists() else folder, os.W_OK):
-        refuse(command, f"{option} {file}: no permission to write there")
+        refuse(command, f"{option} {file}: no permission to write there", BAD_INPUT)
 
 
 def write_json(command: str, file: Path, content: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from vosops.io.errors import InputError
+from vosops.io.listing import IMAGE_SUFFIXES, chosen_names, few, label_maps, subfolders
 
 from .files import sha256
-from .frames import DEFAULT_FPS, IMAGE_SUFFIXES, FrameSource, ImageFolder, natural_key
+from .frames import DEFAULT_FPS, FrameSource, ImageFolder
 from .masks import GivenMask
 from .video import VideoFile
 
@@ -56,7 +57,7 @@ def find_sequences(
 
     Args:
         root: The data set.
-        names: Only these sequences; a name that is a text file stands for the names in it, a line each.
+        names: Only these sequences: names, or text files of names (:func:`vosops.io.listing.chosen_names`).
         resolution: For DAVIS, which one; 480p if there, else the first that is.
     """
     images, masks = root / _IMAGES, root / _MASKS
@@ -71,27 +72,18 @@ def find_sequences(
         images, masks = images / chosen, masks / chosen
     sequences = [
         VideoSequence(folder.name, folder, masks / folder.name, first_mask_only=davis)
-        for folder in sorted(images.iterdir(), key=lambda p: natural_key(p.name))
-        if folder.is_dir() and (masks / folder.name).is_dir()
+        for folder in subfolders(images)
+        if (masks / folder.name).is_dir()
     ]
-    wanted = _names(names)
-    missing = sorted(wanted - {s.name for s in sequences})
+    known = [sequence.name for sequence in sequences]
+    wanted = chosen_names(names, known)
+    missing = [name for name in wanted if name not in known]
     if missing:
-        raise InputError(f"{images} has no sequence {', '.join(missing)} with a mask")
-    sequences = [s for s in sequences if not wanted or s.name in wanted]
+        raise InputError(f"{images} has no sequence {few(missing)} with a mask")
+    sequences = [s for s in sequences if not names or s.name in wanted]
     if not sequences:
         raise InputError(f"{images} holds no sequence that has masks in {masks}")
     return sequences
-
-
-def _names(names: Sequence[str]) -> set[str]:
-    found: set[str] = set()
-    for name in names:
-        path = Path(name)
-        if path.suffix == ".txt" and not path.is_file():
-            raise InputError(f"--sequence {name}: there is no such file of names")
-        found |= set(path.read_text(encoding="utf-8").split()) if path.is_file() else {name}
-    return found
 
 
 def masks_of_sequence(
@@ -99,8 +91,8 @@ def masks_of_sequence(
 ) -> list[GivenMask]:
     """Return the masks that the benchmark's protocol gives to the model."""
     found = []
-    for path in sorted(sequence.masks.glob("*.png"), key=lambda p: natural_key(p.name)):
-        frame = source.find(path.stem)
+    for name, path in label_maps(sequence.masks).items():
+        frame = source.find(name)
         if frame is not None and frame in indices:
             found.append(GivenMask(frame, str(path), sha256(path), path=path))
             if sequence.first_mask_only:

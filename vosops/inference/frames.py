@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vosops.io.errors import InputError, VosopsError, require
+from vosops.io.listing import IMAGE_SUFFIXES, pictures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     Image = npt.NDArray[np.uint8]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 DEFAULT_FPS = Fraction(24)
 _READ_AHEAD = 2
 _QUEUE_POLL_SECONDS = 0.1
@@ -75,11 +75,6 @@ class FrameSource(ABC):
         """Return a short string that changes when the input changes."""
 
 
-def natural_key(name: str) -> tuple[Any, ...]:
-    """Sort key that counts: frame2 comes before frame10."""
-    return tuple(int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name))
-
-
 class ImageFolder(FrameSource):
     """A folder of images in natural order; EXIF orientation is applied, hidden files are skipped."""
 
@@ -87,22 +82,12 @@ class ImageFolder(FrameSource):
         self.folder = folder
         self.title = str(folder)
         self.average_rate = fps
-        self.paths = sorted(
-            (
-                p
-                for p in folder.iterdir()
-                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-            ),
-            key=lambda p: natural_key(p.name),
-        )
+        found = pictures(folder)
+        self.paths = list(found.values())
         if not self.paths:
             kinds = " ".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
             raise InputError(f"{folder} holds no image ({kinds}): give a video file or a folder of frames")
-        self._numbers: dict[str, int] = {}
-        for index, path in enumerate(self.paths):
-            if path.stem in self._numbers:
-                raise InputError(f"{folder} has two frames named {path.stem}: keep one file a frame")
-            self._numbers[path.stem] = index
+        self._numbers = {stem: index for index, stem in enumerate(found)}
         self.count = len(self.paths)
         self.count_is_exact = True
         height, width, _ = self._read(0).shape
@@ -136,7 +121,7 @@ class ImageFolder(FrameSource):
         """Return a hash of the names and sizes of all frame files."""
         digest = hashlib.sha256()
         for path in self.paths:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{path.name} {path.stat().st_size}\n"))
         return digest.hexdigest()
 
     def _read(self, index: int) -> Image:

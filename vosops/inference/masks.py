@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vosops.io.errors import InputError, require
+from vosops.io.listing import few, label_maps
 
 from .files import complete_or_absent, sha256
-from .frames import FrameSource, natural_key
+from .frames import FrameSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 IGNORE = 255
 BINARY_OBJECT = 255  # the id, to the outside, of the one object of 0/255 masks
 _INSIDE_BINARY = 1  # ... and the id that the tracker sees, for which 255 means "ignore"
-CONTACT_SHEET = "contact_sheet.png"
-_MASK_SUFFIX = ".png"
-_LIST_LIMIT = 3
 
 
 def davis_palette() -> bytes:
@@ -282,15 +280,10 @@ def _mask_file(path: Path, frame: int, indices: Sequence[int]) -> GivenMask:
 
 
 def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:
-    paths = sorted(
-        (p for p in folder.iterdir() if p.suffix.lower() == _MASK_SUFFIX and p.name != CONTACT_SHEET),
-        key=lambda p: natural_key(p.name),
-    )
-    frames = {path: source.find(path.stem) for path in paths}
+    frames = {path: source.find(name) for name, path in label_maps(folder).items()}
     strangers = [path.name for path, frame in frames.items() if frame is None]
     if strangers:
-        listed = ", ".join(strangers[:_LIST_LIMIT]) + (", ..." if len(strangers) > _LIST_LIMIT else "")
-        raise InputError(f"mask folder {folder}: no frame of {source.title} is named like {listed}")
+        raise InputError(f"mask folder {folder}: no frame of {source.title} is named like {few(strangers)}")
     found = [
         GivenMask(frame, str(path), sha256(path), path=path)
         for path, frame in frames.items()

@@ -17,13 +17,14 @@ from vosops.io.errors import (
     disk_errors,
     require,
 )
+from vosops.io.listing import CONTACT_SHEET
 
 from .checkpoint import CHECKPOINT_EVERY, STATE_FOLDER, RunState
 from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
 from .files import PART_SUFFIX
 from .frames import FrameSource
 from .loop import FrameLoop
-from .masks import CONTACT_SHEET, LabelMaps, write_labels
+from .masks import LabelMaps, write_labels
 from .progress import NoProgress, Progress, never
 from .report import REPORT, FrameRecord, write_report
 from .usage import peak_memory

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vosops.inference.cityscapes import CITYSCAPES, LAST_LABEL_ID
+from vosops.io.listing import few
 from vosops.metrics.davis import IGNORED, Mask
 from vosops.metrics.files import (
     EvaluationError,
@@ -25,7 +26,6 @@ from vosops.metrics.files import (
     check_complete,
     find_sequences,
     in_threads,
-    listing,
     pngs,
     read_pair,
 )
@@ -87,7 +87,7 @@ def confusion_matrix(prediction: Mask, ground_truth: Mask, num_classes: int = le
         used = np.flatnonzero(counts.sum(axis)[:IGNORED]).tolist()
         strange = [str(label) for label in used if label >= num_classes]
         if strange:
-            raise ValueError(_expected(name, num_classes, listing(strange)))
+            raise ValueError(_expected(name, num_classes, few(strange)))
     return np.concatenate([counts[:num_classes, :num_classes], counts[:num_classes, IGNORED:]], axis=1)
 
 
@@ -389,7 +389,7 @@ def _train_ids(labels: Labels, file: Path) -> Labels:
     """Classes for Cityscapes' label ids; those that are not scored become 255."""
     strange = sorted(set(np.unique(labels).tolist()) - set(range(LAST_LABEL_ID + 1)) - {IGNORED})
     if strange:
-        found = listing([str(label) for label in strange])
+        found = few([str(label) for label in strange])
         raise EvaluationError(
             f"{file}: expected label ids from 0 to {LAST_LABEL_ID} or {IGNORED}; got {found}"
         )

@@ -11,11 +11,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vosops.inference.masks import CONTACT_SHEET, read_labels
+from vosops.inference.masks import read_labels
 from vosops.io.errors import InputError
-
-LISTED = 5
-"""How many missing files or sequences an error names before it only counts them."""
+from vosops.io.listing import chosen_names, few, label_maps, subfolders
 
 Labels = NDArray[np.uint8]
 """A label map (H, W)."""
@@ -24,7 +22,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class EvaluationError(ValueError):
+class EvaluationError(InputError, ValueError):
     """What is wrong with the folders, in one line."""
 
 
@@ -40,39 +38,37 @@ def find_sequences(
         nested = predictions / name
         return [(name, nested if pngs(nested) else predictions, ground_truth)]
     root = sequence_root(ground_truth)
-    found = sorted(folder.name for folder in root.iterdir() if pngs(folder))
+    found = [folder.name for folder in subfolders(root) if pngs(folder)]
     if not found:
         raise EvaluationError(f"{ground_truth}: holds neither PNG masks nor folders of them")
     if names is not None:
-        absent = [name for name in names if name not in found]
+        chosen = chosen_names(names, found, "--sequences")
+        absent = [name for name in chosen if name not in found]
         if absent:
-            raise EvaluationError(f"{root}: no ground truth for {listing(absent)}; there is {listing(found)}")
-        found = list(dict.fromkeys(names))
+            raise EvaluationError(f"{root}: no ground truth for {few(absent)}; there is {few(found)}")
+        found = chosen
     if len(found) == 1 and pngs(predictions) and not pngs(predictions / found[0]):
         return [(found[0], predictions, root / found[0])]
     absent = [name for name in found if not pngs(predictions / name)]
     if absent:
         have = "" if len(absent) == len(found) else "; --sequences scores the others"
-        raise EvaluationError(f"{predictions}: no predictions for {listing(absent)}{have}")
+        raise EvaluationError(f"{predictions}: no predictions for {few(absent)}{have}")
     return [(name, predictions / name, root / name) for name in found]
 
 
 def sequence_root(root: Path) -> Path:
     """The folder of the sequences: `root` itself, `root/Annotations`, or one resolution in that."""
     for folder in (root / "Annotations" / "480p", root / "Annotations", root):
-        if folder.is_dir() and any(pngs(child) for child in folder.iterdir()):
+        if folder.is_dir() and any(pngs(child) for child in subfolders(folder)):
             return folder
-    resolutions = sorted(f for f in (root / "Annotations").glob("*") if f.is_dir())
+    annotations = root / "Annotations"
+    resolutions = subfolders(annotations) if annotations.is_dir() else []
     return resolutions[0] if len(resolutions) == 1 else root
 
 
 def pngs(folder: Path) -> dict[str, Path]:
-    """The PNG files in a folder by their stems, sorted; empty where it is none. A contact sheet is no label map."""
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as entries:
-        names = (entry.name for entry in entries if entry.name != CONTACT_SHEET)
-        return {name[:-4]: folder / name for name in sorted(names) if name.lower().endswith(".png")}
+    """The label maps in a folder by their stems, in natural order; empty where it is no folder."""
+    return label_maps(folder) if folder.is_dir() else {}
 
 
 def read(path: Path) -> Labels:
@@ -96,13 +92,7 @@ def check_complete(folder: Path, predictions: Mapping[str, Path], frames: Iterab
     """Refuses predictions that lack one of the frames."""
     absent = sorted(set(frames) - set(predictions))
     if absent:
-        raise EvaluationError(f"{folder}: no prediction for frame {listing(absent)}")
-
-
-def listing(names: Sequence[str]) -> str:
-    """Names separated by commas, at most `LISTED` of them."""
-    shown = ", ".join(names[:LISTED])
-    return shown if len(names) <= LISTED else f"{shown} and {len(names) - LISTED} more"
+        raise EvaluationError(f"{folder}: no prediction for frame {few(absent)}")
 
 
 def in_threads(jobs: int | None, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

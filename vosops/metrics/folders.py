@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vosops.io.listing import few
 from vosops.metrics.davis import IGNORED, ObjectScore, compare_masks, scored_frames
 from vosops.metrics.files import (
     EvaluationError,
     check_complete,
     find_sequences,
     in_threads,
-    listing,
     pngs,
     read,
     read_pair,
@@ -193,8 +193,8 @@ def _collect(plan: _Plan, frames: Sequence[_Frame]) -> list[ObjectScore]:
     if strays:
         hint = "; --merge-objects scores 0/255 masks" if strays == [IGNORED] else ""
         raise EvaluationError(
-            f"{plan.folder}: labels {listing([str(i) for i in strays])} are not in the ground truth, "
-            f"which has {listing([str(i) for i in sorted(ids)])}{hint}"
+            f"{plan.folder}: labels {few([str(i) for i in strays])} are not in the ground truth, "
+            f"which has {few([str(i) for i in sorted(ids)])}{hint}"
         )
     scores = []
     for i in sorted(ids):

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from vosops.inference.masks import read_labels
 from vosops.inference.resize import resize_labels
+from vosops.io.listing import label_maps, pictures, subfolders
 
 IGNORED = 255
 _TRIES = 10  # crops that are tried for one with an object in it
@@ -27,7 +28,7 @@ class ClipSampler:
     both. frames: of a clip: the first frame, which may lie up to max_distance frames before the rest, and then
     neighbours in time, as FEELVOS is trained. crop: side of the square clips. scales: range of the enlargement.
     binary: whatever is not 0 is one object, 255 too (DAVIS-2016). seed: clips depend on it alone. Raises ValueError
-    if no sequence is long enough.
+    if no sequence is long enough, InputError if a folder cannot be listed (see vosops.io.listing).
 
     Each call gives (frames (T,3,crop,crop) float32 in [0, 1], labels (T,crop,crop) int64, objects): labels are 0, 1 to
     objects, and 255 for what is unknown or an object that the first frame does not show.
@@ -48,9 +49,7 @@ class ClipSampler:
     ) -> None:
         if frames < 2:
             raise ValueError(f"frames must be at least 2, got {frames}")
-        names = (
-            sorted(p.name for p in Path(images).iterdir() if p.is_dir()) if sequences is None else sequences
-        )
+        names = [p.name for p in subfolders(Path(images))] if sequences is None else sequences
         self.sequences = [_pairs(Path(images) / name, Path(annotations) / name) for name in names]
         self.sequences = [pairs for pairs in self.sequences if len(pairs) >= frames]
         if not self.sequences:
@@ -100,9 +99,8 @@ class ClipSampler:
 
 def _pairs(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
     """The frames that have an annotation, with it."""
-    frames = sorted(images.glob("*.jpg")) + sorted(images.glob("*.png"))
-    pairs = [(frame, annotations / f"{frame.stem}.png") for frame in frames]
-    return [pair for pair in pairs if pair[1].is_file()]
+    labels = label_maps(annotations) if annotations.is_dir() else {}
+    return [(frame, labels[name]) for name, frame in pictures(images).items() if name in labels]
 
 
 @lru_cache(_CACHED)
