@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vosops.benchmarking import systems
-from vosops.models import convolution, create_model
-from vosops.models.convolution import conv2d
+from vosops.models import create_model
+from vosops.ops import conv3x3
+from vosops.ops.conv3x3 import conv2d
 
 SIZES = (  # channels in and out, height, width: of RGMP's decoder and encoder at 480p
     (256, 256, 128, 216),
@@ -43,7 +44,7 @@ def both(call: Callable[[], object], rounds: int) -> dict[bool, float]:
     least = dict.fromkeys(LABELS, float("inf"))
     for _ in range(rounds):
         for winograd in LABELS:
-            convolution.HAS_WINOGRAD = winograd
+            conv3x3.HAS_WINOGRAD = winograd
             least[winograd] = min(least[winograd], seconds(call))
     return least
 
@@ -62,7 +63,7 @@ def convolutions() -> None:
         exact = torch.conv2d(x.double(), weight.double(), layer.bias.double(), padding=1)
         errors = {}
         for winograd in LABELS:
-            convolution.HAS_WINOGRAD = winograd
+            conv3x3.HAS_WINOGRAD = winograd
             errors[winograd] = error(conv2d(x, weight, bias, padding=1), exact)
         print(
             f"{inputs} to {outputs}, {height}x{width}: {1e3 * least[False]:.1f} and {1e3 * least[True]:.1f} ms, "
@@ -88,7 +89,7 @@ def networks() -> None:
 
     exact = logits(torch.double)
     for winograd, label in LABELS.items():
-        convolution.HAS_WINOGRAD = winograd
+        conv3x3.HAS_WINOGRAD = winograd
         difference = (logits(torch.float32) - exact).abs().max()
         print(f"rgmp's logits (up to {exact.abs().max():.0f}) by {label}: greatest error {difference:.1e}")
 

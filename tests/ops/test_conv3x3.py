@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 import vosops
-from vosops.models import convolution
-from vosops.models.convolution import Conv3x3, conv2d, conv_norm
+from vosops.models.convolution import Conv3x3, conv_norm
+from vosops.ops.conv3x3 import HAS_WINOGRAD, conv2d
 
 TOLERANCE = 3e-6  # of the output's root mean square; PyTorch's own: 3e-7
 SIZES = {  # N, C, M, H, W
@@ -18,7 +18,7 @@ SIZES = {  # N, C, M, H, W
 }
 TAKEN = (1, 32, 32, 16, 16)  # the smallest that the networks convolve so
 
-pytestmark = pytest.mark.skipif(not convolution.HAS_WINOGRAD, reason="the CPU library was not compiled")
+pytestmark = pytest.mark.skipif(not HAS_WINOGRAD, reason="the CPU library was not compiled")
 
 
 def problem(n, c, m, h, w):
@@ -199,3 +199,11 @@ def test_compiles_without_graph_breaks():
         (x, weight, bias, addend, True),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@torch.no_grad()
+def test_vmap_is_one_call_after_the_other():
+    x, weight, bias, _ = problem(*TAKEN)
+    several = torch.stack([x, -x])
+    mapped = torch.vmap(lambda x: conv2d(x, weight, bias, padding=1))(several)
+    assert torch.equal(mapped, torch.stack([conv2d(x, weight, bias, padding=1) for x in several]))
