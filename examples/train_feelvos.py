@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vosops.inference.masks import read_labels
+from vosops.io.labels import read_labels
 from vosops.io.listing import pictures, subfolders
 from vosops.metrics import region_similarity
 from vosops.models import create_model, create_tracker

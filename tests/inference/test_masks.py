@@ -19,8 +19,10 @@ from vosops.inference.masks import (
 )
 from vosops.inference.video import VideoFile
 from vosops.io.errors import InputError
+from vosops.io.notes import InputWarning
 
 SIZE = (6, 8)
+pytestmark = pytest.mark.filterwarnings("ignore:.*of value 255 count as unknown")
 PALETTE = bytes(range(200, 0, -1)).ljust(768, b"\7")
 
 
@@ -236,3 +238,84 @@ class TestFinding:
             frames(label_map(a=1).astype(int) * 300)
         with pytest.raises(InputError, match="frame 9"):
             frames({9: label_map(a=1)})
+
+    @pytest.mark.parametrize("key", [1, np.int64(1), np.uint8(1)])
+    def test_an_integer_key_is_a_frame_number(self, tmp_path, png, key):
+        import torch
+
+        folder = ImageFolder(write_folder(tmp_path / "f", [picture({}, SIZE)] * 3, name="{}.png", first=1))
+        for value in (png, str(png), label_map(a=1), torch.from_numpy(label_map(a=1))):
+            assert self.frames(masks_from_python({key: value}, folder, range(3))) == [1]
+        assert self.frames(masks_from_python({"1": png, torch.tensor(1): png}, folder, range(3))) == [0, 1]
+
+    @pytest.mark.parametrize("key", [True, np.True_, 1.0, None, (1,)])
+    def test_other_keys_are_refused(self, folder, png, key):
+        for value in (png, label_map(a=1)):
+            with pytest.raises(InputError, match="frame numbers or names"):
+                masks_from_python({key: value}, folder, range(6))
+
+    @pytest.mark.parametrize("key", [-1, 6, 10**30, "six", "\u00b2"])
+    def test_keys_of_no_frame_are_refused(self, folder, png, key):
+        for value in (png, label_map(a=1)):
+            with pytest.raises(InputError):
+                masks_from_python({key: value}, folder, range(6))
+
+    def test_a_path_with_an_equals_sign_under_a_key(self, folder, tmp_path):
+        odd = write_mask(tmp_path / "a=b.png", label_map(a=1))
+        assert self.frames(masks_from_python({"00012": odd, 3: str(odd)}, folder, range(6))) == [2, 3]
+
+
+class TestSmoothEdges:
+    """A blurred or resized mask has hundreds of ids between those that were meant."""
+
+    @staticmethod
+    def disc(value=255, size=(120, 160)):
+        y, x = np.mgrid[: size[0], : size[1]]
+        return Image.fromarray((((y - 50) ** 2 + (x - 70) ** 2 < 900) * value).astype(np.uint8))
+
+    @staticmethod
+    def mask_set(image):
+        labels = np.array(image)
+        return MaskSet([GivenMask(0, "m", "", array=labels)], labels.shape)
+
+    @pytest.mark.parametrize("value", [255, 60])
+    @pytest.mark.parametrize("radius", [0.7, 1.5, 6])
+    def test_blurred(self, value, radius):
+        from PIL import ImageFilter
+
+        with pytest.raises(InputError, match=r"mask m shows the ids .* Threshold it"):
+            self.mask_set(self.disc(value).filter(ImageFilter.GaussianBlur(radius)))
+
+    @pytest.mark.parametrize("size", [(80, 60), (320, 240), (231, 171)])
+    def test_resized(self, size):
+        with pytest.raises(InputError, match="Threshold it"):
+            self.mask_set(self.disc().resize(size, Image.Resampling.BILINEAR))
+
+    def test_a_jpeg_saved_as_png(self):
+        import io
+
+        buffer = io.BytesIO()
+        self.disc().save(buffer, "JPEG", quality=80)
+        with pytest.raises(InputError, match="Threshold it"):
+            self.mask_set(Image.open(buffer))
+
+    def test_a_few_steps_are_warned_about(self):
+        smooth = self.disc(3).resize((320, 240), Image.Resampling.BILINEAR)
+        with pytest.warns(InputWarning, match="ids 1, 2 as thin strips"):
+            self.mask_set(smooth)
+
+    def test_small_and_many_objects_are_none(self, recwarn):
+        random = np.random.default_rng(0)
+        for largest in (4, 30):
+            labels = np.zeros((240, 320), np.uint8)
+            for i in range(1, 200):
+                top, left = random.integers(0, 230), random.integers(0, 310)
+                labels[top : top + random.integers(1, largest), left : left + random.integers(1, largest)] = i
+            self.mask_set(labels)
+        assert not recwarn.list
+
+
+def test_255_beside_other_ids_is_said_to_be_unknown():
+    with pytest.warns(InputWarning, match="m0: its 4 pixels of value 255 count as unknown"):
+        masks = mask_set(label_map(a=127, b=255))
+    assert masks.labels(0)[1] == [127]

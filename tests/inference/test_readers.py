@@ -1,7 +1,10 @@
 """Frames from videos and folders."""
 
+import os
 from fractions import Fraction
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from tests.inference.clips import cut, moving, picture, rotate_file, write_folde
 from vosops.inference.datasets import open_source
 from vosops.inference.frames import ArraySource, ImageFolder, read_ahead, with_last
 from vosops.inference.video import VideoFile, is_cut_off
+from vosops.inference.video_writer import VideoWriter
 from vosops.io.errors import InputError
 
 FRAMES = [picture(boxes) for boxes in moving(30)]
@@ -104,6 +108,56 @@ class TestVideoFile:
         assert len(list(source.forward(range(4)))) == 4
         assert source.problem is None
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "2024-05-01T10:20:30.mp4",
+            "-i.mp4",
+            "a%d.mp4",
+            "%03d.mp4",
+            "#1?x=y&z.mp4",
+            "http:x.mp4",
+            "pipe:1.mp4",
+            "é.mp4",
+        ],
+    )
+    def test_any_name_in_any_folder(self, video, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        video.rename(name)
+        assert len(list(VideoFile(Path(name)).forward(range(100)))) == 30
+        with VideoWriter(Path("a:%d") / name, (48, 64), Fraction(10), Fraction(1, 100)) as writer:
+            writer.write(FRAMES[0], Fraction(0))
+        assert len(list(VideoFile(Path("a:%d") / name).forward(range(100)))) == 1
+
+    def test_names_and_metadata_that_are_not_utf8(self, video, tmp_path):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mkv"))
+        with av.open(str(video)) as source, av.open(str(tmp_path / "t.mkv"), "w") as copy:
+            copy.metadata["title"] = "cafe"
+            stream = copy.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    copy.mux(packet)
+        path.write_bytes((tmp_path / "t.mkv").read_bytes().replace(b"cafe", b"caf\xe9"))
+        assert len(list(VideoFile(path).forward(range(100)))) == 30
+
+    def test_a_change_of_size_ends_the_input(self, tmp_path):
+        parts = [FRAMES[:5], [np.ascontiguousarray(f[:32, :48]) for f in FRAMES[5:9]]]
+        content = [
+            write_video(tmp_path / f"{i}.ts", part, codec="mpeg2video", rate=25).read_bytes()
+            for i, part in enumerate(parts)
+        ]
+        (tmp_path / "v.ts").write_bytes(b"".join(content))
+        source = VideoFile(tmp_path / "v.ts")
+        frames = list(source.forward(range(100)))
+        assert 0 < len(frames) <= 5 and all(f.image.shape == (48, 64, 3) for f in frames)
+        assert f"changes size at frame {len(frames)}, from 64x48 to 48x32" in source.problem
+
+    def test_a_playlist_opens_no_other_thing(self, tmp_path):
+        (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n")
+        with pytest.raises(InputError):
+            VideoFile(tmp_path / "list.m3u8")
+
     def test_no_video(self, tmp_path):
         path = tmp_path / "text.mp4"
         path.write_text("not a video")
@@ -163,6 +217,19 @@ class TestImageFolder:
         write_folder(folder, FRAMES[:1], name="{:05d}.bmp")
         with pytest.raises(InputError, match="two pictures named 00000, 00000.bmp and 00000.png: keep one"):
             ImageFolder(folder)
+
+    def test_names_that_are_not_utf8(self, tmp_path):
+        folder = tmp_path / "f"
+        folder.mkdir()
+        for index, frame in enumerate(FRAMES[:3]):
+            write_folder(tmp_path / "x", [frame])
+            name = os.fsdecode(b"caf\xe9_%d.png" % index)
+            (tmp_path / "x" / "00000.png").rename(folder / name)
+        source = ImageFolder(folder)
+        assert [f.name for f in source.forward(range(9))] == [
+            os.fsdecode(b"caf\xe9_%d" % i) for i in range(3)
+        ]
+        assert source.fingerprint() == ImageFolder(folder).fingerprint()
 
     def test_the_fingerprint_tells_changed_frames(self, tmp_path):
         folder = write_folder(tmp_path / "f", FRAMES[:2])

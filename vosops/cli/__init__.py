@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import typer
@@ -59,8 +62,12 @@ def main() -> None:
     """Run the command line; errors that a user can mend are one line, with an exit code."""
     from vosops.io.errors import VosopsError
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
-        build_app()()
+        with _short_warnings():
+            build_app()()
     except VosopsError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -72,6 +79,31 @@ def main() -> None:
         _fail(f"{package} is not installed: pip install 'vosops[video]'", 1)
 
 
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Print warnings about inputs as one line each, without the place in our code."""
+    from vosops.io.notes import InputWarning
+
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, InputWarning):
+            print(f"vosops: warning: {_one_line(str(message))}", file=sys.stderr)
+        else:
+            before(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def _one_line(text: str) -> str:
+    """The text with line ends, control characters and bytes that are not UTF-8 as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _fail(message: str, code: int) -> None:
-    print(f"vosops: {message}", file=sys.stderr)
+    print(f"vosops: {_one_line(message)}", file=sys.stderr)
     sys.exit(code)

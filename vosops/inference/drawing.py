@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vosops.io.labels import davis_palette
+
 from .files import complete_or_absent
-from .masks import BINARY_OBJECT, IGNORE, davis_palette
+from .masks import BINARY_OBJECT, IGNORE
 
 if TYPE_CHECKING:
     import numpy as np

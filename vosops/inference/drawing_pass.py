@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vosops.io.errors import InterruptedRunError
+from vosops.io.labels import read_labels
 from vosops.io.listing import CONTACT_SHEET
 
 from .coco import CocoFile
 from .drawing import ContactSheet, class_overlay, colour_table, overlay, write_cutout
 from .frames import FrameSource
-from .masks import LabelMaps, read_labels
+from .masks import LabelMaps
 from .progress import Progress
 from .report import FrameRecord, Record
 from .video import VideoFile

@@ -14,8 +14,9 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vosops.io.errors import InputError, VosopsError, require
+from vosops.io.errors import InputError, VosopsError
 from vosops.io.listing import IMAGE_SUFFIXES, pictures
+from vosops.io.pictures import frame_of_array, read_frame
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Image = npt.NDArray[np.uint8]
 
 DEFAULT_FPS = Fraction(24)
+_LONGEST_NUMBER = 18  # digits
 _READ_AHEAD = 2
 _QUEUE_POLL_SECONDS = 0.1
 
@@ -73,6 +75,11 @@ class FrameSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a short string that changes when the input changes."""
+
+
+def frame_number(key: str) -> int | None:
+    """Return the frame number that a text is; None if it is none."""
+    return int(key) if key.isascii() and key.isdecimal() and len(key) <= _LONGEST_NUMBER else None
 
 
 class ImageFolder(FrameSource):
@@ -125,26 +132,13 @@ class ImageFolder(FrameSource):
         return digest.hexdigest()
 
     def _read(self, index: int) -> Image:
-        import numpy as np
-
-        require("PIL")
-        from PIL import Image as PILImage
-        from PIL import ImageOps
-
-        path = self.paths[index]
-        try:
-            with PILImage.open(path) as file:
-                return np.array(ImageOps.exif_transpose(file).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+        return read_frame(self.paths[index])
 
 
 class ArraySource(FrameSource):
     """Frames that are in memory already: a (T, H, W, 3) uint8 array or tensor, or a sequence of (H, W, 3)."""
 
     def __init__(self, frames: Sequence[Any], fps: Fraction = DEFAULT_FPS) -> None:
-        import numpy as np
-
         if not len(frames):
             raise InputError("the list of frames is empty")
         self.title = "the frames"
@@ -152,19 +146,15 @@ class ArraySource(FrameSource):
         self.count = len(frames)
         self.count_is_exact = True
         self._frames = frames
-        first = np.asarray(frames[0])
-        if first.ndim != 3 or first.shape[2] != 3 or first.dtype != np.uint8:
-            raise InputError(f"frames must be (H, W, 3) uint8 RGB, got {first.shape} {first.dtype}")
-        self.size = (first.shape[0], first.shape[1])
+        height, width, _ = frame_of_array(frames[0], "frames").shape
+        self.size = (height, width)
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
         """Yield the frames of ``indices``."""
-        import numpy as np
-
         for index in indices:
             if index >= len(self._frames):
                 return
-            image = np.ascontiguousarray(self._frames[index])
+            image = frame_of_array(self._frames[index], f"frame {index}")
             if image.shape != (*self.size, 3):
                 self.problem = f"frame {index} is {_shown(image.shape)}, but the first is {_shown(self.size)}"
                 return
@@ -176,7 +166,7 @@ class ArraySource(FrameSource):
 
     def find(self, key: str) -> int | None:
         """Return the number that ``key`` is."""
-        return int(key) if key.isdigit() else None
+        return frame_number(key)
 
     def fingerprint(self) -> str:
         """Refuse: there is nothing on disk to compare with later."""

@@ -17,7 +17,7 @@ from vosops.memory import MemoryBudgetError
 
 from .frames import FrameSource, RawFrame, read_ahead, with_last
 from .masks import IGNORE, MaskSet
-from .resize import computation_size, resize_frame, resize_labels, resize_probability, to_labels
+from .resize import bounded_size, resize_frame, resize_labels, resize_probability, to_labels
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -157,7 +157,7 @@ class TrackingLoop:
         self.masks = masks
         self.indices = indices
         self.size = source.size
-        self.compute_size = computation_size(source.size, short_side)
+        self.compute_size = bounded_size(source.size, short_side)
         self.device = device
         self.dtype = dtype
         self.keep_probabilities = keep_probabilities

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vosops.io.errors import InputError, require
+from vosops.io.errors import InputError
+from vosops.io.labels import davis_palette, labels_of_array, read_labels
 from vosops.io.listing import few, label_maps
+from vosops.io.notes import warn
+from vosops.io.slivers import slivers
 
 from .files import complete_or_absent, sha256
-from .frames import FrameSource
+from .frames import FrameSource, frame_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,70 +27,8 @@ if TYPE_CHECKING:
 IGNORE = 255
 BINARY_OBJECT = 255  # the id, to the outside, of the one object of 0/255 masks
 _INSIDE_BINARY = 1  # ... and the id that the tracker sees, for which 255 means "ignore"
-
-
-def davis_palette() -> bytes:
-    """Return the 256-colour palette of DAVIS and PASCAL VOC as 768 bytes."""
-    colours = bytearray()
-    for index in range(256):
-        red = green = blue = 0
-        bits = index
-        for shift in range(7, -1, -1):
-            red |= (bits & 1) << shift
-            green |= (bits >> 1 & 1) << shift
-            blue |= (bits >> 2 & 1) << shift
-            bits >>= 3
-        colours += bytes((red, green, blue))
-    return bytes(colours)
-
-
-def read_labels(path: Path) -> tuple[Labels, bytes | None]:
-    """Read a mask: (H, W) uint8 label map with the file's own ids, and its palette if it has one.
-
-    Palette and grey images give their values; colour images must be grey or use the DAVIS palette's colours.
-    """
-    import numpy as np
-
-    require("PIL")
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                raise InputError(f"mask {path} is a JPEG, whose compression blurs the ids: save it as PNG")
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"mask {path} cannot be read as an image ({error}): give a PNG") from error
-    if image.mode == "P":
-        palette = image.getpalette("RGB") or []
-        return np.array(image), bytes(palette).ljust(768, b"\0")
-    if image.mode in ("1", "L", "LA"):
-        return np.array(image.convert("L")), None
-    if image.mode.startswith("I"):
-        wide = np.array(image)
-        if wide.min() < 0 or wide.max() > IGNORE:
-            raise InputError(f"mask {path} has ids above 255: use ids from 1 to 254")
-        return wide.astype(np.uint8), None
-    return _labels_of_colours(np.array(image.convert("RGB")), path), None
-
-
-def _labels_of_colours(image: npt.NDArray[np.uint8], path: Path) -> Labels:
-    import numpy as np
-
-    if (image == image[..., :1]).all():
-        grey: Labels = image[..., 0].copy()
-        return grey
-    codes = image.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    palette = np.frombuffer(davis_palette(), np.uint8).reshape(256, 3).astype(np.uint32)
-    known = palette @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    order = np.argsort(known)
-    place = np.searchsorted(known[order], codes).clip(max=IGNORE)
-    labels: Labels = order[place].astype(np.uint8)
-    if (known[labels] != codes).any():
-        raise InputError(
-            f"mask {path} is a colour image: save it as a palette or grey PNG whose values are object ids"
-        )
-    return labels
+_SMOOTH_EDGES = 4  # so many ids along borders alone are no objects
+_IDS_SHOWN = 3
 
 
 def write_labels(path: Path, labels: Labels, palette: bytes | None) -> None:
@@ -178,9 +120,17 @@ class MaskSet:
             histogram = np.bincount(labels.ravel(), minlength=256)
             ids = np.flatnonzero(histogram[1:]) + 1
             areas[mask.frame] = {int(i): int(histogram[i]) for i in ids}
+            _check_edges(labels, mask.title)
             all_ids |= set(areas[mask.frame])
             self._by_frame[mask.frame] = mask
         self.binary = all_ids == {BINARY_OBJECT}
+        if not (self.binary or only_new_objects):
+            for frame, mask in self._by_frame.items():
+                if unknown := areas[frame].get(IGNORE):
+                    warn(
+                        f"mask {mask.title}: its {unknown} pixels of value 255 count as unknown, for other ids are "
+                        "given too: give an object another id"
+                    )
         for frame in list(self._by_frame):
             ids_here = sorted(self._inside(i) for i in areas[frame] if self.binary or i != IGNORE)
             if only_new_objects:
@@ -238,6 +188,23 @@ class MaskSet:
         return (labels > 0).astype(np.uint8) * np.uint8(BINARY_OBJECT) if self.binary else labels
 
 
+def _check_edges(labels: Labels, title: str) -> None:
+    """Refuse a mask most of whose ids are the steps of smooth edges; warn where these are few."""
+    import numpy as np
+
+    thin = slivers(labels)
+    count = int((np.bincount(labels.ravel(), minlength=IGNORE + 1)[1:IGNORE] > 0).sum())
+    if not thin or len(thin) * 2 < count:
+        return
+    ids = ", ".join(str(i) for i in thin[:_IDS_SHOWN]) + (", ..." if len(thin) > _IDS_SHOWN else "")
+    where = f"shows the ids {ids} as thin strips along borders alone"
+    if len(thin) >= _SMOOTH_EDGES:
+        raise InputError(
+            f"mask {title} {where}, {count} ids in all. Was it smoothed or resized? Threshold it"
+        )
+    warn(f"mask {title} {where}: if it was smoothed or resized, threshold it")
+
+
 def find_masks(specs: Sequence[str], source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:
     """Return the masks that ``--mask`` options name.
 
@@ -255,14 +222,7 @@ def find_masks(specs: Sequence[str], source: FrameSource, indices: Sequence[int]
         if path.is_dir():
             found += _masks_of_folder(path, source, indices)
         elif separator and not path.exists():
-            frame = source.find(key)
-            if frame is None and key.isdigit():
-                frame = int(key)
-            if frame is None:
-                raise InputError(
-                    f"--mask {spec}: {source.title} has no frame {key}: give its name or its number"
-                )
-            found.append(_mask_file(Path(rest), frame, indices))
+            found.append(_mask_file(Path(rest), _frame_of_name(key, source, f"--mask {spec}"), indices))
         else:
             found.append(_mask_file(path, indices[0], indices))
     return found
@@ -297,18 +257,19 @@ def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) 
 def masks_from_python(mask: Any, source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:
     """Return the masks given to ``vosops.segment``: a path, spec or array, or a dict or list of them.
 
-    A dict maps frames (number or name) to paths or (H, W) integer or bool arrays; a list holds specs.
+    A dict maps frames to paths or (H, W) integer or bool arrays; a list holds specs. An integer (of Python, numpy or
+    torch) is a frame number, a text is a frame's name, else its number.
     """
     if isinstance(mask, (str, Path)):
         return find_masks([str(mask)], source, indices)
     if isinstance(mask, Mapping):
         found = []
         for key, value in mask.items():
+            frame = _frame_of_key(key, source)
             if isinstance(value, (str, Path)):
-                found += find_masks([f"{key}={value}"], source, indices)
+                found.append(_mask_file(Path(value), frame, indices))
                 continue
-            frame = key if isinstance(key, int) else source.find(str(key))
-            if frame is None or frame not in indices:
+            if frame not in indices:
                 raise InputError(f"mask of frame {key!r}: that frame is not processed")
             found.append(_mask_array(value, frame))
         return found
@@ -317,14 +278,32 @@ def masks_from_python(mask: Any, source: FrameSource, indices: Sequence[int]) ->
     return [_mask_array(mask, indices[0])]
 
 
-def _mask_array(value: Any, frame: int) -> GivenMask:
-    import numpy as np
+def _frame_of_key(key: Any, source: FrameSource) -> int:
+    """Return the frame number that a key of a dict of masks means."""
+    if isinstance(key, (str, Path)):
+        return _frame_of_name(str(key), source, f"mask of frame {key}")
+    try:
+        if type(key).__name__ in ("bool", "bool_") or str(getattr(key, "dtype", "")) == "torch.bool":
+            raise TypeError
+        return operator.index(key)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"the keys of a dict of masks must be frame numbers or names, got {type(key).__name__} {key!r}"
+        ) from None
 
-    array = np.asarray(value)
-    integers = np.issubdtype(array.dtype, np.integer) or array.dtype == bool
-    if array.ndim != 2 or not integers or (array.size and (array.min() < 0 or array.max() > IGNORE)):
-        raise InputError(f"mask must be (H, W) bool or integer ids 0..255, got {array.shape} {array.dtype}")
-    labels = np.ascontiguousarray(array.astype(np.uint8))
+
+def _frame_of_name(name: str, source: FrameSource, what: str) -> int:
+    """Return the number of the frame of that name, else the number that it is."""
+    frame = source.find(name)
+    if frame is None:
+        frame = frame_number(name)
+    if frame is None:
+        raise InputError(f"{what}: {source.title} has no frame {name}: give its name or its number")
+    return frame
+
+
+def _mask_array(value: Any, frame: int) -> GivenMask:
+    labels = labels_of_array(value)
     return GivenMask(
         frame, f"array of frame {frame}", hashlib.sha256(labels.tobytes()).hexdigest(), array=labels
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vosops.io.errors import InputError
+from vosops.io.notes import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NATIVE = -1
+_AREA = 4 << 20  # pixels
+_NATIVE_AREA = 32 << 20
 _MULTIPLE = 16  # sides of the computation, so that strided networks need no second resize or padding
 
 
@@ -23,7 +27,33 @@ def computation_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     The aspect ratio is the input's and the short side ``short_side``, each side rounded up to a
     multiple of 16 (480 for 1920x1080 gives 864x480). ``NATIVE``, or a short side that the input has already,
     keeps the input's size exactly.
+
+    The area is bounded (:func:`largest_area`): strips and enlarged pictures that would exceed it are computed smaller,
+    at the input's aspect ratio as nearly as multiples of 16 allow.
     """
+    height, width = wanted_size(size, short_side)
+    most = largest_area(size, short_side)
+    if height * width <= most:
+        return height, width
+    scale = math.sqrt(most / (size[0] * size[1]))
+    short, long = (max(_MULTIPLE, int(side * scale) // _MULTIPLE * _MULTIPLE) for side in sorted(size))
+    long = min(long, most // short // _MULTIPLE * _MULTIPLE)
+    return (short, long) if size[0] <= size[1] else (long, short)
+
+
+def bounded_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """Return :func:`computation_size`, and warn where its bound makes it smaller than what was asked for."""
+    chosen, wanted = computation_size(size, short_side), wanted_size(size, short_side)
+    if chosen != wanted:
+        frames, large, small = (f"{width}x{height}" for height, width in (size, wanted, chosen))
+        warn(
+            f"frames of {frames} are computed at {small}: {large}, as --size asks, would take too much memory"
+        )
+    return chosen
+
+
+def wanted_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """Return the (H, W) that ``short_side`` asks for, however large."""
     if short_side == NATIVE:
         return size
     if short_side < _MULTIPLE:
@@ -33,6 +63,17 @@ def computation_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     scale = short_side / min(size)
     height, width = (-(-round(side * scale) // _MULTIPLE) * _MULTIPLE for side in size)
     return height, width
+
+
+def largest_area(size: tuple[int, int], short_side: int) -> int:
+    """Return the most pixels of the computation: 4 Mi, or what is asked for knowingly.
+
+    That is the input's own area up to four squares of ``short_side``, so that 3840x2160 can be computed as it is;
+    with ``NATIVE`` the input's own up to 32 Mi (7680x4320).
+    """
+    if short_side == NATIVE:
+        return _NATIVE_AREA
+    return max(_AREA, min(size[0] * size[1], 4 * short_side * short_side))
 
 
 def resize_frame(frame: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from vosops.io.errors import InputError
+from vosops.io.labels import davis_palette
 from vosops.models.create import create_model
 
 from .cityscapes import CITYSCAPES
 from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
 from .loop import SegmentedFrame, expected_frames, resized_frames
-from .masks import davis_palette
 from .models import check_weights, find_entry, model_option, model_options, one_line_errors
-from .resize import computation_size
+from .resize import bounded_size
 from .semantic_tracker import SemanticTracker
 
 DEFAULT_MODEL = "lstm_icnet"
@@ -63,7 +63,7 @@ class SemanticLoop:
         self.tracker = tracker
         self.source = source
         self.indices = indices
-        self.compute_size = computation_size(source.size, short_side)
+        self.compute_size = bounded_size(source.size, short_side)
         least = tracker.model.min_side
         if min(self.compute_size) < least:
             height, width = self.compute_size

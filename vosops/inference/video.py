@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vosops.io.errors import InputError, require
+from vosops.io.names import file_url
+from vosops.io.pictures import reason
 
 from .files import quick_hash
-from .frames import DEFAULT_FPS, FrameSource, RawFrame
+from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from .frames import Image
 
+_LOCAL_FILES = {"protocol_whitelist": "file"}  # a playlist must not make FFmpeg open other things
 _BACKWARD_BYTES = 128 << 20  # decoded frames held at once while reading backward
 _MIN_CHUNK = 8
 _RIFF_HEADER = 8
@@ -60,7 +63,10 @@ class VideoFile(FrameSource):
         if first is None:
             raise InputError(f"{path} has no frame that can be decoded: {self.problem or 'it is empty'}")
         self._start_time = first.pts or 0
-        self.size = _upright(first).shape[:2]
+        try:
+            self.size = _upright(first).shape[:2]
+        except Exception as error:
+            raise InputError(f"{path} cannot be converted to RGB ({reason(error)}): convert it") from error
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
         """Yield the frames of ``indices``, decoding from the start of the file."""
@@ -73,7 +79,10 @@ class VideoFile(FrameSource):
             for index, frame in enumerate(self._decode(container, _video_stream(container))):
                 self._remember_time(index, frame.pts)
                 if index == target:
-                    yield self._raw(index, frame)
+                    raw = self._raw(index, frame)
+                    if raw is None:
+                        return
+                    yield raw
                     target = next(wanted, None)
                     if target is None:
                         return
@@ -97,7 +106,7 @@ class VideoFile(FrameSource):
 
     def find(self, key: str) -> int | None:
         """Return the number that ``key`` is: a video's frames have no other names."""
-        return int(key) if key.isdigit() else None
+        return frame_number(key)
 
     def fingerprint(self) -> str:
         """Return a hash of the file's size, first and last MiB."""
@@ -107,10 +116,11 @@ class VideoFile(FrameSource):
         import av
 
         try:
-            container = av.open(str(self.path))
-        except (av.FFmpegError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{self.path} cannot be opened as a video: {reason}") from error
+            container = av.open(
+                file_url(self.path), metadata_errors="replace", container_options=_LOCAL_FILES
+            )
+        except Exception as error:  # damaged files make PyAV raise more than its own errors
+            raise InputError(f"{self.path} cannot be opened as a video: {reason(error)}") from error
         if not container.streams.video:
             container.close()
             raise InputError(f"{self.path} has no video stream")
@@ -119,25 +129,38 @@ class VideoFile(FrameSource):
 
     def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
         """Yield decoded frames; a decoding error ends the stream and sets ``problem``."""
-        import av
-
         decoded = 0
         try:
             for frame in container.decode(stream):
                 yield frame
                 decoded += 1
-        except av.FFmpegError as error:
+        except GeneratorExit:
+            raise
+        except Exception as error:
             self.problem = (
-                f"{self.path} cannot be decoded after {decoded} frames ({error.strerror}): "
+                f"{self.path} cannot be decoded after {decoded} frames ({reason(error)}): "
                 "it is truncated or damaged"
             )
 
-    def _raw(self, index: int, frame: VideoFrame) -> RawFrame:
+    def _raw(self, index: int, frame: VideoFrame) -> RawFrame | None:
+        """Return a decoded frame; None, with ``problem`` set, if it is of another size or cannot be converted."""
+        try:
+            image = _upright(frame)
+        except Exception as error:
+            self.problem = f"{self.path}: frame {index} cannot be converted to RGB ({reason(error)})"
+            return None
+        if image.shape[:2] != self.size:
+            sizes = [f"{width}x{height}" for height, width in (self.size, image.shape[:2])]
+            self.problem = (
+                f"{self.path} changes size at frame {index}, from {sizes[0]} to {sizes[1]}: "
+                "cut it there, or convert it to one size"
+            )
+            return None
         if frame.pts is None:
             time = index / self.average_rate
         else:
             time = (frame.pts - self._start_time) * self.time_base
-        return RawFrame(index, f"{index:07d}", _upright(frame), time)
+        return RawFrame(index, f"{index:07d}", image, time)
 
     def _remember_time(self, index: int, time: int | None) -> None:
         if index != len(self._times) or not self._times_ascend:
@@ -171,7 +194,10 @@ class VideoFile(FrameSource):
                     return []
                 index = bisect_left(self._times, frame.pts)
                 if index in wanted and self._times[index] == frame.pts:
-                    frames.append(self._raw(index, frame))
+                    raw = self._raw(index, frame)
+                    if raw is None:
+                        return []
+                    frames.append(raw)
                 if index >= indices[-1]:
                     break
         return frames

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vosops.io.errors import VosopsError, require
+from vosops.io.names import file_url
 
 from .files import complete_or_absent
 
@@ -53,7 +54,7 @@ class VideoWriter:
         self._file = complete_or_absent(self.path)
         part = self._file.__enter__()
         try:
-            self._container = av.open(str(part), "w", format="mp4")
+            self._container = av.open(file_url(part), "w", format="mp4")
             self._stream = self._add_stream(av)
         except BaseException as error:
             self._file.__exit__(type(error), error, error.__traceback__)

@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vosops.inference.masks import read_labels
 from vosops.io.errors import InputError
+from vosops.io.labels import read_labels
 from vosops.io.listing import chosen_names, few, label_maps, subfolders
 
 Labels = NDArray[np.uint8]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vosops.inference.masks import read_labels
 from vosops.inference.resize import resize_labels
+from vosops.io.labels import read_labels
 from vosops.io.listing import label_maps, pictures, subfolders
+from vosops.io.pictures import read_frame
 
 IGNORED = 255
 _TRIES = 10  # crops that are tried for one with an object in it
@@ -107,8 +108,6 @@ def _pairs(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
 def _read(image: Path, annotation: Path) -> tuple[Tensor, Tensor]:
     """Frame (3,H,W) uint8 and labels (H,W) int64."""
     import numpy as np
-    from PIL import Image
 
-    with Image.open(image) as opened:
-        frame = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    frame = torch.from_numpy(read_frame(image)).permute(2, 0, 1)
     return frame, torch.from_numpy(read_labels(annotation)[0].astype(np.int64))
