@@ -101,7 +101,7 @@ class TestWriting:
 
     def test_nothing_is_left_when_writing_fails(self, tmp_path, monkeypatch):
         def full(self, file, **options):
-            file.write_bytes(b"half")
+            file.write(b"half")
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Image.Image, "save", full)

@@ -108,6 +108,7 @@ def semantic(
                 end=end,
                 step=step,
             ),
+            inputs=[input] if weights is None else [input, weights],
             outputs=Outputs(overlay=overlay),
             progress=console,
             should_stop=lambda: signals.requested,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vosops.io.errors import ResumeError, disk_errors
+from vosops.io.outputs import OwnedFolder, complete_or_absent, sync_file, sync_folder, write_text
 
-from .files import complete_or_absent, write_text
-from .report import Record
+from .report import RESUME, Record
 
-STATE_FOLDER = ".vosops"
 CHECKPOINT_EVERY = 50
 _VERSION = 1
 
@@ -22,8 +22,9 @@ _VERSION = 1
 class RunState:
     """Files under ``<out>/.vosops`` while a run is unfinished or its arguments must be remembered."""
 
-    def __init__(self, out: Path) -> None:
-        self.folder = out / STATE_FOLDER
+    def __init__(self, out: OwnedFolder) -> None:
+        self.out = out
+        self.folder = out.state
         self.record = Record(self.folder / "frames.jsonl")
         self._arguments = self.folder / "arguments.json"
         self._checkpoint = self.folder / "checkpoint.pt"
@@ -34,21 +35,36 @@ class RunState:
         """Whether a run was started here."""
         return self._arguments.exists()
 
+    @property
+    def is_of_old_version(self) -> bool:
+        """Whether a version of vosops started the run that kept no list of its files."""
+        return self.exists and not self.out.has_ledger
+
     def start(self, arguments: dict[str, Any]) -> None:
-        """Begin a new run."""
-        with disk_errors(str(self.folder)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        write_text(self._arguments, json.dumps(arguments, indent=1))
+        """Begin a new run; of an earlier one here only the list of its files is kept."""
+        with disk_errors(str(self.folder), RESUME):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # In this order: what a killed process leaves is the earlier run at its start, or the new one.
+            for path in (self._checkpoint, self._complete, self.record.path):
+                path.unlink(missing_ok=True)
+        self.out.forget()
+        write_text(self._arguments, json.dumps(arguments, indent=1), sync=True)
 
     def forget_if_alone(self) -> None:
         """Undo :meth:`start` where nothing but this state was written, so that the folder can be used at once."""
-        if all(path == self.folder for path in self.folder.parent.iterdir()):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            if all(path == self.folder for path in self.out.root.iterdir()):
+                for path in (self._arguments, self._checkpoint, self._complete, self.record.path):
+                    path.unlink(missing_ok=True)
+                self.out.drop_ledger()
+                self.folder.rmdir()
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raise a ``ResumeError`` that lists how ``arguments`` differ from those of the run here."""
-        before = json.loads(self._arguments.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(self._arguments.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ResumeError(f"{self._arguments} is damaged: start again with --overwrite") from error
         found = differences(before, json.loads(json.dumps(arguments)))
         if found:
             raise ResumeError(
@@ -56,8 +72,11 @@ class RunState:
                 "Give the same arguments, or --overwrite"
             )
 
-    def save(self, propagation: dict[str, Any], done: int, seconds: float) -> None:
-        """Write a checkpoint: the loop's state, how much of the record belongs to it, the time spent."""
+    def save(self, propagation: dict[str, Any], done: int, seconds: float, masks: Iterable[Path]) -> None:
+        """Write a checkpoint: the loop's state, how much of the record belongs to it, the time spent.
+
+        ``masks`` were written since the last one; they are on the disk for good before the checkpoint is.
+        """
         state = {
             "version": _VERSION,
             "propagation": propagation,
@@ -65,25 +84,41 @@ class RunState:
             "done": done,
             "seconds": seconds,
         }
-        with complete_or_absent(self._checkpoint) as part:
-            torch.save(state, part)
+        self._sync(masks)
+        with complete_or_absent(self._checkpoint, sync=True, advice=RESUME) as file:
+            torch.save(state, file)
+
+    def _sync(self, masks: Iterable[Path]) -> None:
+        with disk_errors(str(self.out.root), RESUME):
+            for path in masks:
+                sync_file(path)
+            sync_folder(self.out.root)
+            sync_file(self.record.path)
 
     def load(self) -> dict[str, Any] | None:
         """Return the last checkpoint and cut the record back to it; None if there is none yet."""
+        state = self._read_checkpoint()
+        with disk_errors(str(self.record.path), RESUME):
+            self.record.cut(state["record_bytes"] if state else 0)
+        return state
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
         if not self._checkpoint.exists():
-            self.record.cut(0)
             return None
         try:
             state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+            version = state.get("version")
         except Exception as error:
+            reason = " ".join(str(error).split())
             raise ResumeError(
-                f"{self._checkpoint} cannot be read ({error}): start again with --overwrite"
+                f"{self._checkpoint} cannot be read ({reason}): start again with --overwrite"
             ) from error
-        if state.get("version") != _VERSION:
+        if version != _VERSION:
             raise ResumeError(
                 f"{self._checkpoint} is of another version of vosops: start again with --overwrite"
             )
-        self.record.cut(state["record_bytes"])
+        if self.record.size < state["record_bytes"]:
+            raise ResumeError(f"{self.record.path} is damaged: start again with --overwrite")
         return state
 
     @property
@@ -91,10 +126,23 @@ class RunState:
         """Whether every frame of this run has its mask."""
         return self._complete.exists()
 
-    def finish(self, facts: dict[str, Any]) -> None:
+    def finish(self, facts: dict[str, Any], masks: Iterable[Path]) -> None:
         """Mark every mask as written, keep ``facts`` for the report, and drop the checkpoint."""
-        write_text(self._complete, json.dumps(facts))
-        self._checkpoint.unlink(missing_ok=True)
+        self._sync(masks)
+        write_text(self._complete, json.dumps(facts), sync=True, advice=RESUME)
+        self.drop_checkpoint()
+
+    def drop_checkpoint(self) -> None:
+        """Delete the checkpoint, which a complete run does not need."""
+        with disk_errors(str(self._checkpoint), RESUME):
+            self._checkpoint.unlink(missing_ok=True)
+
+    def done(self) -> list[str]:
+        """Return the names of the frames that a resumed run would not make again; changes nothing."""
+        if self.is_complete:
+            return [frame.name for frame in self.record]
+        size = state["record_bytes"] if (state := self._read_checkpoint()) else 0
+        return [frame.name for frame in self.record.up_to(size)]
 
     def facts(self) -> dict[str, Any]:
         """Return what :meth:`finish` kept."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import complete_or_absent
+from vosops.io.outputs import OwnedFile, complete_or_absent, text_of
+
 from .report import FrameRecord
 from .rle import encode
 
@@ -24,7 +25,7 @@ class CocoFile:
     ``score`` is the object's confidence on the frame; ``bbox`` is x, y, width, height in pixels.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int], object_ids: Iterable[int]) -> None:
+    def __init__(self, path: Path | OwnedFile, size: tuple[int, int], object_ids: Iterable[int]) -> None:
         self.path = path
         self.size = size
         self.object_ids = sorted(object_ids)
@@ -34,7 +35,7 @@ class CocoFile:
         height, width = self.size
         images = []
         count = 0
-        with complete_or_absent(self.path) as part, part.open("w", encoding="utf-8") as out:
+        with complete_or_absent(self.path) as file, text_of(file) as out:
             out.write('{"annotations": [\n')
             for record, labels in frames:
                 name = f"{record.name}.png"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vosops.io.labels import davis_palette
+from vosops.io.outputs import OwnedFile, complete_or_absent
 
-from .files import complete_or_absent
 from .masks import BINARY_OBJECT, IGNORE
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def class_overlay(image: Image, labels: Labels, palette: bytes) -> Image:
     return tinted
 
 
-def write_cutout(path: Path, image: Image, labels: Labels, binary: bool) -> None:
+def write_cutout(path: Path | OwnedFile, image: Image, labels: Labels, binary: bool) -> None:
     """Write the objects as an RGBA PNG; alpha is the mask, softened over one pixel at its border."""
     import numpy as np
     from PIL import Image as PILImage
@@ -103,14 +103,14 @@ def write_cutout(path: Path, image: Image, labels: Labels, binary: bool) -> None
     summed = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
     alpha = (summed * 255 // 9).astype(np.uint8)
     rgba = np.dstack([np.where(alpha[..., None] > 0, image, 0), alpha])
-    with complete_or_absent(path) as part:
-        PILImage.fromarray(rgba.astype(np.uint8), "RGBA").save(part, format="PNG")
+    with complete_or_absent(path) as file:
+        PILImage.fromarray(rgba.astype(np.uint8), "RGBA").save(file, format="PNG")
 
 
 class ContactSheet:
     """Up to a dozen overlays, evenly spaced over the video, as one PNG to see the result at a glance."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | OwnedFile) -> None:
         self.path = path
         self._cells: list[tuple[Image, str]] = []
 
@@ -149,5 +149,5 @@ class ContactSheet:
             y = _SHEET_GAP + place // columns * cell_height
             sheet.paste(PILImage.fromarray(cell), (x, y))
             draw.text((x, y + cell.shape[0] + 2), caption, fill="black", font=font)
-        with complete_or_absent(self.path) as part:
-            sheet.save(part, format="PNG")
+        with complete_or_absent(self.path) as file:
+            sheet.save(file, format="PNG")

@@ -11,10 +11,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vosops.io.errors import InterruptedRunError
+from vosops.io.errors import InputError, InterruptedRunError
 from vosops.io.labels import read_labels
 from vosops.io.listing import CONTACT_SHEET
 
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
+
+    from vosops.io.outputs import OwnedFile, OwnedFolder
 
     from .frames import Image
     from .masks import Labels
@@ -56,7 +57,7 @@ class Outputs:
 class DrawingPass:
     """Draws what is asked for and not there yet in ``out``."""
 
-    out: Path
+    out: OwnedFolder
     source: FrameSource
     masks: LabelMaps
     record: Record
@@ -67,16 +68,20 @@ class DrawingPass:
     def execute(self) -> None:
         """Write the files; each is complete or absent."""
         names = dict(self.record.names())
-        if self.outputs.coco and not (self.out / COCO).exists():
+        if self.outputs.coco and not self.out.file(COCO).exists():
             self._write_coco()
-        overlay_path = self.out / OVERLAY
+        overlay_file = self.out.file(OVERLAY)
         writer = (
-            self._overlay_writer(overlay_path) if self.outputs.overlay and not overlay_path.exists() else None
+            self._overlay_writer(overlay_file) if self.outputs.overlay and not overlay_file.exists() else None
         )
         cutouts = self._missing_cutouts(names) if self.outputs.cutout else {}
-        sheet = ContactSheet(self.out / CONTACT_SHEET)
+        sheet = ContactSheet(self.out.file(CONTACT_SHEET))
         indices = list(names)
-        on_sheet = set() if sheet.path.exists() else {indices[i] for i in sheet.choose(len(indices))}
+        on_sheet = (
+            set()
+            if self.out.file(CONTACT_SHEET).exists()
+            else {indices[i] for i in sheet.choose(len(indices))}
+        )
         needed = indices if writer is not None else sorted({*on_sheet, *cutouts})
         if not needed:
             return
@@ -116,27 +121,35 @@ class DrawingPass:
     def _table(self) -> npt.NDArray[np.uint8]:
         return colour_table(self.masks.palette, self.masks.binary)
 
-    def _missing_cutouts(self, names: dict[int, str]) -> dict[int, Path]:
-        paths = {index: self.out / CUTOUT_FOLDER / f"{name}.png" for index, name in names.items()}
-        return {index: path for index, path in paths.items() if not path.exists()}
+    def _missing_cutouts(self, names: dict[int, str]) -> dict[int, OwnedFile]:
+        files = {index: self.out.file(f"{CUTOUT_FOLDER}/{name}.png") for index, name in names.items()}
+        return {index: file for index, file in files.items() if not file.exists()}
 
-    def _overlay_writer(self, path: Path) -> VideoWriter:
+    def _overlay_writer(self, file: OwnedFile) -> VideoWriter:
         if isinstance(self.source, VideoFile):
             video = self.source
             return VideoWriter(
-                path, video.size, video.average_rate, video.time_base, video.sample_aspect_ratio
+                file, video.size, video.average_rate, video.time_base, video.sample_aspect_ratio
             )
-        return VideoWriter(path, self.source.size, self.source.average_rate, _FOLDER_CLOCK)
+        return VideoWriter(file, self.source.size, self.source.average_rate, _FOLDER_CLOCK)
 
     def _write_coco(self) -> None:
-        CocoFile(self.out / COCO, self.source.size, self.masks.first_area).write(self._records_and_labels())
+        CocoFile(self.out.file(COCO), self.source.size, self.masks.first_area).write(
+            self._records_and_labels()
+        )
 
     def _records_and_labels(self) -> Iterator[tuple[FrameRecord, Labels]]:
         for record in self.record.in_order():
             yield record, self._labels(record.name)
 
     def _labels(self, name: str) -> Labels:
-        return read_labels(self.out / f"{name}.png")[0]
+        path = self.out.root / f"{name}.png"
+        labels = read_labels(path)[0]
+        if labels.shape != self.source.size:
+            raise InputError(
+                f"{path} was changed, and is not of the frames' size any more: mend or remove it"
+            )
+        return labels
 
 
 def _caption(record: FrameRecord) -> str:

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vosops.io.errors import IncompleteInputError, InputError
+from vosops.io.errors import IncompleteInputError, InputError, disk_errors
+from vosops.io.outputs import OwnedFolder, check_result, is_json_with, nearest_folder, write_text
+from vosops.io.protection import protect_inputs
 
+from .checkpoint import RunState
 from .datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
 from .drawing_pass import Outputs
-from .files import sha256, write_text
+from .files import sha256
 from .frames import DEFAULT_FPS, FrameSource
 from .loop import TrackingLoop, frame_range
 from .masks import GivenMask, MaskSet, find_masks
 from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
 from .progress import NoProgress, Progress, never
-from .report import REPORT
-from .run import Mode, Run, Summary, prepare_folder
+from .report import REPORT, RESUME
+from .run import Mode, Run, Summary, check_folder, written_folders
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker
@@ -74,7 +77,10 @@ class Job:
         """Segment a video file or a folder of frames, with masks as ``--mask`` gives them."""
         source = open_source(path, self.fps)
         indices = self._indices(source)
-        return self._run(self.out, source, indices, find_masks(mask_specs, source, indices))
+        masks = find_masks(mask_specs, source, indices)
+        inputs = [path, *self._settings_inputs(), *(mask.path for mask in masks if mask.path is not None)]
+        protect_inputs(inputs, written_folders(self.out))  # before a model is made
+        return self._run(self.out, source, indices, masks, inputs)
 
     def dataset(
         self,
@@ -89,14 +95,18 @@ class Job:
         A sequence that cannot be used, or ends early, does not stop the others; the error comes at the end.
         """
         sequences = find_sequences(root, names, resolution)
-        if self.mode == "new":
-            prepare_folder(self.out, "new")
+        inputs = [*self._settings_inputs(), *(Path(name) for name in names if Path(name).is_file())]
+        for sequence in sequences:
+            inputs += [sequence.frames, sequence.masks]
+        folders = [folder for s in sequences for folder in written_folders(self.out / s.name)]
+        protect_inputs([root / "JPEGImages", root / "Annotations", *inputs], [self.out, *folders])
+        self._open_dataset_folder()
         summaries = []
         problems = []
         for sequence in sequences:
             on_sequence(sequence.name, None)
             try:
-                summary = self._sequence(sequence)
+                summary = self._sequence(sequence, inputs)
             except (IncompleteInputError, InputError) as error:
                 problems.append(f"{sequence.name}: {error}")
                 continue
@@ -108,11 +118,27 @@ class Job:
             raise IncompleteInputError(problems[0] + more)
         return summaries
 
-    def _sequence(self, sequence: VideoSequence) -> Summary:
+    def _settings_inputs(self) -> list[Path]:
+        return [path for path in (self.settings.weights, self.settings.checkout) if path is not None]
+
+    def _open_dataset_folder(self) -> None:
+        """Check the folder of the sequences' folders, and make it."""
+        folder = OwnedFolder(self.out, RESUME)
+        if self.mode == "new":
+            check_folder(folder, "new")
+        nearest_folder(self.out)
+        if RunState(folder).exists:
+            raise InputError(f"{self.out} holds a run over one video: choose another --out for a data set")
+        check_result(self.out / REPORT, _is_dataset_report)
+        with disk_errors(str(self.out), RESUME):
+            self.out.mkdir(parents=True, exist_ok=True)
+            folder.remove_parts([""])
+
+    def _sequence(self, sequence: VideoSequence, inputs: Sequence[Path]) -> Summary:
         source = open_source(sequence.frames, self.fps)
         indices = self._indices(source)
         masks = masks_of_sequence(sequence, source, indices)
-        return self._run(self.out / sequence.name, source, indices, masks, only_new_objects=True)
+        return self._run(self.out / sequence.name, source, indices, masks, inputs, only_new_objects=True)
 
     def _indices(self, source: FrameSource) -> range:
         s = self.settings
@@ -124,6 +150,7 @@ class Job:
         source: FrameSource,
         indices: range,
         given: Sequence[GivenMask],
+        inputs: Sequence[Path],
         only_new_objects: bool = False,
     ) -> Summary:
         masks = MaskSet(given, source.size, only_new_objects)
@@ -143,6 +170,7 @@ class Job:
             masks=masks,
             propagation=propagation,
             arguments=self._arguments(source, masks),
+            inputs=inputs,
             outputs=self.outputs,
             progress=self.progress,
             should_stop=self.should_stop,
@@ -196,4 +224,9 @@ class Job:
             s.out.name: {"frames": s.frames, "seconds": s.seconds, "events": s.events} for s in summaries
         }
         report = {"complete": not problems, "problems": problems, "sequences": sequences}
-        write_text(self.out / REPORT, json.dumps(report, indent=1) + "\n")
+        check_result(self.out / REPORT, _is_dataset_report)
+        write_text(self.out / REPORT, json.dumps(report, indent=1) + "\n", advice=RESUME)
+
+
+def _is_dataset_report(content: bytes) -> bool:
+    return is_json_with(content, {"complete", "problems", "sequences"})

@@ -59,10 +59,12 @@ class SegmentedFrame:
 class FrameLoop(Protocol):
     """What a run asks of a loop over a video: its frames, and all that going on later needs.
 
-    device: where it computes. problem: set when the input ended early; one line.
+    device: where it computes. indices: the frame numbers that it processes. problem: set when the input ended early;
+    one line.
     """
 
     device: torch.device
+    indices: range
     problem: str | None
 
     @property

@@ -13,9 +13,10 @@ from vosops.io.errors import InputError
 from vosops.io.labels import davis_palette, labels_of_array, read_labels
 from vosops.io.listing import few, label_maps
 from vosops.io.notes import warn
+from vosops.io.outputs import OwnedFile, complete_or_absent
 from vosops.io.slivers import slivers
 
-from .files import complete_or_absent, sha256
+from .files import sha256
 from .frames import FrameSource, frame_number
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _SMOOTH_EDGES = 4  # so many ids along borders alone are no objects
 _IDS_SHOWN = 3
 
 
-def write_labels(path: Path, labels: Labels, palette: bytes | None) -> None:
+def write_labels(path: Path | OwnedFile, labels: Labels, palette: bytes | None) -> None:
     """Write a (H, W) uint8 label map as a PNG, with a palette or grey; the file is complete or absent."""
     from PIL import Image
 
@@ -39,8 +40,8 @@ def write_labels(path: Path, labels: Labels, palette: bytes | None) -> None:
     if palette is not None:
         image = image.convert("L")
         image.putpalette(palette)
-    with complete_or_absent(path) as part:
-        image.save(part, format="PNG")
+    with complete_or_absent(path) as file:
+        image.save(file, format="PNG")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vosops.io.errors import disk_errors
+from vosops.io.outputs import OwnedFile, append_line, complete_or_absent, text_of
 
-from .files import complete_or_absent
 from .loop import SegmentedFrame
 
 REPORT = "report.json"
+RESUME = "run the same command with --resume"
 LOST_SHARE = 0.01  # an object is lost where it has less than this share of its first given mask's pixels
 _LEAST_CONFIDENT = 5
 _DIGITS = 4
@@ -51,8 +52,8 @@ class Record:
 
     def append(self, frame: FrameRecord) -> None:
         """Add a frame."""
-        with disk_errors(str(self.path)), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(frame)) + "\n")
+        with disk_errors(str(self.path), RESUME):
+            append_line(self.path, json.dumps(asdict(frame)))
 
     @property
     def size(self) -> int:
@@ -66,10 +67,17 @@ class Record:
                 file.truncate(size)
 
     def __iter__(self) -> Iterator[FrameRecord]:
+        return self.up_to(self.size)
+
+    def up_to(self, size: int) -> Iterator[FrameRecord]:
+        """Yield the frames of the first ``size`` bytes."""
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8") as file:
+        with self.path.open("rb") as file:
             for line in file:
+                size -= len(line)
+                if size < 0:
+                    return
                 yield FrameRecord(**json.loads(line))
 
     def in_order(self) -> Iterator[FrameRecord]:
@@ -121,11 +129,13 @@ class Events:
                 self._visible[object_id] = visible
 
 
-def write_report(path: Path, record: Record, first_area: dict[int, int], header: dict[str, Any]) -> list[str]:
+def write_report(
+    path: Path | OwnedFile, record: Record, first_area: dict[int, int], header: dict[str, Any]
+) -> list[str]:
     """Write report.json, a frame a line, and return the texts of its events."""
     events = Events({str(i): area for i, area in first_area.items()})
     totals: dict[str, _Total] = {}
-    with complete_or_absent(path) as part, part.open("w", encoding="utf-8") as out:
+    with complete_or_absent(path) as file, text_of(file) as out:
         out.write("{\n")
         for key, value in header.items():
             out.write(f'"{key}": {json.dumps(value)},\n')

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +18,21 @@ from vosops.io.errors import (
     require,
 )
 from vosops.io.listing import CONTACT_SHEET
+from vosops.io.outputs import STATE_FOLDER, OwnedFolder, is_json_with, nearest_folder
+from vosops.io.protection import protect_inputs
 
-from .checkpoint import CHECKPOINT_EVERY, STATE_FOLDER, RunState
+from .checkpoint import CHECKPOINT_EVERY, RunState
 from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
-from .files import PART_SUFFIX
 from .frames import FrameSource
 from .loop import FrameLoop
 from .masks import LabelMaps, write_labels
 from .progress import NoProgress, Progress, never
-from .report import REPORT, FrameRecord, write_report
+from .report import REPORT, RESUME, FrameRecord, write_report
 from .usage import peak_memory
 
 _MIB = 1 << 20
+_CLOCK_SLACK = 1.0  # seconds between a mask of an old version and the line that records it, at most
+_REPORT_KEYS = {"complete", "arguments", "frames", "events"}
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -55,6 +58,7 @@ class Run:
         masks: The given masks, or what is to be known of label maps without any.
         propagation: The loop.
         arguments: Everything that changes the masks; a resumed run must have the same.
+        inputs: Files and folders that are read, which must not lie where something is written.
         outputs: What else to write; may differ when resuming.
         progress: Is told how it goes.
         should_stop: Asked after each frame; true saves a checkpoint and ends the run.
@@ -65,14 +69,17 @@ class Run:
     masks: LabelMaps
     propagation: FrameLoop
     arguments: dict[str, Any]
+    inputs: Sequence[Path] = ()
     outputs: Outputs = field(default_factory=Outputs)
     progress: Progress = field(default_factory=NoProgress)
     should_stop: Callable[[], bool] = never
 
     def __post_init__(self) -> None:
-        self.state = RunState(self.out)
+        self.folder = OwnedFolder(self.out, RESUME)
+        self.state = RunState(self.folder)
         self._done = 0
         self._seconds = 0.0
+        self._unsynced: list[Path] = []
 
     def execute(self, mode: Mode) -> Summary:
         """Run to the end, or raise a one-line error; everything written by then is complete.
@@ -85,11 +92,19 @@ class Run:
         """
         if self.outputs.overlay:
             require("av")  # before all the work, not after it
+        self._check(mode)
+        with disk_errors(str(self.out), RESUME):
+            self.out.mkdir(parents=True, exist_ok=True)
+        with self.folder.locked():
+            return self._execute(mode)
+
+    def _execute(self, mode: Mode) -> Summary:
+        self._check(mode)  # again, now that no other run can change it
         already_complete = self._open_folder(mode)
         if not already_complete:
             self._propagate()
         DrawingPass(
-            self.out,
+            self.folder,
             self.source,
             self.masks,
             self.state.record,
@@ -99,21 +114,74 @@ class Run:
         ).execute()
         facts = self.state.facts()
         header = {"complete": facts["problem"] is None, **facts, "arguments": self.arguments}
-        events = write_report(self.out / REPORT, self.state.record, self.masks.first_area, header)
+        report = self.folder.file(REPORT)
+        events = write_report(report, self.state.record, self.masks.first_area, header)
         if facts["problem"]:
             raise IncompleteInputError(
                 f"{facts['problem']}. The {facts['frames_done']} frames read until then are in {self.out}"
             )
         return Summary(self.out, facts["frames_done"], facts["seconds"], events, already_complete)
 
+    def _check(self, mode: Mode) -> None:
+        """Refuse what would destroy somebody's file or mix two runs; nothing is touched before."""
+        sheet = CONTACT_SHEET.removesuffix(".png")
+        if self.source.find(sheet) is not None:
+            raise InputError(
+                f"{self.source.title} has a frame {sheet}, whose mask would be {CONTACT_SHEET}: rename it"
+            )
+        protect_inputs(self.inputs, written_folders(self.out))
+        check_folder(self.folder, mode)
+        done: set[str] = set()
+        if mode == "resume" and self.state.exists:
+            self.state.check(self.arguments)
+            done = set(self.state.done())
+        self.folder.check_free(
+            self._to_be_written(done, old=mode == "resume" and self.state.is_of_old_version)
+        )
+
+    def _to_be_written(self, done: set[str], old: bool) -> Iterator[str]:
+        """The files of this run that are there already, and may be somebody else's.
+
+        Args:
+            done: Frames whose masks stay as they are.
+            old: Whether a version that kept no list of its files made them.
+        """
+        fixed = [REPORT, CONTACT_SHEET] + [OVERLAY] * self.outputs.overlay + [COCO] * self.outputs.coco
+        if not old:
+            yield from fixed
+            folders = ["", f"{CUTOUT_FOLDER}/"] if self.outputs.cutout else [""]
+            for folder in folders:
+                yield from (
+                    f"{folder}{name}.png"
+                    for name in self._frames_in(self.out / folder)
+                    if folder or name not in done
+                )
+
+    def _frames_in(self, folder: Path) -> Iterator[str]:
+        """Names of this run's frames that have a PNG, or anything of that name, in a folder."""
+        paths = getattr(self.source, "paths", None)
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return
+        for stem, suffix in map(os.path.splitext, names):
+            index = self.source.find(stem) if suffix == ".png" else None
+            if index is not None and index in self.propagation.indices:
+                if stem == (paths[index].stem if paths else f"{index:07d}"):
+                    yield stem
+
     def _open_folder(self, mode: Mode) -> bool:
         """Prepare the folder and continue where a checkpoint says; return whether every mask is there."""
-        prepare_folder(self.out, mode)
+        self.folder.remove_parts(("", CUTOUT_FOLDER, STATE_FOLDER))
         if mode != "resume" or not self.state.exists:
+            self.folder.remove(self.folder.names())
             self.state.start(self.arguments)
             return False
-        self.state.check(self.arguments)
-        if not self.state.is_complete:
+        if self.state.is_of_old_version:
+            self._adopt_old_version()
+        if self.state.is_complete:
+            self.state.drop_checkpoint()
+        else:
             checkpoint = self.state.load()
             if checkpoint is not None:
                 self.propagation.load_state_dict(checkpoint["propagation"])
@@ -127,6 +195,20 @@ class Run:
             )
         return self.state.is_complete
 
+    def _adopt_old_version(self) -> None:
+        """Note as ours what a run of an old version wrote and nobody changed since it stopped."""
+        record = self.state.record.path
+        with disk_errors(str(self.folder.state), RESUME):
+            self.folder.forget()
+            stopped = record.stat().st_mtime + _CLOCK_SLACK if record.exists() else 0.0
+            for name in self._frames_in(self.out):
+                path = self._mask_path(name)
+                if path.is_file() and path.stat().st_mtime <= stopped:
+                    self.folder.note(f"{name}.png", path)
+            report = self.out / REPORT
+            if report.is_file() and is_json_with(report.read_bytes(), _REPORT_KEYS):
+                self.folder.note(REPORT, report)
+
     def _mask_path(self, name: str) -> Path:
         return self.out / f"{name}.png"
 
@@ -135,14 +217,17 @@ class Run:
         started = time.monotonic() - self._seconds
         try:
             for frame in self.propagation:
-                write_labels(self._mask_path(frame.name), frame.labels.numpy(), self.masks.palette)
+                file = self.folder.file(f"{frame.name}.png")
+                write_labels(file, frame.labels.numpy(), self.masks.palette)
+                self._unsynced.append(file.path)
                 self.state.record.append(FrameRecord.of(frame))
                 self._done += 1
                 self._seconds = time.monotonic() - started
                 self.progress.advance()
                 stop = self.should_stop()
                 if stop or self._done % CHECKPOINT_EVERY == 0:
-                    self.state.save(self.propagation.state_dict(), self._done, self._seconds)
+                    self.state.save(self.propagation.state_dict(), self._done, self._seconds, self._unsynced)
+                    self._unsynced.clear()
                 if stop:
                     raise InterruptedRunError(
                         f"stopped after {self._done} frames; run the same command with --resume to go on"
@@ -159,42 +244,38 @@ class Run:
                 "frames_done": self._done,
                 "seconds": round(self._seconds, 2),
                 "peak_memory_mib": round(peak / _MIB),
-            }
+            },
+            self._unsynced,
         )
 
 
-def prepare_folder(out: Path, mode: Mode) -> None:
-    """Make the output folder, or refuse one that holds anything, or make room in it as ``mode`` says.
+def written_folders(out: Path) -> list[Path]:
+    """The folders that a run into ``out`` writes to."""
+    return [out, out / CUTOUT_FOLDER, out / STATE_FOLDER]
 
-    "new" wants it absent or empty, "resume" wants a run in it (or nothing), "overwrite" deletes what an
-    earlier run wrote, and nothing else.
+
+def check_folder(folder: OwnedFolder, mode: Mode) -> None:
+    """Refuse an output folder that ``mode`` does not suit; changes nothing.
+
+    "new" wants it absent or empty, "resume" wants a run in it (or nothing); of what "overwrite" finds, what earlier
+    runs wrote is deleted, and nothing else.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: give a folder")
-    with disk_errors(str(out)):
-        out.mkdir(parents=True, exist_ok=True)
-    empty = not any(out.iterdir())
-    if mode == "overwrite":
-        with disk_errors(str(out)):
-            _remove_earlier_run(out)
-    elif mode == "new" and not empty:
+    out, state = folder.root, RunState(folder)
+    nearest_folder(out)
+    with disk_errors(str(out), RESUME):
+        found = os.listdir(out) if out.is_dir() else []
+    # A run that died before it wrote its arguments leaves an empty state folder.
+    empty = not found or (found == [STATE_FOLDER] and not state.exists)
+    if mode == "overwrite" and state.is_of_old_version:
+        raise InputError(
+            f"{out} holds a run of an older version of vosops, which kept no list of its files, so that --overwrite "
+            "could not tell them from yours: empty the folder, or choose another --out"
+        )
+    if mode == "new" and not empty:
         raise InputError(
             f"{out} is not empty: continue the run in it with --resume, replace it with --overwrite"
         )
-    elif mode == "resume" and not empty and not RunState(out).exists:
+    if mode == "resume" and not empty and not state.exists:
         raise InputError(
             f"{out} holds no run to resume: choose another --out, or write into it with --overwrite"
         )
-
-
-def _remove_earlier_run(out: Path) -> None:
-    for record in RunState(out).record:
-        (out / f"{record.name}.png").unlink(missing_ok=True)
-        (out / CUTOUT_FOLDER / f"{record.name}.png").unlink(missing_ok=True)
-    for name in (OVERLAY, COCO, CONTACT_SHEET, REPORT):
-        (out / name).unlink(missing_ok=True)
-    for part in [*out.glob(f".*{PART_SUFFIX}"), *(out / CUTOUT_FOLDER).glob(f".*{PART_SUFFIX}")]:
-        part.unlink(missing_ok=True)
-    if (out / CUTOUT_FOLDER).is_dir() and not any((out / CUTOUT_FOLDER).iterdir()):
-        (out / CUTOUT_FOLDER).rmdir()
-    shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)

@@ -8,9 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vosops.io.errors import VosopsError, require
-from vosops.io.names import file_url
-
-from .files import complete_or_absent
+from vosops.io.outputs import OwnedFile, complete_or_absent
 
 if TYPE_CHECKING:
     from .frames import Image
@@ -36,7 +34,7 @@ class VideoWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | OwnedFile,
         size: tuple[int, int],
         rate: Fraction,
         time_base: Fraction,
@@ -52,9 +50,9 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         av: Any = require("av")
         self._file = complete_or_absent(self.path)
-        part = self._file.__enter__()
+        file = self._file.__enter__()
         try:
-            self._container = av.open(file_url(part), "w", format="mp4")
+            self._container = av.open(file, "w", format="mp4")
             self._stream = self._add_stream(av)
         except BaseException as error:
             self._file.__exit__(type(error), error, error.__traceback__)

@@ -39,17 +39,25 @@ class InterruptedRunError(VosopsError):
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn an ``OSError`` raised while writing ``what`` into a one-line :class:`VosopsError`."""
+def disk_errors(what: str, then: str = "run the same command again") -> Iterator[None]:
+    """Turn an ``OSError`` raised while writing ``what`` into a one-line :class:`VosopsError`.
+
+    ``then`` is what to do when the trouble is over.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            advice = "the disk is full; free some space and run the same command with --resume"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "no permission to write there; choose another --out"
+            advice = f"the disk is full; free some space and {then}"
+        elif error.errno == errno.EFBIG:
+            advice = f"it is larger than a file may be here; raise the limit and {then}"
+        elif error.errno == errno.EROFS:
+            advice = "the file system is read-only; choose another place"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            advice = "no permission to write there; choose another place"
         else:
-            advice = f"{error.strerror or error}; mend that and run the same command with --resume"
+            reason = " ".join(str(error.strerror or error).split())
+            advice = f"{reason}; mend that and {then}"
         raise VosopsError(f"cannot write {what}: {advice}") from error
 
 
