@@ -4,9 +4,10 @@
     python benchmarks/make_tables.py        rewrites what lies between the marks
     python benchmarks/make_tables.py --check    exit code 1 if a file is not up to date
 
-A region begins with `<!-- table: KIND NAME -->` and ends with `<!-- end of table -->`. KIND is goals, all or
-brief (NAME: an op), segmentation (NAME: a model, whose page in docs/models has the table), systems (NAME: a network,
-or "all", of benchmarks/bench_systems.py) or models (NAME: objects or classes, that the models of the registry find).
+A region begins with `<!-- table: KIND NAME -->` and ends with `<!-- end of table -->`. KIND is goals or all (NAME: an
+op), headline (NAME: an op, or "all"), segmentation (NAME: a model, whose page in docs/models has the table), systems
+(NAME: a network, or "all", of benchmarks/bench_systems.py) or models (NAME: objects or classes, that the models of the
+registry find).
 """
 
 from __future__ import annotations
@@ -90,10 +91,13 @@ def machine_line(report: Report, op: str) -> str:
         if loads and max(loads) > BUSY_LOAD
         else ""
     )
-    return (
-        f"{facts['processor']}, CPU library {facts['capability']}, torch {facts['torch']}, Python "
-        f"{facts['python']}.{busy} Command: {command}"
-    )
+    return f"{machine_facts(facts)}.{busy} Command: {command}"
+
+
+def machine_facts(machine: Report) -> str:
+    """What figures were measured on: a figure without its machine says nothing."""
+    library, torch_version = machine["capability"], machine["torch"]
+    return f"{machine['processor']}, CPU library {library}, torch {torch_version}, Python {machine['python']}"
 
 
 def planned(case: Plan) -> dict[str, float]:
@@ -157,22 +161,30 @@ def everything(op: str) -> str:
     return "\n\n".join([*parts, machine_line(report, op)])
 
 
-def brief(op: str) -> str:
-    """One row for each case that was measured: vosops, the code of the original, and the best other contender."""
-    report = load(op)
-    author, contenders = ORIGINALS[op]
-    rows = []
-    for case in BENCHMARKS[op].cases:
-        result = results_of(report, case)
-        if result is None:
-            continue
-        ours, *others = result["variants"]
-        original = next((v for v in others if v["name"] in contenders), None)
-        others = [v for v in others if not v["name"].startswith("vosops")] or others
-        best = min(others, key=lambda v: v["median"])
-        rows.append([case.title, cost(ours), cost(original), f"{best['name']}: {cost(best)}"])
-    header = [op, "vosops", f"in the manner of {author}", "best other"]
-    return table(header, rows) + "\n\n" + machine_line(report, op)
+def headline(ops: str) -> str:
+    """One row for each op ("all", or one): its first case that was measured beside the code of the original."""
+    names = list(BENCHMARKS) if ops == "all" else [ops]
+    rows, machines = [], []
+    for op in names:
+        report = load(op)
+        author, contenders = ORIGINALS[op]
+        for result in report["results"]:
+            ours, *others = result["variants"]
+            original = next((v for v in others if v["name"] in contenders), None)
+            if original is None:
+                continue
+            best = min(others, key=lambda v: v["median"])
+            first = f"[`{op}`](docs/ops/{op}.md)"
+            rows.append([first, result["title"], cost(ours), f"{author}: {cost(original)}", other(best)])
+            machines.append(machine_facts(report["machine"]))
+            break
+    header = ["op", "case", "vosops", "in the manner of", "fastest other"]
+    return table(header, rows) + "\n\n" + "; ".join(dict.fromkeys(machines) or [MISSING]) + "."
+
+
+def other(variant: Report) -> str:
+    """A contender by name, and what it costs."""
+    return f"{variant['name']}: {cost(variant)}"
 
 
 def cost(variant: Report | None) -> str:
@@ -247,7 +259,7 @@ KINDS = {
     "models": of_models,
     "goals": goals,
     "all": everything,
-    "brief": brief,
+    "headline": headline,
     "segmentation": segmentation,
     "systems": of_systems,
 }
