@@ -18,6 +18,7 @@ struct FloatElement {
     return V::fma(q, k, sum);
   }
   static typename V::T squared_difference(typename V::T q, typename V::T k) { return (q - k) * (q - k); }
+  static void clear(typename V::T& element, int64_t) { element = 0; }  // its only channel
 };
 
 #if defined(__AVX512BF16__)
@@ -34,6 +35,13 @@ struct Bf16PairElement {
     float element;
     std::memcpy(&element, &bits, 4);
     return element;
+  }
+  // Makes one of its channels zero.
+  static void clear(float& element, int64_t channel) {
+    uint32_t bits;
+    std::memcpy(&bits, &element, 4);
+    bits &= channel == 0 ? 0xffff0000u : 0x0000ffffu;
+    std::memcpy(&element, &bits, 4);
   }
   // Two registers of float32, rounded to nearest even.
   static typename V::Reg round_pair(typename V::Reg low, typename V::Reg high) {

@@ -94,6 +94,18 @@ StridedMatrix transposed(const Tensor& tensor, int64_t n, int64_t object, int64_
   return matrix;
 }
 
+// Zeros in a channel panel of values (positions in elements of F, kKeyPanel) for the positions of bias -inf:
+// weight 0 times what lies there could be NaN.
+template <class F, class T>
+void clear_excluded(const OptionalRow<T>& bias, int64_t begin, int64_t count, T* panel) {
+  if (bias.data == nullptr) return;
+  for (int64_t m = 0; m < count; ++m) {
+    if (bias[begin + m] != -std::numeric_limits<T>::infinity()) continue;
+    T* element = panel + m / F::kChannels * kKeyPanel;
+    for (int64_t j = 0; j < kKeyPanel; ++j) F::clear(element[j], m % F::kChannels);
+  }
+}
+
 template <class V>
 typename V::Reg greater(typename V::Reg a, typename V::Reg b) {
   return a > b ? a : b;
@@ -226,6 +238,7 @@ void read_element(const ScoreInputs& in, const Values& value, int64_t n, Tensor&
             transposed(value.tensor(panel.object), n, value.within(panel.object), begin, memory.count);
         T* target = values.data() + (i - memory.panels()) * kValueStride;
         pack_pixels<F, kKeyPanel>(matrix, panel.first, panel.count, target);
+        clear_excluded<F>(OptionalRow<T>(in.key_bias, n, T{0}), begin, memory.count, target);
         const int64_t used = elements_of<F>(memory.count) * kKeyPanel;
         std::fill(target + used, target + memory.panels() * kKeyPanel / F::kChannels * kKeyPanel, T{0});
       });
@@ -578,6 +591,10 @@ class BackwardElement {
         pack_part<kKeyPanel>(value_, object, channel, count, memory_.begin + position, used,
                              values + before * kKeyPanel);
       });
+      for (int64_t j = 0; j < used; ++j) {
+        if (memory_.shift[position + j] != -std::numeric_limits<T>::infinity()) continue;
+        for (int64_t c = 0; c < last - first; ++c) values[c * kKeyPanel + j] = T{0};
+      }
     });
   }
 

@@ -143,18 +143,20 @@ struct PackedMemory {
     const int64_t first = i * kKeyPanel, used = std::min<int64_t>(kKeyPanel, count - first);
     const StridedMatrix matrix = StridedMatrix::of(in.key, n * in.key.stride(0));
     pack_pixels<E, kKeyPanel>(matrix, begin + first, used, keys(i));
+    const OptionalRow<T> shrinkage(in.shrinkage, n, T{1}), bias(in.key_bias, n, T{0});
+    for (int64_t j = 0; j < kKeyPanel; ++j) {
+      const int64_t m = begin + first + j;
+      const bool is_used = j < used && bias[m] != -std::numeric_limits<T>::infinity();
+      slope[first + j] = is_used ? shrinkage[m] * unit : T{0};
+      factor[first + j] = slope[first + j] * static_cast<T>(in.scale);
+      shift[first + j] = is_used ? bias[m] * unit : -std::numeric_limits<T>::infinity();
+      if (j < used && !is_used)  // an excluded position may hold anything
+        for (int64_t e = 0; e < elements_of<E>(channels); ++e) keys(i)[e * kKeyPanel + j] = T{0};
+    }
     if (in.squares()) {
       const T* plain = keys(i);
       T* squared = keys(i) + channels * kKeyPanel;
       for (int64_t j = 0; j < channels * kKeyPanel; ++j) squared[j] = plain[j] * plain[j];
-    }
-    const OptionalRow<T> shrinkage(in.shrinkage, n, T{1}), bias(in.key_bias, n, T{0});
-    for (int64_t j = 0; j < kKeyPanel; ++j) {
-      const bool is_used = j < used;
-      const int64_t m = begin + first + j;
-      slope[first + j] = is_used ? shrinkage[m] * unit : T{0};
-      factor[first + j] = slope[first + j] * static_cast<T>(in.scale);
-      shift[first + j] = is_used ? bias[m] * unit : -std::numeric_limits<T>::infinity();
     }
   }
 

@@ -44,9 +44,10 @@ void search(const typename E::Lanes::T* lanes, const typename E::Lanes::T* bias,
     memory.score(i, lanes, bias, [&](TileSums<E>& scores) {
       uint32_t reached = 0;
       for (int r = 0; r < kTileRegisters; ++r) {
-        typename V::Reg greatest = scores[0][r];
+        // In this order, from a number on: a comparison with NaN is false and keeps what there was.
+        typename V::Reg greatest = V::set1(-std::numeric_limits<T>::infinity());
 #pragma GCC unroll 16
-        for (int j = 1; j < kKeyPanel; ++j) greatest = greatest > scores[j][r] ? greatest : scores[j][r];
+        for (int j = 0; j < kKeyPanel; ++j) greatest = scores[j][r] > greatest ? scores[j][r] : greatest;
         reached |= lanes_at_least<V>(greatest, V::load(bars + r * V::kLanes));
       }
       if (reached == 0) return;

@@ -104,14 +104,15 @@ def to_labels(
     """Return the (H, W) uint8 label map at ``size`` and the probability (float32) of each pixel's label.
 
     ``probabilities`` is (O+1, h, w), background first. Enlarged bilinearly one object at a time, so the
-    memory is a few (H, W) maps, however many objects there are. Ties go to the first channel.
+    memory is a few (H, W) maps, however many objects there are. Ties go to the first channel. A NaN is no
+    label's probability; where all are NaN the pixel is background, with probability NaN.
     """
     best = resize_probability(probabilities[0], size).clone()
     labels = torch.zeros(size, dtype=torch.uint8, device=probabilities.device)
     for object_id, small in zip(object_ids, probabilities[1:], strict=True):
         probability = resize_probability(small, size)
-        labels.masked_fill_(probability > best, object_id)
-        torch.maximum(best, probability, out=best)
+        labels.masked_fill_((probability > best) | (best.isnan() & ~probability.isnan()), object_id)
+        torch.fmax(best, probability, out=best)  # the one that is a number, where one is NaN
     return labels, best
 
 

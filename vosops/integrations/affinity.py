@@ -284,8 +284,8 @@ class Affinity(Handle):
     def usage(self) -> Tensor:
         """Each position's weights, summed over the queries: (B,M)."""
         if self.chosen is not None:
-            weight = self.chosen.weights.detach()
             index = self.chosen.indices.long().clamp(min=0)
+            weight = torch.where(self.chosen.indices >= 0, self.chosen.weights.detach(), 0)
             return weight.new_zeros(weight.shape[0], self.shape[1]).scatter_add(
                 1, index.flatten(1), weight.flatten(1)
             )

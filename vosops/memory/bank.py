@@ -15,7 +15,7 @@ from vosops.memory.arena import Arena
 from vosops.memory.budget import MemoryBudgetError
 from vosops.memory.frames import Frames, StoredFrame
 from vosops.memory.plan import LONG, WORK, Geometry, Groups, Plan, make_plan
-from vosops.memory.reader import Query, Reader, Rows, View
+from vosops.memory.reader import Query, Reader, Rows, View, defined
 from vosops.memory.settings import MemorySettings
 
 _INT8_MAX = 127
@@ -538,7 +538,7 @@ class MemoryBank:
         if not frames:
             return
         parts = [self._work.rows(i) for i in frames]
-        usage = torch.cat([part.column("usage") / part.column("life") for part in parts])
+        usage = torch.cat([_usage_of(part) for part in parts])
         room = self._arena.capacity(LONG)
         count = min(self.settings.num_prototypes, len(usage), room)
         chosen = torch.sort(usage, descending=True, stable=True).indices[:count]
@@ -562,7 +562,7 @@ class MemoryBank:
             seen = [part for i, part in zip(frames, parts, strict=True) if group in slots[i].groups]
             for o in members:
                 if seen:
-                    (values,) = self._reader.full(query, View((group,), seen, (0,), None), [[o]])
+                    (values,) = self._reader.full(query, View((group,), seen, (0,), None, True), [[o]])
                     values = values[0, 0].T
                     _store(torch.where(sees[:, None], values, 0), prototypes, o)
                 else:
@@ -580,7 +580,7 @@ class MemoryBank:
         if not self.settings.enable_long_term_count_usage or room == 0:
             self._keep_elements(torch.arange(over, self._elements, device=self.device))
             return
-        usage = rows.column("usage") / rows.column("life")
+        usage = _usage_of(rows)
         gone = torch.sort(usage, stable=True).indices[:over]
         keep = usage > usage[gone[-1]]
         if not self.settings.evict_ties:
@@ -634,13 +634,24 @@ def _geometry_of(key: Tensor, value: Tensor, shrinkage: Tensor | None, selection
     return Geometry(size, key.shape[1], value.shape[2], shrinkage is not None, selection is not None)
 
 
+def _usage_of(rows: Rows) -> Tensor:
+    """Usage per read since a row was stored; -1, the least, of rows that are NaN, which torch.sort would put first."""
+    usage = rows.column("usage") / rows.column("life")
+    return usage.masked_fill(~defined(rows, ("key", "shrinkage", "selection")) | usage.isnan(), -1)
+
+
 def _store(values: Tensor, rows: Rows, o: int) -> None:
-    """Write an object's values (rows,Cv); for int8 rounded to 127ths of each row's greatest magnitude."""
+    """Write an object's values (rows,Cv); for int8 rounded to 127ths of each row's greatest magnitude.
+
+    An int8 row with a NaN or an infinity becomes NaN as a whole.
+    """
     target = rows.column(f"value/{o}")
     if target.dtype != torch.int8:
         target.copy_(values)
         return
     low, high = torch.aminmax(values.float(), dim=1)
     scale = torch.maximum(-low, high) / _INT8_MAX
-    rows.column(f"scale/{o}").copy_(scale)
-    target.copy_((values.float() / torch.where(scale > 0, scale, 1)[:, None]).round_())
+    finite = scale.isfinite()
+    rows.column(f"scale/{o}").copy_(torch.where(finite, scale, torch.nan))
+    steps = values.float() / torch.where(scale > 0, scale, 1)[:, None]
+    target.copy_(torch.where(finite[:, None], steps, 0).round_())

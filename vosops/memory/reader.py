@@ -13,6 +13,8 @@ from vosops.memory.arena import Arena
 from vosops.memory.plan import FLOATS, STAGE
 from vosops.ops import MemoryWeights, memory_gather, memory_read, memory_select, merge_reads
 
+_SCORED = ("key", "shrinkage")  # the columns that make a row's score
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,13 +57,21 @@ class Query(NamedTuple):
 class View(NamedTuple):
     """What groups of objects read in one pass: group i all parts from number firsts[i] on.
 
-    mask names the column that says which rows count, for a view of a single group; None: all of them.
+    mask names the column that says which rows count, for a view of a single group; None: all of them. defined: whether
+    a full read of a single group leaves out rows with a NaN, of which one would make all that is read NaN.
     """
 
     groups: tuple[int, ...]
     parts: list[Rows]
     firsts: tuple[int, ...]
     mask: str | None
+    defined: bool = False
+
+
+def defined(rows: Rows, columns: Sequence[str]) -> Tensor:
+    """(rows,) bool: which have no NaN in these columns, of those that there are."""
+    present = [rows.column(name) for name in columns if rows.has(name)]
+    return torch.stack([~column.isnan().view(len(rows), -1).any(1) for column in present]).all(0)
 
 
 class Reader:
@@ -93,7 +103,13 @@ class Reader:
 
         def read(rows: Sequence[Rows]) -> tuple[Tensor, Tensor]:
             values = [self._values(part, some) for part in rows]
-            out, lse = self._read(query, rows, view.mask, values, return_lse=True)
+            wanted: dict[str, Any] = {"return_lse": True}
+            if view.defined:
+                wanted["valid"] = [
+                    defined(part, _SCORED)[None] & ~value.isnan().flatten(1, 2).any(1)
+                    for part, value in zip(rows, values, strict=True)
+                ]
+            out, lse = self._read(query, rows, view.mask, values, **wanted)
             return out, lse
 
         whole = [part for part in parts if self._in_place(part)]
@@ -105,9 +121,10 @@ class Reader:
         return [merged[0]]
 
     def average(self, query: Query, parts: Sequence[Rows], column: str) -> Tensor:
-        """A column of scalars under the softmax over all rows, which must be near -> (1,1,*Q)."""
+        """A column of scalars under the softmax over all rows without a NaN, which must be near -> (1,1,*Q)."""
         values = [part.column(column)[None, None] for part in parts]
-        out: Tensor = self._read(query, parts, None, values)
+        valid = [defined(part, (*_SCORED, column))[None] for part in parts]
+        out: Tensor = self._read(query, parts, None, values, valid=valid)
         return out
 
     def usage(self, query: Query, parts: Sequence[Rows], mask: str | None) -> list[Tensor]:

@@ -205,7 +205,7 @@ def _evict(store: Any, original: Callable[[int], None], max_size: int) -> None:
 
 def _most_used(store: Any, count: int) -> Tensor:
     """A mask (M,) of the most used positions; of each group's values at least one stays."""
-    usage = (store.use_count / store.life_count).flatten()
+    usage = (store.use_count / store.life_count).flatten().nan_to_num(nan=-1.0)  # which topk would take first
     kept = torch.zeros_like(usage, dtype=torch.bool)
     kept[usage.topk(max(1, count)).indices] = True
     for value in store.v:

@@ -67,9 +67,13 @@ def finish_distance(distance: Tensor, bias: Tensor | None, normalize: bool) -> T
     tanh(d / 2) equals FEELVOS' 1 - 2 / (1 + exp(d)), but its derivatives stay finite where exp overflows;
     an infinite distance (no such pixel) gives exactly 1.
     """
-    if bias is not None:
-        distance = distance + bias.to(distance.dtype).view(1, -1, *(1,) * (distance.dim() - 2))
-    return torch.tanh(distance / 2) if normalize else distance
+    if bias is None:
+        return torch.tanh(distance / 2) if normalize else distance
+    undefined = distance.isnan()  # gives the bias no gradient: 0 times NaN would be NaN
+    distance = distance.masked_fill(undefined, 0) + bias.to(distance.dtype).view(
+        -1, *(1,) * (distance.dim() - 2)
+    )
+    return (torch.tanh(distance / 2) if normalize else distance).masked_fill(undefined, torch.nan)
 
 
 def nearest_mean(distance: Tensor, index: Tensor) -> Tensor:

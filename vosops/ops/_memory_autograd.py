@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vosops.ops._memory_scores import softmax_over_memory
+from vosops.ops._memory_scores import softmax_over_memory, without_excluded
 from vosops.ops._registration import Piece, differentiate, dispatched, folding_vmap, register_pieces
 
 
@@ -102,6 +102,7 @@ def _read_gradients(
     """What memory_read_backward computes, in differentiable PyTorch."""
     wide = _wide(key)
     squares = query.shape[1] != key.shape[1]
+    key, value, shrinkage = without_excluded(key, value, shrinkage, key_bias)
     wide_key = key.to(wide)
     keys = torch.cat([wide_key, wide_key.square()], 1) if squares else wide_key
     raw = scale * keys.transpose(1, 2) @ query.to(wide)
@@ -159,7 +160,8 @@ def _backward_select_by(suffix: str) -> Callable[..., Any]:
         grad_raw = grad
         if shrinkage is not None:
             at = index.clamp(min=0).flatten(1)
-            grad_raw = grad * torch.unflatten(shrinkage.gather(1, at), 1, index.shape[1:])
+            chosen = torch.unflatten(shrinkage.gather(1, at), 1, index.shape[1:])
+            grad_raw = grad * torch.where(index >= 0, chosen, 0)
         keys, queries = key.to(wide), query.to(wide)[:, None]
         keys = torch.cat([keys, keys.square()], 1) if query.shape[1] != channels else keys
         raw, grad_keys = backward(queries, grad_raw, index, keys[:, None])
@@ -167,7 +169,10 @@ def _backward_select_by(suffix: str) -> Callable[..., Any]:
         if query_bias is not None:
             raw = raw + query_bias[:, None]
         if query.shape[1] != channels:
-            grad_keys = grad_keys[:, :channels] + 2 * keys[:, :channels] * grad_keys[:, channels:]
+            defined = torch.where(
+                keys[:, :channels].isfinite(), keys[:, :channels], 0
+            )  # others are not chosen
+            grad_keys = grad_keys[:, :channels] + 2 * defined * grad_keys[:, channels:]
         one, empty = torch.ones_like(queries[:, :, :1]), torch.zeros_like(keys[:, None, :1])
 
         def sum_at_positions(vector: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -254,8 +254,7 @@ class Scores:
             key_bias = _part(memory.biases[i], first, last, wide)
             mask = _part(memory.masks[i], first, last, torch.bool)
             if squares:
-                squared = -scale * _squared_length(key, wide)
-                squared = squared if shrinkage is None else squared * shrinkage
+                squared = _length_bias(key, shrinkage, scale, wide)
                 key_bias = squared if key_bias is None else key_bias + squared
             if mask is not None:
                 zero = torch.zeros((), dtype=wide, device=mask.device)
@@ -287,6 +286,17 @@ def softmax_over_memory(scores: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.where(some, total, 1)
     lse = torch.where(some, greatest + total.log(), -torch.inf)
     return exponentials / total, lse.squeeze(1)
+
+
+def without_excluded(
+    key: Tensor, value: Tensor, shrinkage: Tensor | None, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """key (N,C,M), value (N,O,Cv,M) and shrinkage (N,M) with zeros where key_bias is -inf: 0 times NaN is NaN."""
+    if key_bias is None:
+        return key, value, shrinkage
+    excluded = key_bias.detach().isneginf()
+    shrinkage = None if shrinkage is None else shrinkage.masked_fill(excluded, 0)
+    return key.masked_fill(excluded[:, None], 0), value.masked_fill(excluded[:, None, None], 0), shrinkage
 
 
 def check_groups(groups: Any, valid: Any) -> list[Valid | None]:
@@ -431,6 +441,24 @@ def _squared_length(key: Tensor, wide: torch.dtype) -> Tensor:
     starts = range(0, max(key.shape[2], 1), step)
     parts = [key[:, :, i : i + step].to(wide).square().sum(1) for i in starts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _length_bias(key: Tensor, shrinkage: Tensor | None, scale: float, wide: torch.dtype) -> Tensor:
+    """-scale times shrinkage (N,M) times |key|^2; where that is not finite it has no derivative, which would be NaN."""
+
+    def product(key: Tensor, shrinkage: Tensor | None) -> Tensor:
+        squared = -scale * _squared_length(key, wide)
+        return squared if shrinkage is None else squared * shrinkage
+
+    differentiated = key.requires_grad or (shrinkage is not None and shrinkage.requires_grad)
+    if not (differentiated and torch.is_grad_enabled()):
+        return product(key, shrinkage)
+    with torch.no_grad():
+        exact = product(key, shrinkage)
+        finite = exact.isfinite()
+    key = torch.where(finite[:, None], key, 0)
+    shrinkage = None if shrinkage is None else torch.where(finite, shrinkage, 0)
+    return torch.where(finite, product(key, shrinkage), exact)
 
 
 def _fold_batch(values: list[Tensor]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from vosops.ops._memory_scores import (
     checked_number,
     described,
     that_share_scores,
+    without_excluded,
 )
 from vosops.ops._registration import register_op, without_argument
 from vosops.ops.memory_select import (
@@ -260,7 +261,10 @@ def memory_read(
             torch.backends.cuda.matmul.allow_tf32 is on.
 
     A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
-    position reads 0, its lse is -inf. A query pixel that is NaN reads NaN; with top_k a key that is NaN is not chosen.
+    position reads 0, its lse is -inf. A query pixel that is NaN reads NaN and counts in no usage. What lies at
+    positions that `valid` leaves out has no influence; on a GPU a full read copies key and value where that is a mask.
+    With top_k a position whose score is NaN is not chosen, and what is not chosen has no influence and no gradient. A
+    full read multiplies NaN like any number.
 
     Returns:
         (N,Cv,*Q), or (N,O,Cv,*Q), in the value's dtype; with return_usage or return_lse a tuple (out, usage, lse) of
@@ -421,12 +425,13 @@ def _read(
 ) -> list[Read]:
     """The full softmax for each group."""
     members = [scores.members(group) for group in range(len(values))]
+    masked = any(mask is not None for mask in scores.memory.masks)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]
     for i, piece in enumerate(scores.pieces):
         inside = [group for group in range(len(values)) if i in members[group]]
         for alike in _by_kind(inside, values, piece):
             each = [values[group].of(piece) for group in alike]
-            out, lse = _read_piece(kernels, piece, [value for part in each for value in part])
+            out, lse = _read_piece(kernels, piece, [value for part in each for value in part], masked)
             sizes = [values[group].objects for group in alike]
             shares = [out] if len(alike) == 1 else out.split(sizes, 1)  # a split's gradient is a copy
             for group, share in zip(alike, shares, strict=True):
@@ -438,13 +443,23 @@ def _read(
         if return_usage:
             with torch.no_grad():
                 for i in members[group]:
-                    usage[i] = kernels.run("memory_usage", *scores.pieces[i].core, lse)
+                    usage[i] = _usage(kernels, scores.pieces[i], lse)
         results.append((out, usage, lse))
     return results
 
 
+def _usage(kernels: backends.Implementation, piece: Piece, lse: Tensor) -> Tensor:
+    """Each position's weights summed over the queries; a weight that is NaN counts as 0."""
+    query, key, shrinkage, query_bias, *rest = piece.core
+    query = query.masked_fill(query.isnan(), 0)
+    query_bias = None if query_bias is None else query_bias.masked_fill(query_bias.isnan(), 0)
+    lse = lse.masked_fill(lse.isnan(), torch.inf)
+    used: Tensor = kernels.run("memory_usage", query, key, shrinkage, query_bias, *rest, lse)
+    return used.masked_fill(used.isnan(), 0)
+
+
 def _read_piece(
-    kernels: backends.Implementation, piece: Piece, values: list[Tensor]
+    kernels: backends.Implementation, piece: Piece, values: list[Tensor], masked: bool
 ) -> tuple[Tensor, Tensor]:
     """One call of the core, with the values of all objects side by side: copied only where they must be."""
     query, key, *rest = piece.core
@@ -457,6 +472,11 @@ def _read_piece(
             out, lse = torch.ops.vosops.memory_read_list(query, key, values, *rest)
             return out, lse
         value = torch.cat(values, 1) if together is None else together
+    if masked and not (kernels.name == "cpp" and query.device.type == "cpu"):
+        # The kernels of GPUs multiply by 0 what a mask leaves out.
+        shrinkage, query_bias, key_bias, *rest = rest
+        key, value, shrinkage = without_excluded(key, value, shrinkage, key_bias)
+        rest = [shrinkage, query_bias, key_bias, *rest]
     out, lse = kernels.run("memory_read", query, key, value, *rest)
     return out, lse
 

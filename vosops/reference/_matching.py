@@ -21,10 +21,13 @@ def object_masks(mask: Tensor, num_objects: int | None) -> Tensor:
 
 
 def finish_distance(distance: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
-    """FEELVOS' 1 - 2 / (1 + exp(d + bias)) of raw distances d (N,O,...), or d + bias."""
+    """FEELVOS' 1 - 2 / (1 + exp(d + bias)) of raw distances d (N,O,...), or d + bias; NaN gives the bias no gradient."""
+    undefined = distance.isnan()
+    distance = distance.masked_fill(undefined, 0)
     if bias is not None:
         distance = distance + bias.to(distance.dtype).view(-1, *(1,) * (distance.dim() - 2))
-    return 2 * torch.sigmoid(distance) - 1 if normalize else distance
+    distance = 2 * torch.sigmoid(distance) - 1 if normalize else distance
+    return distance.masked_fill(undefined, torch.nan)
 
 
 def nearest_mean(distance: Tensor, index: Tensor) -> Tensor:

@@ -23,14 +23,15 @@ def global_matching_core(
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k = query.to(accumulate).flatten(2), key.to(accumulate).flatten(2)
     usable = k.isfinite().all(1, keepdim=True)
-    k = torch.where(usable, k, 0)
+    matched = q.isfinite().all(1)[:, :, None]
+    q, k = torch.where(matched.transpose(1, 2), q, 0), torch.where(usable, k, 0)
     squared = q.square().sum(1)[:, :, None] + k.square().sum(1)[:, None, :] - 2 * q.transpose(1, 2) @ k
     squared = squared.clamp(min=0)
     allowed = mask.flatten(2) & usable
     kept = min(neighbors, k.shape[2])
     distances, indices = [], []
     for o in range(mask.shape[1]):
-        masked = squared.masked_fill(~allowed[:, o, None, :], torch.inf)
+        masked = squared.masked_fill(~(allowed[:, o, None, :] & matched), torch.inf)
         order = torch.sort(masked.detach(), dim=2, stable=True).indices[:, :, :kept]
         nearest = masked.gather(2, order)
         found = nearest < torch.inf

@@ -27,6 +27,8 @@ def local_matching_core(
     objects = mask.shape[1]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k = query.to(accumulate), key.to(accumulate)
+    matched, usable = (side.isfinite().all(1, keepdim=True) for side in (q, k))
+    q, k, mask = torch.where(matched, q, 0), torch.where(usable, k, 0), mask & usable
     reach = radius[-1] // dilation * dilation
     # best[i]: the best within the ring between radius i - 1 and radius i.
     best = [q.new_full((batch, objects, height, width), torch.inf) for _ in radius]
@@ -43,7 +45,8 @@ def local_matching_core(
             candidate = difference.square().sum(1, keepdim=True)
             ring = next(i for i, r in enumerate(radius) if max(abs(dy), abs(dx)) <= r)
             current = best[ring][:, :, rows, columns]
-            closer = mask[:, :, shifted_rows, shifted_columns] & (candidate < current)
+            allowed = mask[:, :, shifted_rows, shifted_columns] & matched[:, :, rows, columns]
+            closer = allowed & (candidate < current)
             y = torch.arange(shifted_rows.start, shifted_rows.stop, device=query.device)
             x = torch.arange(shifted_columns.start, shifted_columns.stop, device=query.device)
             flat = y[:, None] * width + x
