@@ -236,3 +236,14 @@ class TestResize:
     def test_ties_go_to_the_background(self):
         labels, _ = to_labels(torch.full((3, 4, 4), 1 / 3), [1, 2], (4, 4))
         assert not labels.any()
+
+
+def test_a_nan_is_no_label_s_probability():
+    """Nor does it hide the objects after it: one by one, background, NaN, the later object, nothing."""
+    nan = torch.nan
+    probabilities = torch.tensor([[0.6, nan, 0.1, nan], [nan, 0.2, nan, nan], [0.3, 0.1, 0.7, nan]]).view(
+        3, 1, 4
+    )
+    labels, best = to_labels(probabilities, [5, 9], (1, 4))
+    assert labels.tolist() == [[0, 5, 9, 0]]
+    torch.testing.assert_close(best, torch.tensor([[0.6, 0.2, 0.7, nan]]), equal_nan=True)

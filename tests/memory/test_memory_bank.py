@@ -886,3 +886,68 @@ def test_a_query_pixel_that_is_nan_reads_nan_and_no_other(dtype, top_k, staged):
     other = torch.ones(2, 2, dtype=torch.bool)
     other[1, 0] = False
     torch.testing.assert_close(read[..., other], before[..., other])
+
+
+# ---- Frames with a NaN in them: such a position is never chosen, and spoils no other.
+
+
+def spoiled(frame, places, *names):
+    """The frame with a NaN in one channel of each of these at these places."""
+    frame = dict(frame)
+    for name in names:
+        frame[name] = frame[name].clone()
+        frame[name][..., 0, places[0], places[1]] = torch.nan
+    return frame
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("name", ["key", "shrinkage"])
+def test_a_position_that_is_nan_is_not_chosen(dtype, name):
+    """Reads, and prototypes when frames are condensed, are those of the same frames without it."""
+    place = ([0], [1])
+    options = {"dtype": dtype, "top_k": 3, **LONG_TERM}
+    bank, clean = MemoryBank(**options), MemoryBank(**options)
+    query, selection = query_of()
+    for t in range(9):
+        frame = frame_of([1, 2], t)
+        bank.add(t, **spoiled(frame, place, name, "value"))
+        far = {**frame, "key": frame["key"].clone()}
+        far["key"][..., 0, 1] = 1e3  # nothing chooses this position either
+        clean.add(t, **far)
+        read = bank.read(query, selection)
+        assert read.isfinite().all()
+        if t < 2:
+            torch.testing.assert_close(read, clean.read(query, selection))
+    prototypes = bank._long_rows()
+    assert len(prototypes) and prototypes.column(name).isfinite().all()
+    for o in (1, 2):
+        column = "scale" if dtype == torch.int8 else "value"
+        assert prototypes.column(f"{column}/{o}").isfinite().all()
+
+
+def test_a_query_pixel_that_is_nan_leaves_the_order_of_eviction():
+    """Usage stays a number in both kinds of read, and rows that are NaN go first."""
+    query, selection = query_of()
+    query[0, 1, 0, 0] = torch.nan
+    for top_k in (None, 3):
+        bank = MemoryBank(top_k=top_k, **LONG_TERM)
+        for t in range(9):
+            bank.add(t, **frame_of([1], t))
+            bank.read(query, selection)
+        rows = bank._long_rows()
+        assert len(rows) and rows.column("usage").isfinite().all()
+        rows.column("key")[0] = torch.nan
+        rows.column("usage")[:] = torch.arange(len(rows), 0, -1)  # the first would be the last to go
+        left = len(rows) - 1
+        bank._evict(left)
+        assert len(bank._long_rows()) == left and bank._long_rows().column("key").isfinite().all()
+
+
+def test_an_int8_row_with_a_nan_is_nan_as_a_whole_and_no_other():
+    frame = frame_of([1])
+    frame["value"][0, 0, 2, 0, 1], frame["value"][0, 0, 0, 1, 0] = torch.nan, torch.inf
+    bank = MemoryBank(dtype=torch.int8, top_k=1)
+    bank.add(0, **frame)
+    values = bank.read(frame["key"], frame["selection"])[0, 0]
+    bad = values.isnan()
+    assert bad[:, 0, 1].all() and bad[:, 1, 0].all() and bad.sum() == 2 * len(values)
