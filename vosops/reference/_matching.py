@@ -21,7 +21,7 @@ def object_masks(mask: Tensor, num_objects: int | None) -> Tensor:
 
 
 def finish_distance(distance: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
-    """FEELVOS' 1 - 2 / (1 + exp(d + bias)) of raw distances d (N,O,...), or d + bias; NaN gives the bias no gradient."""
+    """FEELVOS' 1 - 2 / (1 + exp(d + bias)) of raw distances d (N,O,...), or d + bias; NaN stays, without gradient."""
     undefined = distance.isnan()
     distance = distance.masked_fill(undefined, 0)
     if bias is not None:

@@ -35,15 +35,15 @@ def memory_scores(
 
 
 def without_excluded(
-    key: Tensor, shrinkage: Tensor | None, key_bias: Tensor | None, *values: Tensor
-) -> tuple[Tensor | None, ...]:
+    key: Tensor, shrinkage: Tensor | None, key_bias: Tensor | None, values: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """key, shrinkage and values (N,O,Cv,M) with zeros where key_bias is -inf: what lies there, NaN too, is not read."""
     if key_bias is None:
-        return key, shrinkage, *values
+        return key, shrinkage, list(values)
     excluded = key_bias.detach().isneginf()
-    key = key.masked_fill(excluded[:, None], 0)
     shrinkage = None if shrinkage is None else shrinkage.masked_fill(excluded, 0)
-    return key, shrinkage, *(value.masked_fill(excluded[:, None, None], 0) for value in values)
+    cleared = [value.masked_fill(excluded[:, None, None], 0) for value in values]
+    return key.masked_fill(excluded[:, None], 0), shrinkage, cleared
 
 
 def scores_at(
@@ -119,7 +119,7 @@ def memory_read_core(
 
     A position whose key_bias is -inf is not read: its key, shrinkage and value may be anything.
     """
-    key, shrinkage, value = without_excluded(key, shrinkage, key_bias, value)
+    key, shrinkage, (value,) = without_excluded(key, shrinkage, key_bias, [value])
     weights, lse = softmax_over_memory(memory_scores(query, key, shrinkage, query_bias, key_bias, scale))
     out = value.to(weights.dtype) @ weights[:, None]
     return out.to(value.dtype), lse
@@ -135,7 +135,7 @@ def memory_usage_core(
     lse: Tensor,
 ) -> Tensor:
     """Sum over the queries of each memory position's weight exp(score - lse) -> (N,M)."""
-    key, shrinkage = without_excluded(key, shrinkage, key_bias)
+    key, shrinkage, _ = without_excluded(key, shrinkage, key_bias)
     scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
     lse = torch.where(lse.isneginf(), torch.inf, lse)
     return torch.exp(scores - lse[:, None, :]).sum(2)
@@ -189,7 +189,7 @@ def memory_read_prior_core(
     top_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The read with KMN's Gaussian: out (N,O,Cv,P) of the values (N,.,Cv,M) of all objects, usage (N,M), lse (N,P)."""
-    key, shrinkage, *values = without_excluded(key, shrinkage, key_bias, *values)
+    key, shrinkage, values = without_excluded(key, shrinkage, key_bias, values)
     scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
     scores = scores + gaussian_prior(scores, size, prior)
     if top_k is not None:
