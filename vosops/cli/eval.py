@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vosops.cli.output import BAD_INPUT, check_file, refuse, write_json
+from vosops.io.listing import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vosops.metrics import Report, SemanticReport
+    from vosops.metrics import Problem, Report, SemanticReport
 
 HEADINGS = {
     "J&F-Mean": "J&F",
@@ -89,6 +90,9 @@ def evaluate(
 
     --task semantic scores label maps of classes: IoU per class, mIoU and pixel accuracy over all frames that have
     a truth, as Cityscapes does.
+
+    A sequence that cannot be scored is named with the reason, the means are over the others, and the exit code is 1.
+    It is 2 where nothing can be scored.
     """
     from vosops import metrics
     from vosops.io.errors import VosopsError
@@ -114,35 +118,48 @@ def evaluate(
     try:
         report = score(predictions, ground_truth, sequences=sequences or None, jobs=jobs, **chosen)
     except VosopsError as error:
-        refuse("eval", str(error), error.exit_code)
+        refuse("eval", shown(str(error)), error.exit_code)
     except (ValueError, OSError) as error:
-        refuse("eval", str(error), BAD_INPUT)
+        refuse("eval", shown(str(error)), BAD_INPUT)
     if as_csv:
         show_csv(report)
     else:
         from rich.console import Console
 
-        Console().print(show(report))
+        console = Console()
+        console.print(show(report))
+        if report.problems:
+            console.print(problem_table(report.problems))
     if json_file is not None:
         write_json("eval", json_file, report.to_dict())
+    if report.problems:
+        failed, scored = len(report.problems), len(report.sequences)
+        refuse(
+            "eval",
+            f"{failed} of {failed + scored} sequences cannot be scored; the means are over "
+            f"{'the other one' if scored == 1 else f'the other {scored}'}",
+        )
 
 
 def print_csv(report: Report) -> None:
-    """Writes one row per object, then the means over all objects, to the standard output."""
+    """Write one row per object or sequence that cannot be scored, then the means over all objects scored."""
     total: dict[str, str | int | float] = {"sequence": "all", "object": "", **report.summary()}
-    write_rows(["sequence", "object", *COLUMNS], [*report.table(), total])
+    rows = [{**row, "sequence": shown(str(row["sequence"]))} for row in report.table()]
+    broken = [{"sequence": shown(p.sequence), "problem": shown(p.reason)} for p in report.problems]
+    write_rows(["sequence", "object", *COLUMNS, "problem"], [*rows, *broken, total])
 
 
 def print_class_csv(report: SemanticReport) -> None:
-    """Writes one row per class, then mIoU and the others over all, to the standard output."""
+    """Write one row per class, one per sequence that cannot be scored, then mIoU and the others over the rest."""
     totals: list[dict[str, str | int | float]] = [
         {"class": "all", "name": name, "IoU": value} for name, value in report.summary().items()
     ]
-    write_rows(["class", "name", "IoU", "pixels"], [*report.table(), *totals])
+    broken = [{"name": shown(p.sequence), "problem": shown(p.reason)} for p in report.problems]
+    write_rows(["class", "name", "IoU", "pixels", "problem"], [*report.table(), *broken, *totals])
 
 
-def write_rows(columns: list[str], rows: list[dict[str, str | int | float]]) -> None:
-    """Writes rows as CSV to the standard output."""
+def write_rows(columns: list[str], rows: Sequence[Mapping[str, str | int | float]]) -> None:
+    """Write rows as CSV to the standard output."""
     writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
@@ -153,6 +170,7 @@ def table(report: Report) -> Table:
     """One row per object; a row of means under each sequence of several objects, and one under all."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     result.add_column("sequence", overflow="fold")
@@ -166,12 +184,26 @@ def table(report: Report) -> Table:
     for name in report.sequences:
         scores = report.objects_of(name)
         for score in scores:
-            result.add_row(name, str(score.object_id), *cells(score.row()))
+            result.add_row(Text(shown(name)), str(score.object_id), *cells(score.row()))
         if len(scores) > 1:
-            result.add_row(name, "mean", *cells(report.summary(name)), style="bold")
+            result.add_row(Text(shown(name)), "mean", *cells(report.summary(name)), style="bold")
     if len(report.objects) > 1:
         result.add_section()
         result.add_row("all", f"{len(report.objects)}", *cells(report.summary()), style="bold")
+    return result
+
+
+def problem_table(problems: Sequence[Problem]) -> Table:
+    """One row per sequence that cannot be scored, with the reason."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("not scored", overflow="fold")
+    result.add_column("why", overflow="fold")
+    for problem in problems:
+        result.add_row(Text(shown(problem.sequence)), Text(shown(problem.reason)))
     return result
 
 
@@ -179,6 +211,7 @@ def class_table(report: SemanticReport) -> Table:
     """One row per class that occurs, the means over all, and those of each sequence where there are several."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     result.add_column("class", overflow="fold")
@@ -188,9 +221,9 @@ def class_table(report: SemanticReport) -> Table:
         result.add_row(str(row["name"]), f"{row['IoU']:.3f}", str(row["pixels"]))
     summaries = {"": report.summary()}
     if len(report.sequences) > 1:
-        summaries |= {f"{counts.name}: ": report.summary(counts.name) for counts in report.sequences}
+        summaries |= {f"{shown(counts.name)}: ": report.summary(counts.name) for counts in report.sequences}
     for title, summary in summaries.items():
         result.add_section()
         for name, value in summary.items():
-            result.add_row(title + name, f"{value:.3f}", style="" if title else "bold")
+            result.add_row(Text(title + name), f"{value:.3f}", style="" if title else "bold")
     return result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from vosops.io.annotations import VOID, annotation_style, values_of
 from vosops.io.errors import InputError
+from vosops.io.labels import read_labels
 from vosops.io.listing import IMAGE_SUFFIXES, chosen_names, few, label_maps, subfolders
 
 from .files import sha256
@@ -52,8 +54,8 @@ def find_sequences(
 ) -> list[VideoSequence]:
     """Return the sequences of a data set that have a mask, by name.
 
-    DAVIS has ``JPEGImages/<resolution>/SEQ`` and masks of every frame, of which only the first is given to
-    the model; YouTube-VOS has ``JPEGImages/SEQ`` and masks of the frames where objects appear.
+    DAVIS has ``JPEGImages/<resolution>/SEQ`` and masks of every frame, of which only the first that shows an
+    object is given to the model; YouTube-VOS has ``JPEGImages/SEQ`` and masks of the frames where objects appear.
 
     Args:
         root: The data set.
@@ -89,14 +91,44 @@ def find_sequences(
 def masks_of_sequence(
     sequence: VideoSequence, source: FrameSource, indices: Sequence[int]
 ) -> list[GivenMask]:
-    """Return the masks that the benchmark's protocol gives to the model."""
+    """Return the masks that the benchmark's protocol gives to the model.
+
+    Where that is one, it is the first that shows an object. Whether 255 is an object or void is decided over all
+    masks of the sequence, those of frames that are not processed too.
+    """
+    masks = label_maps(sequence.masks)
     found = []
-    for name, path in label_maps(sequence.masks).items():
+    for name, path in masks.items():
         frame = source.find(name)
         if frame is not None and frame in indices:
-            found.append(GivenMask(frame, str(path), sha256(path), path=path))
-            if sequence.first_mask_only:
-                break
+            found.append((frame, path))
     if not found:
         raise InputError(f"{sequence.masks} holds no mask of a frame that is processed")
-    return found
+    if sequence.first_mask_only:
+        found = [_first_object(sequence, found, masks.values())]
+    return [GivenMask(frame, str(path), sha256(path), path=path) for frame, path in found]
+
+
+def _first_object(
+    sequence: VideoSequence, found: Sequence[tuple[int, Path]], all_masks: Iterable[Path]
+) -> tuple[int, Path]:
+    """The first of the frames and masks that shows an object."""
+    known: dict[Path, set[int]] = {}
+
+    def values(path: Path) -> set[int]:
+        if path not in known:
+            known[path] = values_of(read_labels(path)[0])
+        return known[path]
+
+    def readable() -> Iterator[tuple[Path, set[int]]]:
+        for path in all_masks:
+            try:
+                yield path, values(path)
+            except InputError:
+                continue  # it stops the sequence only if it comes before the first object
+
+    binary = annotation_style(readable()).binary
+    for frame, path in found:
+        if values(path) - (set() if binary else {VOID}):
+            return frame, path
+    raise InputError(f"no mask in {sequence.masks} of a frame that is processed shows an object")

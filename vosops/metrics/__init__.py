@@ -17,13 +17,14 @@ from vosops.metrics.davis import (
     region_similarity,
     statistics,
 )
-from vosops.metrics.files import EvaluationError
+from vosops.metrics.files import EvaluationError, Problem
 from vosops.metrics.folders import Report, evaluate
 
 __all__ = [
     "Consistency",
     "EvaluationError",
     "ObjectScore",
+    "Problem",
     "Report",
     "SemanticReport",
     "SequenceCounts",

@@ -18,14 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vosops.inference.cityscapes import CITYSCAPES, LAST_LABEL_ID
-from vosops.io.listing import few
+from vosops.io.listing import few, shown
 from vosops.metrics.davis import IGNORED, Mask
 from vosops.metrics.files import (
     EvaluationError,
     Labels,
+    Problem,
+    SequenceFolders,
+    by_sequence,
+    check_any_scored,
     check_complete,
     find_sequences,
-    in_threads,
     pngs,
     read_pair,
 )
@@ -172,11 +175,15 @@ class SequenceCounts:
 
 @dataclass(frozen=True)
 class SemanticReport:
-    """The scores of all classes over all sequences."""
+    """The scores of all classes over all sequences that could be scored, and why the others could not.
+
+    All values are of what was scored: see `problems` before comparing them with others.
+    """
 
     sequences: tuple[SequenceCounts, ...]
     class_names: tuple[str, ...]
     protocol: dict[str, Any] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
 
     @property
     def matrix(self) -> Matrix:
@@ -229,6 +236,7 @@ class SemanticReport:
                 }
                 for counts in self.sequences
             },
+            "problems": {problem.sequence: problem.reason for problem in self.problems},
         }
 
 
@@ -246,14 +254,16 @@ def evaluate_semantic(
 
     The truth may be given for some frames only, such as one of 30: it says which frames count, the first and the
     last among them. Pixels of 255 in it count nowhere, and a class that occurs neither in it nor in the
-    predictions is left out of the mean.
+    predictions is left out of the mean. A sequence that cannot be scored (predictions missing or of another size, an
+    unreadable file, a label outside the classes) is in the report's `problems`, and counts for nothing.
 
     Args:
         predictions: folder with a folder of PNGs per sequence, or the PNGs of one: classes from 0 to
             `num_classes` - 1, named like the truth, as `vosops semantic` writes them; 255 is always wrong.
         ground_truth: the same, or a split of Cityscapes (`gtFine/val`), whose cities are the sequences:
             `X_gtFine_labelTrainIds.png`, else `X_gtFine_labelIds.png`, is the truth of `X_leftImg8bit.png` or `X.png`.
-        sequences: names to score; default all of ground_truth.
+        sequences: names to score, or text files of names (`vosops.io.listing.chosen_names`); default all of
+            ground_truth.
         num_classes: K, from 2 to 255.
         ids: "train" where the truth holds classes as the predictions do, "label" where it holds Cityscapes' label
             ids (0 to 33, of which 19 are classes and the others ignored). Default: what the files' names say, else
@@ -263,8 +273,8 @@ def evaluate_semantic(
         jobs: threads; default one per core.
 
     Raises:
-        EvaluationError: a folder is not what it must be, predictions are missing or of the wrong size, a label is
-            outside the classes, or no window of consecutive frames has a truth.
+        EvaluationError: a folder is not what it must be, no sequence can be scored, or no window of consecutive
+            frames has a truth.
         ValueError: `num_classes`, `ids` or `consistency` is out of range.
     """
     if not 1 < num_classes < _VALUES:
@@ -275,30 +285,39 @@ def evaluate_semantic(
         raise ValueError(f"ids: label ids are Cityscapes', of {len(CITYSCAPES)} classes; got {num_classes}")
     if consistency is not None and consistency < 2:
         raise ValueError(f"consistency: expected 2 frames or more; got {consistency}")
-    pairs = find_sequences(Path(predictions), Path(ground_truth), sequences)
-    plans = [_plan(name, predicted, true, num_classes, ids) for name, predicted, true in pairs]
+    found = find_sequences(Path(predictions), Path(ground_truth), sequences)
+    planned = by_sequence(jobs, lambda folders: _plan(folders, num_classes, ids), [[f] for f in found])
+    plans = [plan if isinstance(plan, EvaluationError) else plan[0] for plan in planned]
     tasks = [
-        (index, run, consistency)
-        for index, plan in enumerate(plans)
-        for run in (plan.runs() if consistency else plan.chunks())
+        []
+        if isinstance(plan, EvaluationError)
+        else [(plan, run) for run in (plan.runs() if consistency else plan.chunks())]
+        for plan in plans
     ]
-    counted = in_threads(jobs, lambda task: _score(plans[task[0]], *task[1:]), tasks)
-    results = []
-    for index, plan in enumerate(plans):
-        parts = [part for task, part in zip(tasks, counted, strict=True) if task[0] == index]
+    counted = by_sequence(jobs, lambda task: _score(*task, consistency), tasks)
+    results: list[SequenceCounts] = []
+    problems: list[Problem] = []
+    for folders, plan, parts in zip(found, plans, counted, strict=True):
+        if isinstance(plan, EvaluationError) or isinstance(parts, EvaluationError):
+            error = plan if isinstance(plan, EvaluationError) else parts
+            problems.append(Problem(folders.name, str(error)))
+            continue
         matrix = np.sum([matrix for matrix, _ in parts], axis=0)
-        shares = tuple(share for _, found in parts for share in found)
+        shares = tuple(share for _, windows in parts for share in windows)
         results.append(SequenceCounts(plan.name, len(plan.frames), matrix, shares))
+    check_any_scored(problems, len(results))
     if consistency is not None and not any(counts.consistency for counts in results):
-        raise EvaluationError(f"{ground_truth}: no {consistency} consecutive frames have a ground truth")
+        raise EvaluationError(
+            f"{shown(ground_truth)}: no {consistency} consecutive frames have a ground truth"
+        )
     names = tuple(CITYSCAPES) if num_classes == len(CITYSCAPES) else tuple(map(str, range(num_classes)))
     protocol = {
         "task": "semantic",
         "classes": num_classes,
-        "ids": sorted({plan.ids for plan in plans}),
+        "ids": sorted({plan.ids for plan in plans if not isinstance(plan, EvaluationError)}),
         "consistency": consistency,
     }
-    return SemanticReport(tuple(results), names, protocol)
+    return SemanticReport(tuple(results), names, protocol, tuple(problems))
 
 
 @dataclass(frozen=True)
@@ -330,13 +349,14 @@ class _Plan:
         return [self.frames[i:j] for i, j in zip(breaks, [*breaks[1:], len(self.frames)], strict=True)]
 
 
-def _plan(name: str, predictions: Path, ground_truth: Path, num_classes: int, ids: Ids | None) -> _Plan:
-    true, ids = _truth(pngs(ground_truth), ids, num_classes)
-    predicted = {stem.removesuffix(_FRAME_ENDING): file for stem, file in pngs(predictions).items()}
-    check_complete(predictions, predicted, true)
+def _plan(folders: SequenceFolders, num_classes: int, ids: Ids | None) -> _Plan:
+    true, ids = _truth(pngs(folders.ground_truth), ids, num_classes)
+    predictions = pngs(folders.predictions)
+    predicted = {stem.removesuffix(_FRAME_ENDING): file for stem, file in predictions.items()}
+    check_complete(folders.predictions, predicted, true)
     places = {stem: place for place, stem in enumerate(predicted)}
     frames = tuple(_Frame(places[stem], predicted[stem], file) for stem, file in true.items())
-    return _Plan(name, frames, num_classes, ids)
+    return _Plan(folders.name, frames, num_classes, ids)
 
 
 def _truth(files: dict[str, Path], ids: Ids | None, num_classes: int) -> tuple[dict[str, Path], Ids]:
@@ -370,7 +390,7 @@ def _score(plan: _Plan, frames: Sequence[_Frame], window: int | None) -> tuple[M
         except ValueError as error:
             name, _, reason = str(error).partition(": ")
             file = frame.prediction if name == "prediction" else frame.ground_truth
-            raise EvaluationError(f"{file}: {reason}{_hint(name, true, plan)}") from None
+            raise EvaluationError(f"{shown(file)}: {reason}{_hint(name, true, plan)}") from None
         share = consistency.add(predicted, true) if consistency is not None else None
         if share is not None:
             shares.append(share)
@@ -391,7 +411,7 @@ def _train_ids(labels: Labels, file: Path) -> Labels:
     if strange:
         found = few([str(label) for label in strange])
         raise EvaluationError(
-            f"{file}: expected label ids from 0 to {LAST_LABEL_ID} or {IGNORED}; got {found}"
+            f"{shown(file)}: expected label ids from 0 to {LAST_LABEL_ID} or {IGNORED}; got {found}"
         )
     table = np.full(_VALUES, IGNORED, dtype=np.uint8)
     for number, kind in enumerate(CITYSCAPES.values()):

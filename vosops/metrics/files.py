@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from vosops.io.errors import InputError
 from vosops.io.labels import read_labels
-from vosops.io.listing import chosen_names, few, label_maps, subfolders
+from vosops.io.listing import chosen_names, few, label_maps, shown, subfolders
 
 Labels = NDArray[np.uint8]
 """A label map (H, W)."""
@@ -26,49 +28,110 @@ class EvaluationError(InputError, ValueError):
     """What is wrong with the folders, in one line."""
 
 
+@dataclass(frozen=True)
+class SequenceFolders:
+    """One sequence to score: its name, the folder of its predictions and that of its truth."""
+
+    name: str
+    predictions: Path
+    ground_truth: Path
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sequence that could not be scored, and why, in one line."""
+
+    sequence: str
+    reason: str
+
+
 def find_sequences(
     predictions: Path, ground_truth: Path, names: Sequence[str] | None
-) -> list[tuple[str, Path, Path]]:
-    """Name, folder of predictions and folder of truth of each sequence to score."""
+) -> list[SequenceFolders]:
+    """Return the sequences to score, each with the folder where its predictions should be.
+
+    Raises:
+        EvaluationError: There is no truth, a name is unknown, or there are no predictions at all.
+    """
     for folder in (predictions, ground_truth):
         if not folder.is_dir():
-            raise EvaluationError(f"{folder}: no such folder")
+            what = "is a file; give a folder of masks" if folder.exists() else "no such folder"
+            raise EvaluationError(f"{shown(folder)}: {what}")
     if pngs(ground_truth):
         name = ground_truth.resolve().name
+        _chosen(names, [name], ground_truth)
         nested = predictions / name
-        return [(name, nested if pngs(nested) else predictions, ground_truth)]
+        return [SequenceFolders(name, nested if _holds_masks(nested) else predictions, ground_truth)]
     root = sequence_root(ground_truth)
-    found = [folder.name for folder in subfolders(root) if pngs(folder)]
+    found = [folder.name for folder in subfolders(root) if _holds_masks(folder)]
     if not found:
-        raise EvaluationError(f"{ground_truth}: holds neither PNG masks nor folders of them")
-    if names is not None:
-        chosen = chosen_names(names, found, "--sequences")
-        absent = [name for name in chosen if name not in found]
-        if absent:
-            raise EvaluationError(f"{root}: no ground truth for {few(absent)}; there is {few(found)}")
-        found = chosen
-    if len(found) == 1 and pngs(predictions) and not pngs(predictions / found[0]):
-        return [(found[0], predictions, root / found[0])]
-    absent = [name for name in found if not pngs(predictions / name)]
-    if absent:
-        have = "" if len(absent) == len(found) else "; --sequences scores the others"
-        raise EvaluationError(f"{predictions}: no predictions for {few(absent)}{have}")
-    return [(name, predictions / name, root / name) for name in found]
+        raise EvaluationError(
+            f"{shown(ground_truth)}: holds neither PNG masks nor folders of them{_resolutions(ground_truth)}"
+        )
+    found = _chosen(names, found, root)
+    flat = bool(pngs(predictions))
+    if len(found) == 1 and flat and not _holds_masks(predictions / found[0]):
+        return [SequenceFolders(found[0], predictions, root / found[0])]
+    if not any(_holds_masks(predictions / name) for name in found):
+        hint = ""
+        if flat:
+            hint = (
+                f"; it holds masks itself, but the truth has {len(found)} sequences: --sequences says which"
+            )
+        elif sequence_root(predictions) != predictions:
+            hint = "; it is the root of a data set: predictions come first, the truth second"
+        raise EvaluationError(f"{shown(predictions)}: no predictions for {few(found)}{hint}")
+    return [SequenceFolders(name, predictions / name, root / name) for name in found]
+
+
+def _chosen(names: Sequence[str] | None, known: list[str], root: Path) -> list[str]:
+    """The sequences that `names` choose of the known ones; all for None."""
+    if names is None:
+        return known
+    try:
+        chosen = chosen_names(names, known, "--sequences")
+    except InputError as error:
+        raise EvaluationError(str(error)) from None
+    absent = [name for name in chosen if name not in known]
+    if absent or not chosen:
+        asked = few(absent) if absent else "no name"
+        raise EvaluationError(f"{shown(root)}: no ground truth for {asked}; there is {few(known)}")
+    return chosen
 
 
 def sequence_root(root: Path) -> Path:
     """The folder of the sequences: `root` itself, `root/Annotations`, or one resolution in that."""
     for folder in (root / "Annotations" / "480p", root / "Annotations", root):
-        if folder.is_dir() and any(pngs(child) for child in subfolders(folder)):
+        if folder.is_dir() and any(_holds_masks(child) for child in subfolders(folder)):
             return folder
     annotations = root / "Annotations"
     resolutions = subfolders(annotations) if annotations.is_dir() else []
     return resolutions[0] if len(resolutions) == 1 else root
 
 
+def _resolutions(root: Path) -> str:
+    """What to say where a data set has several resolutions, none of which is 480p."""
+    annotations = root / "Annotations"
+    found = [folder.name for folder in subfolders(annotations)] if annotations.is_dir() else []
+    return f"; give one of the folders in {shown(annotations)}: {few(found)}" if len(found) > 1 else ""
+
+
+def _holds_masks(folder: Path) -> bool:
+    """Whether a folder is one of label maps, be they usable or not: whoever opens it says what is wrong."""
+    try:
+        return bool(pngs(folder))
+    except EvaluationError:
+        return True
+
+
 def pngs(folder: Path) -> dict[str, Path]:
     """The label maps in a folder by their stems, in natural order; empty where it is no folder."""
-    return label_maps(folder) if folder.is_dir() else {}
+    if not (folder.is_dir() or folder.is_symlink()):
+        return {}
+    try:
+        return label_maps(folder)
+    except InputError as error:
+        raise EvaluationError(str(error)) from None
 
 
 def read(path: Path) -> Labels:
@@ -84,15 +147,74 @@ def read_pair(prediction: Path, ground_truth: Path) -> tuple[Labels, Labels]:
     predicted, true = read(prediction), read(ground_truth)
     if predicted.shape != true.shape:
         expected, got = (f"{width}x{height}" for height, width in (true.shape, predicted.shape))
-        raise EvaluationError(f"{prediction}: expected {expected} pixels as in the ground truth; got {got}")
+        raise EvaluationError(
+            f"{shown(prediction)}: expected {expected} pixels as in the ground truth; got {got}"
+        )
     return predicted, true
 
 
 def check_complete(folder: Path, predictions: Mapping[str, Path], frames: Iterable[str]) -> None:
     """Refuses predictions that lack one of the frames."""
-    absent = sorted(set(frames) - set(predictions))
+    wanted = list(frames)
+    absent = [name for name in wanted if name not in predictions]
+    if not predictions:
+        raise EvaluationError(f"{shown(folder)}: no predictions")
     if absent:
-        raise EvaluationError(f"{folder}: no prediction for frame {few(absent)}")
+        hint = _naming_hint(absent, wanted, predictions)
+        raise EvaluationError(f"{shown(folder)}: no prediction for frame {few(absent)}{hint}")
+
+
+def _naming_hint(absent: Sequence[str], wanted: Sequence[str], predictions: Collection[str]) -> str:
+    """What to say where the predictions are there, under other names."""
+    if len(absent) < len(wanted):
+        return ""
+    theirs, ours = next(iter(predictions)), absent[0]
+    hint = f"; predictions are named like {shown(theirs)}.png, the truth like {shown(ours)}.png"
+    numbers = {int(name) for name in predictions if name.isdecimal()}
+    if all(name.isdecimal() and int(name) in numbers for name in absent):
+        hint += ": rename them, only the number of digits differs"
+    return hint
+
+
+def by_sequence(
+    jobs: int | None, work: Callable[[Item], Result], sequences: Sequence[Sequence[Item]]
+) -> list[list[Result] | EvaluationError]:
+    """What `work` makes of each item of each sequence, in order; of a sequence that fails, its first item's error.
+
+    An error stops the rest of its sequence alone. jobs: threads; None: one per core.
+    """
+    failed: dict[int, int] = {}
+    lock = Lock()
+
+    def attempt(task: tuple[int, int, Item]) -> Result | EvaluationError | None:
+        sequence, place, item = task
+        if failed.get(sequence, place) < place:
+            return None
+        try:
+            return work(item)
+        except EvaluationError as error:
+            with lock:
+                failed[sequence] = min(place, failed.get(sequence, place))
+            return error
+
+    tasks = [(i, place, item) for i, items in enumerate(sequences) for place, item in enumerate(items)]
+    results: list[list[Result] | EvaluationError] = [[] for _ in sequences]
+    for (sequence, _, _), result in zip(tasks, in_threads(jobs, attempt, tasks), strict=True):
+        so_far = results[sequence]
+        if isinstance(so_far, EvaluationError):
+            continue
+        if isinstance(result, EvaluationError):
+            results[sequence] = result
+        elif result is not None:
+            so_far.append(result)
+    return results
+
+
+def check_any_scored(problems: Sequence[Problem], scored: int) -> None:
+    """Raises the first problem where nothing could be scored."""
+    if not scored:
+        more = f" (and {len(problems) - 1} more sequences)" if len(problems) > 1 else ""
+        raise EvaluationError(problems[0].reason + more)
 
 
 def in_threads(jobs: int | None, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

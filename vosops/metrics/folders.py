@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vosops.io.listing import few
+from vosops.io.annotations import annotation_style, values_of
+from vosops.io.listing import few, shown
 from vosops.metrics.davis import IGNORED, ObjectScore, compare_masks, scored_frames
 from vosops.metrics.files import (
     EvaluationError,
+    Problem,
+    SequenceFolders,
+    by_sequence,
+    check_any_scored,
     check_complete,
     find_sequences,
-    in_threads,
     pngs,
     read,
     read_pair,
@@ -30,14 +33,18 @@ MERGED_OBJECT = 1
 
 @dataclass(frozen=True)
 class Report:
-    """The scores of all objects of all sequences."""
+    """The scores of all objects of all sequences that could be scored, and why the others could not.
+
+    All means are over what was scored: see `problems` before comparing them with others.
+    """
 
     objects: tuple[ObjectScore, ...]
     protocol: dict[str, Any] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
 
     @property
     def sequences(self) -> tuple[str, ...]:
-        """The names of the sequences, in order."""
+        """The names of the sequences that were scored, in order."""
         return tuple(dict.fromkeys(score.sequence for score in self.objects))
 
     def objects_of(self, sequence: str) -> list[ObjectScore]:
@@ -73,7 +80,12 @@ class Report:
             }
             for name in self.sequences
         }
-        return {"protocol": self.protocol, "global": self.summary(), "sequences": sequences}
+        return {
+            "protocol": self.protocol,
+            "global": self.summary(),
+            "sequences": sequences,
+            "problems": {problem.sequence: problem.reason for problem in self.problems},
+        }
 
 
 def evaluate(
@@ -88,30 +100,51 @@ def evaluate(
 ) -> Report:
     """J and F of every object, by the semi-supervised protocol of DAVIS 2017.
 
+    What labels mean is decided over a whole sequence: where the truth holds only 0 and 255, each of its values, and
+    of the predictions', is the one object. Scoring starts with the first frame whose truth shows an object. A
+    sequence that cannot be scored (too short, predictions missing, of another size, unreadable, or with an object
+    that the truth does not have) is in the report's `problems`; the means are over the others.
+
     Args:
         predictions: folder with a folder of PNG label maps per sequence; a folder of PNGs where ground_truth
             is one sequence.
         ground_truth: the same, or the root of a dataset (`Annotations/480p/<sequence>` of DAVIS,
             `Annotations/<sequence>` of YouTube-VOS), or the folder of one sequence. Its files say which
             frames count.
-        sequences: names to score; default all of ground_truth.
+        sequences: names to score, or text files of names (`vosops.io.listing.chosen_names`); default all of
+            ground_truth.
         merge_objects: score all objects as one (DAVIS 2016). Always so where the truth holds only 0 and 255.
-        keep_ends: score the first and the last frame of a sequence as well.
+        keep_ends: score the first frame that shows an object and the last frame of a sequence as well.
         ignore_void: leave pixels labelled 255 in the truth out of the comparison. By default they count as
             background, as DAVIS' code does.
         jobs: threads; default one per core.
 
     Raises:
-        EvaluationError: a folder is not what it must be, or predictions are missing, of the wrong size, or
-            hold an object that the truth does not.
+        EvaluationError: a folder is not what it must be, or no sequence can be scored.
     """
-    pairs = find_sequences(Path(predictions), Path(ground_truth), sequences)
-    plans = [_plan(name, predicted, true, merge_objects, keep_ends) for name, predicted, true in pairs]
-    tasks = [(plan, frame) for plan in plans for frame in plan.frames]
-    scored = iter(in_threads(jobs, lambda task: _score_frame(*task, ignore_void), tasks))
-    objects = [score for plan in plans for score in _collect(plan, [next(scored) for _ in plan.frames])]
+    found = find_sequences(Path(predictions), Path(ground_truth), sequences)
+    planned = by_sequence(
+        jobs, lambda folders: _plan(folders, merge_objects, keep_ends), [[f] for f in found]
+    )
+    plans = [plan if isinstance(plan, EvaluationError) else plan[0] for plan in planned]
+    tasks = [
+        [] if isinstance(plan, EvaluationError) else [(plan, frame) for frame in plan.frames]
+        for plan in plans
+    ]
+    scored = by_sequence(jobs, lambda task: _score_frame(*task, ignore_void), tasks)
+    objects: list[ObjectScore] = []
+    problems: list[Problem] = []
+    for folders, plan, frames in zip(found, plans, scored, strict=True):
+        try:
+            for part in (plan, frames):
+                if isinstance(part, EvaluationError):
+                    raise part
+            objects += _collect(plan, frames)
+        except EvaluationError as error:
+            problems.append(Problem(folders.name, str(error)))
+    check_any_scored(problems, len(objects))
     protocol = {"merge_objects": merge_objects, "keep_ends": keep_ends, "ignore_void": ignore_void}
-    return Report(tuple(objects), protocol)
+    return Report(tuple(objects), protocol, tuple(problems))
 
 
 # --- which files ---
@@ -137,26 +170,25 @@ class _Plan:
     labels: _Labels
 
 
-def _plan(name: str, predictions: Path, ground_truth: Path, merge: bool, keep_ends: bool) -> _Plan:
-    predicted, true = pngs(predictions), pngs(ground_truth)
+def _plan(folders: SequenceFolders, merge: bool, keep_ends: bool) -> _Plan:
+    predicted, true = pngs(folders.predictions), pngs(folders.ground_truth)
+    style = annotation_style((frame, values_of(read(file))) for frame, file in true.items())
+    if style.first is None:
+        raise EvaluationError(f"{shown(folders.ground_truth)}: no frame holds an object")
+    shows_object = list(true)[list(true).index(style.first) :]
     try:
-        names = scored_frames(list(true), keep_ends)
+        names = scored_frames(shows_object, keep_ends)
     except ValueError as error:
-        raise EvaluationError(f"{ground_truth}: {error}") from None
-    check_complete(predictions, predicted, names)
+        raise EvaluationError(f"{shown(folders.ground_truth)}: {error}") from None
+    check_complete(folders.predictions, predicted, names)
     frames = {name: (predicted[name], true[name]) for name in names}
-    for file in true.values():
-        ids = _values(read(file))
-        if ids:
-            labels = _Labels.BINARY if ids == {IGNORED} else _Labels.MERGED if merge else _Labels.OBJECTS
-            ids = ids - {IGNORED} if labels is _Labels.OBJECTS else {MERGED_OBJECT}
-            return _Plan(name, predictions, frames, frozenset(ids), labels)
-    raise EvaluationError(f"{ground_truth}: no frame holds an object")
-
-
-def _values(labels: NDArray[np.uint8]) -> set[int]:
-    """The non-zero values of a label map."""
-    return set(np.flatnonzero(np.bincount(labels.ravel(), minlength=IGNORED + 1)).tolist()) - {0}
+    labels = _Labels.BINARY if style.binary else _Labels.MERGED if merge else _Labels.OBJECTS
+    if labels is _Labels.OBJECTS:
+        unscored = [true[name] for name in (shows_object[0], shows_object[-1])]
+        ids = set().union(*(values_of(read(file)) for file in unscored)) - {IGNORED}
+    else:
+        ids = {MERGED_OBJECT}
+    return _Plan(folders.name, folders.predictions, frames, frozenset(ids), labels)
 
 
 # --- the work ---
@@ -173,7 +205,7 @@ class _Frame:
 def _score_frame(plan: _Plan, frame: str, ignore_void: bool) -> _Frame:
     """J and F of each object of one frame; errors name the file."""
     predicted, true = read_pair(*plan.frames[frame])
-    true_ids = _values(true)
+    true_ids = values_of(true)
     void = None
     if plan.labels is not _Labels.BINARY and IGNORED in true_ids:
         void = true == IGNORED
@@ -182,7 +214,7 @@ def _score_frame(plan: _Plan, frame: str, ignore_void: bool) -> _Frame:
     excluded = void if ignore_void else None
     if plan.labels is not _Labels.OBJECTS:
         return _Frame({MERGED_OBJECT}, {MERGED_OBJECT: compare_masks(predicted, true, excluded)})
-    ids = true_ids | _values(predicted)
+    ids = true_ids | values_of(predicted)
     return _Frame(true_ids, {i: compare_masks(predicted == i, true == i, excluded) for i in ids})
 
 
@@ -193,7 +225,7 @@ def _collect(plan: _Plan, frames: Sequence[_Frame]) -> list[ObjectScore]:
     if strays:
         hint = "; --merge-objects scores 0/255 masks" if strays == [IGNORED] else ""
         raise EvaluationError(
-            f"{plan.folder}: labels {few([str(i) for i in strays])} are not in the ground truth, "
+            f"{shown(plan.folder)}: labels {few([str(i) for i in strays])} are not in the ground truth, "
             f"which has {few([str(i) for i in sorted(ids)])}{hint}"
         )
     scores = []

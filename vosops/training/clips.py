@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vosops.inference.resize import resize_labels
+from vosops.io.annotations import AnnotationStyle, annotation_style, values_of
 from vosops.io.labels import read_labels
 from vosops.io.listing import label_maps, pictures, subfolders
 from vosops.io.pictures import read_frame
@@ -28,8 +29,10 @@ class ClipSampler:
     images, annotations: the folders that hold a folder for each sequence. sequences: their names; None: all that have
     both. frames: of a clip: the first frame, which may lie up to max_distance frames before the rest, and then
     neighbours in time, as FEELVOS is trained. crop: side of the square clips. scales: range of the enlargement.
-    binary: whatever is not 0 is one object, 255 too (DAVIS-2016). seed: clips depend on it alone. Raises ValueError
-    if no sequence is long enough, InputError if a folder cannot be listed (see vosops.io.listing).
+    binary: whatever is not 0 is one object, 255 too (DAVIS-2016); None: in the sequences whose annotations hold only 0
+    and 255. Frames before the first annotation that shows an object are left out. seed: clips depend on it alone.
+    Raises ValueError if no sequence is long enough (when called too: annotations are read when they are needed), and
+    InputError if a folder cannot be listed (see vosops.io.listing).
 
     Each call gives (frames (T,3,crop,crop) float32 in [0, 1], labels (T,crop,crop) int64, objects): labels are 0, 1 to
     objects, and 255 for what is unknown or an object that the first frame does not show.
@@ -45,7 +48,7 @@ class ClipSampler:
         max_distance: int = 25,
         crop: int = 384,
         scales: tuple[float, float] = (1.0, 1.3),
-        binary: bool = False,
+        binary: bool | None = None,
         seed: int = 0,
     ) -> None:
         if frames < 2:
@@ -60,17 +63,18 @@ class ClipSampler:
         self.crop = crop
         self.scales = scales
         self.binary = binary
+        self._styles: dict[tuple[Path, Path], AnnotationStyle[int]] = {}
         self.random = random.Random(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor, int]:
         """A clip: see the class."""
-        pairs = self.random.choice(self.sequences)
+        pairs, binary = self._choose()
         neighbours = self.frames - 1
         start = self.random.randrange(1, len(pairs) - neighbours + 1)
         first = self.random.randrange(max(0, start - self.max_distance), start)
         chosen = [pairs[i] for i in (first, *range(start, start + neighbours))]
         frames, labels = (torch.stack(x) for x in zip(*(_read(*pair) for pair in chosen), strict=True))
-        if self.binary:
+        if binary:
             labels = (labels > 0).long()
         if self.random.random() < 0.5:
             frames, labels = frames.flip(3), labels.flip(2)
@@ -80,6 +84,26 @@ class ClipSampler:
         for number, object_id in enumerate(ids, 1):
             numbered[labels == object_id] = number
         return frames.float() / 255, numbered, len(ids)
+
+    def _choose(self) -> tuple[list[tuple[Path, Path]], bool]:
+        """The frames of a sequence from its first object on, and whether whatever is not 0 is one object."""
+        while self.sequences:
+            pairs = self.random.choice(self.sequences)
+            style = self._styles.get(pairs[0]) or self._style(pairs)
+            self._styles[pairs[0]] = style
+            shown = pairs[style.first :] if style.first is not None else []
+            if len(shown) >= self.frames:
+                return shown, style.binary
+            self.sequences.remove(pairs)
+        raise ValueError(f"no sequence has {self.frames} annotated frames from its first object on")
+
+    def _style(self, pairs: Sequence[tuple[Path, Path]]) -> AnnotationStyle[int]:
+        """Where in a sequence the first object is, and how to read the labels."""
+        values = ((place, values_of(read_labels(file)[0])) for place, (_, file) in enumerate(pairs))
+        if self.binary is None:
+            return annotation_style(values)
+        void = set() if self.binary else {IGNORED}
+        return AnnotationStyle(next((place for place, ids in values if ids - void), None), self.binary)
 
     def _crop(self, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A crop of random scale, whose first frame shows an object if one can be found."""
