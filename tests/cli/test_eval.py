@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +98,52 @@ def test_what_is_missing_is_said_in_one_line(run, folders):
     result = run(folders / "pred", folders / "true")
     assert result.exit_code == 2
     assert result.stderr == f"vosops eval: {folders / 'pred' / 'clip'}: no prediction for frame 00003\n"
+
+
+class TestBrokenSequences:
+    @pytest.fixture
+    def broken(self, folders):
+        """A second sequence, [b], of two frames."""
+        for kind in ("true", "pred"):
+            (folders / kind / "[b]").mkdir()
+            for t in range(2):
+                shutil.copy(folders / kind / "clip" / f"{t:05d}.png", folders / kind / "[b]")
+        return folders
+
+    def test_the_table_says_why_and_the_rest_is_scored(self, run, broken):
+        result = run(broken / "pred", broken / "true")
+        assert result.exit_code == 1
+        text = " ".join(result.stdout.split())
+        assert "0.750" in text
+        assert "[b]" in text and "2 frames leave none to score" in text
+        assert (
+            result.stderr
+            == "vosops eval: 1 of 2 sequences cannot be scored; the means are over the other one\n"
+        )
+
+    def test_csv_and_json_have_the_reason(self, run, broken):
+        result = run(broken / "pred", broken / "true", "--csv", "--json", broken / "r.json")
+        assert result.exit_code == 1
+        rows = list(csv.DictReader(io.StringIO(result.stdout)))
+        assert [row["sequence"] for row in rows] == ["clip", "clip", "[b]", "all"]
+        assert "2 frames leave none" in rows[2]["problem"] and not rows[2]["J-Mean"]
+        assert [row["problem"] for row in rows if row["sequence"] != "[b]"] == ["", "", ""]
+        assert float(rows[3]["J-Mean"]) == 0.75
+        report = json.loads((broken / "r.json").read_text())
+        assert list(report["problems"]) == ["[b]"] and report["global"]["J-Mean"] == pytest.approx(0.75)
+
+    def test_semantic(self, run, broken):
+        (broken / "pred" / "[b]" / "00001.png").unlink()
+        result = run(broken / "pred", broken / "true", "--task", "semantic", "--csv")
+        assert result.exit_code == 1
+        rows = {row["name"]: row for row in csv.DictReader(io.StringIO(result.stdout))}
+        assert "no prediction for frame 00001" in rows["[b]"]["problem"] and float(rows["mIoU"]["IoU"]) > 0.5
+
+    def test_names_that_are_not_utf8_are_shown(self, run, folders):
+        for kind in ("true", "pred"):
+            (folders / kind / "clip").rename(os.fsdecode(os.fsencode(folders / kind) + b"/caf\xe9"))
+        result = run(folders / "pred", folders / "true")
+        assert result.exit_code == 0 and r"caf\xe9" in result.stdout
 
 
 def test_an_unwritable_json_is_refused_before_the_work(run, folders):

@@ -20,9 +20,10 @@ from tests.inference.clips import (
     write_mask,
     write_video,
 )
+from vosops.inference.datasets import find_sequences, masks_of_sequence, open_source
 from vosops.inference.drawing_pass import Outputs
 from vosops.inference.job import Job, Settings
-from vosops.inference.masks import davis_palette
+from vosops.inference.masks import MaskSet, davis_palette
 from vosops.inference.models import make_tracker
 from vosops.io.errors import (
     IncompleteInputError,
@@ -359,6 +360,47 @@ class TestDatasets:
         assert [s.already_complete for s in done] == [True, False]
         for name in ("bear", "cow"):
             assert files(out / name) == files(tmp_path / "whole" / name)
+
+    def masks_of(self, root, frames):
+        """What the masks of `frames` give to the model, by frame number: their ids inside and outside."""
+        (sequence,) = find_sequences(root, ["cow"])
+        source = open_source(sequence.frames)
+        masks = MaskSet(masks_of_sequence(sequence, source, frames), source.size, only_new_objects=True)
+        return {t: [masks.outside(i) for i in masks.labels(t)[1]] for t in masks.frames}
+
+    @pytest.mark.parametrize("begins", [0, 255])
+    def test_davis_starts_from_the_first_mask_that_shows_an_object(self, tmp_path, begins):
+        """Whether it begins empty or with void alone; what 255 means is decided over the sequence."""
+        root = self.davis(tmp_path / "d")
+        folder = root / "Annotations" / "480p" / "cow"
+        for index, boxes in enumerate(moving(8)):
+            shown = truth(boxes) if index >= 2 else np.where(truth(boxes) > 0, begins, 0).astype(np.uint8)
+            write_mask(folder / f"{index:05d}.png", shown)
+        (folder / "._00000.png").write_bytes(b"\0")
+        assert self.masks_of(root, range(8)) == {2: [1]}
+        assert self.masks_of(root, range(4, 8)) == {4: [1]}
+        with pytest.raises(InputError, match="no mask in .*cow of a frame that is processed shows an object"):
+            self.masks_of(root, range(2))
+
+    def test_a_binary_davis_sequence_may_begin_empty(self, tmp_path):
+        root = self.davis(tmp_path / "d")
+        folder = root / "Annotations" / "480p" / "cow"
+        write_mask(folder / "00000.png", truth({}))
+        (folder / "00005.png").write_bytes(b"broken, but never given")
+        assert self.masks_of(root, range(8)) == {1: [255]}
+        (folder / "00000.png").write_bytes(b"broken")
+        with pytest.raises(InputError, match="00000.png cannot be read"):
+            self.masks_of(root, range(8))
+
+    def test_a_name_of_the_data_set_wins_over_a_file(self, tmp_path, monkeypatch):
+        root = self.davis(tmp_path / "d")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "cow").write_bytes(b"bear\n")
+        assert [s.name for s in find_sequences(root, ["cow"])] == ["cow"]
+        assert [s.name for s in find_sequences(root, ["./cow"])] == ["bear"]
+        (tmp_path / "cow").write_bytes(b"# none\n")
+        with pytest.raises(InputError, match="names nothing"):
+            find_sequences(root, ["./cow"])
 
     def test_a_broken_sequence_does_not_stop_the_others(self, tmp_path):
         root = self.davis(tmp_path / "d")

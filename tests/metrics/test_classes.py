@@ -194,6 +194,29 @@ class TestFolders:
         assert plain["classes"] == {}
 
 
+def test_a_broken_sequence_is_named_and_counts_for_nothing(tmp_path):
+    for name in "abcde":
+        write(tmp_path / "true" / name, [np.zeros(SHAPE)] * 9)
+        write(tmp_path / "pred" / name, [np.zeros(SHAPE)] * 9)
+    write(tmp_path / "pred" / "a", [np.ones(SHAPE)])  # one frame of nine is wrong
+    (tmp_path / "pred" / "b" / "00008.png").write_bytes(b"broken")
+    write(tmp_path / "pred" / "c", [np.full(SHAPE, 9)])
+    (tmp_path / "pred" / "d" / "00004.png").unlink()
+    (tmp_path / "pred" / "e").rename(tmp_path / "pred" / "f")
+    for jobs, consistency in ((1, None), (3, 2)):
+        report = evaluate_semantic(
+            tmp_path / "pred", tmp_path / "true", num_classes=2, jobs=jobs, consistency=consistency
+        )
+        assert [counts.name for counts in report.sequences] == ["a"]
+        assert report.summary()["Pixel-Accuracy"] == pytest.approx(8 / 9)
+        reasons = report.to_dict()["problems"]
+        assert list(reasons) == ["b", "c", "d", "e"]
+        assert "00008.png cannot be read" in reasons["b"]
+        assert "00000.png: expected labels from 0 to 1 or 255; got 9" in reasons["c"]
+        assert reasons["d"].endswith("no prediction for frame 00004")
+        assert reasons["e"].endswith("e: no predictions")
+
+
 class TestRefusals:
     """Every refusal is one line that names the file or folder."""
 

@@ -212,3 +212,13 @@ class TestSequence:
             evaluate_sequence(self.true[:2], self.true[:2])
         with pytest.raises(ValueError, match="at least one object"):
             evaluate_sequence(self.true, np.zeros_like(self.true))
+
+
+def test_scoring_a_sequence_starts_with_its_first_object():
+    empty, shown = np.zeros((9, 9), np.uint8), np.eye(9, dtype=np.uint8) * 3
+    void = np.full((9, 9), 255, np.uint8)
+    truth, predictions = [empty, void, shown, shown, shown], [shown, shown, empty, shown, empty]
+    (score,) = evaluate_sequence(predictions, truth)
+    assert (score.frames, score.j_values) == (("00003",), (1.0,))
+    (score,) = evaluate_sequence(predictions, truth, keep_ends=True)
+    assert (score.frames, score.j_values) == (("00002", "00003", "00004"), (0.0, 1.0, 0.0))

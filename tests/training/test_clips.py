@@ -91,3 +91,34 @@ def test_folders_without_a_clip_are_refused(davis):
         sampler(davis, sequences=["short"])
     with pytest.raises(ValueError, match="frames must be at least 2, got 1"):
         sampler(davis, frames=1)
+
+
+def relabel(davis, change):
+    """Changes the labels of each frame: `change(t, labels)`."""
+    for t, file in enumerate(sorted((davis / "Annotations" / "long").iterdir())):
+        Image.fromarray(change(t, np.array(Image.open(file))).astype(np.uint8)).save(file)
+
+
+def test_0_and_255_alone_are_one_object_unless_told_otherwise(davis):
+    relabel(davis, lambda t, labels: np.where(labels > 0, 255 if t else 0, 0))
+    _, labels, objects = sampler(davis)()
+    assert objects == 1 and 255 not in labels
+    with pytest.raises(ValueError, match="no sequence has 3 annotated frames from its first object on"):
+        sampler(davis, binary=False)()
+
+
+def test_clips_begin_with_the_first_frame_that_shows_an_object(davis):
+    relabel(davis, lambda t, labels: labels if t >= 4 else np.where(labels > 0, 255, 0))
+    (davis / "Annotations" / "long" / "._00008.png").write_bytes(b"")
+    sample = sampler(davis)
+    for _ in range(20):
+        frames, labels, objects = sample()
+        assert round(float(frames[0, 0].median()) * 255 / 20) >= 4
+        assert objects == labels[0].max() > 0
+
+
+def test_frames_may_have_any_suffix_of_a_picture(davis):
+    folder = davis / "JPEGImages" / "long"
+    for t in range(FRAMES):
+        (folder / f"{t:05}.png").rename(folder / f"{t:05}.PNG")
+    assert len(sampler(davis).sequences[0]) == FRAMES

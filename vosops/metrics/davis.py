@@ -187,8 +187,9 @@ def evaluate_sequence(
         predictions: T label maps (H, W), integer; 0 is background.
         ground_truth: T label maps (H, W), integer; 0 is background, 255 is background too.
         name: what to call the sequence in the result.
-        keep_ends: score the first and the last frame as well, which the semi-supervised protocol leaves out
-            (the first is given, the last was once not annotated alike).
+        keep_ends: score the first frame that shows an object and the last frame as well, which the semi-supervised
+            protocol leaves out (the first is given, the last was once not annotated alike). Frames before the
+            first object are never scored.
 
     Returns:
         One score per object id of the ground truth, ascending.
@@ -200,8 +201,10 @@ def evaluate_sequence(
         raise ValueError(
             f"predictions: expected {len(ground_truth)} frames as in ground_truth; got {len(predictions)}"
         )
-    scored = scored_frames(range(len(ground_truth)), keep_ends)
-    ids = sorted({int(i) for labels in ground_truth for i in np.unique(labels)} - {0, IGNORED})
+    shown = [{int(i) for i in np.unique(labels)} - {0, IGNORED} for labels in ground_truth]
+    first = next((t for t, objects in enumerate(shown) if objects), 0)
+    scored = scored_frames(range(first, len(ground_truth)), keep_ends)
+    ids = sorted(set().union(*shown))
     if not ids:
         raise ValueError(
             "ground_truth: expected at least one object (a label other than 0 and 255); got none"
