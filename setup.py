@@ -24,6 +24,7 @@ STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-ignored-attributes"]
 # A 64-bit size or index must not become a 32-bit one unsaid, except in PyTorch's headers.
 WARNINGS += ["-Werror=conversion", "-Wno-sign-conversion", "-Wno-float-conversion"]
+WARNINGS += ["-Wno-implicit-float-conversion"]  # clang's name
 WARNINGS += [f"-isystem{path}" for path in cpp_extension.include_paths()]
 COMMON = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]

@@ -18,7 +18,7 @@ namespace vosops::cpu {
 // The bits of the lanes in which a >= b; a NaN is at least nothing.
 template <class V>
 uint32_t lanes_at_least(typename V::Reg a, typename V::Reg b) {
-  constexpr bool is_float = std::is_same_v<typename V::T, float>;
+  [[maybe_unused]] constexpr bool is_float = std::is_same_v<typename V::T, float>;
 #if defined(__AVX512F__)
   if constexpr (sizeof a == 64) {
     if constexpr (is_float) return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);

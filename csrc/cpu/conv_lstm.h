@@ -71,7 +71,7 @@ typename V::Reg tanh(typename V::Reg x) {
       series = V::fma(series, square, V::set1(c));
     const Reg small = x * series;
     const Reg large = x < 0 ? -of_magnitude : of_magnitude;
-    return (x > -kSmall) & (x < kSmall) ? small : x == x ? large : x;
+    return ((x > -kSmall) & (x < kSmall)) ? small : x == x ? large : x;
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -30,7 +31,7 @@ using MaybeTensor = std::optional<Tensor>;
 template <class... Args>
 Tensor call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 
@@ -52,7 +53,7 @@ inline Tensor conv_backward(const Tensor& grad, const Tensor& x, const Tensor& w
                                      from(none),
                                      from(int64_t{1}),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor gradients[] = {to<Tensor>(stack[kOfInput]), to<Tensor>(stack[kOfWeight]),
                               to<Tensor>(stack[2])};

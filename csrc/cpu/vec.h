@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -71,16 +72,21 @@ struct Vec {
   }
 };
 
+// The lanes of two registers interleaved: their lower halves (kHigh = 0) or upper halves.
+template <int kLanes, bool kHigh, class Reg, int... i>
+inline Reg interleave(const Reg& a, const Reg& b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (i / 2 + i % 2 * kLanes + (kHigh ? kLanes / 2 : 0))...);
+}
+template <int kLanes, bool kHigh, class Reg>
+inline Reg interleave(const Reg& a, const Reg& b) {
+  return interleave<kLanes, kHigh>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
 // Transposes kLanes rows, the first kColumns values of each: to[j * to_stride + i] = from[i * from_stride +
 // j]. Whole registers are read.
 template <class V, int kColumns = V::kLanes>
 void transpose_lanes(const typename V::T* from, int64_t from_stride, typename V::T* to, int64_t to_stride) {
   constexpr int kLanes = V::kLanes;
-  typename V::CodeReg low, high;  // which lanes of two registers interleave to their lower and upper halves
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
   typename V::Reg rows[kLanes], next[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) rows[i] = V::load(from + i * from_stride);
@@ -88,8 +94,8 @@ void transpose_lanes(const typename V::T* from, int64_t from_stride, typename V:
   for (int half = 1; half < kLanes; half *= 2) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+      next[2 * i] = interleave<kLanes, false>(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = interleave<kLanes, true>(rows[i], rows[i + kLanes / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];

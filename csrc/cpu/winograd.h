@@ -307,19 +307,14 @@ inline void transform_filters(const Filters& filters, int64_t panel, float* to) 
 // Four registers (a, b, c, d) as one row a0 b0 c0 d0 a1 b1 ...
 inline void store_interleaved(const Reg (&columns)[kTile], float* to) {
   constexpr int kLanes = Lanes::kLanes;
-  Lanes::CodeReg low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-  const Reg even_low = __builtin_shuffle(columns[0], columns[2], low);
-  const Reg even_high = __builtin_shuffle(columns[0], columns[2], high);
-  const Reg odd_low = __builtin_shuffle(columns[1], columns[3], low);
-  const Reg odd_high = __builtin_shuffle(columns[1], columns[3], high);
-  Lanes::store(to, __builtin_shuffle(even_low, odd_low, low));
-  Lanes::store(to + kLanes, __builtin_shuffle(even_low, odd_low, high));
-  Lanes::store(to + 2 * kLanes, __builtin_shuffle(even_high, odd_high, low));
-  Lanes::store(to + 3 * kLanes, __builtin_shuffle(even_high, odd_high, high));
+  const Reg even_low = interleave<kLanes, false>(columns[0], columns[2]);
+  const Reg even_high = interleave<kLanes, true>(columns[0], columns[2]);
+  const Reg odd_low = interleave<kLanes, false>(columns[1], columns[3]);
+  const Reg odd_high = interleave<kLanes, true>(columns[1], columns[3]);
+  Lanes::store(to, interleave<kLanes, false>(even_low, odd_low));
+  Lanes::store(to + kLanes, interleave<kLanes, true>(even_low, odd_low));
+  Lanes::store(to + 2 * kLanes, interleave<kLanes, false>(even_high, odd_high));
+  Lanes::store(to + 3 * kLanes, interleave<kLanes, true>(even_high, odd_high));
 }
 
 // A task's products and the output planes made of them.

@@ -104,7 +104,7 @@ class Winograd {
     float output[kOut][kPairs], powers[kPairs][kOut];                              // output transposed
   };
 
-  static consteval Table make_table() {
+  static constexpr Table make_table() {
     constexpr auto& positive = WinogradPoints<kPoints>::kPositive;
     double points[kPoints - 1] = {};
     for (int p = 0; p < kPairs; ++p) {
