@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 export MAX_JOBS ?= 2
 
-.PHONY: demo test test-binaries lint format bench docs wheel asan cuda-report gpu-report clean
+.PHONY: demo test test-binaries lint check-headers format bench docs wheel asan cuda-report gpu-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
@@ -20,6 +20,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+# Every source against the headers of the oldest supported torch and of 2.11, which it downloads once.
+check-headers: $(VENV)/ready
+	$(BIN)/python tools/check_headers.py
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
