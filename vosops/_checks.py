@@ -52,6 +52,13 @@ def check_positive_int(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def check_number(name: str, value: object) -> float:
+    """Return `value` as a float; raise TypeError where it is no number."""
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
 def check_embeddings(query: Tensor, key: Tensor, key_shape: Sequence[str | int]) -> None:
     """Check the pair (query, key) of a matching op: floating, one dtype, one device."""
     check_tensor("query", query, ("N", "C", "H", "W"))
@@ -104,10 +111,15 @@ def refuse_forward_mode(op: str) -> None:
         )
 
 
+def under_autocast(device_type: str) -> bool:
+    """Whether autocast is on for devices of this type, some of which have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def promote_under_autocast(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Bring a query and key of two dtypes to float32 where autocast is on; the ops accumulate in float32 anyway."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor)) or query.dtype == key.dtype:
         return query, key
-    if not torch.is_autocast_enabled(query.device.type):
+    if not under_autocast(query.device.type):
         return query, key
     return query.float(), key.float()

@@ -43,3 +43,8 @@ def test_biases_learn(problem):
     module = LocalMatching(radius=2)
     module(*problem, num_objects=3).sum().backward()
     assert module.background_bias.grad > 0 and module.object_bias.grad > 0
+
+
+@pytest.mark.parametrize("objects", [0, 1])
+def test_few_objects_have_few_biases(problem, objects):
+    assert LocalMatching(radius=2)(*problem, num_objects=objects).shape == (1, objects, 6, 7)

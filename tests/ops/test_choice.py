@@ -205,3 +205,15 @@ def test_autocast_does_not_reach_the_reference(op):
         want = op(query, key, mask, normalize=False)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(op(query, key, mask, normalize=False), want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_alone_are_computed_by_the_reference(name, ran):
+    """Tensors on the meta device, of which autocast knows nothing."""
+    function, case = CASES[name]
+    args, options = case(
+        lambda *shape, dtype=None: torch.ones(shape, dtype=dtype, device="meta"), *[torch.half] * 3
+    )
+    assert "nothing" not in vosops.explain(function, *args, **options)
+    function(*args, **options)
+    assert ran == {"reference"}

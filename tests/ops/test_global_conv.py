@@ -636,7 +636,7 @@ def test_wrong_preparation_and_modules_are_named():
         vosops.global_conv_prepare(torch.zeros(4, 8, 9), l1, r1)
     with pytest.raises(ValueError, match="at least the 5 of reference, got 4 and 4"):
         vosops.global_conv_prepare(torch.zeros(1, 5, 8, 9), l1, r1)
-    with pytest.raises(ValueError, match="precision 'winograd' is computed in float32, got torch.float64"):
+    with pytest.raises(ValueError, match="precision must be None or 'exact' with float64, got 'winograd'"):
         vosops.global_conv_prepare(
             torch.zeros(1, 4, 8, 9).double(), l1.double(), r1.double(), precision="winograd"
         )

@@ -193,7 +193,7 @@ class ConvLSTM(nn.Module):
         """
         frames = x if self.batch_first else x.transpose(0, 1)
         if state is not None and (not isinstance(state, Sequence) or len(state) != 2):
-            raise TypeError("state must be a pair (h, c) of tensors or None")
+            raise TypeError(f"state must be a pair (h, c) of tensors or None, got {type(state).__name__}")
         if state is not None and any(len(part) != len(self.layers) for part in state):
             raise ValueError(
                 f"state must hold (h, c) of {len(self.layers)} layer(s), got {[len(part) for part in state]}"

@@ -65,7 +65,8 @@ class LocalMatching(nn.Module):
         bias = None
         if self.background_bias is not None and self.object_bias is not None:
             objects = mask.shape[1] if num_objects is None else num_objects
-            bias = torch.cat([self.background_bias.view(1), self.object_bias.expand(objects - 1)])
+            both = [self.background_bias.view(1), self.object_bias.expand(max(objects - 1, 0))]
+            bias = torch.cat(both)[:objects]
         out = local_matching(
             query,
             key,

@@ -46,7 +46,7 @@ def object_masks(mask: Tensor, num_objects: int | None, key: Tensor) -> Tensor:
     batch, pixels = key.shape[0], tuple(key.shape[2:])
     if mask.dtype in _checks.INTEGER_DTYPES:
         if num_objects is None:
-            raise ValueError(f"num_objects must be given with an integer label map (mask is {mask.dtype})")
+            raise ValueError(f"num_objects must be given with a label map of {mask.dtype}, got None")
         count = _checks.check_positive_int("num_objects", num_objects, least=0)
         _checks.check_tensor("mask", mask, (batch, *pixels))
         if count > IGNORED_LABEL:

@@ -101,7 +101,9 @@ class Memory:
         count = len(keys)
         self.query_key, self.keys, self.selection = query_key, keys, selection
         self.similarity = similarity
-        self.scale = 1 / math.sqrt(query_key.shape[1]) if scale is None else checked_number("scale", scale)
+        self.scale = (
+            1 / math.sqrt(query_key.shape[1]) if scale is None else _checks.check_number("scale", scale)
+        )
         self.precision = _checks.resolve_precision(precision, query_key)
         self.segmented = not isinstance(memory_key, Tensor)
         self.query_shape = tuple(query_key.shape[2:])
@@ -302,7 +304,9 @@ def without_excluded(
 def check_groups(groups: Any, valid: Any) -> list[Valid | None]:
     """What each group sees."""
     if valid is not None:
-        raise ValueError("valid must be None with groups, which hold one for each group")
+        raise ValueError(
+            f"valid must be None with groups, which hold one for each group, got {described(valid)}"
+        )
     if not isinstance(groups, Sequence) or isinstance(groups, str) or len(groups) == 0:
         raise TypeError(
             f"groups must be a sequence of what valid may be, one for each group, got {described(groups)}"
@@ -342,13 +346,6 @@ def common_batch(name: str, tensors: Sequence[Tensor], batch: int) -> int:
             raise ValueError(f"{name} must have batch 1 or {batch}, got {size}")
         batch = batch if size == 1 else size
     return batch
-
-
-def checked_number(name: str, value: Any) -> float:
-    """Return `value` as a float; raise TypeError where it is none."""
-    if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
 
 
 def expanded(tensor: Tensor, batch: int) -> Tensor:

@@ -21,6 +21,7 @@ from vosops.ops._registration import (
     register_op,
     register_pieces,
     without_argument,
+    without_autocast,
 )
 from vosops.reference.conv_lstm import conv_lstm_core
 
@@ -113,7 +114,7 @@ def conv_lstm(
         precision=precision,
     )
     implementation = backends.choose("conv_lstm", arguments.call)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         output, cell = implementation.run("conv_lstm", *arguments.core)
     last = output[:, -1]
     return (output if batch_first else output.transpose(0, 1)), (last, cell)
@@ -157,13 +158,13 @@ def _resolve(
         _checks.check_tensor("bias", bias, (GATES * hidden_size,))
     if state is not None:
         if not isinstance(state, Sequence) or len(state) != 2:
-            raise TypeError("state must be a pair (h, c) of tensors or None")
+            raise TypeError(f"state must be a pair (h, c) of tensors or None, got {_described(state)}")
         for name, value in zip(("state[0]", "state[1]"), state, strict=True):
             _checks.check_tensor(name, value, (batch, hidden_size, height, width))
     hidden: Tensor | None
     cell: Tensor | None
     hidden, cell = state if state is not None else (None, None)
-    if torch.is_autocast_enabled(x.device.type):
+    if _checks.under_autocast(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         frames, *given = (_lowered(t, low) for t in (frames, *given))
         bias, hidden, cell = (None if t is None else _lowered(t, low) for t in (bias, hidden, cell))
@@ -175,7 +176,8 @@ def _resolve(
             raise TypeError(f"{name} must have the dtype of x ({frames.dtype}), got {each.dtype}")
         _checks.check_same_device(name, each, "x", x)
     winograd = _takes_winograd(precision, frames, given, variant)
-    core = (frames, given, bias, hidden, cell, variant, float(forget_bias), winograd)
+    forget_bias = _checks.check_number("forget_bias", forget_bias)
+    core = (frames, given, bias, hidden, cell, variant, forget_bias, winograd)
     return _Sequence(backends.Call(frames.device, frames.dtype), core)
 
 
@@ -213,6 +215,12 @@ def _check_weights(weights: list[Tensor], channels: int, variant: str) -> int:
         if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
             raise ValueError(f"weights[{i}] must have odd kernel sizes, got {tuple(weight.shape[2:])}")
     return hidden_size
+
+
+def _described(state: object) -> str:
+    """What came in place of a pair."""
+    name = type(state).__name__
+    return f"{name} of length {len(state)}" if isinstance(state, Sequence) else name
 
 
 def _shape(value: object) -> str:

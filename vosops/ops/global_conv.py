@@ -23,6 +23,7 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()
 """Whether the processor multiplies matrices of bfloat16: its convolution then beats Winograd's in float32."""
 
 CPU_PRECISIONS = ("exact", "winograd")
+CUDA_PRECISIONS = ("exact", *_checks.PRECISIONS)
 PRECISIONS = (*CPU_PRECISIONS, *_checks.PRECISIONS)
 LONGEST_ON_CUDA = 17
 """Taps of a line whose halo fits into the shared memory of every GPU from sm_80 on."""
@@ -190,7 +191,10 @@ def _resolve(
         _check_first_stage("x", x, l1_weight, r1_weight)
     else:
         if l1_bias is not None or r1_bias is not None:
-            raise ValueError("l1_bias and r1_bias must be None with prepared, which holds them already")
+            given_too = "l1_bias" if l1_bias is not None else "r1_bias"
+            raise ValueError(
+                f"l1_bias and r1_bias must be None with prepared, which holds them already, got {given_too}"
+            )
         if channels > l1_weight.shape[1]:
             raise ValueError(
                 f"x must have at most the {l1_weight.shape[1]} channels of l1_weight, got {channels}"
@@ -262,7 +266,7 @@ def _call(x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> backends.Call:
 def _under_autocast(x: Any, *others: Any) -> list[Any]:
     """The arguments in autocast's dtype where it is on, as PyTorch's convolutions take them."""
     given = [x, *others]
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not _checks.under_autocast(x.device.type):
         return given
     dtype = torch.get_autocast_dtype(x.device.type)
 
@@ -313,10 +317,12 @@ def _resolve_precision(precision: str | None, x: Tensor) -> str:
         raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
     if x.device.type != "cpu":
         if precision == "winograd":
-            raise ValueError("precision 'winograd' is computed on the CPU only")
+            raise ValueError(
+                f"precision must be one of {', '.join(CUDA_PRECISIONS)} on {x.device.type}, got {precision!r}"
+            )
         return _checks.resolve_precision("ieee" if precision == "exact" else precision, x)
     if precision == "winograd" and x.dtype == torch.float64:
-        raise ValueError("precision 'winograd' is computed in float32, got torch.float64")
+        raise ValueError(f"precision must be None or 'exact' with float64, got {precision!r}")
     if precision is None and x.dtype != torch.float64 and not torch.are_deterministic_algorithms_enabled():
         has_better = x.dtype != torch.float32 and HAS_AMX
         return "exact" if has_better else "winograd"

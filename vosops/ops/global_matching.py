@@ -171,8 +171,22 @@ def _stack_frames(key: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a tensor where key is one, got {type(mask).__name__}")
         return (key.unsqueeze(2), mask.unsqueeze(-3)) if key.dim() == 4 else (key, mask)
-    if isinstance(mask, Tensor) or len(mask) != len(key) or len(key) == 0:
-        raise ValueError("mask must be a sequence with one mask for each of the frames in key, at least one")
+    if not isinstance(key, Sequence):
+        raise TypeError(f"key must be a tensor or a sequence of frames, got {type(key).__name__}")
+    if not isinstance(mask, Sequence) or len(mask) != len(key) or len(key) == 0:
+        came = f"{len(mask)} for {len(key)}" if isinstance(mask, Sequence) else type(mask).__name__
+        raise ValueError(
+            f"mask must be a sequence with one mask for each of the frames in key, at least one, got {came}"
+        )
+    for name, frames in (("key", key), ("mask", mask)):
+        for i, frame in enumerate(frames):
+            if not isinstance(frame, Tensor):
+                raise TypeError(f"{name}[{i}] must be a tensor, got {type(frame).__name__}")
+            if frame.shape != frames[0].shape:
+                raise ValueError(
+                    f"{name}[{i}] must have the shape of {name}[0] {tuple(frames[0].shape)}, got {tuple(frame.shape)}"
+                )
+            _checks.check_same_device(f"{name}[{i}]", frame, f"{name}[0]", frames[0])
     return torch.stack(tuple(key), 2), torch.stack(tuple(mask), -3)
 
 

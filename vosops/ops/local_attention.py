@@ -17,6 +17,7 @@ from vosops.ops._registration import (
     has_kernel,
     register_op,
     register_pieces,
+    without_autocast,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def local_attention(
     call, window, scale = arguments
     dtype = call.dtype
     kernels = backends.choose("local_attention", call)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         q, k = (_by_head(x.to(dtype), heads) for x in (query, key))
         as_it_is = relative_value is None and _reads_half(kernels.name, call.device)
         v = _by_head(value if as_it_is else value.to(dtype), heads)
@@ -177,7 +178,8 @@ def _resolve(
     _check(query, key, value, radius, heads, dilation)
     reach = radius // dilation
     _check_learned(query, value, relative_key, relative_value, bias, heads, (2 * reach + 1) ** 2)
-    scale = (query.shape[1] // heads) ** -0.5 if scale is None else scale
+    channels = query.shape[1] // heads
+    scale = channels**-0.5 if scale is None else _checks.check_number("scale", scale)
     call = backends.Call(query.device, torch.promote_types(query.dtype, torch.float32))
     return _Attention(call, (reach, dilation), scale)
 

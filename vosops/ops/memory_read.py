@@ -21,7 +21,6 @@ from vosops.ops._memory_scores import (
     Values,
     ValueSegments,
     check_groups,
-    checked_number,
     described,
     that_share_scores,
     without_excluded,
@@ -364,13 +363,13 @@ def _resolve(
     for together in that_share_scores(valids):
         memory = Memory(query_key, memory_key, [valids[g] for g in together], plain=plain, **options)
         if prior is not None and (memory.segmented or len(together) > 1):
-            raise ValueError("prior must be None with segments or several groups, got a number")
+            raise ValueError(f"prior must be None with segments or several groups, got {prior}")
         passes.append((together, memory, [memory.values(given[g], i) for i, g in enumerate(together)]))
     return _Arguments(passes[0][1].call, passes)
 
 
 def _check_prior(prior: Any, query_key: Any) -> None:
-    if not checked_number("prior", prior) > 0:
+    if not _checks.check_number("prior", prior) > 0:
         raise ValueError(f"prior must be greater than 0, got {prior}")
     if isinstance(query_key, Tensor) and query_key.dim() != 4:
         raise ValueError(f"query_key must have shape (N,Ck,H,W) with a prior, got {tuple(query_key.shape)}")

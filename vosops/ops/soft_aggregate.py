@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vosops import _checks
+from vosops.ops._registration import without_autocast
 
 EPSILON = 1e-7
 """What keeps a probability from 0 and from 1."""
@@ -50,7 +51,7 @@ def soft_aggregate(
         tensor([5.0e-04, 4.9666e-01, 4.9666e-01, 6.1e-03])
     """
     _check(probabilities, background, slots)
-    with torch.autocast(probabilities.device.type, enabled=False):
+    with without_autocast(probabilities.device.type):
         objects = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
         if background is None:
             background = torch.prod(1 - objects, dim=-3)
