@@ -31,12 +31,8 @@ format: $(VENV)/ready
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench: $(VENV)/ready
-	$(BIN)/vosops bench local_matching --json benchmarks/results/local_matching_cpu.json
-	$(BIN)/vosops bench global_matching --json benchmarks/results/global_matching_cpu.json
-	$(BIN)/vosops bench memory_read --json benchmarks/results/memory_read_cpu.json
-	$(BIN)/vosops bench global_conv --json benchmarks/results/global_conv_cpu.json
-	$(BIN)/vosops bench local_attention --json benchmarks/results/local_attention_cpu.json
-	$(BIN)/vosops bench conv_lstm --json benchmarks/results/conv_lstm_cpu.json
+	for op in $$($(BIN)/python -c "import vosops; print(*vosops.list_ops())"); do \
+	  $(BIN)/vosops bench $$op --json benchmarks/results/$${op}_cpu.json || exit 1; done
 
 docs: $(VENV)/ready
 	$(BIN)/pip install -q "mkdocs-material>=9.5" "mkdocstrings[python]>=0.25"
@@ -61,7 +57,7 @@ cuda-report: $(VENV)/ready
 
 # docs/performance-gpu.md and its plots from the newest runs of benchmarks/gpu_check.sh.
 gpu-report: $(VENV)/ready
-	$(BIN)/python benchmarks/gpu_report.py
+	$(BIN)/python -m benchmarks.gpu_report
 
 # An editable install with everything that developers need; build isolation would download torch again.
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)

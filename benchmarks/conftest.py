@@ -1,7 +1,7 @@
 """Runs the cases of `vosops.benchmarking` under pytest-benchmark, and keeps benchmarks/results/<op>_<device>.json.
 
-    pytest benchmarks/bench_local_matching.py                      every case, one thread
-    pytest benchmarks/bench_local_matching.py -k 480p --device cuda
+    pytest benchmarks/bench_ops.py -k local_matching          every case of an op, one thread
+    pytest benchmarks/bench_ops.py -k local_matching-480p --device cuda
 
 The comparison with the other contenders, interleaved, is in the results and in the table that each case prints
 (with -s); pytest-benchmark's own table times vosops alone, for its --benchmark-compare.

@@ -5,4 +5,4 @@
 #   benchmarks/gpu_check.sh [--only STEP[,STEP]] [--seconds 480] [--dry-run] [--again] [--results FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m vosops.benchmarking.gpu "$@"
+exec "${PYTHON:-python3}" -m benchmarks.gpu_check "$@"

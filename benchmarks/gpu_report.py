@@ -1,7 +1,7 @@
 """Writes docs/performance-gpu.md, with plots, from the newest run of benchmarks/gpu_check.sh on each card.
 
-    make gpu-report                          rewrites the page from benchmarks/results/gpu_*.json
-    python benchmarks/gpu_report.py --check  exit code 1 if the page is not up to date
+    make gpu-report                           rewrites the page from benchmarks/results/gpu_*.json
+    python -m benchmarks.gpu_report --check   exit code 1 if the page is not up to date
 
 Without a run the page says so.
 """
@@ -15,13 +15,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vosops.benchmarking.gpu import SHARES, problems
+from benchmarks.gpu_check import SHARES, problems
+from vosops.benchmarking import BENCHMARKS
 from vosops.benchmarking.gpu_cases import CELLS, MODES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance-gpu.md"
-OPS = ("local_matching", "global_matching", "memory_read", "local_attention", "global_conv", "conv_lstm")
+OPS = tuple(BENCHMARKS)
 COMMAND = "benchmarks/gpu_check.sh"
 
 GOALS = {

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from vosops.benchmarking import gpu, gpu_cases, gpu_steps
-from vosops.benchmarking.gpu import Done, Run
+from benchmarks import gpu_check as gpu
+from benchmarks.gpu_check import Done, Run
+from vosops.benchmarking import gpu_cases, gpu_steps
 from vosops.benchmarking.gpu_cases import CELLS, MODES, SMALL, Case, Cell, MemorySize
 from vosops.benchmarking.gpu_steps import FAILED, PASSED, SKIPPED, UNFINISHED, Outcome
 from vosops.benchmarking.measure import Clock

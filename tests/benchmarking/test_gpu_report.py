@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import load_script
+from benchmarks import gpu_report
 from vosops.benchmarking.gpu_cases import CELLS
 
 ROOT = Path(__file__).parents[2]
 CARD = "NVIDIA H100 80GB HBM3"
-
-
-@pytest.fixture(scope="module")
-def gpu_report():
-    return load_script(ROOT / "benchmarks/gpu_report.py")
 
 
 def variant(name: str, median: float, share: float | None = 0.5, right: bool = True) -> dict:
@@ -84,18 +79,18 @@ def results(tmp_path):
     return folder
 
 
-def test_without_a_run_the_page_says_so_plainly(gpu_report, tmp_path):
+def test_without_a_run_the_page_says_so_plainly(tmp_path):
     page = tmp_path / "page.md"
     gpu_report.main(["--results", str(tmp_path), "--page", str(page)])
     assert "**No GPU has been measured yet" in page.read_text()
     assert list(tmp_path.iterdir()) == [page]
 
 
-def test_the_committed_page_is_up_to_date(gpu_report):
+def test_the_committed_page_is_up_to_date():
     assert gpu_report.PAGE.read_text() == gpu_report.page(gpu_report.newest(gpu_report.RESULTS))
 
 
-def test_the_page_of_a_run(gpu_report, results):
+def test_the_page_of_a_run(results):
     text = gpu_report.page(gpu_report.newest(results))
     assert "No GPU has been measured" not in text
     assert f"## {CARD}" in text and "2026-03-02, commit `aaaaaaaaaaaa`" in text
@@ -105,7 +100,7 @@ def test_the_page_of_a_run(gpu_report, results):
     assert "`global_matching/480p/bf16/forward` failed: OutOfMemoryError: too much" in text
 
 
-def test_goals_say_what_was_reached_and_what_was_not(gpu_report, results):
+def test_goals_say_what_was_reached_and_what_was_not(results):
     text = gpu_report.page(gpu_report.newest(results))
     assert (
         "| `local_matching/480p/bf16/forward` | 30 µs | 25 µs (vosops cpp) | yes | 80x tiled GEMM |" in text
@@ -115,13 +110,13 @@ def test_goals_say_what_was_reached_and_what_was_not(gpu_report, results):
     assert "| `memory_read/1080p-5-frames/bf16/forward` | 1.2 ms | not measured |" in text
 
 
-def test_goals_are_for_one_card(gpu_report, tmp_path):
+def test_goals_are_for_one_card(tmp_path):
     (tmp_path / "gpu_other.json").write_text(json.dumps(run(name="NVIDIA L4")))
     text = gpu_report.page(gpu_report.newest(tmp_path))
     assert "The goals are for an H100; this card has none." in text
 
 
-def test_tables_hold_every_contender_and_why_others_are_missing(gpu_report, results):
+def test_tables_hold_every_contender_and_why_others_are_missing(results):
     text = gpu_report.page(gpu_report.newest(results))
     assert "|  | ieee | bf16 | peak MB |" in text
     assert "| **vosops cpp** | 200 µs | 25 µs (50%) | 2.5 |" in text  # not that of the compiled cell
@@ -130,20 +125,20 @@ def test_tables_hold_every_contender_and_why_others_are_missing(gpu_report, resu
     assert "vosops triton left out: RuntimeError: no" in text
 
 
-def test_the_newest_run_of_each_card_is_shown(gpu_report, results):
+def test_the_newest_run_of_each_card_is_shown(results):
     (results / "gpu_h100_bbbb.json").write_text(json.dumps(run("2026-04-01T00:00:00+00:00", commit="b" * 40)))
     (results / "gpu_l4.json").write_text(json.dumps(run("2026-01-01T00:00:00+00:00", name="NVIDIA L4")))
     reports = gpu_report.newest(results)
     assert [(r["device"]["name"], r["commit"][0]) for r in reports] == [(CARD, "b"), ("NVIDIA L4", "a")]
 
 
-def test_a_run_that_cannot_be_read_is_named(gpu_report, results):
+def test_a_run_that_cannot_be_read_is_named(results):
     (results / "gpu_bad.json").write_text(json.dumps(run() | {"commit": None}))
     with pytest.raises(SystemExit, match=r"gpu_bad.json cannot be read: commit must be str"):
         gpu_report.newest(results)
 
 
-def test_plots_are_drawn_of_what_was_measured(gpu_report, results, tmp_path):
+def test_plots_are_drawn_of_what_was_measured(results, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "page.md"
     gpu_report.main(["--results", str(results), "--page", str(page)])
@@ -152,7 +147,7 @@ def test_plots_are_drawn_of_what_was_measured(gpu_report, results, tmp_path):
     assert f"images/{drawn.name}" in page.read_text()
 
 
-def test_check_fails_on_a_page_that_is_not_up_to_date(gpu_report, results, tmp_path):
+def test_check_fails_on_a_page_that_is_not_up_to_date(results, tmp_path):
     page = tmp_path / "page.md"
     arguments = ["--results", str(results), "--page", str(page)]
     with pytest.raises(SystemExit, match="not up to date"):
@@ -163,5 +158,5 @@ def test_check_fails_on_a_page_that_is_not_up_to_date(gpu_report, results, tmp_p
     assert exit_.value.code == 0
 
 
-def test_goals_are_of_cases_that_are_measured(gpu_report):
+def test_goals_are_of_cases_that_are_measured():
     assert set(gpu_report.GOALS) <= {c.key for c in CELLS}

@@ -36,7 +36,7 @@ from typing import Any
 from vosops.benchmarking.gpu_cases import CELLS
 from vosops.benchmarking.gpu_steps import FAILED, PASSED, SKIPPED, UNFINISHED, Outcome
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1
 SECONDS = 480.0
