@@ -48,7 +48,7 @@ class TestVideoFile:
 
     @pytest.mark.parametrize("bytes_held", [1, 48 * 64 * 3 * 12])
     def test_backward_gives_the_same_pictures(self, video, monkeypatch, bytes_held):
-        monkeypatch.setattr("vosops.inference.video._BACKWARD_BYTES", bytes_held)
+        monkeypatch.setattr("vosops.inference.frames._BACKWARD_BYTES", bytes_held)
         source = VideoFile(video)
         forward = list(source.forward(range(30)))
         backward = list(source.backward(range(25, -1, -1)))
@@ -58,8 +58,8 @@ class TestVideoFile:
             assert frame.time == forward[frame.index].time
 
     def test_backward_seeks(self, video, monkeypatch):
-        monkeypatch.setattr("vosops.inference.video._MIN_CHUNK", 4)
-        monkeypatch.setattr("vosops.inference.video._BACKWARD_BYTES", 1)
+        monkeypatch.setattr("vosops.inference.frames._MIN_CHUNK", 4)
+        monkeypatch.setattr("vosops.inference.frames._BACKWARD_BYTES", 1)
         source = VideoFile(video)
         read_from_start = []
         forward = source.forward

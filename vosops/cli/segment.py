@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vosops.io.listing import shown
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -31,7 +33,11 @@ def register(app: typer.Typer) -> None:
 
 def segment(
     input: Annotated[
-        Path, typer.Argument(help="Video file, folder of frames, or root of a DAVIS / YouTube-VOS set.")
+        str,
+        typer.Argument(
+            help="Video file, pipe or URL, folder of frames, animated picture or TIFF stack, or root of a DAVIS / "
+            "YouTube-VOS set."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the masks and everything else.")],
     mask: Annotated[
@@ -116,10 +122,10 @@ def segment(
             progress=console,
             should_stop=lambda: signals.requested,
         )
-        if is_dataset(input):
+        if is_dataset(Path(input)):
             if mask:
                 raise InputError("--mask does not go with a data set's root, which has its own masks")
-            job.dataset(input, sequence or [], resolution, console.sequence)
+            job.dataset(Path(input), sequence or [], resolution, console.sequence)
         else:
             if sequence or resolution:
                 raise InputError("--sequence and --resolution need the root of a data set as INPUT")
@@ -192,7 +198,7 @@ class Console:
 
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -216,7 +222,9 @@ class Console:
         """Start a stage's bar."""
         self._started = time.monotonic()
         self._new = 0
-        self._task = self._bar.add_task(self._prefix + what, total=total, completed=done, rate="", memory="")
+        self._task = self._bar.add_task(
+            shown(self._prefix + what), total=total, completed=done, rate="", memory=""
+        )
 
     def advance(self) -> None:
         """Count a frame."""
@@ -240,7 +248,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(text)
+        self._bar.console.print(shown(text), markup=False)
 
     def sequence(self, name: str, summary: Summary | None) -> None:
         """Name the bars after a sequence, and show its summary when there is one."""

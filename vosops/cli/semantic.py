@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
 
 
 def semantic(
-    input: Annotated[Path, typer.Argument(help="Video file or folder of frames.")],
+    input: Annotated[
+        str, typer.Argument(help="Video file, pipe or URL, folder of frames, or animated picture.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the label maps and everything else.")],
     model: Annotated[str, typer.Option(help="Name of the model.")] = "lstm_icnet",
     weights: Annotated[

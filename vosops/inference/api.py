@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vosops.io.errors import IncompleteInputError
+from vosops.io.errors import IncompleteInputError, InputError
 from vosops.models.network import Network
 
 from .create import create_tracker
 from .datasets import open_source
-from .frames import ArraySource
+from .frames import ArraySource, FrameSource
 from .loop import SegmentedFrame, TrackingLoop, frame_range
 from .masks import MaskSet, masks_from_python
 from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
+from .streams import FrameStream
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker
@@ -43,10 +44,13 @@ def segment(
     """Segment the objects of a mask through a video, a frame at a time.
 
     Args:
-        video: A video file, a folder of frames, or frames in memory: a (T, H, W, 3) uint8 RGB array or
-            tensor, or a sequence of (H, W, 3).
+        video: A video file, a folder of frames, a file of many pictures (a TIFF stack, an animated GIF, WebP, AVIF or
+            PNG), a pipe or an http(s) URL, which is copied to a temporary file first; or frames in memory: a
+            (T, H, W, 3) uint8 RGB array or tensor, a sequence of (H, W, 3), or an iterator of them, which is read
+            once and of which frames before the earliest mask are kept. uint16 is scaled to uint8.
         mask: A (H, W) bool or integer array or tensor for the first frame; a PNG, ``"FRAME=PNG"`` or a folder
-            of PNGs named by frame; a list of those; or a dict from frame (number or name) to PNG or array.
+            of PNGs named by frame; a list of those; or a dict from frame to PNG or array. Integer keys (of Python,
+            numpy or torch) are frame numbers from 0, whatever the value is; texts are names of frames, else numbers.
             0 is background, 255 ignored, other values are object ids; a mask of 0 and 255 alone is one
             object with id 255.
         model: Name of a model (``vosops.models.list_models()``), or a network or tracker that was made before.
@@ -80,7 +84,7 @@ def segment(
         >>> for frame in vosops.segment("video.mp4", "first.png"):  # doctest: +SKIP
         ...     print(frame.index, frame.areas)
     """
-    source = open_source(Path(video)) if isinstance(video, (str, os.PathLike)) else ArraySource(video)
+    source = _open(video, start, end, step)
     indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
     masks = MaskSet(masks_from_python(mask, source, indices), source.size)
     place = find_device(device)
@@ -114,3 +118,14 @@ def segment(
     yield from loop
     if loop.problem:
         raise IncompleteInputError(loop.problem)
+
+
+def _open(video: Any, start: int | None, end: int | None, step: int) -> FrameSource:
+    """Return the frames of what the caller gave."""
+    if isinstance(video, (str, os.PathLike)):
+        return open_source(video)
+    if hasattr(video, "__len__") and hasattr(video, "__getitem__"):
+        return ArraySource(video)
+    if hasattr(video, "__iter__"):
+        return FrameStream(video, frame_range(start, end, step, None))
+    raise InputError(f"video must be a path, a URL, or frames in memory, got {type(video).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,11 +11,14 @@ from pathlib import Path
 from vosops.io.annotations import VOID, annotation_style, values_of
 from vosops.io.errors import InputError
 from vosops.io.labels import read_labels
-from vosops.io.listing import IMAGE_SUFFIXES, chosen_names, few, label_maps, subfolders
+from vosops.io.listing import IMAGE_SUFFIXES, chosen_names, few, label_maps, pictures, subfolders
+from vosops.io.pictures import opened, page_numbers
 
 from .files import sha256
 from .frames import DEFAULT_FPS, FrameSource, ImageFolder
 from .masks import GivenMask
+from .picture_stack import PictureStack
+from .streams import Spooled, local_copy
 from .video import VideoFile
 
 _IMAGES = "JPEGImages"
@@ -38,15 +42,41 @@ def is_dataset(path: Path) -> bool:
     return (path / _IMAGES).is_dir() and (path / _MASKS).is_dir()
 
 
-def open_source(path: Path, fps: Fraction = DEFAULT_FPS) -> FrameSource:
-    """Open a video file or a folder of frames; ``fps`` is the rate of a folder."""
+def open_source(path: str | os.PathLike[str], fps: Fraction = DEFAULT_FPS) -> FrameSource:
+    """Open a video, a folder of frames, or one file of many pictures; ``fps`` is the rate of frames without times.
+
+    A pipe or an http(s) URL is copied to a temporary file first, to its end, for it can be read once.
+    """
+    name = os.fspath(path)
+    copy = local_copy(name)
+    if isinstance(copy, Spooled):
+        source = _open_file(copy.path, fps, name)
+        source.keep_alive = copy
+        return source
+    path = Path(path) if copy is None else copy
     if path.is_dir():
+        found = list(pictures(path).values())
+        if len(found) == 1 and _holds_several(found[0]):
+            return PictureStack(found[0], fps, name)
         return ImageFolder(path, fps)
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give a video file, a folder of frames or a data set's root")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"{path} is a single image: give a video file or the folder of its frames")
-    return VideoFile(path)
+        raise InputError(f"{name} does not exist: give a video file, a folder of frames or a data set's root")
+    return _open_file(path, fps, name)
+
+
+def _open_file(path: Path, fps: Fraction, title: str) -> FrameSource:
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return VideoFile(path, title)
+    if _holds_several(path, title):
+        return PictureStack(path, fps, title)
+    raise InputError(f"{title} is a single image: give a video file or the folder of its frames")
+
+
+def _holds_several(path: Path, title: str | None = None) -> bool:
+    with opened(
+        path, title or str(path), "replace it, or give a video file or a folder of frames"
+    ) as picture:
+        return len(page_numbers(picture)) > 1
 
 
 def find_sequences(

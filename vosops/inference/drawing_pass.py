@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vosops.io.errors import InputError, InterruptedRunError
 from vosops.io.labels import read_labels
-from vosops.io.listing import CONTACT_SHEET
+from vosops.io.listing import CONTACT_SHEET, shown
 
 from .coco import CocoFile
 from .drawing import ContactSheet, class_overlay, colour_table, overlay, write_cutout
@@ -154,8 +154,9 @@ class DrawingPass:
 
 def _caption(record: FrameRecord) -> str:
     """Return a frame's name and what is known of its objects, for the contact sheet."""
+    name = shown(record.name)
     if record.given:
-        return f"{record.name}   given mask"
+        return f"{name}   given mask"
     objects = [f"{i}: {c:.2f}" if record.areas[i] else f"{i}: -" for i, c in record.confidences.items()]
     more = " ..." if len(objects) > _CAPTION_OBJECTS else ""
-    return f"{record.name}   {'  '.join(objects[:_CAPTION_OBJECTS])}{more}"
+    return f"{name}   {'  '.join(objects[:_CAPTION_OBJECTS])}{more}"

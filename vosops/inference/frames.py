@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +15,9 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vosops.io.errors import InputError, VosopsError
-from vosops.io.listing import IMAGE_SUFFIXES, pictures
+from vosops.io.listing import IMAGE_SUFFIXES, pictures, shown
+from vosops.io.notes import warn
+from vosops.io.order import doubt_about_order
 from vosops.io.pictures import frame_of_array, read_frame
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 DEFAULT_FPS = Fraction(24)
 _LONGEST_NUMBER = 18  # digits
+_BACKWARD_BYTES = 128 << 20  # decoded frames held at once while reading backward
+_MIN_CHUNK = 8
 _READ_AHEAD = 2
 _QUEUE_POLL_SECONDS = 0.1
 
@@ -51,6 +55,7 @@ class FrameSource(ABC):
         count: Number of frames, an estimate if ``count_is_exact`` is false, None if unknown.
         average_rate: Frames a second.
         problem: Set when the input ended early; one line. The frames before it were delivered.
+        keep_alive: What must live as long as the source, such as a temporary file.
     """
 
     title: str
@@ -59,6 +64,7 @@ class FrameSource(ABC):
     count: int | None = None
     count_is_exact: bool = False
     problem: str | None = None
+    keep_alive: object = None
 
     @abstractmethod
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
@@ -95,6 +101,10 @@ class ImageFolder(FrameSource):
             kinds = " ".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
             raise InputError(f"{folder} holds no image ({kinds}): give a video file or a folder of frames")
         self._numbers = {stem: index for index, stem in enumerate(found)}
+        self._bytes = [_size_of(path) for path in self.paths]
+        doubt = doubt_about_order(list(found))
+        if doubt:
+            warn(f"the order of the frames in {shown(folder)} is doubtful: {doubt}")
         self.count = len(self.paths)
         self.count_is_exact = True
         height, width, _ = self._read(0).shape
@@ -127,8 +137,8 @@ class ImageFolder(FrameSource):
     def fingerprint(self) -> str:
         """Return a hash of the names and sizes of all frame files."""
         digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(os.fsencode(f"{path.name} {path.stat().st_size}\n"))
+        for path, size in zip(self.paths, self._bytes, strict=True):
+            digest.update(os.fsencode(f"{path.name} {size}\n"))
         return digest.hexdigest()
 
     def _read(self, index: int) -> Image:
@@ -171,6 +181,31 @@ class ArraySource(FrameSource):
     def fingerprint(self) -> str:
         """Refuse: there is nothing on disk to compare with later."""
         raise VosopsError("frames in memory cannot be resumed")
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes of a frame's file, which must have some."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): replace or remove it") from error
+    if not size:
+        raise InputError(f"{path} is an empty file: replace or remove it")
+    return size
+
+
+def in_chunks(
+    indices: Sequence[int], size: tuple[int, int], read: Callable[[list[int]], list[RawFrame]]
+) -> Iterator[RawFrame]:
+    """Yield the frames of descending ``indices``, of which at most 128 MiB (eight frames at least) are held at once.
+
+    ``read`` returns the frames of ascending ones.
+    """
+    length = max(_MIN_CHUNK, _BACKWARD_BYTES // (size[0] * size[1] * 3))
+    for start in range(0, len(indices), length):
+        frames = read(sorted(indices[start : start + length]))
+        while frames:
+            yield frames.pop()
 
 
 def _shown(shape: Sequence[int]) -> str:

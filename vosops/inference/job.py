@@ -73,7 +73,7 @@ class Job:
     progress: Progress = field(default_factory=NoProgress)
     should_stop: Callable[[], bool] = never
 
-    def video(self, path: Path, mask_specs: Sequence[str]) -> Summary:
+    def video(self, path: str | Path, mask_specs: Sequence[str]) -> Summary:
         """Segment a video file or a folder of frames, with masks as ``--mask`` gives them."""
         source = open_source(path, self.fps)
         indices = self._indices(source)

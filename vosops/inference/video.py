@@ -16,7 +16,7 @@ from vosops.io.names import file_url
 from vosops.io.pictures import reason
 
 from .files import quick_hash
-from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number
+from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number, in_chunks
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from .frames import Image
 
 _LOCAL_FILES = {"protocol_whitelist": "file"}  # a playlist must not make FFmpeg open other things
-_BACKWARD_BYTES = 128 << 20  # decoded frames held at once while reading backward
-_MIN_CHUNK = 8
 _RIFF_HEADER = 8
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 _EBML_SEGMENT = b"\x18\x53\x80\x67"
@@ -44,10 +42,10 @@ class VideoFile(FrameSource):
     end) delivers what could be decoded and sets ``problem``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, title: str | None = None) -> None:
         require("av")
         self.path = path
-        self.title = str(path)
+        self.title = title or str(path)
         self._times = array("q")  # presentation times of the first frames, while they ascend
         self._times_ascend = True
         with self._open() as container:
@@ -61,12 +59,16 @@ class VideoFile(FrameSource):
                 self.count = round(Fraction(container.duration, 1_000_000) * self.average_rate)
             first = next(self._decode(container, stream), None)
         if first is None:
-            raise InputError(f"{path} has no frame that can be decoded: {self.problem or 'it is empty'}")
+            raise InputError(
+                f"{self.title} has no frame that can be decoded: {self.problem or 'it is empty'}"
+            )
         self._start_time = first.pts or 0
         try:
             self.size = _upright(first).shape[:2]
         except Exception as error:
-            raise InputError(f"{path} cannot be converted to RGB ({reason(error)}): convert it") from error
+            raise InputError(
+                f"{self.title} cannot be converted to RGB ({reason(error)}): convert it"
+            ) from error
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
         """Yield the frames of ``indices``, decoding from the start of the file."""
@@ -87,7 +89,7 @@ class VideoFile(FrameSource):
                     if target is None:
                         return
         if self.problem is None and is_cut_off(self.path):
-            self.problem = f"{self.path} is truncated: the file ends before its stated length"
+            self.problem = f"{self.title} is truncated: the file ends before its stated length"
 
     def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
         """Yield the frames of descending ``indices``, a chunk at a time."""
@@ -96,13 +98,7 @@ class VideoFile(FrameSource):
         if len(self._times) <= indices[0]:
             for _ in self.forward([indices[0]]):
                 pass
-        height, width = self.size
-        length = max(_MIN_CHUNK, _BACKWARD_BYTES // (height * width * 3))
-        for start in range(0, len(indices), length):
-            chunk = sorted(indices[start : start + length])
-            frames = self._read_chunk(chunk)
-            while frames:
-                yield frames.pop()
+        yield from in_chunks(indices, self.size, self._read_chunk)
 
     def find(self, key: str) -> int | None:
         """Return the number that ``key`` is: a video's frames have no other names."""
@@ -120,10 +116,10 @@ class VideoFile(FrameSource):
                 file_url(self.path), metadata_errors="replace", container_options=_LOCAL_FILES
             )
         except Exception as error:  # damaged files make PyAV raise more than its own errors
-            raise InputError(f"{self.path} cannot be opened as a video: {reason(error)}") from error
+            raise InputError(f"{self.title} cannot be opened as a video: {reason(error)}") from error
         if not container.streams.video:
             container.close()
-            raise InputError(f"{self.path} has no video stream")
+            raise InputError(f"{self.title} has no video stream")
         _video_stream(container).thread_type = "AUTO"
         return container
 
@@ -138,7 +134,7 @@ class VideoFile(FrameSource):
             raise
         except Exception as error:
             self.problem = (
-                f"{self.path} cannot be decoded after {decoded} frames ({reason(error)}): "
+                f"{self.title} cannot be decoded after {decoded} frames ({reason(error)}): "
                 "it is truncated or damaged"
             )
 
@@ -147,12 +143,12 @@ class VideoFile(FrameSource):
         try:
             image = _upright(frame)
         except Exception as error:
-            self.problem = f"{self.path}: frame {index} cannot be converted to RGB ({reason(error)})"
+            self.problem = f"{self.title}: frame {index} cannot be converted to RGB ({reason(error)})"
             return None
         if image.shape[:2] != self.size:
             sizes = [f"{width}x{height}" for height, width in (self.size, image.shape[:2])]
             self.problem = (
-                f"{self.path} changes size at frame {index}, from {sizes[0]} to {sizes[1]}: "
+                f"{self.title} changes size at frame {index}, from {sizes[0]} to {sizes[1]}: "
                 "cut it there, or convert it to one size"
             )
             return None

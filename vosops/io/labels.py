@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .pictures import is_sixteen_bits, opened, pages, raw_mode, to_numpy
+from .pictures import is_sixteen_bits, opened, page_numbers, raw_mode, to_numpy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[Labels, bytes | None]:
         if picture.format in _LOSSY or _is_lossy_webp(picture, path):
             kind = _LOSSY.get(picture.format or "", "a lossy WebP")
             raise InputError(f"{what} is {kind}, whose compression blurs the ids: save it as PNG")
-        count = pages(picture)
+        count = len(page_numbers(picture))
         if count > 1:
             raise InputError(f"{what} holds {count} pictures: save the one of the frame as PNG")
         raw, scale = raw_mode(picture), _scale_of_grey(picture)

@@ -20,7 +20,10 @@ from typing import Any
 
 from .errors import InputError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
+    + (".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm")
+)
 """Suffixes of frames, in lower case."""
 
 LABEL_SUFFIXES = frozenset({".png"})

@@ -28,6 +28,8 @@ _PAGED = frozenset(
     {"TIFF", "GIF", "WEBP", "AVIF", "PNG"}
 )  # formats whose further pictures are pages or frames
 _UPPER_BYTE = 8
+_SUBFILE_TYPE = 254  # a tag of TIFF
+_NO_PAGE = 1 | 4  # a smaller copy, a mask of transparency
 
 
 @contextmanager
@@ -75,31 +77,36 @@ def is_sixteen_bits(picture: Picture, raw: str) -> bool:
     return picture.mode == "I" and (picture.format == "PPM" or ("16" in raw and not raw.endswith("S")))
 
 
-def pages(picture: Picture) -> int:
-    """Return how many pictures of the first one's size a file of pages or an animation holds; 1 for any other.
+def page_numbers(picture: Picture) -> list[int]:
+    """Return the numbers of the pages or frames of a file; [0] for formats that hold one picture.
 
-    A smaller copy of the first page, which cameras and scanners add to TIFF files, does not count.
+    Pages of a TIFF that are marked as a smaller copy or as the transparency of another one do not count.
     """
     count = getattr(picture, "n_frames", 1) if picture.format in _PAGED else 1
-    if count > 1 and picture.format == "TIFF":
-        size = picture.size
-        same = 0
-        for page in range(count):
-            picture.seek(page)
-            same += picture.size == size
-        picture.seek(0)
-        return same
-    return count
+    if count == 1 or picture.format != "TIFF":
+        return list(range(count))
+    found = []
+    for page in range(count):
+        picture.seek(page)
+        if not picture.tag_v2.get(_SUBFILE_TYPE, 0) & _NO_PAGE:  # type: ignore[attr-defined]
+            found.append(page)
+    picture.seek(0)
+    return found or [0]
 
 
 def read_frame(path: str | os.PathLike[str], what: str | None = None) -> Image:
     """Read one picture as a frame; EXIF orientation is applied.
 
     Raises:
-        InputError: It cannot be read, or its samples have no one meaning as a picture.
+        InputError: It cannot be read, holds several pictures, or its samples have no one meaning as a picture.
     """
     what = what or os.fspath(path)
     with opened(path, what, "replace or remove it") as picture:
+        count = len(page_numbers(picture))
+        if count > 1:
+            raise InputError(
+                f"{what} holds {count} pictures: give that file alone as the input, or each frame as a file of its own"
+            )
         return frame_of_picture(picture, what)
 
 

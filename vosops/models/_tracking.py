@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LEAST, _MOST = -1.0, 2.0  # of floating frames; sharpening filters leave [0, 1] by less
 IGNORED = 255  # the label of pixels about which nothing is known
 
 
@@ -24,21 +25,36 @@ def check_first(frame: Tensor, labels: Tensor) -> None:
 
 
 def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
-    """Raises ValueError or TypeError unless frame is (3,H,W) uint8 or floating, of this size."""
+    """Raises ValueError or TypeError unless frame is (3,H,W) uint8 or floating, of this size.
+
+    A first frame (size None) must hold values that can be meant to lie in [0, 1].
+    """
+    if not isinstance(frame, Tensor):
+        raise TypeError(f"frame must be a tensor (3,H,W), but is a {type(frame).__name__}")
     if frame.ndim != 3 or frame.shape[0] != 3 or 0 in frame.shape:
         raise ValueError(f"frame must be (3,H,W), but is {tuple(frame.shape)}")
     if frame.dtype != torch.uint8 and not frame.is_floating_point():
-        raise TypeError(f"frame must be uint8 or floating in [0, 1], but is {frame.dtype}")
+        scale = ": divide by 65535 for [0, 1]" if frame.dtype == torch.uint16 else ""
+        raise TypeError(f"frame must be uint8 or floating in [0, 1], but is {frame.dtype}{scale}")
+    if size is None and frame.is_floating_point() and (frame.amax() > _MOST or frame.amin() < _LEAST):
+        raise ValueError(
+            "frame must be uint8 or floating in [0, 1], but holds values from "
+            f"{float(frame.amin()):.4g} to {float(frame.amax()):.4g}: give it as it is shown, not normalised"
+        )
     if size is not None and tuple(frame.shape[1:]) != size:
         raise ValueError(f"frame must have the first frame's size {size}, but has {tuple(frame.shape[1:])}")
 
 
 def check_labels(labels: Tensor, frame: Tensor) -> None:
     """Raises ValueError or TypeError unless labels are integers >= 0 of the frame's size."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor (H,W), but are a {type(labels).__name__}")
     if labels.shape != frame.shape[1:]:
         raise ValueError(f"labels must be (H,W) = {tuple(frame.shape[1:])}, but are {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels must be integers, but are {labels.dtype}")
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # for which torch has no minimum
+        raise TypeError(f"labels must be uint8 or signed integers, but are {labels.dtype}: use labels.long()")
     if labels.numel() and int(labels.min()) < 0:
         raise ValueError(f"labels must be >= 0, but hold {int(labels.min())}")
 
