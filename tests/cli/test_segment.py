@@ -218,6 +218,48 @@ class TestBadInput:
         assert capsys.readouterr().err == f"vosops: {package} is not installed: pip install 'vosops[video]'\n"
 
 
+class TestNames:
+    def test_names_that_are_not_utf8_or_look_like_markup(self, vosops, tmp_path, mask):
+        folder = tmp_path / os.fsdecode(b"caf\xe9 [bold]\n")
+        folder.mkdir()
+        for index, boxes in enumerate(BOXES[:3]):
+            write_folder(tmp_path / "x", [picture(boxes)])
+            (tmp_path / "x" / "00000.png").rename(folder / os.fsdecode(b"[/red]\xe9\n%d.png" % index))
+        out = tmp_path / os.fsdecode(b"out\xe9[/x]")
+        arguments = (folder, "--mask", mask, "--out", out, "--overlay", "--json", "--size", 32)
+        code, printed = vosops(*arguments)
+        assert code == 0 and r"out\xe9[/x]: 3 masks" in "".join(printed.split("\n"))
+        names = [os.fsdecode(b"[/red]\xe9\n%d" % i) for i in range(3)]
+        assert all((out / f"{name}.png").exists() for name in names)
+        assert [f["name"] for f in json.loads((out / "report.json").read_text())["frames"]] == names
+        assert vosops(*arguments, "--resume")[0] == 0
+        code, printed = vosops(folder, "--mask", out / os.fsdecode(b"no\xe9\n"), "--out", out, "--resume")
+        assert code == 2 and r"no\udce9\n does not exist" in error_line(printed)
+
+    @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "rtsp://x/y", "http://127.0.0.1:1/v.mp4"])
+    def test_names_of_nothing(self, vosops, mask, out, name):
+        code, printed = vosops(name, "--mask", mask, "--out", out)
+        assert code == 2 and error_line(printed) and not out.exists()
+
+
+def test_other_inputs_and_warnings(vosops, tmp_path, mask, out):
+    from PIL import Image
+
+    frames = [Image.fromarray(picture(boxes)) for boxes in BOXES]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    code, printed = vosops(tmp_path / "a.webp", "--mask", mask, "--out", out, "--overlay", "--size", 32)
+    assert code == 0 and "12 masks" in printed and (out / "0000011.png").exists()
+    unknown = truth(BOXES[0])
+    unknown[40:] = 255
+    other = write_mask(tmp_path / "u.png", unknown)
+    code, printed = vosops(tmp_path / "a.webp", "--mask", other, "--out", tmp_path / "o2", "--size", 32)
+    assert code == 0
+    assert [line for line in printed.splitlines() if "warning" in line] == [
+        f"vosops: warning: mask {other}: its 512 pixels of value 255 count as unknown, for other ids are given too: "
+        "give an object another id"
+    ]
+
+
 def test_a_truncated_video(vosops, tmp_path, out):
     import numpy as np
 

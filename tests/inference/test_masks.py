@@ -189,6 +189,18 @@ class TestFinding:
         odd = write_mask(tmp_path / "a=b.png", label_map(a=1))
         assert self.frames(find_masks([str(odd)], folder, range(6))) == [0]
 
+    def test_a_frame_whose_name_has_an_equals_sign(self, tmp_path, png):
+        folder = ImageFolder(write_folder(tmp_path / "f", [picture({}, SIZE)] * 3, name="t={}.png"))
+        assert self.frames(find_masks([f"t=1={png}", f"2={png}"], folder, range(3))) == [1, 2]
+
+    @pytest.mark.parametrize("name", ["m" * 5000, "a\0b", "m.png/x", "dangling.png"])
+    def test_names_of_nothing(self, folder, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "dangling.png").symlink_to("/nowhere.png")
+        for spec in (name, f"1={name}"):
+            with pytest.raises(InputError, match="mask .* (does not exist|cannot be opened)"):
+                find_masks([spec], folder, range(6))
+
     def test_a_folder_named_by_frame(self, folder, tmp_path):
         for name in ("00011", "00013", "contact_sheet"):
             write_mask(tmp_path / "masks" / f"{name}.png", label_map(a=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, with an exit code."""
-    from vosops.io.errors import VosopsError
+    from vosops.io.errors import InputError, VosopsError
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files need not be UTF-8
@@ -72,6 +73,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped", _INTERRUPTED)
+    except OSError as error:  # of a file that was named, such as one that may not be read
+        if error.filename is None:
+            raise
+        _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", InputError.exit_code)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("numpy", "rich", "typer"):

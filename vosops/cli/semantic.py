@@ -73,6 +73,7 @@ def semantic(
         class_palette,
         make_semantic_tracker,
     )
+    from vosops.inference.streams import local_path
     from vosops.inference.usage import keep_freed_memory
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)
@@ -110,7 +111,7 @@ def semantic(
                 end=end,
                 step=step,
             ),
-            inputs=[input] if weights is None else [input, weights],
+            inputs=[local_path(input)] if weights is None else [local_path(input), weights],
             outputs=Outputs(overlay=overlay),
             progress=console,
             should_stop=lambda: signals.requested,

@@ -12,6 +12,7 @@ from vosops.io.annotations import VOID, annotation_style, values_of
 from vosops.io.errors import InputError
 from vosops.io.labels import read_labels
 from vosops.io.listing import IMAGE_SUFFIXES, chosen_names, few, label_maps, pictures, subfolders
+from vosops.io.names import absence
 from vosops.io.pictures import opened, page_numbers
 
 from .files import sha256
@@ -39,7 +40,7 @@ class VideoSequence:
 
 def is_dataset(path: Path) -> bool:
     """Say whether a path is the root of a data set."""
-    return (path / _IMAGES).is_dir() and (path / _MASKS).is_dir()
+    return os.path.isdir(path / _IMAGES) and os.path.isdir(path / _MASKS)
 
 
 def open_source(path: str | os.PathLike[str], fps: Fraction = DEFAULT_FPS) -> FrameSource:
@@ -54,13 +55,16 @@ def open_source(path: str | os.PathLike[str], fps: Fraction = DEFAULT_FPS) -> Fr
         source.keep_alive = copy
         return source
     path = Path(path) if copy is None else copy
+    absent = absence(path)
+    if absent:
+        raise InputError(f"{name} {absent}: give a video file, a folder of frames or a data set's root")
     if path.is_dir():
         found = list(pictures(path).values())
         if len(found) == 1 and _holds_several(found[0]):
             return PictureStack(found[0], fps, name)
         return ImageFolder(path, fps)
     if not path.is_file():
-        raise InputError(f"{name} does not exist: give a video file, a folder of frames or a data set's root")
+        raise InputError(f"{name} is no file: give a video file, a folder of frames or a data set's root")
     return _open_file(path, fps, name)
 
 

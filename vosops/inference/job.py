@@ -27,6 +27,7 @@ from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_t
 from .progress import NoProgress, Progress, never
 from .report import REPORT, RESUME
 from .run import Mode, Run, Summary, check_folder, written_folders
+from .streams import local_path
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker
@@ -78,7 +79,11 @@ class Job:
         source = open_source(path, self.fps)
         indices = self._indices(source)
         masks = find_masks(mask_specs, source, indices)
-        inputs = [path, *self._settings_inputs(), *(mask.path for mask in masks if mask.path is not None)]
+        inputs = [
+            local_path(path),
+            *self._settings_inputs(),
+            *(mask.path for mask in masks if mask.path is not None),
+        ]
         protect_inputs(inputs, written_folders(self.out))  # before a model is made
         return self._run(self.out, source, indices, masks, inputs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vosops.io.errors import InputError
 from vosops.io.labels import davis_palette, labels_of_array, read_labels
 from vosops.io.listing import few, label_maps
+from vosops.io.names import absence
 from vosops.io.notes import warn
 from vosops.io.outputs import OwnedFile, complete_or_absent
 from vosops.io.slivers import slivers
@@ -219,25 +221,41 @@ def find_masks(specs: Sequence[str], source: FrameSource, indices: Sequence[int]
     found = []
     for spec in specs:
         path = Path(spec)
-        key, separator, rest = spec.partition("=")
-        if path.is_dir():
+        if os.path.isdir(path):
             found += _masks_of_folder(path, source, indices)
-        elif separator and not path.exists():
+        elif "=" in spec and not os.path.exists(path):
+            key, rest = _split(spec, source)
             found.append(_mask_file(Path(rest), _frame_of_name(key, source, f"--mask {spec}"), indices))
         else:
             found.append(_mask_file(path, indices[0], indices))
     return found
 
 
+def _split(spec: str, source: FrameSource) -> tuple[str, str]:
+    """Return FRAME and PNG of ``FRAME=PNG``; names of frames may hold "=" too."""
+    places = [place for place, character in enumerate(spec) if character == "="]
+    named = [place for place in places if source.find(spec[:place]) is not None]
+    place = (named or places)[0]
+    return spec[:place], spec[place + 1 :]
+
+
 def _mask_file(path: Path, frame: int, indices: Sequence[int]) -> GivenMask:
-    if not path.is_file():
-        raise InputError(f"mask {path} does not exist: --mask takes PNG, FRAME=PNG or a folder")
+    absent = absence(path) or (None if os.path.isfile(path) else "is no file")
+    if absent:
+        raise InputError(f"mask {path} {absent}: --mask takes PNG, FRAME=PNG or a folder")
     if frame not in indices:
         raise InputError(
             f"mask {path} lies on frame {frame}, which is not processed: "
             "change --start, --end, --step or the frame"
         )
-    return GivenMask(frame, str(path), sha256(path), path=path)
+    return _given(path, frame)
+
+
+def _given(path: Path, frame: int) -> GivenMask:
+    try:
+        return GivenMask(frame, str(path), sha256(path), path=path)
+    except OSError as error:
+        raise InputError(f"mask {path} cannot be opened ({error.strerror}): mend or remove it") from error
 
 
 def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:
@@ -245,11 +263,7 @@ def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) 
     strangers = [path.name for path, frame in frames.items() if frame is None]
     if strangers:
         raise InputError(f"mask folder {folder}: no frame of {source.title} is named like {few(strangers)}")
-    found = [
-        GivenMask(frame, str(path), sha256(path), path=path)
-        for path, frame in frames.items()
-        if frame is not None and frame in indices
-    ]
+    found = [_given(path, frame) for path, frame in frames.items() if frame is not None and frame in indices]
     if not found:
         raise InputError(f"mask folder {folder} holds no PNG for a frame that is processed")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import tempfile
@@ -120,6 +121,17 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """Return the path that a name stands for: that of a ``file:`` URL, else the name itself."""
+    text = os.fspath(name)
+    if not text.lower().startswith("file://"):
+        return Path(text)
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    return Path(url2pathname(urlsplit(text).path))
+
+
 def local_copy(name: str) -> Spooled | Path | None:
     """Return a copy of what a URL or a pipe gives, or the path of a ``file:`` URL; None for any other name.
 
@@ -137,13 +149,13 @@ def local_copy(name: str) -> Spooled | Path | None:
         with path.open("rb") as file:
             return Spooled(file, name)
     from urllib.parse import unquote, urlsplit
-    from urllib.request import url2pathname, urlopen
+    from urllib.request import urlopen
 
     scheme = name.partition(":")[0].lower()
     try:
         parts = urlsplit(name)
         if scheme == "file":
-            return Path(url2pathname(parts.path))
+            return local_path(name)
         if scheme not in ("http", "https"):
             raise InputError(
                 f"{shown(name)}: {scheme} cannot be read: give http, https or a file (ffmpeg -i URL -c copy clip.mkv)"
