@@ -224,12 +224,12 @@ class TestNames:
         folder.mkdir()
         for index, boxes in enumerate(BOXES[:3]):
             write_folder(tmp_path / "x", [picture(boxes)])
-            (tmp_path / "x" / "00000.png").rename(folder / os.fsdecode(b"[/red]\xe9\n%d.png" % index))
+            (tmp_path / "x" / "00000.png").rename(folder / os.fsdecode(b"[red]\xe9\n%d.png" % index))
         out = tmp_path / os.fsdecode(b"out\xe9[/x]")
         arguments = (folder, "--mask", mask, "--out", out, "--overlay", "--json", "--size", 32)
         code, printed = vosops(*arguments)
         assert code == 0 and r"out\xe9[/x]: 3 masks" in "".join(printed.split("\n"))
-        names = [os.fsdecode(b"[/red]\xe9\n%d" % i) for i in range(3)]
+        names = [os.fsdecode(b"[red]\xe9\n%d" % i) for i in range(3)]
         assert all((out / f"{name}.png").exists() for name in names)
         assert [f["name"] for f in json.loads((out / "report.json").read_text())["frames"]] == names
         assert vosops(*arguments, "--resume")[0] == 0
@@ -254,8 +254,8 @@ def test_other_inputs_and_warnings(vosops, tmp_path, mask, out):
     other = write_mask(tmp_path / "u.png", unknown)
     code, printed = vosops(tmp_path / "a.webp", "--mask", other, "--out", tmp_path / "o2", "--size", 32)
     assert code == 0
-    assert [line for line in printed.splitlines() if "warning" in line] == [
-        f"vosops: warning: mask {other}: its 512 pixels of value 255 count as unknown, for other ids are given too: "
+    assert [line for line in printed.splitlines() if line.startswith("warning")] == [
+        f"warning: mask {other}: its 512 pixels of value 255 count as unknown, for other ids are given too: "
         "give an object another id"
     ]
 

@@ -93,7 +93,7 @@ def _short_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
         if issubclass(category, InputWarning):
-            print(f"vosops: warning: {_one_line(str(message))}", file=sys.stderr)
+            print(f"warning: {_one_line(str(message))}", file=sys.stderr)
         else:
             before(message, category, *place, **options)
 
