@@ -267,36 +267,32 @@ def without_few(query, key, value, options):
     return query, without(key, FEW), without(value, FEW), rest
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def spoil_few(query, key, value, options):
+    """The problem with a NaN at each of FEW: in its key, or its shrinkage, or its bias; and in its value."""
+    named = {n: t.clone() for n, t in options.items() if n in ("shrinkage", "bias")}
+    of_key = list(FEW)
+    for tensor in named.values():
+        tensor[..., of_key.pop()] = NAN
+    return query, spoil(key, of_key), spoil(value, FEW), {**options, **named}
+
+
 @EVERY_CALL
-def test_top_k_reads_the_best_beside_nan(implementation, option, masked):
+def test_top_k_reads_the_best_beside_nan(implementation, option):
     """Whatever of a position is NaN, it is not chosen: no other query's choice, usage or gradient changes."""
-    query, key, value, options = problem(option)
-    want = read_and_differentiate(vosops.memory_read, *without_few(query, key, value, options), top_k=12)
-    more: dict = {"top_k": 12}
-    if masked:
-        more["valid"] = ~torch.isin(torch.arange(90), torch.tensor(FEW))[None]
-    for spoiled in ("key", "shrinkage", "bias"):
-        if spoiled == "key":
-            bad = (query, spoil(key, FEW), spoil(value, FEW), options)
-        elif spoiled in options:
-            broken = {**options, spoiled: options[spoiled].clone()}
-            broken[spoiled][..., FEW] = NAN
-            bad = (query, key, spoil(value, FEW), broken)
-        else:
-            continue
-        assert_reads_as_without(FEW, read_and_differentiate(vosops.memory_read, *bad, **more), want)
+    tensors = problem(option)
+    want = read_and_differentiate(vosops.memory_read, *without_few(*tensors), top_k=12)
+    valid = ~torch.isin(torch.arange(90), torch.tensor(FEW))[None]
+    for more in ({}, {"valid": valid}):
+        got = read_and_differentiate(vosops.memory_read, *spoil_few(*tensors), top_k=12, **more)
+        assert_reads_as_without(FEW, got, want)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_reference_reads_the_best_beside_nan(option):
-    query, key, value, options = problem(option)
+    tensors = problem(option)
     got, want = (
-        read_and_differentiate(reference.memory_read, *tensors, top_k=12)
-        for tensors in (
-            (query, spoil(key, FEW), spoil(value, FEW), options),
-            without_few(query, key, value, options),
-        )
+        read_and_differentiate(reference.memory_read, *each, top_k=12)
+        for each in (spoil_few(*tensors), without_few(*tensors))
     )
     assert_reads_as_without(FEW, got, want)
 
@@ -307,7 +303,7 @@ def test_a_full_read_does_not_look_at_what_valid_leaves_out(implementation, opti
     if dtype == torch.float64 and implementation == "triton":
         pytest.skip("float64 is computed on the CPU and by the reference only")
     query, key, value, options = problem(option, dtype=dtype)
-    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float64: 1e-10}[dtype]
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float64: 1e-10}[dtype]
     want = read_and_differentiate(vosops.memory_read, *without_few(query, key, value, options))
     garbage = torch.tensor([NAN, INF, -INF, NAN, INF])
     spoiled = {
@@ -444,3 +440,20 @@ def test_a_soft_mask_of_nan_belongs_to_no_object(implementation):
     bad = soft.masked_fill(soft > 0.8, NAN)
     for op in (vosops.local_matching, vosops.global_matching):
         assert torch.equal(op(query, key, bad), op(query, key, (soft > 0.5) & (soft <= 0.8)))
+
+
+def test_local_attention_is_nan_where_its_window_sees_nan(implementation):
+    query, key = torch.randn(2, 1, 6, 7, 9)
+    value = torch.randn(1, 4, 7, 9)
+    want = vosops.local_attention(query, key, value, radius=1, heads=2)
+    seen, alone = torch.zeros(2, 7, 9, dtype=torch.bool)
+    seen[0:2, 3:6] = alone[0, 4] = True  # at the border: what lies outside must not matter either
+    for spoiled, bad in (("query", alone), ("key", seen), ("value", seen)):
+        tensors = {"query": query, "key": key, "value": value}
+        tensors[spoiled] = tensors[spoiled].clone()
+        tensors[spoiled][0, 0, 0, 4] = NAN
+        out = vosops.local_attention(**tensors, radius=1, heads=2)
+        touched = 2 if spoiled != "value" else 1  # channels of the first head, or the value's own
+        assert torch.equal(out.isnan()[0, :touched], bad.expand(touched, -1, -1))
+        assert not out[0, touched:].isnan().any()
+        torch.testing.assert_close(torch.where(out.isnan(), 0, out), torch.where(out.isnan(), 0, want))
