@@ -1,19 +1,40 @@
 # Two commands for everyone: `make demo` and `make test`. Both create their own environment in .venv.
+# Another torch than pip's choice has an environment of its own: `make test TORCH=2.11.0` lives in .venv-2.11.0.
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-$(TORCH))
 BIN := $(VENV)/bin
 # On a machine without a GPU one architecture is enough to check that the CUDA kernels compile.
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 export MAX_JOBS ?= 2
+# Triton 3.6, which torch 2.10 and 2.11 bring, interprets kernels with NumPy before 2.4 only.
+NUMPY := numpy$(if $(filter 2.10 2.10.% 2.11 2.11.%,$(TORCH)),<2.4)
 
-.PHONY: demo test test-binaries lint check-headers format bench docs wheel asan cuda-report gpu-report clean
+# Tests have small tensors, which threads only make wait for each other; tests of threads ask for theirs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+KERNELS := TRITON_INTERPRET=1 VOSOPS_TEST_EMULATED=1
+
+.PHONY: demo test test-quick test-all matrix triton-tables lint check-headers format bench docs wheel asan cuda-report gpu-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
 	@echo "Look at demo-output/masks/overlay.mp4 and demo-output/masks/contact_sheet.png"
 
 test: $(VENV)/ready
-	TRITON_INTERPRET=1 VOSOPS_TEST_EMULATED=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(KERNELS) $(PYTEST) tests
+
+# For work in between: no emulator, no interpreter, nothing that takes seconds.
+test-quick: $(VENV)/ready
+	$(PYTEST) -m "not slow" tests
+
+# Every cell of every grid, ten times as many random problems, every configuration of the Triton kernels.
+test-all: $(VENV)/ready
+	VOSOPS_EXHAUSTIVE=1 $(KERNELS) $(PYTEST) tests
+
+# The op tests on other versions of PyTorch and Python, each in an environment that is thrown away; CELLS chooses them.
+matrix: $(VENV)/ready
+	$(BIN)/python benchmarks/matrix.py $(CELLS)
+	$(BIN)/python benchmarks/compatibility.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -52,8 +73,15 @@ asan: $(VENV)/ready
 cuda-report: $(VENV)/ready
 	$(BIN)/python benchmarks/cuda_report.py --targets sm_80 sm_90a sm_100 sm_120 \
 	  --check benchmarks/results/cuda_report.json
-	$(BIN)/python benchmarks/triton_report.py --targets sm_80 sm_90 sm_100 gfx942 \
-	  --check benchmarks/results/triton_report.json
+	$(BIN)/python benchmarks/triton_report.py --targets sm_80 sm_90 sm_100 gfx942 --check
+
+# What each version of Triton makes of the kernels. It compiles under any torch, so that only Triton is downloaded.
+TRITONS ?= $(basename $(notdir $(wildcard benchmarks/results/triton/*.json)))
+triton-tables: $(VENV)/ready
+	for version in $(TRITONS); do \
+	  $(BIN)/pip install -q --upgrade --no-deps --target $(VENV)/triton-$$version triton==$$version && \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python benchmarks/triton_report.py --write > /dev/null || exit 1; \
+	done
 
 # docs/performance-gpu.md and its plots from the newest runs of benchmarks/gpu_check.sh.
 gpu-report: $(VENV)/ready
@@ -63,7 +91,7 @@ gpu-report: $(VENV)/ready
 $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q torch torchvision numpy ninja pybind11 "setuptools>=77" wheel
+	$(BIN)/pip install -q torch$(if $(TORCH),==$(TORCH)) torchvision "$(NUMPY)" ninja pybind11 "setuptools>=77" wheel
 	$(BIN)/pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 || (tail -40 $(VENV)/build.log; false)
 	$(BIN)/pip install -q --no-deps "stcnbuf>=0.2"  # its own dependencies are not those of its memory bank
 	@grep -h "^ *vosops: built" $(VENV)/build.log || true

@@ -1,9 +1,10 @@
-"""Writes the table of docs/compatibility.md: each op in each implementation and dtype, and how that was proved.
+"""Writes two tables of docs/compatibility.md: how each op was proved, and the versions that its tests passed on.
 
     python benchmarks/compatibility.py            rewrites what lies between the marks
     python benchmarks/compatibility.py --check    exit code 1 if the page is not up to date
 
-What is there is read off the sources and the registered ops, what ran on a GPU off benchmarks/results/gpu_*.json.
+What is there is read off the sources and the registered ops, what ran on a GPU off benchmarks/results/gpu_*.json,
+what ran on which version off benchmarks/results/matrix.json (`make matrix`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from vosops.benchmarking.gpu_cases import MODES, implementation
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = ROOT / "benchmarks" / "results"
-REGION = re.compile(r"(<!-- proofs -->\n).*?(<!-- end of proofs -->)", re.DOTALL)
+MATRIX = RESULTS / "matrix.json"
+REGIONS = {
+    name: re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    for name in ("proofs", "versions")
+}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 ON_GPUS = ("f32", "f16", "bf16")
 NOTHING = "-"
@@ -89,11 +94,43 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body])
 
 
-def rewritten(text: str, reports: Sequence[dict[str, Any]]) -> str:
-    """The page with its table made anew; ValueError if it has no place for one."""
-    if not REGION.search(text):
-        raise ValueError("the page lacks <!-- proofs --> and <!-- end of proofs -->")
-    return REGION.sub(lambda m: f"{m[1]}\n{table(reports)}\n\n{m[2]}", text)
+def versions(cells: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of the versions that were run, and what came of it."""
+    if not cells:
+        return "None was recorded yet: `make matrix`."
+    rows = [["torch", "Triton", "NumPy", "Python", "vosops from", "passed", "failed", "when and where"]]
+    rows.append(["---"] * len(rows[0]))
+    for cell in cells:
+        triton = cell["triton"] or NOTHING
+        rows.append(
+            [
+                cell["torch"],
+                f"{triton}, interpreted" if cell["interpreted"] and cell["triton"] else triton,
+                cell["numpy"] or NOTHING,
+                cell["python"],
+                cell["installed"],
+                str(cell["passed"]),
+                f"**{cell['failed']}**" if cell["failed"] else "0",
+                f"{cell['date']}, {cell['processor']}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def rewritten(text: str, reports: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]] = ()) -> str:
+    """The page with its tables made anew; ValueError if it has no place for one."""
+    tables = {"proofs": table(reports), "versions": versions(cells)}
+    for name, region in REGIONS.items():
+        if not region.search(text):
+            raise ValueError(f"the page lacks <!-- {name} --> and <!-- end of {name} -->")
+        text = region.sub(lambda m, name=name: f"{m[1]}\n{tables[name]}\n\n{m[2]}", text)
+    return text
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The cells of benchmarks/results/matrix.json."""
+    cells: list[dict[str, Any]] = json.loads(MATRIX.read_text())["cells"] if MATRIX.exists() else []
+    return cells
 
 
 def main() -> None:
@@ -105,7 +142,7 @@ def main() -> None:
     check = parser.parse_args().check
     reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("gpu_*.json"))]
     text = PAGE.read_text()
-    fresh = rewritten(text, reports)
+    fresh = rewritten(text, reports, recorded())
     if check:
         sys.exit(f"{PAGE} is not up to date: python benchmarks/compatibility.py" if fresh != text else 0)
     PAGE.write_text(fresh)

@@ -1,19 +1,21 @@
 """What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, instructions.
 
     python benchmarks/triton_report.py                              the table as Markdown
-    python benchmarks/triton_report.py --write table.json           and as JSON, to be committed
-    python benchmarks/triton_report.py --check table.json           fail where the committed table says something else
+    python benchmarks/triton_report.py --write                      and as benchmarks/results/triton/VERSION.json
+    python benchmarks/triton_report.py --check                      fail where this Triton's table says something else
+    python benchmarks/triton_report.py --sample                     each kernel once instead of every configuration
     python benchmarks/triton_report.py --targets sm_90 gfx942       other targets (gfx942: only that it compiles, not
                                                                     compared)
+    make triton-tables                                              --write with every Triton that has a table
 
-The kernels are compiled ahead of time with the launch shapes that the ops would choose on the target. A spilled
-register fails the report. The committed table holds for one version of Triton; with another nothing is compared.
+The kernels are compiled ahead of time with the launch shapes that the ops would choose on the target. How many
+registers the code takes and whether some are spilled is a fact about one version of Triton, so each version has its
+own committed table. A Triton without a table is held to bounds that any useful code keeps, and the report says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -22,17 +24,25 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "benchmarks/results/triton"
+"""A table for each version of Triton, named by it."""
 
 NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Shared memory that one program may have, in bytes."""
 
 TENSOR_CORE_PTX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+MOST_SPILLED = 64
+"""Bytes of registers that one thread may spill where no table says what is usual: a spill in an outer loop, not a
+kernel that lives in local memory."""
+
 REGISTERS = 65536
 """32-bit registers of a multiprocessor."""
 
@@ -312,7 +322,14 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         launch = memory_select.scan_launch(plain, 30, getattr(memory_select, name))
         yield case(f"scan bf16, {name.lower()}", memory_select._scan, launch, half, tensor_cores=True)
     launch = memory_select.scan_launch(selected, 30, memory_select.REPAIR)
-    yield case("scan bf16 with selection, repair", memory_select._scan, launch, half, selection=True)
+    yield case(
+        "scan bf16 with selection, repair",
+        memory_select._scan,
+        launch,
+        half,
+        selection=True,
+        tensor_cores=True,
+    )
     lists = {"ROWS": memory_select.LIST_ROWS, "WIDTH": memory_select.MAX_LIST_WIDTH}
     lists |= {"CAPACITY": launch[0]["CAPACITY"]}
     yield case("threshold", memory_select._threshold, (lists, four_warps), half)
@@ -468,42 +485,140 @@ def _examine_named(name: str, target: str) -> Row:
     return examine(next(case for case in cases(target) if case.name == name), target)
 
 
-def report(targets: list[str], processes: int) -> list[Row]:
-    """Examine every case on every target."""
-    jobs = [(case.name, target) for target in targets for case in cases(target)]
+def jobs(targets: list[str], *, sampled: bool = False) -> list[tuple[str, str]]:
+    """What there is to compile: (case, target).
+
+    A sample is one configuration of each kernel: on every target if it multiplies on tensor cores, which have other
+    instructions on each, else on one target after the other.
+    """
+    if not sampled:
+        return [(case.name, target) for target in targets for case in cases(target)]
+    kernels: dict[Any, Case] = {}
+    for case in cases(targets[0]):
+        kernels.setdefault(case.kernel, case)
+    taken = []
+    for position, case in enumerate(kernels.values()):
+        chosen = targets if case.tensor_cores else [targets[position % len(targets)]]
+        taken += [(case.name, target) for target in chosen]
+    return taken
+
+
+def report(targets: list[str], processes: int, *, sampled: bool = False) -> list[Row]:
+    """Examine every case on every target, or a sample of them."""
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(_examine_named, *zip(*jobs, strict=True)))
+        return list(pool.map(_examine_named, *zip(*jobs(targets, sampled=sampled), strict=True)))
+
+
+COLUMNS = [field.name for field in fields(Row)]
+FIGURES = COLUMNS[2:]
 
 
 def to_markdown(rows: list[Row]) -> str:
     """A table of the rows."""
-    columns = list(inspect.signature(Row).parameters)
     lines = [
-        "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
-        "|---" * len(columns) + "|",
+        "| " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
     ]
-    lines += ["| " + " | ".join(str(getattr(row, name)) for name in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(getattr(row, name)) for name in COLUMNS) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def differences(table: dict[str, Any], committed: dict[str, Any]) -> list[str]:
-    """Where two tables disagree on the NVIDIA targets of the first, in words; nothing for two versions of Triton."""
-    if table["triton"] != committed["triton"]:
-        return []
-    before = {(row["case"], row["target"]): row for row in committed["rows"]}
-    now = {(row["case"], row["target"]): row for row in table["rows"]}
-    targets = {target for _, target in now} & NVIDIA.keys()
+def to_json(version: str, rows: list[Row]) -> str:
+    """The rows on NVIDIA targets as a table to be committed: a line for each case, with a list for each target."""
+    lines: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        if row.target in NVIDIA:
+            lines.setdefault(row.case, {})[row.target] = [getattr(row, name) for name in FIGURES]
+    body = ",\n".join(f"  {json.dumps(case)}: {json.dumps(figures)}" for case, figures in lines.items())
+    head = f'"triton": {json.dumps(version)},\n "figures": {json.dumps(FIGURES)}'
+    return f'{{\n {head},\n "rows": {{\n{body}\n }}\n}}\n'
+
+
+def from_json(text: str) -> tuple[str, list[Row]]:
+    """The version and the rows of a table."""
+    table = json.loads(text)
+    rows = [
+        Row(case, target, **dict(zip(table["figures"], figures, strict=True)))
+        for case, of_targets in table["rows"].items()
+        for target, figures in of_targets.items()
+    ]
+    return table["triton"], rows
+
+
+def release(version: str) -> str:
+    """The version without what a build adds to it, such as +git1234."""
+    return version.partition("+")[0]
+
+
+def table_of(version: str) -> Path | None:
+    """The committed table of a version of Triton, if it has one."""
+    path = TABLES / f"{release(version)}.json"
+    return path if path.exists() else None
+
+
+def label(row: Row) -> str:
+    """The row's kernel and target, in words."""
+    return f"{row.case} on {row.target}"
+
+
+def out_of_bounds(rows: list[Row]) -> list[str]:
+    """What no version of Triton may do: spill much, ask for more shared memory than there is, miss tensor cores."""
+    products = {(c.name, target) for target in NVIDIA for c in cases(target) if c.tensor_cores}
     found = []
-    for key in sorted(key for key in before.keys() | now.keys() if key[1] in targets):
+    for row in rows:
+        if row.target not in NVIDIA:
+            continue
+        if row.spill_bytes > MOST_SPILLED:
+            found.append(f"{label(row)}: {row.spill_bytes} bytes spilled, more than {MOST_SPILLED}")
+        if row.shared_bytes > SHARED_LIMIT[row.target]:
+            limit = SHARED_LIMIT[row.target]
+            found.append(f"{label(row)}: {row.shared_bytes} bytes of shared memory, more than {limit}")
+        if (row.case, row.target) in products and not row.tensor_cores:
+            found.append(f"{label(row)}: no {TENSOR_CORE_PTX[row.target]}")
+    return found
+
+
+def differences(rows: list[Row], committed: list[Row], *, sampled: bool = False) -> list[str]:
+    """Where rows and a committed table disagree on the NVIDIA targets of the rows, in words.
+
+    A sample may lack what the table has.
+    """
+    before = {(row.case, row.target): row for row in committed}
+    now = {(row.case, row.target): row for row in rows if row.target in NVIDIA}
+    targets = {target for _, target in now}
+    expected = now.keys() if sampled else now.keys() | {key for key in before if key[1] in targets}
+    found = []
+    for key in sorted(expected):
         old, new = before.get(key), now.get(key)
         if old is None or new is None:
             found.append(f"{key[0]} on {key[1]}: only in the {'new' if old is None else 'committed'} table")
             continue
         found += [
-            f"{key[0]} on {key[1]}: {name} {old[name]} -> {new[name]}"
-            for name in new
-            if old[name] != new[name]
+            f"{label(new)}: {name} {getattr(old, name)} -> {getattr(new, name)}"
+            for name in FIGURES
+            if getattr(old, name) != getattr(new, name)
         ]
+    return found
+
+
+def held_against(version: str) -> str:
+    """What the rows of a version of Triton are compared with, in words."""
+    table = table_of(version)
+    if table:
+        return f"compared with {table.relative_to(ROOT)}"
+    known = ", ".join(path.stem for path in sorted(TABLES.glob("*.json"))) or "no version"
+    return (
+        f"Triton {version} has no table (there are {known}), so its kernels were held to bounds only: at most "
+        f"{MOST_SPILLED} bytes spilled, shared memory within the limit, products on tensor cores. "
+        "`python benchmarks/triton_report.py --write` makes one"
+    )
+
+
+def problems(version: str, rows: list[Row], *, sampled: bool = False) -> list[str]:
+    """What is wrong with the rows: bounds that do not hold and, where there is a table, what differs from it."""
+    found, table = out_of_bounds(rows), table_of(version)
+    if table:
+        found += differences(rows, from_json(table.read_text())[1], sampled=sampled)
     return found
 
 
@@ -514,26 +629,38 @@ def main() -> None:
     parser.add_argument(
         "--targets", nargs="+", default=list(NVIDIA), help="sm_80, sm_90, sm_100 or an AMD name"
     )
-    parser.add_argument("--write", type=Path, metavar="JSON", help="also write the table here")
-    parser.add_argument("--check", type=Path, metavar="JSON", help="the table to compare with")
+    parser.add_argument("--write", action="store_true", help="write the table of this version of Triton")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the table of this version of Triton"
+    )
+    parser.add_argument(
+        "--sample", action="store_true", help="each kernel once instead of every configuration"
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows here, in the form of a table")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("triton_report.py compiles, so TRITON_INTERPRET must not be set")
+    if arguments.write and (arguments.sample or set(arguments.targets) < NVIDIA.keys()):
+        sys.exit(
+            "a table holds every case on every NVIDIA target: --write goes without --sample and --targets"
+        )
     import triton
 
-    rows = report(arguments.targets, arguments.processes)
+    version = triton.__version__
+    rows = report(arguments.targets, arguments.processes, sampled=arguments.sample)
     print(to_markdown(rows))
-    table = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+    if arguments.json:
+        arguments.json.write_text(to_json(version, rows))
     if arguments.write:
-        arguments.write.write_text(json.dumps(table, indent=1) + "\n")
-    problems = [
-        f"{row.case} on {row.target}: {row.spill_bytes} bytes spilled" for row in rows if row.spill_bytes
-    ]
+        TABLES.mkdir(exist_ok=True)
+        (TABLES / f"{release(version)}.json").write_text(to_json(version, rows))
+    found = out_of_bounds(rows)
     if arguments.check:
-        problems += differences(table, json.loads(arguments.check.read_text()))
-    if problems:
-        sys.exit("\n".join(problems))
+        found = problems(version, rows, sampled=arguments.sample)
+        print(held_against(version), file=sys.stderr)
+    if found:
+        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

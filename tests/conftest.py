@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.effort import EXHAUSTIVE
 from tests.scripts import load_script
 
 SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves exhaustive tests out of ordinary runs, and counts them as deselected."""
+    if not EXHAUSTIVE:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -25,14 +26,44 @@ SLOW_ELSEWHERE = "not compile and not export and not opcheck and not second"
 QUICK = f"({SLOW_ELSEWHERE}) and (core or gather or select)"
 BUILD_SECONDS, TEST_SECONDS = 1800, 1800
 
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None"
+"""Python that keeps Triton, a large compiler that no sanitized test needs, out of its process."""
+
 # The tests' folder is on the path too; the package must come from the sanitized build.
 RUN_TESTS = f"""
-import sys
+{WITHOUT_TRITON}
 sys.path.insert(0, {str(LIBRARY)!r})
 import pytest, vosops
 assert vosops.__file__.startswith({str(LIBRARY)!r}), vosops.__file__
 sys.exit(pytest.main(sys.argv[1:]))
 """
+
+
+def preloaded(compiler: str) -> dict[str, str]:
+    """The environment of a process that loads libraries built with AddressSanitizer by `compiler`.
+
+    The sanitizer's runtime comes first, and right behind it the C++ library: the runtime looks for the function that
+    throws exceptions while it starts, finds none in a Python that is written in C, and would end the process at the
+    first exception of any library, even one that is caught.
+    """
+    libraries = [
+        _library_of(
+            compiler, "libasan.so", f"libclang_rt.asan-{platform.machine()}.so", "libclang_rt.asan.so"
+        ),
+        _library_of(compiler, "libstdc++.so.6"),
+    ]
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
+    return {**os.environ, "LD_PRELOAD": " ".join(libraries), **options}
+
+
+def _library_of(compiler: str, *names: str) -> str:
+    """The path of the first of these libraries that a compiler has."""
+    for name in names:
+        command = [compiler, f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        if Path(found).is_absolute():
+            return found
+    raise FileNotFoundError(f"{compiler} has no {' or '.join(names)}")
 
 
 def build(only: str | None) -> None:
@@ -51,15 +82,8 @@ def run(capability: str, selection: str) -> None:
     tested = LIBRARY / "vosops" / f"libvosops_cpu_{capability}.so"
     if b"__asan_init" not in tested.read_bytes():
         sys.exit(f"{tested} was built without AddressSanitizer")
-    gcc = ["g++", "-print-file-name=libasan.so"]
-    library = subprocess.run(gcc, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": library,
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        "VOSOPS_CPU_CAPABILITY": capability,
-    }
+    environment = preloaded(os.environ.get("CXX", "g++"))
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "VOSOPS_CPU_CAPABILITY": capability}
     tests = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/ops", "-k", selection]
     command = [sys.executable, "-c", RUN_TESTS, *tests]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=TEST_SECONDS)

@@ -29,7 +29,7 @@ def test_the_page_is_up_to_date(compatibility):
     """`python benchmarks/compatibility.py` renews it."""
     runs = [json.loads(file.read_text()) for file in sorted(compatibility.RESULTS.glob("gpu_*.json"))]
     text = compatibility.PAGE.read_text()
-    assert compatibility.rewritten(text, runs) == text
+    assert compatibility.rewritten(text, runs, compatibility.recorded()) == text
 
 
 def test_every_op_is_listed_in_every_implementation(compatibility):
@@ -61,3 +61,22 @@ def test_the_newest_run_that_was_right_is_named(compatibility):
 def test_a_page_without_a_place_is_refused(compatibility):
     with pytest.raises(ValueError, match="lacks <!-- proofs -->"):
         compatibility.rewritten("nothing", [])
+    proofs = "<!-- proofs -->\n<!-- end of proofs -->"
+    with pytest.raises(ValueError, match="lacks <!-- versions -->"):
+        compatibility.rewritten(proofs, [])
+
+
+def cell(torch: str = "2.11.0+cu130", python: str = "3.10.20", **others) -> dict:
+    """What benchmarks/matrix.py records of a cell."""
+    record = {"python": python, "torch": torch, "triton": "3.6.0", "numpy": "2.3.5", "cuda": "13.0"}
+    record |= {"passed": 700, "failed": 0, "skipped": 9, "installed": "wheel", "interpreted": False}
+    return record | {"date": "2026-11-29", "processor": "AMD EPYC"} | others
+
+
+def test_versions_that_were_run_are_listed(compatibility):
+    cells = [cell(), cell("2.13.0+cpu", triton=None, failed=2, interpreted=True), cell(interpreted=True)]
+    rows = compatibility.versions(cells).splitlines()[2:]
+    assert rows[0].startswith("| 2.11.0+cu130 | 3.6.0 | 2.3.5 | 3.10.20 | wheel | 700 | 0 |")
+    assert "| - |" in rows[1] and "| **2** |" in rows[1]
+    assert "| 3.6.0, interpreted |" in rows[2]
+    assert "make matrix" in compatibility.versions([])

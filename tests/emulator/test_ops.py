@@ -5,7 +5,6 @@ Embeddings are small integers, so that every arithmetic is exact and the outputs
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.emulator.build import compiler, load_emulated_ops
+from tests.sanitized import WITHOUT_TRITON, preloaded
 from vosops.reference.conv_lstm import conv_lstm_pointwise_backward_core, conv_lstm_pointwise_core
 from vosops.reference.global_conv import (
     global_conv_merge_core,
@@ -336,23 +336,12 @@ def test_no_access_out_of_bounds() -> None:
     """The same cases under AddressSanitizer, in a process that preloads it."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to find libasan.so")
-    runtime = subprocess.run(
-        [compiler(), "-print-file-name=libasan.so"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    ).stdout.strip()
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "VOSOPS_EMULATOR_MODE": "address",
-    }
+    code = f"{WITHOUT_TRITON}; import runpy; runpy.run_module('tests.emulator.test_ops', run_name='__main__')"
     result = subprocess.run(
-        [sys.executable, "-m", "tests.emulator.test_ops"],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**preloaded(compiler()), "VOSOPS_EMULATOR_MODE": "address"},
         cwd=Path(__file__).parents[2],
         timeout=580,
     )
@@ -361,6 +350,9 @@ def test_no_access_out_of_bounds() -> None:
 
 
 if __name__ == "__main__":
+    assert sys.modules["triton"] is None, (
+        "Triton is kept out of the process that looks for accesses out of bounds"
+    )
     load_emulated_ops()
     for name in LOCAL_CASES:
         test_local_matching(name)

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from vosops.memory.arena import Arena, Column, largest, layout_bytes
 
 DTYPES = (torch.float32, torch.bool, torch.float16, torch.int8)
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.lists(
         st.tuples(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 40), st.integers(0, 40)),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from vosops.memory import MemoryBank, MemoryBudgetError, MemorySettings, parse_bytes
 
 CK, CV, H, W = 4, 6, 2, 3
@@ -133,7 +134,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=STEPS,
     policy=st.sampled_from(["every", "window"]),
@@ -237,7 +238,7 @@ def stored_entries(bank):
     return entries
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=STEPS,
     budget=st.sampled_from([None, 2500, 4000, 9000]),

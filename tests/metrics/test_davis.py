@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from vosops.metrics import (
     boundary_accuracy,
     compare_masks,
@@ -72,26 +73,26 @@ def mask_pairs(draw):
     return mask(), mask()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(mask_pairs(), st.integers(1, 9))
 def test_f_equals_the_brute_force_definition(masks, radius):
     assert boundary_accuracy(*masks, tolerance=radius) == brute_force_f(*masks, radius)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(mask_pairs(), st.integers(0, 12))
 def test_count_within_equals_a_dilation_by_a_disk(masks, radius):
     points, targets = masks
     assert count_within(points, targets, radius) == (points & brute_force_dilation(targets, radius)).sum()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(mask_pairs())
 def test_cropping_to_the_masks_changes_nothing(masks):
     assert compare_masks(*masks) == (region_similarity(*masks), boundary_accuracy(*masks))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(mask_pairs())
 def test_boundary_equals_the_brute_force_definition(masks):
     np.testing.assert_array_equal(boundary(masks[0]), brute_force_boundary(masks[0]))

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import vosops
+from tests.effort import examples
 from tests.ops.backends import EVERY_BACKEND_AND_DTYPE, load
 from vosops import reference
 from vosops.nn import ConvLSTM
@@ -345,7 +346,9 @@ def test_winograd_second_derivatives():
 
 
 @WINOGRAD
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @hypothesis.given(
     sizes=st.tuples(*(st.integers(1, most) for most in (3, 3, 9, 9, 21, 33))),
     layout=st.sampled_from(LAYOUTS),

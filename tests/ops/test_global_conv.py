@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vosops
+from tests.effort import examples
 from tests.ops.backends import ALL, CPU, EVERY_BACKEND
 from tests.ops.matching import LAYOUTS, embeddings
 from vosops import nn
@@ -237,7 +238,7 @@ def test_core_exact_gradients_err_at_most_twice_as_much_as_pytorchs():
         assert errors[0] <= 2 * errors[1] + 1e-6 * want.abs().max()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     n=st.integers(1, 3), c=st.integers(1, 60), h=st.integers(1, 30), w=st.integers(1, 30), m=st.integers(1, 40),
     k=st.sampled_from(range(1, 16, 2)), tall=st.booleans(), layout=st.sampled_from(LAYOUTS),
@@ -359,7 +360,7 @@ def test_core_winograd_confines_a_nan_to_its_tiles():
         assert right[..., clean].isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     n=st.integers(0, 2), c=st.integers(1, 40), h=st.integers(1, 30), w=st.integers(1, 30), m1=st.integers(0, 40),
     m2=st.integers(1, 40), kh=st.sampled_from([1, 3, 5, 7, 9, 13]), kw=st.sampled_from([1, 3, 5, 7, 9, 13]),

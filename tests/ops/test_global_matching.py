@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vosops
+from tests.effort import examples
 from tests.ops.matching import (
     LAYOUTS,
     WRONG_ARGUMENTS,
@@ -68,7 +69,7 @@ def pytest_generate_tests(metafunc):
     pytest_parameters(TestGlobalMatching, metafunc)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     n=st.integers(1, 2), c=st.integers(1, 40), h=st.integers(1, 9), w=st.integers(1, 40), o=st.integers(1, 4),
     t=st.integers(1, 3), h2=st.integers(1, 9), w2=st.integers(1, 20), neighbors=st.integers(1, 7),

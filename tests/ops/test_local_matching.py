@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vosops
+from tests.effort import examples
 from tests.ops.matching import (
     LAYOUTS,
     WRONG_ARGUMENTS,
@@ -61,7 +62,7 @@ def pytest_generate_tests(metafunc):
     pytest_parameters(TestLocalMatching, metafunc)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     n=st.integers(1, 2), c=st.integers(1, 20), h=st.integers(1, 20), w=st.integers(1, 40), o=st.integers(1, 4),
     radii=st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True), dilation=st.integers(1, 4),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vosops
+from tests.effort import examples
 from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE, INTERPRETED, load
 from tests.ops.matching import LAYOUTS
 from vosops import reference
@@ -430,7 +431,7 @@ def test_smallest_sizes(sizes, top_k):
     top_k=st.sampled_from([None, 1, 5, 400]), dtype=st.sampled_from(list(TOLERANCE)),
     channel_last=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_problems(n, o, c, v, q, m, option, top_k, dtype, channel_last, seed):
     tensors, options = make(option, n=n, o=o, c=c, v=v, q=(q,), m=(m,), dtype=dtype, seed=seed)
     if channel_last:
