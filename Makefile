@@ -71,8 +71,7 @@ asan: $(VENV)/ready
 # What the compilers make of every GPU kernel: registers, spills, occupancy, tensor-core instructions. sm_120 and AMD's
 # gfx942 are shown only, the others are compared with the committed tables.
 cuda-report: $(VENV)/ready
-	$(BIN)/python benchmarks/cuda_report.py --targets sm_80 sm_90a sm_100 sm_120 \
-	  --check benchmarks/results/cuda_report.json
+	$(BIN)/python benchmarks/cuda_report.py --targets sm_80 sm_90a sm_100 sm_120 --check
 	$(BIN)/python benchmarks/triton_report.py --targets sm_80 sm_90 sm_100 gfx942 --check
 
 # What each version of Triton makes of the kernels. It compiles under any torch, so that only Triton is downloaded.

@@ -1,12 +1,12 @@
 """What nvcc makes of every CUDA kernel, without a GPU: registers, spills, occupancy, instructions.
 
     python benchmarks/cuda_report.py                          the table as Markdown
-    python benchmarks/cuda_report.py --write table.json       and as JSON, to be committed
-    python benchmarks/cuda_report.py --check table.json       fail where the committed table says something else
+    python benchmarks/cuda_report.py --write                  and as benchmarks/results/cuda/VERSION.json
+    python benchmarks/cuda_report.py --check                  fail where this nvcc's table says something else
     python benchmarks/cuda_report.py --targets sm_90a         fewer targets (sm_120 is never committed or checked)
 
-Warnings are errors, and a spilled register fails the report. The committed table holds for one version of nvcc;
-with another nothing is compared.
+Warnings are errors. What nvcc makes of a kernel is a fact about one version of nvcc, so each version has its own
+committed table. An nvcc without a table is held to bounds that any useful code keeps, and the report says so.
 
 Shared memory is chosen at the launch, which checks it against the device's limit, so that occupancy is given in two
 numbers: `blocks`, the blocks that registers and threads let a multiprocessor hold, and `room`, the shared memory in
@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "benchmarks/results/cuda"
+"""A table for each version of nvcc, named by it."""
+
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 REPORT_ONLY = ("sm_120",)
 
@@ -54,6 +58,10 @@ LIMITS = {
 WARP, REGISTER_GRANULE, WARP_GRANULE, RESERVED_SHARED, SHARED_GRANULE = 32, 256, 4, 1 << 10, 128
 """Threads of a warp; registers and warps are given out in these pieces; shared memory that each block costs besides."""
 
+MOST_SPILLED = 64
+"""Bytes that one thread may keep in local memory, and instructions that may touch it, where no table says what is
+usual."""
+
 COMPILE_SECONDS, TOOL_SECONDS = 1200, 120
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\b",
@@ -63,10 +71,22 @@ INSTRUCTIONS = {
 }
 
 
-def tool(name: str) -> Path:
-    """One of the CUDA binary tools that come with Triton."""
-    import triton
+FIGURES = [
+    *("registers", "threads", "blocks", "occupancy", "room", "stack", "spills", "shared"),
+    *INSTRUCTIONS,
+]
+"""What a row tells of a kernel, in the order of the tables."""
 
+
+def tool(name: str) -> str | Path:
+    """One of the CUDA binary tools: from the PATH, or as it comes with Triton."""
+    found = shutil.which(name)
+    if found:
+        return found
+    try:
+        import triton
+    except ImportError:
+        raise SystemExit(f"{name} is neither on the PATH nor is there a Triton that brings it") from None
     return Path(triton.__file__).parent / "backends/nvidia/bin" / name
 
 
@@ -178,22 +198,73 @@ def report(targets: list[str]) -> Table:
 
 def to_markdown(table: Table) -> str:
     """One row per target and kernel."""
-    columns = [
-        "registers",
-        "threads",
-        "blocks",
-        "occupancy",
-        "room",
-        "stack",
-        "spills",
-        "shared",
-        *INSTRUCTIONS,
-    ]
-    lines = ["| target | kernel | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = ["| target | kernel | " + " | ".join(FIGURES) + " |", "|---" * (len(FIGURES) + 2) + "|"]
     for target, kernels in table.items():
         for name, row in sorted(kernels.items()):
-            lines.append(f"| {target} | `{name}` | " + " | ".join(str(row[c]) for c in columns) + " |")
+            lines.append(f"| {target} | `{name}` | " + " | ".join(str(row[c]) for c in FIGURES) + " |")
     return "\n".join(lines)
+
+
+def to_json(nvcc: str, table: Table) -> str:
+    """A table to be committed: a line for each kernel, with a list of figures for each target."""
+    kept = {target: rows for target, rows in table.items() if target not in REPORT_ONLY}
+    kernels = sorted({name for rows in kept.values() for name in rows})
+    lines = [
+        f"  {json.dumps(name)}: "
+        + json.dumps({t: [rows[name][f] for f in FIGURES] for t, rows in kept.items() if name in rows})
+        for name in kernels
+    ]
+    body = ",\n".join(lines)
+    head = f'"nvcc": {json.dumps(nvcc)},\n "figures": {json.dumps(FIGURES)}'
+    return f'{{\n {head},\n "kernels": {{\n{body}\n }}\n}}\n'
+
+
+def from_json(text: str) -> tuple[str, Table]:
+    """The version and the rows of a table."""
+    written = json.loads(text)
+    table: Table = {}
+    for name, of_targets in written["kernels"].items():
+        for target, figures in of_targets.items():
+            table.setdefault(target, {})[name] = dict(zip(written["figures"], figures, strict=True))
+    return written["nvcc"], table
+
+
+def table_of(nvcc: str) -> Path | None:
+    """The committed table of a version of nvcc, if it has one."""
+    path = TABLES / f"{nvcc}.json"
+    return path if path.exists() else None
+
+
+def out_of_bounds(table: Table) -> list[str]:
+    """What no version of nvcc may do: spill much, or make a kernel that fits on no multiprocessor."""
+    found = []
+    for target in table.keys() - set(REPORT_ONLY):
+        for name, row in table[target].items():
+            if max(row["spills"], row["stack"]) > MOST_SPILLED:
+                found.append(f"{target} {name}: spills {row['spills']}, stack {row['stack']}")
+            if row["blocks"] < 1:
+                found.append(f"{target} {name}: {row['registers']} registers let no block run")
+    return found
+
+
+def problems(nvcc: str, table: Table) -> list[str]:
+    """What is wrong with the rows: bounds that do not hold and, where there is a table, what differs from it."""
+    committed = table_of(nvcc)
+    return out_of_bounds(table) + (
+        differences(table, from_json(committed.read_text())[1]) if committed else []
+    )
+
+
+def held_against(nvcc: str) -> str:
+    """What the rows of a version of nvcc are compared with, in words."""
+    table = table_of(nvcc)
+    if table:
+        return f"compared with {table.relative_to(ROOT)}"
+    known = ", ".join(path.stem for path in sorted(TABLES.glob("*.json"))) or "no version"
+    return (
+        f"nvcc {nvcc} has no table (there are {known}), so its kernels were held to bounds only: at most "
+        f"{MOST_SPILLED} bytes spilled, and a block fits. `python benchmarks/cuda_report.py --write` makes one"
+    )
 
 
 def nvcc_version() -> str:
@@ -221,31 +292,22 @@ def main() -> None:
     """Compile, print, and write or check the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=LIMITS, default=list(TARGETS))
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--check", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the table of this version of nvcc")
+    parser.add_argument("--check", action="store_true", help="compare with the table of this version of nvcc")
     arguments = parser.parse_args()
+    if arguments.write and not set(TARGETS) <= set(arguments.targets):
+        parser.error(f"a table holds {', '.join(TARGETS)}: --write goes without --targets")
     table, nvcc = report(arguments.targets), nvcc_version()
     print(to_markdown(table))
-    spilled = [
-        f"{target} {name}" for target, rows in table.items() for name, row in rows.items() if row["spills"]
-    ]
-    if any(name.split()[0] not in REPORT_ONLY for name in spilled):
-        sys.exit(f"registers are spilled by {', '.join(spilled)}")
     if arguments.write:
-        kept = {target: rows for target, rows in table.items() if target not in REPORT_ONLY}
-        arguments.write.write_text(
-            json.dumps({"nvcc": nvcc, "targets": kept}, indent=1, sort_keys=True) + "\n"
-        )
+        TABLES.mkdir(exist_ok=True)
+        (TABLES / f"{nvcc}.json").write_text(to_json(nvcc, table))
+    found = out_of_bounds(table)
     if arguments.check:
-        committed = json.loads(arguments.check.read_text())
-        if committed["nvcc"] != nvcc:
-            print(f"not compared: {arguments.check} was made by nvcc {committed['nvcc']}, this is {nvcc}")
-            return
-        changed = differences(table, committed["targets"])
-        if changed:
-            sys.exit(
-                f"{arguments.check} says something else (--write it if that is meant):\n" + "\n".join(changed)
-            )
+        found = problems(nvcc, table)
+        print(held_against(nvcc), file=sys.stderr)
+    if found:
+        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

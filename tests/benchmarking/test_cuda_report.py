@@ -1,8 +1,7 @@
-"""benchmarks/cuda_report.py: occupancy, comparison, and what the committed table must show of every kernel."""
+"""benchmarks/cuda_report.py: occupancy, comparison, and what the committed tables must show of every kernel."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = ROOT / "benchmarks/results/cuda_report.json"
+VERSIONS = sorted(path.stem for path in (ROOT / "benchmarks/results/cuda").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +17,17 @@ def cuda_report():
     return load_script(ROOT / "benchmarks/cuda_report.py")
 
 
+@pytest.fixture(scope="module", params=VERSIONS)
+def targets(cuda_report, request) -> dict[str, dict[str, dict]]:
+    """The committed table of one version of nvcc."""
+    nvcc, table = cuda_report.from_json((cuda_report.TABLES / f"{request.param}.json").read_text())
+    assert nvcc == request.param
+    return table
+
+
 @pytest.fixture(scope="module")
-def rows() -> dict[str, dict]:
-    """Every kernel of the committed table on every target."""
-    targets = json.loads(COMMITTED.read_text())["targets"]
+def rows(targets) -> dict[str, dict]:
+    """Every kernel of a committed table on every target."""
     return {f"{target} {name}": row for target, kernels in targets.items() for name, row in kernels.items()}
 
 
@@ -69,8 +75,30 @@ def test_differences_are_named_and_other_targets_left_alone(cuda_report):
     assert cuda_report.differences({"sm_90a": {"a": row}}, committed) == []
 
 
-def test_the_committed_table_has_every_target_and_the_same_kernels_on_each(cuda_report):
-    targets = json.loads(COMMITTED.read_text())["targets"]
+def test_an_nvcc_without_a_table_is_held_to_bounds_and_says_so(cuda_report, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_report, "TABLES", tmp_path)
+    row = dict.fromkeys(cuda_report.FIGURES, 1)
+    table = {"sm_90a": {"a": row | {"spills": 64}}, "sm_120": {"a": row | {"spills": 65}}}
+    assert "99.1 has no table (there are no version)" in cuda_report.held_against("99.1")
+    assert cuda_report.problems("99.1", table) == []
+    assert cuda_report.problems("99.1", {"sm_80": {"a": row | {"spills": 65}}}) == [
+        "sm_80 a: spills 65, stack 1"
+    ]
+    assert len(cuda_report.problems("99.1", {"sm_80": {"a": row | {"blocks": 0}}})) == 1
+    (tmp_path / "99.1.json").write_text(cuda_report.to_json("99.1", table))
+    assert cuda_report.problems("99.1", table) == []
+    assert len(cuda_report.problems("99.1", {"sm_90a": {"a": row}})) == 1
+
+
+def test_a_table_is_read_as_it_was_written(cuda_report):
+    row = dict.fromkeys(cuda_report.FIGURES, 3)
+    table = {"sm_80": {"a": row, "b": row | {"spills": 8}}, "sm_90a": {"a": row}}
+    text = cuda_report.to_json("99.1", table | {"sm_120": {"a": row}})
+    assert cuda_report.from_json(text) == ("99.1", table)
+    assert len([line for line in text.splitlines() if "sm_80" in line]) == 2
+
+
+def test_a_committed_table_has_every_target_and_the_same_kernels_on_each(cuda_report, targets):
     assert set(targets) == set(cuda_report.TARGETS)
     assert len({frozenset(kernels) for kernels in targets.values()}) == 1
     sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} - {"version"}
