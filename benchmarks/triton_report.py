@@ -89,6 +89,7 @@ class Row:
     async_copies: int = 0
     wide_loads: int = 0
     instructions: int = 0
+    compiles: bool = True
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -457,7 +458,11 @@ def compile_case(case: Case, target: str) -> tuple[Any, str]:
 
 def examine(case: Case, target: str) -> Row:
     """Compile and read the figures off."""
-    compiled, dump = compile_case(case, target)
+    try:
+        compiled, dump = compile_case(case, target)
+    except Exception as error:  # the compiler's own errors have no common type
+        print(f"{case.name} on {target} does not compile: {error}", file=sys.stderr)
+        return Row(case.name, target, 0, compiles=False)
     warps, shared = case.options["num_warps"], int(compiled.metadata.shared)
     if not dump:
         return Row(case.name, target, warps, shared_bytes=shared)
@@ -510,7 +515,8 @@ def report(targets: list[str], processes: int, *, sampled: bool = False) -> list
 
 
 COLUMNS = [field.name for field in fields(Row)]
-FIGURES = COLUMNS[2:]
+FIGURES = COLUMNS[2:-1]
+"""What a table has of a case on a target; null where it does not compile."""
 
 
 def to_markdown(rows: list[Row]) -> str:
@@ -525,10 +531,11 @@ def to_markdown(rows: list[Row]) -> str:
 
 def to_json(version: str, rows: list[Row]) -> str:
     """The rows on NVIDIA targets as a table to be committed: a line for each case, with a list for each target."""
-    lines: dict[str, dict[str, list[int]]] = {}
+    lines: dict[str, dict[str, list[int] | None]] = {}
     for row in rows:
         if row.target in NVIDIA:
-            lines.setdefault(row.case, {})[row.target] = [getattr(row, name) for name in FIGURES]
+            figures = [getattr(row, name) for name in FIGURES] if row.compiles else None
+            lines.setdefault(row.case, {})[row.target] = figures
     body = ",\n".join(f"  {json.dumps(case)}: {json.dumps(figures)}" for case, figures in lines.items())
     head = f'"triton": {json.dumps(version)},\n "figures": {json.dumps(FIGURES)}'
     return f'{{\n {head},\n "rows": {{\n{body}\n }}\n}}\n'
@@ -539,6 +546,8 @@ def from_json(text: str) -> tuple[str, list[Row]]:
     table = json.loads(text)
     rows = [
         Row(case, target, **dict(zip(table["figures"], figures, strict=True)))
+        if figures
+        else Row(case, target, 0, compiles=False)
         for case, of_targets in table["rows"].items()
         for target, figures in of_targets.items()
     ]
@@ -562,11 +571,13 @@ def label(row: Row) -> str:
 
 
 def out_of_bounds(rows: list[Row]) -> list[str]:
-    """What no version of Triton may do: spill much, ask for more shared memory than there is, miss tensor cores."""
+    """What no Triton should do: fail, spill much, want more shared memory than there is, miss tensor cores."""
     products = {(c.name, target) for target in NVIDIA for c in cases(target) if c.tensor_cores}
     found = []
     for row in rows:
-        if row.target not in NVIDIA:
+        if not row.compiles:
+            found.append(f"{label(row)}: does not compile")
+        if row.target not in NVIDIA or not row.compiles:
             continue
         if row.spill_bytes > MOST_SPILLED:
             found.append(f"{label(row)}: {row.spill_bytes} bytes spilled, more than {MOST_SPILLED}")
@@ -595,7 +606,7 @@ def differences(rows: list[Row], committed: list[Row], *, sampled: bool = False)
             continue
         found += [
             f"{label(new)}: {name} {getattr(old, name)} -> {getattr(new, name)}"
-            for name in FIGURES
+            for name in COLUMNS[2:]
             if getattr(old, name) != getattr(new, name)
         ]
     return found
@@ -615,11 +626,11 @@ def held_against(version: str) -> str:
 
 
 def problems(version: str, rows: list[Row], *, sampled: bool = False) -> list[str]:
-    """What is wrong with the rows: bounds that do not hold and, where there is a table, what differs from it."""
-    found, table = out_of_bounds(rows), table_of(version)
-    if table:
-        found += differences(rows, from_json(table.read_text())[1], sampled=sampled)
-    return found
+    """What is wrong with the rows: where there is a table, what differs from it; else bounds that do not hold."""
+    table = table_of(version)
+    if table is None:
+        return out_of_bounds(rows)
+    return differences(rows, from_json(table.read_text())[1], sampled=sampled)
 
 
 def main() -> None:

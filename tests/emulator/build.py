@@ -51,7 +51,8 @@ def torch_flags() -> tuple[list[str], list[str]]:
 
     root = Path(torch.__file__).parent
     include = [f"-isystem{root / 'include'}"]
-    link = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    # As needed: a CUDA build's libtorch brings the CUDA libraries, which take a second to load.
+    link = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
     return include, link
 
 
