@@ -19,7 +19,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
         return _models.create_model(name, weights, **options)
 
     create.__name__ = name
-    create.__doc__ = f"The model {name!r}: see vosops.models.create_model."
+    create.__doc__ = f"{_models.find_model(name).summary}. Options: see vosops.models.create_model."
     return create
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from vosops.integrations.checkouts import without_pretraining
 from vosops.io.listing import label_maps
-from vosops.models.checkouts import without_pretraining
 
 HEIGHT, WIDTH = 48, 64
 PARTS = 20
@@ -56,7 +56,7 @@ def write_weights(name: str, path: Path, checkout: Path) -> None:
         from cutie.model.cutie import CUTIE
         from cutie.model.utils import resnet
 
-        from vosops.models.cutie import _configuration
+        from vosops.integrations.cutie import _configuration
 
         with without_pretraining(resnet):
             network = CUTIE(_configuration({"pix_feat_proj.weight": torch.empty(SMALL, SMALL, 1, 1)}, None))

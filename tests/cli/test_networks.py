@@ -129,12 +129,12 @@ def refused(segment, clip, mask, out, path):
 def test_files_that_are_no_weights(segment, clip, mask, out, tmp_path):
     assert "absent.pth does not exist" in refused(segment, clip, mask, out, tmp_path / "absent.pth")
     (tmp_path / "page.pth").write_bytes(b"<html>Quota exceeded</html>")
-    assert "page.pth cannot be read as a checkpoint" in refused(
+    assert "weights must be a checkpoint of tensors, got" in refused(
         segment, clip, mask, out, tmp_path / "page.pth"
     )
     (tmp_path / "empty.safetensors").write_bytes(b"")
     message = refused(segment, clip, mask, out, tmp_path / "empty.safetensors")
-    assert "empty.safetensors cannot be read as safetensors" in message
+    assert "weights must be a safetensors file, got" in message
 
 
 def test_weights_of_another_network(segment, clip, mask, out, folder, network):
@@ -163,5 +163,5 @@ def test_weights_that_run_code_are_not_run(segment, clip, mask, out, tmp_path):
     torch.save({"state_dict": Malicious()}, tmp_path / "weights.pth")
     code, printed = segment(clip, "--mask", mask, "--out", out, weights=tmp_path / "weights.pth")
     assert code == 1
-    assert "cannot be read as a checkpoint" in error_line(printed)
+    assert "weights must be a checkpoint of tensors" in error_line(printed)
     assert not marker.exists()

@@ -94,9 +94,9 @@ def test_the_memory_budget_reaches_the_model_and_an_excess_is_one_line(monkeypat
 
     given = []
 
-    def make_tracker(*arguments, memory_budget, **options):
-        given.append(memory_budget)
-        return Propagate(pretrained=False, memory_budget=memory_budget)
+    def make_tracker(settings):
+        given.append(settings.memory_budget)
+        return Propagate(pretrained=False, memory_budget=settings.memory_budget)
 
     monkeypatch.setattr("vosops.inference.job.make_tracker", make_tracker)
     vosops = _runner(monkeypatch, capsys)

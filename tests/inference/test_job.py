@@ -24,7 +24,7 @@ from vosops.inference.datasets import find_sequences, masks_of_sequence, open_so
 from vosops.inference.drawing_pass import Outputs
 from vosops.inference.job import Job, Settings
 from vosops.inference.masks import MaskSet, davis_palette
-from vosops.inference.models import make_tracker
+from vosops.inference.settings import make_tracker
 from vosops.io.errors import (
     IncompleteInputError,
     InputError,

@@ -391,9 +391,9 @@ class TestState:
             one.step(frames(1)[0])
 
     def test_of_other_options_is_refused(self):
-        with pytest.raises(ValueError, match=r"state must be of memory_every 5, but has 2"):
+        with pytest.raises(ValueError, match=r"state must be of memory_every 5, got 2"):
             started()[0].load_state_dict(started(memory_every=2)[0].state_dict())
-        with pytest.raises(ValueError, match=r"state must be of naive False, but has True"):
+        with pytest.raises(ValueError, match=r"state must be of naive False, got True"):
             started()[0].load_state_dict(started(naive=True)[0].state_dict())
 
 
@@ -577,6 +577,6 @@ class TestOptions:
             one.step(frames(1)[0], torch.zeros(4, 4, dtype=torch.uint8))
         with pytest.raises(ValueError, match="output must be 'probs' or 'labels'"):
             one.step(frames(1)[0], output="masks")
-        with pytest.raises(ValueError, match=r"object_id must be one of \[1, 2\], but is 3"):
+        with pytest.raises(ValueError, match=r"object_id must be one of \[1, 2\], got 3"):
             one.remove_object(3)
         assert one.step(frames(1)[0]).shape == (3, *SIZE)

@@ -51,8 +51,8 @@ def cutie_weights(tmp_path_factory):
     from cutie.model.cutie import CUTIE
     from cutie.model.utils import resnet
 
-    from vosops.models.checkouts import without_pretraining
-    from vosops.models.cutie import _configuration
+    from vosops.integrations.checkouts import without_pretraining
+    from vosops.integrations.cutie import _configuration
 
     path = tmp_path_factory.mktemp("cutie") / "cutie-small.pth"
     torch.manual_seed(0)

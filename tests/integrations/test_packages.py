@@ -36,8 +36,8 @@ def cutie_core(cutie_weights):
     from cutie.model.cutie import CUTIE
     from cutie.model.utils import resnet
 
-    from vosops.models.checkouts import without_pretraining
-    from vosops.models.cutie import _configuration
+    from vosops.integrations.checkouts import without_pretraining
+    from vosops.integrations.cutie import _configuration
 
     state = torch.load(cutie_weights, weights_only=True)
     with without_pretraining(resnet):

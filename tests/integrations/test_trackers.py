@@ -11,10 +11,10 @@ import torch
 from tests.integrations.conftest import CHECKOUT, assert_agree
 from tests.models.tracker_contract import check_tracker
 from vosops.integrations import accelerate
+from vosops.integrations.checkouts import MemoryPlan, plan_memory
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
 from vosops.models._tracking import most_probable
-from vosops.models.checkouts import MemoryPlan, plan_memory
 
 HEIGHT, WIDTH = 64, 90  # 4 x 6 positions
 # Memories that are full, condensed and evicted within a few frames.
@@ -42,7 +42,7 @@ def xmem(checkout, tmp_path):
     import model.network
     import model.resnet
 
-    from vosops.models.checkouts import without_pretraining
+    from vosops.integrations.checkouts import without_pretraining
 
     torch.manual_seed(0)
     with without_pretraining(model.resnet):
@@ -225,14 +225,16 @@ def test_plan_of_the_memory():
 
 
 def test_errors(xmem, tmp_path):
-    with pytest.raises(ValueError, match="weights must name"):
+    with pytest.raises(ValueError, match="weights must be Cutie's file, .*, got None"):
         create_model("cutie")
-    with pytest.raises(ValueError, match="weights and checkout must name"):
+    with pytest.raises(ValueError, match="weights must be XMem's file, such as XMem.pth, got None"):
+        create_model("xmem", checkout=CHECKOUT)
+    with pytest.raises(ValueError, match="checkout must be the folder of a clone of XMem, got None"):
         create_model("xmem", weights=tmp_path / "XMem.pth")
-    with pytest.raises(ValueError, match="has no model/network.py"):
+    with pytest.raises(ValueError, match="got .*, without model/network.py"):
         create_model("xmem", weights=tmp_path / "XMem.pth", checkout=tmp_path)
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="weights must be of XMem"):
+    with pytest.raises(ValueError, match="weights must be XMem's, got .*other.pth"):
         create_model("xmem", weights=tmp_path / "other.pth", checkout=CHECKOUT)
     tracker = xmem()
     with pytest.raises(ValueError, match="at least one object"):
@@ -243,7 +245,7 @@ def test_errors(xmem, tmp_path):
 
 def test_weights_of_another_model_are_refused(cutie_weights, tmp_path):
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="weights must be of Cutie"):
+    with pytest.raises(ValueError, match="weights must be Cutie's, got .*other.pth, without"):
         create_model("cutie", weights=tmp_path / "other.pth")
 
 
@@ -275,7 +277,8 @@ def segment(xmem, checkout, tmp_path, monkeypatch, capsys):
 
     accelerated = []
     monkeypatch.setattr(
-        "vosops.models.xmem.accelerate", lambda core: accelerated.append(accelerate(core)) or accelerated[-1]
+        "vosops.integrations.xmem.accelerate",
+        lambda core: accelerated.append(accelerate(core)) or accelerated[-1],
     )
     return run
 

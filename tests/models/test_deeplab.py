@@ -107,7 +107,7 @@ def test_wrong_encoder_weights_are_named(tmp_path):
     [
         ("resnet50", 8, "backbone must be 'torchvision:NAME'"),
         ("torchvision:vgg16", 8, "must be a ResNet of torchvision"),
-        ("torchvision:resnet18", 8, "cannot be dilated"),
+        ("torchvision:resnet18", 8, "must be a ResNet that can be dilated"),
         ("xception65", 4, "output_stride must be 8 or 16, got 4"),
         ("efficientnet_lite0", 8, "output_stride must be 16 with efficientnet_lite0"),
     ],

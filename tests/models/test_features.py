@@ -94,7 +94,7 @@ def test_a_name_of_no_library_is_refused(name: str) -> None:
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_an_unknown_network_is_refused(library: str) -> None:
     pytest.importorskip(library, reason=f"{library} is not installed")
-    with pytest.raises(ValueError, match="is unknown"):
+    with pytest.raises(ValueError, match="with a name of"):
         create_backbone(f"{library}:no_such_network", pretrained=False)
 
 

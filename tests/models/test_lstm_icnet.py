@@ -302,7 +302,7 @@ def test_it_is_listed():
     [
         ({"version": "v7"}, "version must be one of icnet, v1"),
         ({"variant": "dense"}, "variant must be one of convolution, spatial"),
-        ({"lstm_channels": 129}, "lstm_channels must be from 1 to 128, but are 129"),
+        ({"lstm_channels": 129}, "lstm_channels must be from 1 to 128, got 129"),
         ({"lstm_channels": 0}, "lstm_channels must be"),
         ({"num_classes": 0}, "num_classes must be"),
     ],
@@ -314,9 +314,9 @@ def test_wrong_choices_are_refused(options, message):
 
 def test_wrong_clips_are_refused():
     model = LSTMICNet(version="v3").eval()
-    with pytest.raises(ValueError, match=r"clip must be \(N,T,3,H,W\), but is \(1, 3, 97, 97\)"):
+    with pytest.raises(ValueError, match=r"clip must be \(N,T,3,H,W\), got \(1, 3, 97, 97\)"):
         model(torch.zeros(1, 3, 97, 97))
-    with pytest.raises(ValueError, match="sides of at least 97, but have"):
+    with pytest.raises(ValueError, match="sides of at least 97, got"):
         model(torch.zeros(1, 1, 3, 96, 200))
 
 
@@ -522,7 +522,7 @@ def test_wrong_use_of_a_tracker_is_refused():
         tracker.step(frame, output="classes")
     with pytest.raises(TypeError, match="frame must be uint8"):
         tracker.step(frame.int())
-    with pytest.raises(ValueError, match="window=2, but is of 3"):
+    with pytest.raises(ValueError, match="window=2, got 3"):
         tracker.load_state_dict(SemanticTracker(tracker.model, window=3).state_dict())
     with pytest.raises(ValueError, match="window must be"):
         SemanticTracker(tracker.model, window=0)

@@ -376,7 +376,7 @@ class TestEncoder:
             change()
 
     def test_refuses_other_masks_and_stages(self):
-        with pytest.raises(ValueError, match="masks must be 0, got 1"):
+        with pytest.raises(ValueError, match="masks must be 0 tensors, got 1"):
             ResNet50Encoder((), last_stage=2)(torch.rand(1, 3, 32, 32), torch.rand(1, 1, 32, 32))
         with pytest.raises(ValueError, match="last_stage must be one of"):
             ResNet50Encoder((), last_stage=6)

@@ -100,12 +100,15 @@ def semantic(monkeypatch, capsys, clip, tmp_path):
 
 
 def test_semantic_on_the_command_line(semantic, weights, tmp_path):
-    code, printed = semantic("--model", "stranger++", "--weights", weights, "--classes", 3)
+    given = ["--model", "stranger_classes", "--weights", weights, "--classes", 3, "--option", "width=8"]
+    code, printed = semantic(*given)
     assert code == 0, printed
     assert (read_png(tmp_path / "out" / "00002.png") == 2).all()
     arguments = json.loads((tmp_path / "out" / "report.json").read_text())["arguments"]
     assert arguments["model"] == "stranger_classes" and arguments["classes"] == 3
-    assert semantic("--model", "stranger++", "--weights", weights, "--classes", 3, "--resume")[0] == 0
+    assert semantic(*given, "--resume")[0] == 0
+    code, printed = semantic(*given[:-1], "width=9", "--resume")
+    assert code == 1 and "last.weight is (3, 8, 1, 1) and must be (3, 9, 1, 1)" in error_line(printed)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vosops.inference.models import make_tracker
+from vosops.inference.settings import ModelSettings, make_tracker
 from vosops.io.errors import InputError, VosopsError
 from vosops.models.tensorflow import read_variables
 from vosops.models.weights import load_weights, read_weights
-
-CPU = torch.device("cpu")
 
 
 def module() -> nn.Module:
@@ -93,7 +91,7 @@ class TestWhatIsRefused:
                 return os.mkdir, (str(tmp_path / "harm"),)
 
         torch.save({"weight": Harmful()}, tmp_path / "w.pth")
-        with pytest.raises(ValueError, match=r"cannot be read as a checkpoint of tensors"):
+        with pytest.raises(ValueError, match=r"must be a checkpoint of tensors"):
             read_weights(tmp_path / "w.pth")
         assert not (tmp_path / "harm").exists()
 
@@ -101,17 +99,19 @@ class TestWhatIsRefused:
     def test_nobody_is_told_to_run_what_a_file_holds(self, tmp_path, content):
         path = tmp_path / "w.pth"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"checkpoint of tensors: \S") as error:
+        with pytest.raises(ValueError, match=r"checkpoint of tensors, got .*w.pth: it is ") as error:
             read_weights(path)
         assert "weights_only" not in str(error.value)
-        with pytest.raises(ValueError, match=r"npz of arrays: \S") as error:
+        with pytest.raises(ValueError, match=r"npz of arrays, got .*w.pth: \S") as error:
             read_variables(path)
         assert "pickle" not in str(error.value)
 
     @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
     def test_a_file_of_another_kind(self, tmp_path, name):
         (tmp_path / name).write_text("this is no checkpoint")
-        with pytest.raises(ValueError, match=rf"{name} cannot be read as"):
+        with pytest.raises(
+            ValueError, match=rf"weights must be a (checkpoint of tensors|safetensors file), got .*{name}: \S"
+        ):
             read_weights(tmp_path / name)
 
     @pytest.mark.parametrize("stored", [[1, 2], {}, {"weight": torch.zeros(1), "epoch": 3}])
@@ -130,12 +130,12 @@ class TestOnTheCommandLine:
 
     def test_a_network_needs_weights(self):
         with pytest.raises(InputError, match="--model stm needs --weights FILE"):
-            make_tracker("stm", CPU)
+            make_tracker(ModelSettings("stm", device="cpu"))
 
     def test_a_wrong_file_is_told_by_its_keys(self, tmp_path):
         torch.save({"module.Encoder_M.conv1.weight": torch.zeros(64, 4, 7, 7)}, tmp_path / "w.pth")
         with pytest.raises(VosopsError) as error:
-            make_tracker("stm", CPU, weights=tmp_path / "w.pth")
+            make_tracker(ModelSettings("stm", tmp_path / "w.pth", device="cpu"))
         message = str(error.value)
         assert "\n" not in message
         assert "missing (Encoder_M.mean, Encoder_M.std, Encoder_M.conv1_m.weight, ...)" in message

@@ -101,7 +101,7 @@ def demo(
 
 def short_side(clip: DemoClip) -> int:
     """The size of the computation: the clip's own, up to that of `vosops segment`."""
-    from vosops.inference.models import DEFAULT_SIZE
+    from vosops.inference.settings import DEFAULT_SIZE
 
     return min(clip.size[0], DEFAULT_SIZE)
 
@@ -140,7 +140,7 @@ def measure(frames: int, size: tuple[int, int], ops: str, device: str | None) ->
     import vosops
     from vosops.benchmarking.measure import peak_bytes
     from vosops.data import DemoClip
-    from vosops.inference.models import find_device
+    from vosops.inference.settings import find_device
 
     clip = DemoClip(frames, size)
     given = [clip[t] for t in range(min(COMPARED_FRAMES, len(clip)))]

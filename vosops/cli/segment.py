@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _EVENTS_SHOWN = 8
 _FPS_DENOMINATOR = 1001  # so that 23.976 is 24000/1001
 _MIB = 1 << 20
+OPTION_HELP = "Option of the model's own, NAME=VALUE, such as slots=11. Repeatable."
 
 
 def register(app: typer.Typer) -> None:
@@ -52,6 +53,7 @@ def segment(
     checkout: Annotated[
         Path | None, typer.Option(help="Folder of a clone of the model's repository, for xmem.")
     ] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
     ] = None,
@@ -66,7 +68,7 @@ def segment(
     size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = 480,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
     end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
-    step: Annotated[int, typer.Option(help="Process every so many frames.")] = 1,
+    step: Annotated[int, typer.Option(help="Process every N-th frame.")] = 1,
     fps: Annotated[float, typer.Option(help="Rate of a folder of frames, for the overlay.")] = 24.0,
     sequence: Annotated[
         list[str] | None,
@@ -92,6 +94,7 @@ def segment(
     from vosops.inference.datasets import is_dataset
     from vosops.inference.drawing_pass import Outputs
     from vosops.inference.job import Job, Settings
+    from vosops.inference.settings import model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.errors import InputError
 
@@ -99,17 +102,16 @@ def segment(
     settings = Settings(
         model,
         weights,
-        backbone,
+        model_options(option or [], backbone=backbone, checkout=checkout),
         device,
         dtype,
+        memory_budget,
+        naive,
+        _numbers(scales),
         size,
         start,
         end,
         step,
-        memory_budget=memory_budget,
-        checkout=checkout,
-        naive=naive,
-        scales=_numbers(scales),
     )
     keep_freed_memory()
     with Console() as console, StopSignals(console.note) as signals:

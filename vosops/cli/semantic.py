@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vosops.cli.segment import OPTION_HELP
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -36,6 +38,7 @@ def semantic(
         int | None,
         typer.Option(help="How many classes; default: Cityscapes' 19, or as many as the model has."),
     ] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Carry the state instead of running four frames for each.")
     ] = False,
@@ -50,7 +53,7 @@ def semantic(
     size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = -1,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
     end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
-    step: Annotated[int, typer.Option(help="Process every so many frames.")] = 1,
+    step: Annotated[int, typer.Option(help="Process every N-th frame.")] = 1,
     fps: Annotated[float, typer.Option(help="Rate of a folder of frames, for the overlay.")] = 24.0,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also a video with coloured classes.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -64,54 +67,42 @@ def semantic(
     from vosops.inference.datasets import open_source
     from vosops.inference.drawing_pass import Outputs
     from vosops.inference.loop import frame_range
-    from vosops.inference.models import find_device, find_dtype
     from vosops.inference.run import Run
-    from vosops.inference.semantic_loop import (
-        ClassLabels,
-        SemanticLoop,
-        arguments_of,
-        class_palette,
-        make_semantic_tracker,
-    )
+    from vosops.inference.semantic_loop import ClassLabels, SemanticLoop, class_palette
+    from vosops.inference.settings import ModelSettings, make_semantic_tracker, model_options
     from vosops.inference.streams import local_path
     from vosops.inference.usage import keep_freed_memory
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)
     keep_freed_memory()
-    place = find_device(device)
-    source = open_source(input, rate)
-    indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
-    options = {"version": version, "variant": variant, "classes": classes}
-    tracker = make_semantic_tracker(
+    settings = ModelSettings(
         model,
         weights,
-        place,
-        options=options,
-        streaming=streaming,
-        dtype=find_dtype(dtype),
+        model_options(option or [], version=version, variant=variant, num_classes=classes),
+        device,
+        dtype,
         naive=naive,
     )
+    source = open_source(input, rate)
+    indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
+    tracker = make_semantic_tracker(settings, streaming=streaming)
     with Console() as console, StopSignals(console.note) as signals:
         summary = Run(
             out=out,
             source=source,
             masks=ClassLabels(class_palette(tracker.num_classes)),
             propagation=SemanticLoop(tracker, source, indices, short_side=size),
-            arguments=arguments_of(
-                model,
-                weights,
-                source,
-                options,
-                streaming=streaming,
-                naive=naive,
-                device=str(place),
-                dtype=dtype,
-                size=size,
-                start=start,
-                end=end,
-                step=step,
-            ),
-            inputs=[local_path(input)] if weights is None else [local_path(input), weights],
+            arguments={
+                "input": source.title,
+                "input content": source.fingerprint(),
+                **settings.semantic_arguments(),
+                "streaming": streaming,
+                "size": size,
+                "start": start,
+                "end": end,
+                "step": step,
+            },
+            inputs=[local_path(input), *settings.files],
             outputs=Outputs(overlay=overlay),
             progress=console,
             should_stop=lambda: signals.requested,

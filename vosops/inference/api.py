@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from vosops.io.errors import IncompleteInputError, InputError
 from vosops.models.network import Network
+from vosops.models.registry import find_model, list_models
 
 from .create import create_tracker
 from .datasets import open_source
 from .frames import ArraySource, FrameSource
 from .loop import SegmentedFrame, TrackingLoop, frame_range
 from .masks import MaskSet, masks_from_python
-from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
+from .settings import DEFAULT_MODEL, DEFAULT_SIZE, ModelSettings, find_device, find_dtype, make_tracker
 from .streams import FrameStream
 
 if TYPE_CHECKING:
@@ -28,18 +29,17 @@ def segment(
     *,
     model: str | Network | VideoTracker = DEFAULT_MODEL,
     weights: str | Path | None = None,
-    backbone: str | None = None,
     device: str | None = None,
     dtype: str = "float32",
     size: int = DEFAULT_SIZE,
     memory_budget: int | str | None = None,
-    checkout: str | Path | None = None,
     naive: bool = False,
     scales: Sequence[float] = (1.0,),
     start: int | None = None,
     end: int | None = None,
     step: int = 1,
     probabilities: bool = False,
+    **options: Any,
 ) -> Iterator[SegmentedFrame]:
     """Segment the objects of a mask through a video, a frame at a time.
 
@@ -55,12 +55,10 @@ def segment(
             object with id 255.
         model: Name of a model (``vosops.models.list_models()``), or a network or tracker that was made before.
         weights: File of the model's weights, for models that take one.
-        backbone: Name of the feature extractor, for models that take one.
         device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
         dtype: "float32", or "bfloat16" or "float16" for autocast.
         size: Short side of the computation in pixels; -1 computes at the input's size.
         memory_budget: Most that the model may remember: bytes, or a text such as "2GB".
-        checkout: Folder of a clone of the model's repository, for xmem.
         naive: Compute as the original code does, at its memory: ops in plain PyTorch, memory by concatenation.
         scales: Average the network's results at these sizes, relative to ``size``: (0.5, 0.75, 1.0) is what RGMP's
             authors use.
@@ -68,6 +66,7 @@ def segment(
         end: Frame number to stop before.
         step: Process every ``step``-th frame.
         probabilities: Keep each frame's (O+1, H, W) probabilities.
+        **options: Of the model's class, for a name: ``backbone="timm:resnet50"``, ``checkout="path/to/XMem"``.
 
     Yields:
         :class:`SegmentedFrame`, as soon as it is computed: from the earliest mask forward to the end, then
@@ -75,7 +74,7 @@ def segment(
         a memory budget.
 
     Raises:
-        TypeError: For a model that is neither a name nor a network nor a tracker.
+        TypeError: For a model that is neither a name nor a network nor a tracker, or an option that it does not have.
         InputError: At the call's first frame, when something given cannot be used.
         VosopsError: When what must be remembered exceeds the memory budget.
         IncompleteInputError: After the last frame that could be read, when the video ended early.
@@ -90,20 +89,23 @@ def segment(
     place = find_device(device)
     kind = find_dtype(dtype)
     if isinstance(model, str):
-        weights = Path(weights) if weights is not None else None
+        if model in list_models():
+            find_model(model).check_options(options)
         model = make_tracker(
-            model,
-            place,
-            weights=weights,
-            backbone=backbone,
-            memory_budget=memory_budget,
-            checkout=None if checkout is None else Path(checkout),
-            naive=naive,
-            scales=scales,
+            ModelSettings(
+                model,
+                None if weights is None else Path(weights),
+                options,
+                device,
+                memory_budget=memory_budget,
+                naive=naive,
+                scales=tuple(scales),
+            )
         )
     else:
-        running: dict[str, Any] = {"memory_budget": memory_budget, "naive": naive, "scales": scales}
-        model = create_tracker(model, **(running if isinstance(model, Network) else {}))
+        if isinstance(model, Network):
+            options |= {"memory_budget": memory_budget, "naive": naive, "scales": scales}
+        model = create_tracker(model, weights, **options)
     loop = TrackingLoop(
         model,
         source,

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vosops.io.errors import IncompleteInputError, InputError, disk_errors
 from vosops.io.outputs import OwnedFolder, check_result, is_json_with, nearest_folder, write_text
 from vosops.io.protection import protect_inputs
@@ -19,14 +17,13 @@ from vosops.io.protection import protect_inputs
 from .checkpoint import RunState
 from .datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
 from .drawing_pass import Outputs
-from .files import sha256
 from .frames import DEFAULT_FPS, FrameSource
 from .loop import TrackingLoop, frame_range
 from .masks import GivenMask, MaskSet, find_masks
-from .models import DEFAULT_MODEL, DEFAULT_SIZE, find_device, find_dtype, make_tracker
 from .progress import NoProgress, Progress, never
 from .report import REPORT, RESUME
 from .run import Mode, Run, Summary, check_folder, written_folders
+from .settings import DEFAULT_SIZE, ModelSettings, find_dtype, make_tracker
 from .streams import local_path
 
 if TYPE_CHECKING:
@@ -34,22 +31,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What changes the masks beside the input and its masks."""
+class Settings(ModelSettings):
+    """What changes the masks beside the input and its masks: the model's settings, and these.
 
-    model: str = DEFAULT_MODEL
-    weights: Path | None = None
-    backbone: str | None = None
-    device: str | None = None
-    dtype: str = "float32"
+    Attributes:
+        size: Short side of the computation in pixels; -1: the input's own.
+        start: First frame number.
+        end: Frame number to stop before.
+        step: Every step-th frame.
+    """
+
     size: int = DEFAULT_SIZE
     start: int | None = None
     end: int | None = None
     step: int = 1
-    memory_budget: int | str | None = None
-    checkout: Path | None = None
-    naive: bool = False
-    scales: tuple[float, ...] = (1.0,)
+
+    def arguments(self) -> dict[str, Any]:
+        """See :class:`ModelSettings`."""
+        own = {"size": self.size, "start": self.start, "end": self.end, "step": self.step}
+        return {**super().arguments(), **own}
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Job:
         masks = find_masks(mask_specs, source, indices)
         inputs = [
             local_path(path),
-            *self._settings_inputs(),
+            *self.settings.files,
             *(mask.path for mask in masks if mask.path is not None),
         ]
         protect_inputs(inputs, written_folders(self.out))  # before a model is made
@@ -100,7 +100,7 @@ class Job:
         A sequence that cannot be used, or ends early, does not stop the others; the error comes at the end.
         """
         sequences = find_sequences(root, names, resolution)
-        inputs = [*self._settings_inputs(), *(Path(name) for name in names if Path(name).is_file())]
+        inputs = [*self.settings.files, *(Path(name) for name in names if Path(name).is_file())]
         for sequence in sequences:
             inputs += [sequence.frames, sequence.masks]
         folders = [folder for s in sequences for folder in written_folders(self.out / s.name)]
@@ -122,9 +122,6 @@ class Job:
             more = f" (and {len(problems) - 1} more, see {self.out / REPORT})" if len(problems) > 1 else ""
             raise IncompleteInputError(problems[0] + more)
         return summaries
-
-    def _settings_inputs(self) -> list[Path]:
-        return [path for path in (self.settings.weights, self.settings.checkout) if path is not None]
 
     def _open_dataset_folder(self) -> None:
         """Check the folder of the sequences' folders, and make it."""
@@ -165,7 +162,7 @@ class Job:
             masks,
             indices,
             short_side=self.settings.size,
-            device=self._device,
+            device=self.settings.place,
             dtype=find_dtype(self.settings.dtype),
             naive=self.settings.naive,
         )
@@ -182,46 +179,15 @@ class Job:
         ).execute(self.mode)
 
     @cached_property
-    def _device(self) -> torch.device:
-        return find_device(self.settings.device)
-
-    @cached_property
     def _tracker(self) -> VideoTracker:
-        s = self.settings
-        return make_tracker(
-            s.model,
-            self._device,
-            weights=s.weights,
-            backbone=s.backbone,
-            memory_budget=s.memory_budget,
-            checkout=s.checkout,
-            naive=s.naive,
-            scales=s.scales,
-        )
-
-    @cached_property
-    def _weights_content(self) -> str | None:
-        return None if self.settings.weights is None else sha256(self.settings.weights)
+        return make_tracker(self.settings)
 
     def _arguments(self, source: FrameSource, masks: MaskSet) -> dict[str, Any]:
-        s = self.settings
         return {
             "input": source.title,
             "input content": source.fingerprint(),
             "masks": masks.digests(),
-            "model": s.model,
-            "weights content": self._weights_content,
-            "backbone": s.backbone,
-            "device": str(self._device),
-            "dtype": s.dtype,
-            "size": s.size,
-            "start": s.start,
-            "end": s.end,
-            "step": s.step,
-            "memory-budget": s.memory_budget,
-            "checkout": None if s.checkout is None else str(s.checkout),
-            "naive": s.naive,
-            "scales": list(s.scales),
+            **self.settings.arguments(),
         }
 
     def _write_dataset_report(self, summaries: Sequence[Summary], problems: Sequence[str]) -> None:

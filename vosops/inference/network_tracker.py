@@ -179,7 +179,7 @@ class NetworkTracker:
     def remove_object(self, object_id: int) -> None:
         """Stops tracking an object and forgets it; its pixels in the latest frame become background."""
         if object_id not in self._object_ids:
-            raise ValueError(f"object_id must be one of {self._object_ids}, but is {object_id}")
+            raise ValueError(f"object_id must be one of {self._object_ids}, got {object_id}")
         latest = self._started()
         with self._running():
             for memory in self._memories:
@@ -227,7 +227,7 @@ class NetworkTracker:
         """Goes back to a state of :meth:`state_dict`; the next results are the same to the bit (on the CPU)."""
         for option, own in self._options().items():
             if state.get(option) != own:
-                raise ValueError(f"state must be of {option} {own!r}, but has {state.get(option)!r}")
+                raise ValueError(f"state must be of {option} {own!r}, got {state.get(option)!r}")
         self.reset()
         if state["latest"] is None:
             return

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +11,13 @@ from torch import Tensor
 
 from vosops.io.errors import InputError
 from vosops.io.labels import davis_palette
-from vosops.models.create import create_model
 
 from .cityscapes import CITYSCAPES
-from .files import sha256
 from .frames import FrameSource, RawFrame, read_ahead
 from .loop import SegmentedFrame, expected_frames, resized_frames
-from .models import check_weights, find_entry, model_option, model_options, one_line_errors
 from .resize import bounded_size
 from .semantic_tracker import SemanticTracker
 
-DEFAULT_MODEL = "lstm_icnet"
-MOST_CLASSES = 255  # that label maps of one byte tell apart from 255, of which nothing is known
 _PALETTE_BYTES = 768
 
 
@@ -119,51 +113,3 @@ class SemanticLoop:
             confidences={i: sums[i] / areas[i] for i in seen},
             given=False,
         )
-
-
-def make_semantic_tracker(
-    name: str,
-    weights: Path | None,
-    device: torch.device,
-    *,
-    options: Mapping[str, Any],
-    streaming: bool,
-    dtype: torch.dtype,
-    naive: bool = False,
-) -> SemanticTracker:
-    """Return a tracker of the model of that name; one-line errors for what a user can get wrong.
-
-    options: of the model, by the names of the command line; None: the model's default.
-    """
-    entry = find_entry(name, "semantic network")
-    given = model_options(entry, options)
-    check_weights(entry, weights)
-    classes = {**entry.defaults, **given}.get("num_classes", MOST_CLASSES)
-    if not 1 < classes <= MOST_CLASSES:
-        raise InputError(f"--classes must be from 2 to {MOST_CLASSES}, got {classes}")
-    with one_line_errors(entry):
-        model = create_model(entry.name, weights, device=device, **given)
-    if model.num_classes > MOST_CLASSES:
-        raise InputError(
-            f"--model {entry.name} has {model.num_classes} classes: {MOST_CLASSES} can be written"
-        )
-    return SemanticTracker(model, streaming=streaming, dtype=dtype, naive=naive)
-
-
-def arguments_of(
-    name: str, weights: Path | None, source: FrameSource, options: Mapping[str, Any], **others: Any
-) -> dict[str, Any]:
-    """Everything that changes the label maps, for a run's record; options: as for `make_semantic_tracker`."""
-    entry = find_entry(name, "semantic network")
-    own = {**entry.defaults, **model_options(entry, options)}
-    model = (
-        {} if entry.name == DEFAULT_MODEL else {"model": entry.name}
-    )  # of older runs, of the default, none is known
-    return {
-        "input": source.title,
-        "input content": source.fingerprint(),
-        **model,
-        "weights content": None if weights is None else sha256(weights),
-        **{option: own[model_name] for option in options if (model_name := model_option(option)) in own},
-        **others,
-    }

@@ -128,7 +128,7 @@ class SemanticTracker:
         check_frame(frame, self._size)
         if min(frame.shape[1:]) < self.model.min_side:
             raise ValueError(
-                f"frame must have sides of at least {self.model.min_side}, but is {tuple(frame.shape)}"
+                f"frame must have sides of at least {self.model.min_side}, got {tuple(frame.shape)}"
             )
         own = (frame.shape[1], frame.shape[2])
         images = self.model.prepare(frame[None].to(self.device))
@@ -176,7 +176,7 @@ class SemanticTracker:
         """Goes back to a saved state of a tracker with the same settings; ValueError if they differ."""
         for name, value in self._settings().items():
             if state[name] != value:
-                raise ValueError(f"state must be of {name}={value}, but is of {state[name]}")
+                raise ValueError(f"state must be of {name}={value}, got {state[name]}")
         self.reset()
         self._size = None if state["size"] is None else (state["size"][0], state["size"][1])
         self._recent.extend(tuple(self._copy(x) for x in maps) for maps in state["recent"])

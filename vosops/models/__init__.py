@@ -15,14 +15,14 @@ from vosops.models.weights import load_weights
 
 if TYPE_CHECKING:
     from vosops.inference.create import create_tracker
-    from vosops.models.cutie import Cutie
+    from vosops.integrations.cutie import Cutie
+    from vosops.integrations.xmem import XMem
     from vosops.models.feelvos import FEELVOS
     from vosops.models.lstm_icnet import LSTMICNet
     from vosops.models.lstm_segnet import RFCN, LSTMSegNet
     from vosops.models.propagate import Propagate
     from vosops.models.rgmp import RGMP
     from vosops.models.stm import STM
-    from vosops.models.xmem import XMem
 
 __all__ = [
     "FEELVOS",
@@ -52,11 +52,11 @@ _LAZY = {
     "RFCN": "vosops.models.lstm_segnet",
     "RGMP": "vosops.models.rgmp",
     "STM": "vosops.models.stm",
-    "Cutie": "vosops.models.cutie",
+    "Cutie": "vosops.integrations.cutie",
     "LSTMICNet": "vosops.models.lstm_icnet",
     "LSTMSegNet": "vosops.models.lstm_segnet",
     "Propagate": "vosops.models.propagate",
-    "XMem": "vosops.models.xmem",
+    "XMem": "vosops.integrations.xmem",
     "create_tracker": "vosops.inference.create",  # which needs what runs a network; here beside create_model
 }
 """Names that are imported on first use, so that ``import vosops.models`` imports no model."""

@@ -21,7 +21,7 @@ def check_first(frame: Tensor, labels: Tensor) -> None:
     check_frame(frame)
     check_labels(labels, frame)
     if not ids_of(labels):
-        raise ValueError("labels must hold at least one object, but are all background or unknown")
+        raise ValueError("labels must hold at least one object, got background and unknown pixels alone")
 
 
 def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
@@ -30,39 +30,39 @@ def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
     A first frame (size None) must hold values that can be meant to lie in [0, 1].
     """
     if not isinstance(frame, Tensor):
-        raise TypeError(f"frame must be a tensor (3,H,W), but is a {type(frame).__name__}")
+        raise TypeError(f"frame must be a tensor (3,H,W), got a {type(frame).__name__}")
     if frame.ndim != 3 or frame.shape[0] != 3 or 0 in frame.shape:
-        raise ValueError(f"frame must be (3,H,W), but is {tuple(frame.shape)}")
+        raise ValueError(f"frame must be (3,H,W), got {tuple(frame.shape)}")
     if frame.dtype != torch.uint8 and not frame.is_floating_point():
         scale = ": divide by 65535 for [0, 1]" if frame.dtype == torch.uint16 else ""
-        raise TypeError(f"frame must be uint8 or floating in [0, 1], but is {frame.dtype}{scale}")
+        raise TypeError(f"frame must be uint8 or floating in [0, 1], got {frame.dtype}{scale}")
     if size is None and frame.is_floating_point() and (frame.amax() > _MOST or frame.amin() < _LEAST):
         raise ValueError(
-            "frame must be uint8 or floating in [0, 1], but holds values from "
+            "frame must be uint8 or floating in [0, 1], got values from "
             f"{float(frame.amin()):.4g} to {float(frame.amax()):.4g}: give it as it is shown, not normalised"
         )
     if size is not None and tuple(frame.shape[1:]) != size:
-        raise ValueError(f"frame must have the first frame's size {size}, but has {tuple(frame.shape[1:])}")
+        raise ValueError(f"frame must have the first frame's size {size}, got {tuple(frame.shape[1:])}")
 
 
 def check_labels(labels: Tensor, frame: Tensor) -> None:
     """Raises ValueError or TypeError unless labels are integers >= 0 of the frame's size."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor (H,W), but are a {type(labels).__name__}")
+        raise TypeError(f"labels must be a tensor (H,W), got a {type(labels).__name__}")
     if labels.shape != frame.shape[1:]:
-        raise ValueError(f"labels must be (H,W) = {tuple(frame.shape[1:])}, but are {tuple(labels.shape)}")
+        raise ValueError(f"labels must be (H,W) = {tuple(frame.shape[1:])}, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels must be integers, but are {labels.dtype}")
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # for which torch has no minimum
-        raise TypeError(f"labels must be uint8 or signed integers, but are {labels.dtype}: use labels.long()")
+        raise TypeError(f"labels must be uint8 or signed integers, got {labels.dtype}: use labels.long()")
     if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(f"labels must be >= 0, but hold {int(labels.min())}")
+        raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
 
 
 def check_output(output: str) -> None:
     """Raises ValueError unless output is "probs" or "labels"."""
     if output not in ("probs", "labels"):
-        raise ValueError(f"output must be 'probs' or 'labels', but is {output!r}")
+        raise ValueError(f"output must be 'probs' or 'labels', got {output!r}")
 
 
 def id_dtype(object_ids: Sequence[int]) -> torch.dtype:

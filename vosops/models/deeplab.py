@@ -83,8 +83,8 @@ class DeepLabV3Plus(nn.Module):
         for kind, names in (("missing", missing), ("misshapen", misshapen)):
             if names:
                 raise ValueError(
-                    f"backbone_weights must hold the encoder's {len(needed)} tensors, but in {path} {len(names)} are "
-                    f"{kind} ({', '.join(names[:3])})"
+                    f"backbone_weights must hold the encoder's {len(needed)} tensors, got {path}, where {len(names)} "
+                    f"are {kind} ({', '.join(names[:3])})"
                 )
         self.encoder.network.load_state_dict(found, strict=False)
 
@@ -125,7 +125,9 @@ class _ResNet(_Encoder):
                 name, weights=None, replace_stride_with_dilation=[False, output_stride == 8, True]
             )
         except NotImplementedError as error:
-            raise ValueError(f"backbone 'torchvision:{name}' cannot be dilated: take resnet50") from error
+            raise ValueError(
+                f"backbone must be a ResNet that can be dilated, such as resnet50, got 'torchvision:{name}'"
+            ) from error
         network.fc = nn.Identity()
         super().__init__(network, (network.layer1[-1].conv3.out_channels, network.inplanes), _IMAGENET)
 
@@ -157,11 +159,13 @@ class _Timm(_Encoder):
             )
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"backbone 'timm:{name}' cannot be created: {reason}") from error
+            raise ValueError(
+                f"backbone must be one that timm can create, got 'timm:{name}': {reason}"
+            ) from error
         strides, channels = network.feature_info.reduction(), network.feature_info.channels()
         if STRIDE not in strides or strides[-1] != output_stride:
             raise ValueError(
-                f"backbone 'timm:{name}' must have maps of strides {STRIDE} and {output_stride}, but has {strides}"
+                f"backbone must have maps of strides {STRIDE} and {output_stride}, got 'timm:{name}' with {strides}"
             )
         config = getattr(network, "pretrained_cfg", None) or {}
         statistics = (config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1]))
@@ -201,7 +205,7 @@ def _create_encoder(name: str, output_stride: int) -> _Encoder:
         return _Timm(model, output_stride)
     if name != "efficientnet_lite0":
         raise ValueError(
-            "backbone must be 'torchvision:NAME', 'timm:NAME', 'xception65' or 'efficientnet_lite0', but is "
+            "backbone must be 'torchvision:NAME', 'timm:NAME', 'xception65' or 'efficientnet_lite0', got "
             + repr(name)
         )
     if output_stride != 16:

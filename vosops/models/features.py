@@ -157,15 +157,19 @@ class _Timm(Backbone):
     def __init__(self, name: str, pretrained: bool) -> None:
         timm = import_extra("timm", INSTALL_MODELS)
         if name not in timm.list_models():
-            raise ValueError(f"backbone 'timm:{name}' is unknown: timm.list_models() lists the names")
+            raise ValueError(
+                f"backbone must be 'timm:NAME' with a name of timm.list_models(), got 'timm:{name}'"
+            )
         try:
             network = timm.create_model(name, pretrained=pretrained, features_only=True)
         except Exception as error:
-            raise ValueError(f"backbone 'timm:{name}' cannot be created: {_first_line(error)}") from error
+            raise ValueError(
+                f"backbone must be one that timm can create, got 'timm:{name}': {_first_line(error)}"
+            ) from error
         reductions = list(network.feature_info.reduction())
         if any(stride not in reductions for stride in STRIDES):
             raise ValueError(
-                f"backbone 'timm:{name}' must have maps at strides 8 and 16, but has {reductions}"
+                f"backbone must have maps at strides 8 and 16, got 'timm:{name}' with {reductions}"
             )
         config = getattr(network, "pretrained_cfg", None) or {}
         super().__init__(tuple(config.get("mean", _IMAGENET_MEAN)), tuple(config.get("std", _IMAGENET_STD)))
@@ -184,20 +188,21 @@ class _Torchvision(Backbone):
         models = import_extra("torchvision.models", INSTALL_VIDEO)
         if name not in models.list_models(module=models):
             raise ValueError(
-                f"backbone 'torchvision:{name}' is unknown: torchvision.models.list_models() lists the names"
+                f"backbone must be 'torchvision:NAME' with a name of torchvision.models.list_models(), got "
+                f"'torchvision:{name}'"
             )
         try:
             network = models.get_model(name, weights="DEFAULT" if pretrained else None)
         except Exception as error:
             raise ValueError(
-                f"backbone 'torchvision:{name}' cannot be created: {_first_line(error)}"
+                f"backbone must be one that torchvision can create, got 'torchvision:{name}': {_first_line(error)}"
             ) from error
         super().__init__(_IMAGENET_MEAN, _IMAGENET_STD)
         stages = list(getattr(network, "features", network).children())
         strides = _strides(stages)
         if any(stride not in strides for stride in STRIDES):
             raise ValueError(
-                f"backbone 'torchvision:{name}' must have maps at strides 8 and 16, but its stages have {strides}"
+                f"backbone must have maps at strides 8 and 16, got 'torchvision:{name}' with {strides}"
             )
         self.last = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]
         self.stages = nn.ModuleList(stages[: self.last[1] + 1])
@@ -229,8 +234,7 @@ def create_backbone(name: str = "efficientnet_lite0", *, pretrained: bool = True
             backbone = _Torchvision(model, pretrained)
         else:
             raise ValueError(
-                "backbone must be 'efficientnet_lite0', 'timm:NAME' or 'torchvision:NAME', but is "
-                + repr(name)
+                f"backbone must be 'efficientnet_lite0', 'timm:NAME' or 'torchvision:NAME', got {name!r}"
             )
     backbone.requires_grad_(False)
     backbone.eval().to(memory_format=torch.channels_last)

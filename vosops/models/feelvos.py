@@ -165,7 +165,7 @@ class FEELVOS(Network):
     def tensorflow_variables(self) -> dict[str, Variable]:
         """Where the variables of the original's checkpoints go; needs its encoder and matching."""
         if isinstance(self.matching, NestedMatching):
-            raise ValueError("matching must be 'feelvos' to load a checkpoint of the original")
+            raise ValueError("matching must be 'feelvos' to load a checkpoint of the original, got 'cfbi'")
         return tensorflow_variables(self)
 
     def new_memory(self, *, budget: int | None = None, naive: bool = False) -> FEELVOSMemory:

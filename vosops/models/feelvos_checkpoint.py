@@ -46,7 +46,9 @@ _OWN_NAMES = re.compile(r"\.(conv|bn|0|1)$")  # a convolution and its norm, insi
 def tensorflow_variables(network: FEELVOS) -> dict[str, Variable]:
     """The variables of the original's checkpoint, and where each goes. Raises ValueError for any other encoder."""
     if "deeplab.encoder.network.stem.0.conv" not in dict(network.named_modules()):
-        raise ValueError("backbone must be 'xception65' to load a checkpoint of the original")
+        raise ValueError(
+            "backbone must be 'xception65' to load a checkpoint of the original, got another one"
+        )
     found = {}
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d):

@@ -64,11 +64,11 @@ class GuidedFilter:
 
     def __init__(self, guide: Tensor, radius: int, eps: float) -> None:
         if guide.ndim != 3 or guide.shape[0] != 3:
-            raise ValueError(f"guide must be (3,H,W), but is {tuple(guide.shape)}")
+            raise ValueError(f"guide must be (3,H,W), got {tuple(guide.shape)}")
         if radius < 0:
-            raise ValueError(f"radius must be >= 0, but is {radius}")
+            raise ValueError(f"radius must be >= 0, got {radius}")
         if not eps > 0:
-            raise ValueError(f"eps must be positive, but is {eps}")
+            raise ValueError(f"eps must be positive, got {eps}")
         self.guide = guide
         self.radius = radius
         self.mean = box_mean(guide, radius)
@@ -85,7 +85,7 @@ class GuidedFilter:
         if values.ndim != 3 or values.shape[1:] != self.guide.shape[1:]:
             raise ValueError(
                 f"values must be (O,H,W) of the guide's size {tuple(self.guide.shape[1:])}, "
-                f"but are {tuple(values.shape)}"
+                f"got {tuple(values.shape)}"
             )
         moments = box_mean(torch.cat([values[:, None], values[:, None] * self.guide], 1), self.radius)
         mean, cross = moments[:, 0], moments[:, 1:]

@@ -181,9 +181,7 @@ class PSPNet(nn.Module):
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Prepared images (N,3,H,W) -> (``conv3_1`` (N,256) at 1/16, ``conv5_4_interp`` (N,256) just below it)."""
         if min(images.shape[-2:]) < MIN_SIDE:
-            raise ValueError(
-                f"frames must have sides of at least {MIN_SIDE}, but have {tuple(images.shape[-2:])}"
-            )
+            raise ValueError(f"frames must have sides of at least {MIN_SIDE}, got {tuple(images.shape[-2:])}")
         x = self._halving("conv1_1_3x3_s2", halve(images))
         x = self._layer("conv1_3_3x3", self._layer("conv1_2_3x3", x))
         x = F.max_pool2d(x, 3, 2, 1)

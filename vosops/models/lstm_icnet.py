@@ -162,7 +162,7 @@ class LSTMICNet(ICNet, SemanticNetwork):
         training. Every frame's logits come out; the loss of the original looks at the last one's alone.
         """
         if clip.ndim != 5 or clip.shape[2] != 3:
-            raise ValueError(f"clip must be (N,T,3,H,W), but is {tuple(clip.shape)}")
+            raise ValueError(f"clip must be (N,T,3,H,W), got {tuple(clip.shape)}")
         length = clip.shape[1]
         branches, pooled = self.branches(self.prepare(clip.flatten(0, 1)))
         sub24, sub12, state = self.recur(branches, length, state)
@@ -261,7 +261,9 @@ def segmentation_loss(
     total = segmentation.logits.new_zeros(())
     for weight, head in zip(weights, heads, strict=True):
         if head is None:
-            raise ValueError("segmentation must hold the coarser heads: call the model with auxiliary=True")
+            raise ValueError(
+                "segmentation must hold the coarser heads, got None: call the model with auxiliary=True"
+            )
         total = total + weight * _cross_entropy(head[:, -1], labels, ignore)
     return total
 
@@ -277,7 +279,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
 
 def _positions_of(version: str) -> tuple[str, ...]:
     if version not in _POSITIONS:
-        raise ValueError(f"version must be one of {', '.join(_POSITIONS)}, but is {version!r}")
+        raise ValueError(f"version must be one of {', '.join(_POSITIONS)}, got {version!r}")
     return _POSITIONS[version]
 
 
@@ -285,10 +287,10 @@ def _kind_of(variant: str, lstm_channels: int | None) -> tuple[str, int]:
     """The ConvLSTM's kind and its channels."""
     kind, channels = _PRESETS.get(variant, (variant, CHANNELS))
     if kind not in _KINDS:
-        raise ValueError(f"variant must be one of {', '.join((*_KINDS, *_PRESETS))}, but is {variant!r}")
+        raise ValueError(f"variant must be one of {', '.join((*_KINDS, *_PRESETS))}, got {variant!r}")
     channels = channels if lstm_channels is None else lstm_channels
     if not 0 < channels <= CHANNELS:
-        raise ValueError(f"lstm_channels must be from 1 to {CHANNELS}, but are {channels}")
+        raise ValueError(f"lstm_channels must be from 1 to {CHANNELS}, got {channels}")
     return kind, channels
 
 

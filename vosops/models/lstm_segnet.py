@@ -42,7 +42,7 @@ class _ClipNetwork(SemanticNetwork):
         """(N,T,3,H,W) RGB, uint8 or floating in [0, 1] -> logits (N,T,K,h,w) of all frames, and the state."""
         if clip.ndim != 5 or clip.shape[2] != 3 or min(clip.shape[3:]) < _MIN_SIDE:
             raise ValueError(
-                f"clip must be (N,T,3,H,W), H and W at least {_MIN_SIDE}, but is {tuple(clip.shape)}"
+                f"clip must be (N,T,3,H,W), H and W at least {_MIN_SIDE}, got {tuple(clip.shape)}"
             )
         length = clip.shape[1]
         logits, state = self.logits(self.features(self.prepare(clip.flatten(0, 1))), length, state)
@@ -75,7 +75,7 @@ class LSTMSegNet(_ClipNetwork):
         super().__init__()
         strangers = [p for p in positions if p not in _POSITIONS]
         if strangers:
-            raise ValueError(f"positions must be among {', '.join(_POSITIONS)}, but are {tuple(positions)}")
+            raise ValueError(f"positions must be among {', '.join(_POSITIONS)}, got {tuple(positions)}")
         self.num_classes = num_classes
         self.encoder = _encoder(width)
         widths = [width * times for times, _ in _STAGES]

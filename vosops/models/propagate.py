@@ -120,7 +120,7 @@ class Propagate(KeepsConfidence):
                 "weights must be None: propagate is not trained; choose its features by backbone="
             )
         if size != -1 and size < SIZE_MULTIPLE:
-            raise ValueError(f"size must be -1 or at least {SIZE_MULTIPLE}, but is {size}")
+            raise ValueError(f"size must be -1 or at least {SIZE_MULTIPLE}, got {size}")
         self.backbone_name = backbone if pretrained else f"{backbone} (random)"
         self.backbone = create_backbone(backbone, pretrained=pretrained).to(device)
         self.size = size
@@ -209,7 +209,7 @@ class Propagate(KeepsConfidence):
     def remove_object(self, object_id: int) -> None:
         """Stops tracking an object; what it covered is unknown in the permanent frames."""
         if object_id not in self.object_ids:
-            raise ValueError(f"object_id must be one of {self.object_ids}, but is {object_id}")
+            raise ValueError(f"object_id must be one of {self.object_ids}, got {object_id}")
         channel = 1 + self.object_ids.index(object_id)
         self.object_ids.remove(object_id)
         self._permanent_masks = [_without(mask, channel) for mask in self._permanent_masks]
@@ -235,11 +235,11 @@ class Propagate(KeepsConfidence):
         """Goes back to a state of :meth:`state_dict`; the next results are the same to the bit (on the CPU)."""
         expected = self.state_dict()
         if set(state) != set(expected):
-            raise ValueError(f"state must have the keys {sorted(expected)}, but has {sorted(state)}")
+            raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
         for option in ("backbone", "size", "with_memory"):
             if state[option] != expected[option]:
                 raise ValueError(
-                    f"state must be of a model with {option} {expected[option]!r}, but has {state[option]!r}"
+                    f"state must be of a model with {option} {expected[option]!r}, got {state[option]!r}"
                 )
         self.object_ids = list(state["object_ids"])
         self._frame_size = tuple(state["frame_size"]) or None
@@ -327,7 +327,7 @@ class Propagate(KeepsConfidence):
             fit = max((self.memory_budget - once) // each, 0)
             raise MemoryBudgetError(
                 f"memory_budget must be at least {frames * each + once} bytes for {frames} permanent frames of "
-                f"{objects} objects, but is {self.memory_budget}: {fit} fit"
+                f"{objects} objects, got {self.memory_budget}: {fit} fit"
             )
 
     def _memory_room(self) -> int | None:

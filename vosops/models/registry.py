@@ -154,7 +154,7 @@ _BUILT_IN = (
     ),
     ModelEntry(
         "cutie",
-        "vosops.models.cutie:Cutie",
+        "vosops.integrations.cutie:Cutie",
         "tracker",
         "the authors' own code with long-term memory, which vosops reads and bounds",
         paper="Cheng et al., CVPR 2024",
@@ -165,7 +165,7 @@ _BUILT_IN = (
     ),
     ModelEntry(
         "xmem",
-        "vosops.models.xmem:XMem",
+        "vosops.integrations.xmem:XMem",
         "tracker",
         "the authors' own code, from your clone, with long-term memory, which vosops reads and bounds",
         paper="Cheng and Schwing, ECCV 2022",

@@ -87,7 +87,7 @@ class ResNet50Encoder(nn.Module):
     def stages(self, frame: Tensor, *masks: Tensor) -> Iterator[Tensor]:
         """The maps of :meth:`forward`, one after the other."""
         if len(masks) != len(self._mask_convolutions):
-            raise ValueError(f"masks must be {len(self._mask_convolutions)}, got {len(masks)}")
+            raise ValueError(f"masks must be {len(self._mask_convolutions)} tensors, got {len(masks)}")
         for mask in masks:
             if mask.dim() not in (3, 4) or mask.shape[-2:] != frame.shape[-2:]:
                 raise ValueError(

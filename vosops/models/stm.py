@@ -140,7 +140,7 @@ class Query(NamedTuple):
     r2: Tensor
 
 
-class _Memory(Memory):
+class _ObjectMemory(Memory):
     """What the two kinds of memory share; `object_ids` is the order of the masks that were added last."""
 
     def __init__(self, network: STM) -> None:
@@ -166,7 +166,7 @@ class _Memory(Memory):
             yield from zip(some, keys.split(1), values.split(1), strict=True)
 
 
-class _BankMemory(_Memory):
+class _BankMemory(_ObjectMemory):
     """One `MemoryBank` for each object, which share the budget; a few objects are computed at a time."""
 
     def __init__(self, network: STM, budget: int | None) -> None:
@@ -245,7 +245,7 @@ class _BankMemory(_Memory):
             raise
 
 
-class _NaiveMemory(_Memory):
+class _NaiveMemory(_ObjectMemory):
     """As the original remembers: all objects stacked, concatenated anew for each frame, everything at full size."""
 
     def __init__(self, network: STM) -> None:

@@ -68,15 +68,16 @@ def read_variables(path: str | Path) -> dict[str, Any]:
     import numpy as np
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights {path} do not exist")
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"weights must be a file, got {path}, which {what}")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         reason = str(error).split("\n")[0]
         if "pickle" in reason:  # numpy advises to run what the file holds
-            reason = "it is none, or holds other things than numbers"
-        raise ValueError(f"weights {path} cannot be read as an .npz of arrays: {reason}") from error
+            reason = "it is not an .npz file, or holds other things than numbers"
+        raise ValueError(f"weights must be an .npz of arrays, got {path}: {reason}") from error
 
 
 def variable_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -105,7 +106,7 @@ def load_variables(module: nn.Module, variables: Mapping[str, Any]) -> None:
         if names
     ]
     if problems:
-        raise ValueError(f"variables must be those of {type(module).__name__}, but {'; '.join(problems)}")
+        raise ValueError(f"variables must be those of {type(module).__name__}, got {'; '.join(problems)}")
     with torch.no_grad():
         for name, variable in own.items():
             variable.load(given[name])

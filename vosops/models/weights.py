@@ -49,7 +49,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     ]
     if problems:
         raise ValueError(
-            f"weights must be those of {type(module).__name__}, but of its {len(own)} tensors in {path} "
+            f"weights must be those of {type(module).__name__}, got {path}, where of {len(own)} tensors "
             f"{'; '.join(problems)}"
         )
     module.load_state_dict(given, strict=False)
@@ -63,15 +63,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"weights {path} do not exist")
+        raise FileNotFoundError(f"weights must be a file, got {path}, which {_absence(path)}")
     found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     for name in _NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping) or not found or not all(isinstance(x, Tensor) for x in found.values()):
-        raise ValueError(f"weights must be tensors by their names, but {path} holds {_describe(found)}")
+        raise ValueError(
+            f"weights must be tensors by their names, got {path}, which holds {_describe(found)}"
+        )
     prefixed = all(str(name).startswith(_PREFIX) for name in found)
     return {str(name).removeprefix(_PREFIX) if prefixed else str(name): x for name, x in found.items()}
+
+
+def _absence(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "does not exist"
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -82,7 +88,7 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except Exception as error:  # its own kind, that is no public name
-        raise ValueError(f"weights {path} cannot be read as safetensors: {_first_line(error)}") from error
+        raise ValueError(f"weights must be a safetensors file, got {path}: {_first_line(error)}") from error
 
 
 def _read_checkpoint(path: Path) -> Any:
@@ -90,13 +96,15 @@ def _read_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what the file is
         raise ValueError(
-            f"weights {path} cannot be read as a checkpoint of tensors: {_first_line(error)}"
+            f"weights must be a checkpoint of tensors, got {path}: {_first_line(error)}"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
     if isinstance(error, UnpicklingError):  # whose own text advises to run what the file holds
-        return "it is none, or holds other things than tensors"
+        return "it is not a weights file, or holds other things than tensors"
+    if isinstance(error, EOFError):
+        return "it is empty or cut off"
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 

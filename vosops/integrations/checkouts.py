@@ -84,7 +84,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
         memory_budget: int | str | None = None,
     ) -> None:
         if size != -1 and size < _STRIDE:
-            raise ValueError(f"size must be -1 or at least {_STRIDE}, but is {size}")
+            raise ValueError(f"size must be -1 or at least {_STRIDE}, got {size}")
         self.network = network.to(device).eval().requires_grad_(False)
         self.size = size
         self.device = torch.device(device)
@@ -169,7 +169,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
     def remove_object(self, object_id: int) -> None:
         """Stops tracking an object."""
         if object_id not in self.object_ids:
-            raise ValueError(f"object_id must be one of {self.object_ids}, but is {object_id}")
+            raise ValueError(f"object_id must be one of {self.object_ids}, got {object_id}")
         with torch.inference_mode():
             self._remove(object_id)
 
@@ -187,7 +187,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
         """Goes back to a state of :meth:`state_dict`; the next results are the same to the bit (on the CPU)."""
         for option, own in (("model", self.name), ("size", self.size)):
             if state.get(option) != own:
-                raise ValueError(f"state must be of {option} {own!r}, but has {state.get(option)!r}")
+                raise ValueError(f"state must be of {option} {own!r}, got {state.get(option)!r}")
         self.reset()
         self.object_ids = list(state["object_ids"])
         self._frame_size = tuple(state["frame_size"]) or None

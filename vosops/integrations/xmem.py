@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vosops.integrations import accelerate
-from vosops.models.checkouts import (
+from vosops.integrations.checkouts import (
     CheckoutTracker,
     MemoryPlan,
     plan_memory,
@@ -24,6 +24,7 @@ from vosops.models.checkouts import (
     token_bytes,
     without_pretraining,
 )
+from vosops.models.weights import read_weights
 
 __all__ = ["XMem"]
 
@@ -64,8 +65,11 @@ class XMem(CheckoutTracker):
         device: str | torch.device = "cpu",
         memory_budget: int | str | None = None,
     ) -> None:
-        if weights is None or checkout is None:
-            raise ValueError("weights and checkout must name XMem.pth and the folder of a clone of XMem")
+        if weights is None:
+            raise ValueError("weights must be XMem's file, such as XMem.pth, got None")
+        if checkout is None:
+            raise ValueError("checkout must be the folder of a clone of XMem, got None")
+        read_weights(weights)  # for the errors of what is not a weights file
         modules = _import_checkout(Path(checkout))
         network_module, self._core_module, resnet = modules
         self.config = {**_CONFIG, **(config or {})}
@@ -73,7 +77,7 @@ class XMem(CheckoutTracker):
             try:
                 network = network_module.XMem(self.config, str(weights), map_location="cpu")
             except (KeyError, RuntimeError) as error:
-                raise ValueError(f"weights must be of XMem, but {error}") from error
+                raise ValueError(f"weights must be XMem's, got {weights}: {error}") from error
         self.acceleration = accelerate(self._core_module.InferenceCore)
         self._mean, self._std = (
             torch.tensor(numbers, device=device)[:, None, None] for numbers in (_MEAN, _STD)
@@ -175,7 +179,7 @@ def _import_checkout(folder: Path) -> tuple[Any, Any, Any]:
     folder = folder.resolve()
     if not (folder / "model" / "network.py").is_file():
         raise ValueError(
-            f"checkout must be the folder of a clone of XMem, but {folder} has no model/network.py"
+            f"checkout must be the folder of a clone of XMem, got {folder}, without model/network.py"
         )
     sys.path.insert(0, str(folder))
     try:
@@ -185,7 +189,10 @@ def _import_checkout(folder: Path) -> tuple[Any, Any, Any]:
         sys.path.remove(str(folder))
     for module in modules:
         if not Path(str(module.__file__)).resolve().is_relative_to(folder):
-            raise ImportError(f"{module.__name__} was imported from {module.__file__}, not from {folder}")
+            raise ImportError(
+                f"checkout must be the only package with {module.__name__}, got {folder}, but {module.__file__} was "
+                "imported before"
+            )
     return modules  # type: ignore[return-value]
 
 

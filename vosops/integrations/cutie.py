@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vosops.integrations import accelerate
-from vosops.models.checkouts import (
+from vosops.integrations.checkouts import (
     CheckoutTracker,
     MemoryPlan,
     plan_memory,
@@ -19,9 +19,11 @@ from vosops.models.checkouts import (
     token_bytes,
     without_pretraining,
 )
+from vosops.models.weights import read_weights
 
 __all__ = ["Cutie"]
 
+_FEATURES = "pix_feat_proj.weight"
 _BASE_CHANNELS = 1024  # of the pixel encoder's features; the small model has 256
 _MEMORY_EVERY = 5
 _NOT_SAVED = ("object_manager",)
@@ -47,21 +49,23 @@ class Cutie(CheckoutTracker):
         memory_budget: int | str | None = None,
     ) -> None:
         if weights is None:
-            raise ValueError("weights must name Cutie's file, such as cutie-base-mega.pth, but is None")
+            raise ValueError("weights must be Cutie's file, such as cutie-base-mega.pth, got None")
         try:
             from cutie.inference.inference_core import InferenceCore
             from cutie.model.cutie import CUTIE
             from cutie.model.utils import resnet
         except ImportError as error:
             raise ImportError(f"cutie needs its package ({error}): pip install 'vosops[cutie]'") from error
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = read_weights(weights)
+        if _FEATURES not in state:
+            raise ValueError(f"weights must be Cutie's, got {weights}, without {_FEATURES}")
         self.config = _configuration(state, config)
         with without_pretraining(resnet):
             network = CUTIE(self.config)
         missing = [name for name, _ in network.named_parameters() if name not in state]
         if missing:
             raise ValueError(
-                f"weights must be of Cutie, but have no {missing[0]} ({len(missing)} are missing)"
+                f"weights must be Cutie's, got {weights}, without {missing[0]} ({len(missing)} are missing)"
             )
         network.load_weights(state)
         self.acceleration = accelerate(InferenceCore)
@@ -167,13 +171,10 @@ def _configuration(state: dict[str, Tensor], changes: dict[str, Any] | None) -> 
     import cutie
     from omegaconf import OmegaConf
 
-    features = state.get("pix_feat_proj.weight")
-    if features is None:
-        raise ValueError("weights must be of Cutie, but have no pix_feat_proj.weight")
     folder = Path(next(iter(cutie.__path__))) / "config"
     evaluation = OmegaConf.load(folder / "eval_config.yaml")
     model: Any = OmegaConf.load(folder / "model" / "base.yaml")
-    if features.shape[1] != _BASE_CHANNELS:
+    if state[_FEATURES].shape[1] != _BASE_CHANNELS:
         model = OmegaConf.merge(model, OmegaConf.load(folder / "model" / "small.yaml"))
     own = {"use_long_term": True, "mem_every": _MEMORY_EVERY, "model": model}
     config: Any = OmegaConf.merge(evaluation, own, changes or {})

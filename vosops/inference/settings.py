@@ -1,0 +1,257 @@
+"""Which model a run uses and how: told once, by the command line or from Python, and taken whole to the factory."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vosops.io.errors import InputError, VosopsError
+from vosops.memory import parse_bytes
+from vosops.models.create import create_model
+from vosops.models.registry import Kind, ModelEntry, find_model, list_models
+
+from .create import create_tracker
+from .files import sha256
+from .semantic_tracker import SemanticTracker
+
+if TYPE_CHECKING:
+    from vosops.models import VideoTracker
+
+DEFAULT_MODEL = "propagate"
+DEFAULT_SEMANTIC_MODEL = "lstm_icnet"
+DEFAULT_SIZE = 480
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_CLASSES = 255  # that label maps of one byte tell apart from 255, of which nothing is known
+_TOLD_OTHERWISE = ("device", "memory_budget", "size", "weights")  # what models take that no --option gives
+_OWN_OPTIONS = {"num_classes": "classes"}  # of models, where the command line calls them otherwise
+_SHORT_OPTIONS = (
+    "backbone",
+    "checkout",
+    "classes",
+    "variant",
+    "version",
+)  # of the command line, without --option
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model a run uses, how it is made, and how it computes.
+
+    Attributes:
+        model: Its name.
+        weights: File of its weights.
+        options: Of the model's own, by the names of its class: ``backbone``, ``checkout``, ``num_classes``, ...
+        device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
+        dtype: "float32", or "bfloat16" or "float16" for autocast.
+        memory_budget: Most that it may remember: bytes, or a text such as "2GB".
+        naive: Compute as the original code does, at its memory.
+        scales: Average a mask network's results at these sizes.
+    """
+
+    model: str = DEFAULT_MODEL
+    weights: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    dtype: str = "float32"
+    memory_budget: int | str | None = None
+    naive: bool = False
+    scales: tuple[float, ...] = (1.0,)
+
+    @cached_property
+    def place(self) -> torch.device:
+        """The device, which exists."""
+        return find_device(self.device)
+
+    @property
+    def files(self) -> list[Path]:
+        """What of these is read: the weights, and a checkout."""
+        return [Path(path) for path in (self.weights, self.options.get("checkout")) if path is not None]
+
+    def arguments(self) -> dict[str, Any]:
+        """What of these changes the result, for a run's record."""
+        return {
+            "model": self.model,
+            "weights content": self._weights_content,
+            **{_recorded(option): _plain(value) for option, value in self.options.items()},
+            "device": str(self.place),
+            "dtype": self.dtype,
+            "memory-budget": self.memory_budget,
+            "naive": self.naive,
+            "scales": list(self.scales),
+        }
+
+    def semantic_arguments(self) -> dict[str, Any]:
+        """The same, for a run of `make_semantic_tracker`; older ones knew one model, and recorded its defaults."""
+        entry = _find_entry(self.model, "semantic network")
+        arguments = self.arguments()
+        defaults = {_recorded(option): value for option, value in entry.defaults.items()}
+        for name in ("memory-budget", "scales", *(["model"] if entry.name == DEFAULT_SEMANTIC_MODEL else [])):
+            del arguments[name]
+        short = {name: value for name, value in defaults.items() if name in _SHORT_OPTIONS}
+        return {**short, **arguments}
+
+    @cached_property
+    def _weights_content(self) -> str | None:
+        return None if self.weights is None else sha256(self.weights)
+
+
+def make_tracker(settings: ModelSettings) -> VideoTracker:
+    """Return what tracks objects with these settings, at the size of the frames it gets; errors are one line."""
+    entry = _find_entry(settings.model, "mask network", "tracker")
+    _check_options(entry, settings.options)
+    _check_weights(entry, settings.weights)
+    options = dict(settings.options)
+    if settings.memory_budget is not None:
+        try:
+            options["memory_budget"] = parse_bytes(settings.memory_budget)
+        except ValueError as error:
+            raise InputError(f"--memory-budget {settings.memory_budget} cannot be used: {error}") from error
+    if not settings.scales or not all(0 < scale < math.inf for scale in settings.scales):
+        raise InputError(f"--scales must be positive numbers, got {tuple(settings.scales)}")
+    if entry.kind == "mask network":
+        options |= {"naive": settings.naive, "scales": settings.scales}
+    elif tuple(settings.scales) != (1.0,):
+        raise InputError(f"--scales does not go with --model {entry.name}, which runs at --size alone")
+    with _one_line_errors(entry):
+        return create_tracker(entry.name, settings.weights, device=settings.place, **options)
+
+
+def make_semantic_tracker(settings: ModelSettings, *, streaming: bool = False) -> SemanticTracker:
+    """Return what segments into classes with these settings; errors are one line."""
+    entry = _find_entry(settings.model, "semantic network")
+    _check_options(entry, settings.options)
+    _check_weights(entry, settings.weights)
+    classes = {**entry.defaults, **settings.options}.get("num_classes", MOST_CLASSES)
+    if not 1 < classes <= MOST_CLASSES:
+        raise InputError(f"--classes must be from 2 to {MOST_CLASSES}, got {classes}")
+    dtype = find_dtype(settings.dtype)
+    with _one_line_errors(entry):
+        network = create_model(entry.name, settings.weights, device=settings.place, **settings.options)
+    if network.num_classes > MOST_CLASSES:
+        raise InputError(
+            f"--model {entry.name} has {network.num_classes} classes: {MOST_CLASSES} can be written"
+        )
+    return SemanticTracker(network, streaming=streaming, dtype=dtype, naive=settings.naive)
+
+
+def model_options(texts: Iterable[str] = (), **short: Any) -> dict[str, Any]:
+    """Return the options of a model that the command line gives.
+
+    texts: of ``--option``, NAME=VALUE each, where VALUE is a number, true, false, none, a Python literal, or text.
+    short: those with options of their own, by the model's names; None: not given.
+    """
+    options = {name: value for name, value in short.items() if value is not None}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--option must be NAME=VALUE, got {text}")
+        if name in _TOLD_OTHERWISE:
+            raise InputError(f"--option {name} cannot be given: use --{name.replace('_', '-')}")
+        if name in options:
+            raise InputError(f"--option {name} is given twice")
+        options[name] = _parsed(value)
+    return options
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name, None meaning the GPU if there is one; checks that it exists."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used ({reason}): try cpu, cuda or cuda:0") from error
+    return device
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Return the floating type of that name."""
+    if name not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
+
+
+def _find_entry(name: str, *kinds: Kind) -> ModelEntry:
+    """The entry of a model of these kinds; a one-line error for any other name."""
+    known = sorted(model for kind in kinds for model in list_models(kind))
+    try:
+        entry = find_model(name)
+    except ValueError as error:
+        raise InputError(f"--model {name} is not known: choose one of {', '.join(known)}") from error
+    if entry.kind not in kinds:
+        what = "track objects" if "tracker" in kinds else "segment into classes"
+        command = "segment" if entry.tracks_objects else "semantic"
+        raise InputError(
+            f"--model {name} does not {what}, see vosops {command}: choose one of {', '.join(known)}"
+        )
+    return entry
+
+
+def _check_options(entry: ModelEntry, options: Mapping[str, Any]) -> None:
+    """Refuse options that the model does not have."""
+    for option in options:
+        if not entry.takes(option):
+            name = _OWN_OPTIONS.get(option, option)
+            flag = f"--{name}" if name in _SHORT_OPTIONS else f"--option {name}"
+            known = ", ".join(o for o in entry.options if o not in _TOLD_OTHERWISE) or "none"
+            raise InputError(f"{flag} does not go with --model {entry.name}, whose options are: {known}")
+
+
+def _check_weights(entry: ModelEntry, file: Path | None) -> None:
+    """Refuse a file of weights that does not exist, and a model that is of no use without one."""
+    if file is None:
+        if entry.weights == "required":
+            what = f" ({entry.checkpoint})" if entry.checkpoint else ""
+            raise InputError(f"--model {entry.name} needs --weights FILE{what}: no weights come with it")
+    elif not file.is_file():
+        what = "is a folder: give a file" if file.is_dir() else "does not exist"
+        raise InputError(f"--weights {file} {what}")
+
+
+@contextmanager
+def _one_line_errors(entry: ModelEntry) -> Iterator[None]:
+    """Turn what the making of a model raises into an error of one line."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise VosopsError(f"model {entry.name} cannot be made: {reason}") from error
+
+
+def _recorded(option: str) -> str:
+    """What a run's record calls an option of a model: one of the command line's own, or else what --option gave."""
+    name = _OWN_OPTIONS.get(option, option)
+    return name if name in _SHORT_OPTIONS else f"option {name}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    if isinstance(value, Path):
+        return str(value)
+    try:
+        json.dumps(value)
+    except TypeError:
+        return repr(value)
+    return value
+
+
+def _parsed(text: str) -> Any:
+    """The value that a text stands for."""
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
