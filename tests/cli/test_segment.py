@@ -21,6 +21,7 @@ from tests.inference.clips import (
     write_video,
 )
 from vosops import cli
+from vosops.cli.segment import Console
 
 BOXES = moving(12, ids=(1, 2))
 
@@ -324,3 +325,12 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(vosops, clip, mask, out
     assert vosops(*[whole if a == out else a for a in arguments])[0] == 0
     for index in range(12):
         assert (out / f"{index:05d}.png").read_bytes() == (whole / f"{index:05d}.png").read_bytes()
+
+
+def test_names_with_brackets_are_shown_as_they_are(capsys):
+    with Console() as console:
+        console.sequence("clip[/red]", None)
+        console.begin("segment", 1, 0)
+        console.note("wrote a[1].png")
+        console.end()
+    assert "wrote a[1].png" in capsys.readouterr().err

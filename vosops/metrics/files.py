@@ -210,6 +210,13 @@ def by_sequence(
     return results
 
 
+def checked(result: Result | EvaluationError) -> Result:
+    """A result that is no error; raises one that is."""
+    if isinstance(result, EvaluationError):
+        raise result
+    return result
+
+
 def check_any_scored(problems: Sequence[Problem], scored: int) -> None:
     """Raises the first problem where nothing could be scored."""
     if not scored:

@@ -21,6 +21,7 @@ from vosops.metrics.files import (
     by_sequence,
     check_any_scored,
     check_complete,
+    checked,
     find_sequences,
     pngs,
     read,
@@ -136,10 +137,7 @@ def evaluate(
     problems: list[Problem] = []
     for folders, plan, frames in zip(found, plans, scored, strict=True):
         try:
-            for part in (plan, frames):
-                if isinstance(part, EvaluationError):
-                    raise part
-            objects += _collect(plan, frames)
+            objects += _collect(checked(plan), checked(frames))
         except EvaluationError as error:
             problems.append(Problem(folders.name, str(error)))
     check_any_scored(problems, len(objects))
