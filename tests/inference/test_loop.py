@@ -1,4 +1,4 @@
-"""The propagation loop: order, corrections, new objects, resuming in memory, resizing."""
+"""The loop over a video: order, corrections, new objects, resuming in memory, resizing."""
 
 import sys
 
@@ -147,21 +147,21 @@ class TestFrames:
 def test_going_on_from_a_state_is_bit_identical(stop_after):
     masks = {4: truth({1: TWO[4][1]}), 7: truth({2: TWO[7][2]})}
 
-    def propagation():
+    def loop():
         source = ArraySource([picture(b) for b in TWO])
         given = MaskSet(masks_from_python(masks, source, range(12)), source.size)
         options = {"short_side": 32, "device": CPU, "keep_probabilities": True}
         return TrackingLoop(ColourTracker(), source, given, range(12), **options)
 
-    whole = list(propagation())
-    first = propagation()
+    whole = list(loop())
+    first = loop()
     begun = []
     for frame in first:
         begun.append(frame)
         if len(begun) == stop_after:
             state = first.state_dict()
             break
-    second = propagation()
+    second = loop()
     second.load_state_dict(state)
     joined = begun + list(second)
     assert order(joined) == order(whole)

@@ -16,6 +16,7 @@ from vosops.models.features import create_backbone, import_extra
 from vosops.models.guided_filter import GuidedFilter
 from vosops.models.resnet import ResNet50Encoder
 from vosops.models.tensorflow import load_tensorflow, read_variables
+from vosops.models.xception import Xception65
 
 
 def test_a_folder_is_not_a_file_of_weights(tmp_path):
@@ -144,6 +145,11 @@ def test_masks_of_an_encoder():
         encoder.last(frame, *torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match="last_stage must be one of .*, got 7"):
         ResNet50Encoder((), last_stage=7)
+
+
+def test_xception():
+    with pytest.raises(ValueError, match="output_stride must be 8 or 16, got 4"):
+        Xception65(output_stride=4)
 
 
 def test_a_guided_filter():

@@ -470,5 +470,5 @@ def test_models_are_created_by_name() -> None:
     assert isinstance(create_model("propagate", pretrained=False), Propagate)
     with pytest.raises(ValueError, match="model must be one of"):
         create_model("no-such-model")
-    with pytest.raises(ValueError, match="weights must be None"):
+    with pytest.raises(ValueError, match="weights must be None, got weights.pth: propagate is not trained"):
         create_model("propagate", weights="weights.pth")

@@ -67,7 +67,7 @@ def semantic(
     from vosops.inference.datasets import open_source
     from vosops.inference.drawing_pass import Outputs
     from vosops.inference.loop import frame_range
-    from vosops.inference.run import Run
+    from vosops.inference.run import VideoRun
     from vosops.inference.semantic_loop import ClassLabels, SemanticLoop, class_palette
     from vosops.inference.settings import ModelSettings, make_semantic_tracker, model_options
     from vosops.inference.streams import local_path
@@ -87,11 +87,11 @@ def semantic(
     indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
     tracker = make_semantic_tracker(settings, streaming=streaming)
     with Console() as console, StopSignals(console.note) as signals:
-        summary = Run(
+        summary = VideoRun(
             out=out,
             source=source,
             masks=ClassLabels(class_palette(tracker.num_classes)),
-            propagation=SemanticLoop(tracker, source, indices, short_side=size),
+            loop=SemanticLoop(tracker, source, indices, short_side=size),
             arguments={
                 "input": source.title,
                 "input content": source.fingerprint(),

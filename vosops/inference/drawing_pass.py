@@ -1,4 +1,4 @@
-"""The pass after propagation: overlay video, cut-outs, COCO JSON and contact sheet from frames and masks.
+"""The pass after the loop: overlay video, cut-outs, COCO JSON and contact sheet from frames and masks.
 
 Everything here is made from the input and the finished masks, so a run that stops here starts this pass
 again and loses nothing. Files that are there already are not made again.

@@ -22,7 +22,7 @@ from .loop import TrackingLoop, frame_range
 from .masks import GivenMask, MaskSet, find_masks
 from .progress import NoProgress, Progress, never
 from .report import REPORT, RESUME
-from .run import Mode, Run, Summary, check_folder, written_folders
+from .run import Mode, Summary, VideoRun, check_folder, written_folders
 from .settings import DEFAULT_SIZE, ModelSettings, find_dtype, make_tracker
 from .streams import local_path
 
@@ -62,7 +62,7 @@ class Job:
         settings: What changes the masks.
         outputs: What to write beside masks, contact sheet and report.
         fps: Rate of a folder of frames.
-        progress: Is told how it goes.
+        progress: Receives progress.
         should_stop: Asked between frames.
     """
 
@@ -156,7 +156,7 @@ class Job:
         only_new_objects: bool = False,
     ) -> Summary:
         masks = MaskSet(given, source.size, only_new_objects)
-        propagation = TrackingLoop(
+        loop = TrackingLoop(
             self._tracker,
             source,
             masks,
@@ -166,11 +166,11 @@ class Job:
             dtype=find_dtype(self.settings.dtype),
             naive=self.settings.naive,
         )
-        return Run(
+        return VideoRun(
             out=out,
             source=source,
             masks=masks,
-            propagation=propagation,
+            loop=loop,
             arguments=self._arguments(source, masks),
             inputs=inputs,
             outputs=self.outputs,

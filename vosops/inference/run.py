@@ -49,25 +49,25 @@ class Summary:
 
 
 @dataclass
-class Run:
+class VideoRun:
     """A run over one video into one folder.
 
     Args:
         out: The folder; made if it does not exist.
         source: The frames.
         masks: The given masks, or what is to be known of label maps without any.
-        propagation: The loop.
+        loop: What makes the label maps.
         arguments: Everything that changes the masks; a resumed run must have the same.
         inputs: Files and folders that are read, which must not lie where something is written.
         outputs: What else to write; may differ when resuming.
-        progress: Is told how it goes.
+        progress: Receives progress.
         should_stop: Asked after each frame; true saves a checkpoint and ends the run.
     """
 
     out: Path
     source: FrameSource
     masks: LabelMaps
-    propagation: FrameLoop
+    loop: FrameLoop
     arguments: dict[str, Any]
     inputs: Sequence[Path] = ()
     outputs: Outputs = field(default_factory=Outputs)
@@ -166,7 +166,7 @@ class Run:
             return
         for stem, suffix in map(os.path.splitext, names):
             index = self.source.find(stem) if suffix == ".png" else None
-            if index is not None and index in self.propagation.indices:
+            if index is not None and index in self.loop.indices:
                 if stem == (paths[index].stem if paths else f"{index:07d}"):
                     yield stem
 
@@ -184,7 +184,7 @@ class Run:
         else:
             checkpoint = self.state.load()
             if checkpoint is not None:
-                self.propagation.load_state_dict(checkpoint["propagation"])
+                self.loop.load_state_dict(checkpoint["propagation"])
                 self._done = checkpoint["done"]
                 self._seconds = checkpoint["seconds"]
         missing = [record.name for record in self.state.record if not self._mask_path(record.name).exists()]
@@ -213,10 +213,10 @@ class Run:
         return self.out / f"{name}.png"
 
     def _propagate(self) -> None:
-        self.progress.begin("segment", self.propagation.total, self._done)
+        self.progress.begin("segment", self.loop.total, self._done)
         started = time.monotonic() - self._seconds
         try:
-            for frame in self.propagation:
+            for frame in self.loop:
                 file = self.folder.file(f"{frame.name}.png")
                 write_labels(file, frame.labels.numpy(), self.masks.palette)
                 self._unsynced.append(file.path)
@@ -226,7 +226,7 @@ class Run:
                 self.progress.advance()
                 stop = self.should_stop()
                 if stop or self._done % CHECKPOINT_EVERY == 0:
-                    self.state.save(self.propagation.state_dict(), self._done, self._seconds, self._unsynced)
+                    self.state.save(self.loop.state_dict(), self._done, self._seconds, self._unsynced)
                     self._unsynced.clear()
                 if stop:
                     raise InterruptedRunError(
@@ -237,10 +237,10 @@ class Run:
             raise
         finally:
             self.progress.end()
-        peak = peak_memory(self.propagation.device.type == "cuda")
+        peak = peak_memory(self.loop.device.type == "cuda")
         self.state.finish(
             {
-                "problem": self.propagation.problem,
+                "problem": self.loop.problem,
                 "frames_done": self._done,
                 "seconds": round(self._seconds, 2),
                 "peak_memory_mib": round(peak / _MIB),

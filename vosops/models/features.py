@@ -10,6 +10,7 @@ A :class:`Backbone` turns an image into its last feature maps at strides 8 and 1
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A frozen network with two outputs, the maps at strides 8 and 16.
 
     ``mean`` and ``std`` (of values in [0, 1]) are what the network was trained with.
@@ -36,9 +37,9 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
+    @abstractmethod
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(N,3,H,W) normalised image -> (N,C8,H/8,W/8), (N,C16,H/16,W/16)."""
-        raise NotImplementedError
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (N,3,H,W) in [0, 1], H and W multiples of 16 -> maps at strides 8 and 16."""

@@ -117,7 +117,7 @@ class Propagate(KeepsConfidence):
     ) -> None:
         if weights is not None:
             raise ValueError(
-                "weights must be None: propagate is not trained; choose its features by backbone="
+                f"weights must be None, got {weights}: propagate is not trained; choose its features by backbone="
             )
         if size != -1 and size < SIZE_MULTIPLE:
             raise ValueError(f"size must be -1 or at least {SIZE_MULTIPLE}, got {size}")
