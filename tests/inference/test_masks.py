@@ -158,6 +158,12 @@ class TestMaskSet:
         with pytest.raises(InputError, match="m0 is 3x2, but the frames are 8x6"):
             mask_set(np.ones((2, 3), np.uint8))
 
+    def test_a_mask_of_frames_that_were_turned(self):
+        with pytest.raises(
+            InputError, match="is 6x8, but the frames are 8x6: .* turned as the frames are seen"
+        ):
+            mask_set(np.ones((8, 6), np.uint8))
+
     def test_two_on_one_frame(self):
         given = [GivenMask(0, t, "", array=label_map(a=1)) for t in ("x", "y")]
         with pytest.raises(InputError, match="x and y both lie on frame 0"):

@@ -181,6 +181,17 @@ class TestImageFolder:
         assert source.find("10") is None
         assert source.count == 3
 
+    def test_a_name_is_found_without_its_suffix_alone(self, tmp_path):
+        source = ImageFolder(write_folder(tmp_path / "f", FRAMES[:3], name="{}.png"))
+        assert [source.find(key) for key in ("1", "1.png", "1.JPG", "1.5", "1.old", "a/1.x")] == [
+            1,
+            1,
+            1,
+            None,
+            None,
+            None,
+        ]
+
     def test_backward(self, tmp_path):
         source = ImageFolder(write_folder(tmp_path / "f", FRAMES[:5]))
         assert [f.index for f in source.backward(range(3, -1, -1))] == [3, 2, 1, 0]

@@ -139,6 +139,13 @@ class TestPipes:
         del source
         assert list((tmp_path / "tmp").iterdir()) == []
 
+    def test_standard_input(self, tmp_path, monkeypatch):
+        import io
+
+        content = write_video(tmp_path / "v.mp4", FRAMES).read_bytes()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert len(list(open_source("-").forward(EVERY))) == 8
+
     def test_nothing_and_rubbish(self, tmp_path):
         with pytest.raises(InputError, match="empty: nothing came from it"):
             open_source(self.fed(tmp_path / "a", b""))
@@ -244,9 +251,12 @@ class TestIterators:
         with pytest.raises(RuntimeError, match="unplugged"):
             list(vosops.segment(frames(), truth(BOXES[0]), model=ColourTracker(), size=48))
 
-    def test_what_is_no_video(self):
-        with pytest.raises(InputError, match="video must be"):
-            next(vosops.segment(3, truth(BOXES[0]), model=ColourTracker()))
+    @pytest.mark.parametrize(
+        "video", [3, None, {0: FRAMES[0]}, {1, 2}, np.array(3), torch.tensor(3), b"x", [], FRAMES[0]]
+    )
+    def test_what_is_no_video(self, video):
+        with pytest.raises(InputError, match="video must be|frames must be|is empty"):
+            next(vosops.segment(video, truth(BOXES[0]), model=ColourTracker()))
 
     def test_an_array_of_another_dtype_later_on(self):
         frames = [*FRAMES[:3], FRAMES[3] / 255]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.io.pngs import GREY, packed, png
 from vosops.io.errors import InputError
+from vosops.io.notes import InputWarning
 from vosops.io.pictures import frame_of_array, read_frame
 
 SIZE = (6, 8)
@@ -29,6 +30,13 @@ def test_16_bits_are_scaled_as_those_of_a_video(tmp_path, name):
     video = av.VideoFrame.from_ndarray(wide, format="gray16le").to_ndarray(format="rgb24")
     assert np.abs(got.astype(int) - video).max() <= 1, "which dithers"
     np.testing.assert_array_equal(read(tmp_path, Image.fromarray(BRIGHT * np.uint16(257)), name), GREY_FRAME)
+
+
+def test_fewer_bits_in_16_are_warned_about(tmp_path):
+    with pytest.warns(InputWarning, match="nearly black"):
+        read(tmp_path, Image.fromarray(BRIGHT.astype(np.uint16)))
+    with pytest.warns(InputWarning, match="nearly black"):
+        frame_of_array(GREY_FRAME * np.uint16(16), "frame")
 
 
 def test_16_bit_grey_maps(tmp_path):

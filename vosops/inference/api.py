@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +126,8 @@ def _open(video: Any, start: int | None, end: int | None, step: int) -> FrameSou
     """Return the frames of what the caller gave."""
     if isinstance(video, (str, os.PathLike)):
         return open_source(video)
-    if hasattr(video, "__len__") and hasattr(video, "__getitem__"):
+    if hasattr(video, "__len__") and hasattr(video, "__getitem__") and not isinstance(video, Mapping):
         return ArraySource(video)
-    if hasattr(video, "__iter__"):
+    if hasattr(video, "__iter__") and not isinstance(video, (Mapping, Set)):
         return FrameStream(video, frame_range(start, end, step, None))
     raise InputError(f"video must be a path, a URL, or frames in memory, got {type(video).__name__}")

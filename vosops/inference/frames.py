@@ -132,7 +132,9 @@ class ImageFolder(FrameSource):
 
     def find(self, key: str) -> int | None:
         """Return the number of the frame file of that name, with or without suffix."""
-        return self._numbers.get(key, self._numbers.get(Path(key).stem))
+        named = Path(key)
+        stem = named.stem if named.suffix.lower() in IMAGE_SUFFIXES else key
+        return self._numbers.get(key, self._numbers.get(stem))
 
     def fingerprint(self) -> str:
         """Return a hash of the names and sizes of all frame files."""
@@ -149,11 +151,17 @@ class ArraySource(FrameSource):
     """Frames that are in memory already: a (T, H, W, 3) uint8 array or tensor, or a sequence of (H, W, 3)."""
 
     def __init__(self, frames: Sequence[Any], fps: Fraction = DEFAULT_FPS) -> None:
-        if not len(frames):
+        try:
+            count = len(frames)
+        except TypeError as error:  # an array or tensor of no dimension
+            raise InputError(
+                f"frames must be a sequence of (H, W, 3), got {type(frames).__name__}"
+            ) from error
+        if not count:
             raise InputError("the list of frames is empty")
         self.title = "the frames"
         self.average_rate = fps
-        self.count = len(frames)
+        self.count = count
         self.count_is_exact = True
         self._frames = frames
         height, width, _ = frame_of_array(frames[0], "frames").shape

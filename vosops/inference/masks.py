@@ -116,8 +116,9 @@ class MaskSet:
             labels, palette = mask.read()
             if labels.shape != size:
                 given, needed = f"{labels.shape[1]}x{labels.shape[0]}", f"{size[1]}x{size[0]}"
+                turned = ", turned as the frames are seen" if labels.shape == size[::-1] else ""
                 raise InputError(
-                    f"mask {mask.title} is {given}, but the frames are {needed}: give one of that size"
+                    f"mask {mask.title} is {given}, but the frames are {needed}: give one of that size{turned}"
                 )
             self.palette = self.palette or palette
             histogram = np.bincount(labels.ravel(), minlength=256)

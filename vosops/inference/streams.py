@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -18,6 +19,7 @@ from vosops.io.pictures import frame_of_array, reason
 from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_STANDARD_INPUT = "-"
 _TIMEOUT = 60  # seconds without an answer
 _CHUNK = 1 << 20
 
@@ -133,11 +135,15 @@ def local_path(name: str | os.PathLike[str]) -> Path:
 
 
 def local_copy(name: str) -> Spooled | Path | None:
-    """Return a copy of what a URL or a pipe gives, or the path of a ``file:`` URL; None for any other name.
+    """Return a copy of what a URL, a pipe or "-" (standard input) gives, or the path of a ``file:`` URL.
+
+    None for any other name.
 
     Raises:
         InputError: The URL cannot be read.
     """
+    if name == _STANDARD_INPUT:
+        return Spooled(sys.stdin.buffer, "standard input")
     if not is_url(name):
         path = Path(name)
         try:

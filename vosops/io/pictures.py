@@ -14,6 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, VosopsError, require
+from .notes import warn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ _PAGED = frozenset(
     {"TIFF", "GIF", "WEBP", "AVIF", "PNG"}
 )  # formats whose further pictures are pages or frames
 _UPPER_BYTE = 8
+_DARK = 1 << 12
 _SUBFILE_TYPE = 254  # a tag of TIFF
 _NO_PAGE = 1 | 4  # a smaller copy, a mask of transparency
 
@@ -123,11 +125,24 @@ def frame_of_picture(picture: Picture, what: str) -> Image:
         )
     upright = ImageOps.exif_transpose(picture)
     if sixteen:
-        grey = (np.asarray(upright) >> _UPPER_BYTE).astype(np.uint8)
+        grey = _upper_byte(np.asarray(upright))
         return np.repeat(grey[..., None], 3, axis=2)
     if upright.mode in _TRANSPARENT_MODES:  # at once to RGB, Pillow warns about palettes with transparency
         upright = upright.convert("RGBA")
     return np.array(upright.convert("RGB"))
+
+
+def _upper_byte(samples: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The upper bytes of samples of 16 bits; warns once where these would be nearly black."""
+    import numpy as np
+
+    if samples.size and 0 < samples.max() < _DARK:
+        warn(
+            f"a frame of 16 bits has no sample of {_DARK} or more out of 65535, which is nearly black: if the samples "
+            "have fewer bits, scale them to 16"
+        )
+    upper: npt.NDArray[np.uint8] = (samples >> _UPPER_BYTE).astype(np.uint8)
+    return upper
 
 
 def frame_of_array(value: Any, what: str) -> Image:
@@ -152,7 +167,7 @@ def frame_of_array(value: Any, what: str) -> Image:
     if 0 in shape:
         raise InputError(f"{found}: it has no pixel")
     if dtype == np.uint16:
-        return np.ascontiguousarray((array >> _UPPER_BYTE).astype(np.uint8))
+        return np.ascontiguousarray(_upper_byte(array))
     if dtype != np.uint8:
         if np.issubdtype(dtype, np.floating):
             found += ": scale values in [0, 1] by 255 and convert them to uint8"
