@@ -12,7 +12,7 @@ from tests.cli.commands import error_line, run_command, stop_after
 from tests.inference.clips import moving, picture, read_png, read_video, write_folder
 from vosops import cli
 from vosops.inference import SemanticTracker
-from vosops.inference.cityscapes import CITYSCAPES
+from vosops.io.cityscapes import CITYSCAPES
 from vosops.models import create_model
 
 SIZE = (97, 130)

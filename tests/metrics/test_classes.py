@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vosops.inference.cityscapes import CITYSCAPES
+from vosops.io.cityscapes import CITYSCAPES
 from vosops.metrics import (
     Consistency,
     EvaluationError,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vosops.io.cityscapes import CITYSCAPES
 from vosops.io.errors import InputError
 from vosops.io.labels import davis_palette
 
-from .cityscapes import CITYSCAPES
 from .frames import FrameSource, RawFrame, read_ahead
 from .loop import SegmentedFrame, expected_frames, resized_frames
 from .resize import bounded_size

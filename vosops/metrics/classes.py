@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vosops.inference.cityscapes import CITYSCAPES, LAST_LABEL_ID
+from vosops.io.cityscapes import CITYSCAPES, LAST_LABEL_ID
 from vosops.io.listing import few, shown
 from vosops.metrics.davis import IGNORED, Mask
 from vosops.metrics.files import (
