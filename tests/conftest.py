@@ -12,8 +12,22 @@ from tests.scripts import load_script
 SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "shared"))
 
 
+SLOW = (
+    *("emulator", "triton", "docs/test_examples", "cli/test_bench", "cli/test_demo", "cli/test_networks"),
+    *("cli/test_segment", "integrations/test_accelerate", "integrations/test_packages"),
+    *("integrations/test_trackers", "benchmarking/test_measure", "models/test_feelvos"),
+    *("models/test_lstm_icnet", "models/test_rgmp", "models/test_stm"),
+)
+"""Folders and files of tests/ that take seconds a test: whole networks, compilers, processes."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m "not slow" looks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves exhaustive tests out of ordinary runs, and counts them as deselected."""
+    """Marks slow tests, and leaves exhaustive ones out of ordinary runs, counted as deselected."""
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(folder) and str(item.path.relative_to(folder)).startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     if not EXHAUSTIVE:
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]

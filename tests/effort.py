@@ -20,6 +20,16 @@ def examples(usual: int) -> int:
     return int(chosen) if chosen else usual * (MORE_EXAMPLES if EXHAUSTIVE else 1)
 
 
-def exhaustive(*values: Any) -> Any:
-    """A cell of a grid that runs in exhaustive runs only."""
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
+def leave_out(condition: bool, why: str) -> None:
+    """Skips a cell of a grid, except in exhaustive runs."""
+    if condition and not EXHAUSTIVE:
+        pytest.skip(f"{why}; make test-all runs it")
+
+
+def one_at_a_time(*values_and_usual: tuple[Any, Any]) -> None:
+    """Skips a cell of a slow grid in which more than one value is unusual, except in exhaustive runs.
+
+    For values that an implementation treats apart from each other, so that they can only fail one by one.
+    """
+    unusual = sum(value != usual for value, usual in values_and_usual)
+    leave_out(unusual > 1, "values that can only fail one by one")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import vosops
-from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE
+from tests.effort import leave_out
+from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE, INTERPRETED
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "slice")
 
@@ -114,6 +115,10 @@ class MatchingTester:
 
     @EVERY_BACKEND_AND_DTYPE
     def test_core_finds_the_nearest_pixels(self, backend, dtype, case):
+        leave_out(
+            backend is INTERPRETED and dtype == torch.float16 and case != "plain",
+            "the interpreter differs between float16 and bfloat16 in how values are loaded alone",
+        )
         query, key, mask, options = self.inputs(case, dtype, backend.device)
         distance, index = self.core(backend, query, key, mask, options)
         assert distance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

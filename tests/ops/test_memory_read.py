@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vosops
-from tests.effort import examples
+from tests.effort import examples, leave_out, one_at_a_time
 from tests.ops.backends import EVERY_BACKEND, EVERY_BACKEND_AND_DTYPE, INTERPRETED, load
 from tests.ops.matching import LAYOUTS
 from vosops import reference
@@ -183,6 +183,10 @@ def assert_selects(score, index, scores, top_k, tolerance=1e-5):
 @EVERY_BACKEND_AND_DTYPE
 @pytest.mark.parametrize("case", CORE_CASES)
 def test_core_read_usage_and_gradients(backend, dtype, case):
+    leave_out(
+        backend is INTERPRETED and dtype == torch.float16 and case != "objects",
+        "the interpreter differs between float16 and bfloat16 in how values are loaded alone",
+    )
     query, key, value, vectors = core_problem(case, dtype, backend.device)
     tensors = (query, key, value, *vectors.values())
     wide = [t if t is None else t.requires_grad_() for t in wide_core(*tensors)]
@@ -237,6 +241,8 @@ def test_core_first_position_wins_a_tie(backend, top_k):
 @EVERY_BACKEND_AND_DTYPE
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_core_reads_any_stride(backend, dtype, layout):
+    if backend is INTERPRETED:  # a second a cell; strides enter addresses, dtypes loads
+        one_at_a_time((dtype, torch.float32), (layout, "contiguous"))
     query, key, value, vectors = core_problem("objects", dtype, backend.device)
     query, key, value = (laid_out(t, layout) for t in (query, key, value))
     vectors = {name: t if t is None else t.T.contiguous().T for name, t in vectors.items()}
@@ -363,6 +369,8 @@ def test_core_empty(backend, dim):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", ["objects", "one query", "many columns"])
 def test_core_gathers(backend, dtype, layout, case):
+    if backend is INTERPRETED:  # a second a cell; strides enter addresses, dtypes loads, sizes the grid
+        one_at_a_time((dtype, torch.float32), (layout, "contiguous"), (case, "objects"))
     n, o, _, v, p, m, _ = CORE_CASES[case]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     value = laid_out(torch.randn(n, o, v, m).to(dtype).to(backend.device), layout)
