@@ -250,7 +250,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(shown(text), markup=False)
+        self._bar.console.print(shown(text))
 
     def sequence(self, name: str, summary: Summary | None) -> None:
         """Name the bars after a sequence, and show its summary when there is one."""

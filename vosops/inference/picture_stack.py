@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vosops.io.errors import InputError
 from vosops.io.pictures import frame_of_picture, opened, page_numbers
 
 from .files import quick_hash
 from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number, in_chunks
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from PIL.Image import Image as Picture
 
 _MILLISECONDS = 1000
 
@@ -88,5 +94,5 @@ class PictureStack(FrameSource):
                 duration = picture.info.get("duration")
                 time += Fraction(duration) / _MILLISECONDS if duration else 1 / self.average_rate
 
-    def _opened(self):  # type: ignore[no-untyped-def]
+    def _opened(self) -> AbstractContextManager[Picture]:
         return opened(self.path, self.title, "replace it, or give the frames before as files of their own")

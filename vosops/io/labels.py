@@ -86,7 +86,7 @@ def _labels_of_picture(
         alpha = samples[..., 1] if mode == "PA" else _alpha_of_indices(picture, indices)
         return _checked_against_alpha(indices, alpha, what), palette[: 3 * (MAX_ID + 1)]
     if mode == "1":
-        return samples.astype(np.uint8) * np.uint8(WHITE), None
+        return _white_where(samples), None
     if mode == "L" or mode.startswith("I"):
         if mode == "L" and "I" in raw.partition(";")[2]:
             raise InputError(f"{what} stores white as 0, so that its ids have no one meaning: {_ADVICE}")
@@ -132,7 +132,7 @@ def labels_of_samples(samples: npt.NDArray[Any], what: str, sixteen: bool = Fals
     if least < 0:
         raise InputError(f"{what} has ids below 0: use ids from 1 to 254")
     if sixteen and greatest == _WHITE_16 and ((samples == 0) | (samples == _WHITE_16)).all():
-        return (samples > 0).astype(np.uint8) * np.uint8(WHITE)
+        return _white_where(samples > 0)
     if greatest > MAX_ID:
         raise InputError(f"{what} has ids above 255: use ids from 1 to 254")
     return np.ascontiguousarray(samples.astype(np.uint8))
@@ -167,8 +167,9 @@ def _scale_of_grey(picture: Picture) -> float:
         for bits in (2, 4):
             if raw.startswith(f"L;{bits}"):
                 return WHITE / ((1 << bits) - 1)
-    if picture.format == "PPM" and getattr(picture, "tile", None):
-        arguments = picture.tile[0][3]
+    tiles = getattr(picture, "tile", None)
+    if picture.format == "PPM" and tiles:
+        arguments = tiles[0][3]
         if isinstance(arguments, tuple) and len(arguments) == 2 and isinstance(arguments[1], int):
             return (WHITE if picture.mode != "I" else _WHITE_16) / arguments[1]
     return 1
@@ -190,14 +191,12 @@ def _alpha_of_indices(picture: Picture, indices: Labels) -> Labels:
 
 def _checked_against_alpha(labels: Labels, alpha: Labels, what: str) -> Labels:
     """The labels, if an object is nowhere transparent; what is opaque, if that is all the image tells."""
-    import numpy as np
-
     inside = _opaque(alpha, what)
     if inside is None:
         return labels
     if labels[~inside].any():
         raise _disagrees(what)
-    return labels if labels.any() else inside.astype(np.uint8) * np.uint8(WHITE)
+    return labels if labels.any() else _white_where(inside)
 
 
 def _labels_of_colours_with_alpha(colours: Labels, alpha: Labels, what: str) -> Labels:
@@ -223,13 +222,13 @@ def _labels_of_colours_with_alpha(colours: Labels, alpha: Labels, what: str) -> 
             return _labels_of_colours(np.where(inside[..., None], colours, 0).astype(np.uint8), what)
         except InputError:
             if one_colour:
-                return inside.astype(np.uint8) * np.uint8(WHITE)
+                return _white_where(inside)
             raise
     if hidden.any():
         raise _disagrees(what)
     if object_seen.any():
         return _labels_of_colours(colours, what)
-    return inside.astype(np.uint8) * np.uint8(WHITE)
+    return _white_where(inside)
 
 
 def _opaque(alpha: Labels, what: str) -> npt.NDArray[np.bool_] | None:
@@ -243,6 +242,14 @@ def _opaque(alpha: Labels, what: str) -> npt.NDArray[np.bool_] | None:
     if (alpha[~inside] > 0).any():
         raise InputError(f"{what} is partly transparent (smoothed?): threshold its alpha, or save it without")
     return inside
+
+
+def _white_where(inside: npt.NDArray[np.bool_]) -> Labels:
+    """The mask of one object: 255 where it is, else 0."""
+    import numpy as np
+
+    labels: Labels = np.where(inside, WHITE, 0).astype(np.uint8)
+    return labels
 
 
 def _disagrees(what: str) -> InputError:
