@@ -146,6 +146,7 @@ def _models() -> dict[str, dict[str, Any]]:
             "kind": entry.kind,
             "summary": entry.summary,
             "weights": entry.weights,
+            "checkpoint": entry.checkpoint,
             "aliases": list(entry.aliases),
             "not_installed": entry.missing_package or None,
             "install": entry.install,
@@ -157,6 +158,8 @@ def _models() -> dict[str, dict[str, Any]]:
 def _of_model(model: dict[str, Any]) -> str:
     """A model in a line."""
     text = f"{model['kind']}: {model['summary']}"
+    if model["weights"] == "required":
+        text += f"; weights: {model['checkpoint'] or 'a file'}"
     if model["aliases"]:
         text += f"; also {', '.join(model['aliases'])}"
     if model["not_installed"]:

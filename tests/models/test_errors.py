@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from vosops.inference import SemanticTracker
-from vosops.models import FrameNetwork, create_model, load_weights
+from vosops.models import FrameNetwork, Propagate, create_model, load_weights
+from vosops.models._tracking import check_first
 from vosops.models.deeplab import DeepLabV3Plus
 from vosops.models.features import create_backbone, import_extra
 from vosops.models.guided_filter import GuidedFilter
@@ -150,6 +151,56 @@ def test_masks_of_an_encoder():
 def test_xception():
     with pytest.raises(ValueError, match="output_stride must be 8 or 16, got 4"):
         Xception65(output_stride=4)
+
+
+FRAME, LABELS = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("frame", "labels", "error", "message"),
+    [
+        (FRAME.numpy(), LABELS, TypeError, r"frame must be a tensor \(3,H,W\), got a ndarray"),
+        (FRAME[:2], LABELS, ValueError, r"frame must be \(3,H,W\), got \(2, 8, 8\)"),
+        (FRAME.long(), LABELS, TypeError, r"frame must be uint8 or floating in \[0, 1\], got torch\.int64"),
+        (FRAME.to(torch.uint16), LABELS, TypeError, r"got torch\.uint16: divide by 65535 for \[0, 1\]"),
+        (
+            FRAME.float() - 3,
+            LABELS,
+            ValueError,
+            r"in \[0, 1\], got values from -3 to -3: give it as it is shown",
+        ),
+        (FRAME, LABELS.numpy(), TypeError, r"labels must be a tensor \(H,W\), got a ndarray"),
+        (FRAME, LABELS[1:], ValueError, r"labels must be \(H,W\) = \(8, 8\), got \(7, 8\)"),
+        (FRAME, LABELS.float(), TypeError, r"labels must be integers, got torch\.float32"),
+        (
+            FRAME,
+            LABELS.to(torch.uint16),
+            TypeError,
+            r"labels must be uint8 or signed integers, got torch\.uint16: use",
+        ),
+        (FRAME, -LABELS.long(), ValueError, "labels must be >= 0, got -1"),
+        (
+            FRAME,
+            0 * LABELS,
+            ValueError,
+            "labels must hold at least one object, got background and unknown pixels",
+        ),
+    ],
+)
+def test_frames_and_labels_of_all_trackers(frame, labels, error, message):
+    with pytest.raises(error, match=message):
+        check_first(frame, labels)
+
+
+def test_sizes_of_propagate():
+    with pytest.raises(ValueError, match="size must be -1 or at least 16, got 15"):
+        Propagate(pretrained=False, size=15)
+
+
+def test_a_semantic_tracker_takes_semantic_networks_alone():
+    for model in (torch.nn.Linear(1, 1), "lstm_icnet"):
+        with pytest.raises(TypeError, match=f"model must be a SemanticNetwork, got {type(model).__name__}"):
+            SemanticTracker(model)
 
 
 def test_a_guided_filter():

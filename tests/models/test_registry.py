@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -221,5 +222,10 @@ class TestCreating:
 def test_names_of_the_last_release():
     with pytest.warns(DeprecationWarning, match=r"tracks_by_itself is deprecated, use find_model"):
         assert models.tracks_by_itself("xmem") and not models.tracks_by_itself("stm")
+    sys.modules.pop("vosops.models.semantic", None)
+    with pytest.warns(
+        DeprecationWarning, match=r"vosops\.models\.semantic is deprecated, use vosops\.models\.Sem"
+    ):
+        assert importlib.import_module("vosops.models.semantic").SemanticNetwork is models.SemanticNetwork
     with pytest.warns(DeprecationWarning, match=r"follows_objects is deprecated, use find_model"):
         assert models.follows_objects("stm") and not models.follows_objects("rfcn")

@@ -143,7 +143,10 @@ def test_mistakes_on_the_command_line_are_one_line(semantic, arguments, message,
 def test_info():
     text = info.describe(info.collect())
     assert "stranger_masks     mask network: follows colours\n" in text
-    assert "semantic network: two convolutions, for the class of every pixel; also stranger++\n" in text
+    assert (
+        "two convolutions, for the class of every pixel; weights: stranger_classes.pth; also stranger++\n"
+        in text
+    )
 
 
 def test_the_table_of_the_documentation():

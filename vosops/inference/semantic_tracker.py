@@ -62,6 +62,8 @@ class SemanticTracker:
         channels_last: bool = False,
         naive: bool = False,
     ) -> None:
+        if not isinstance(model, SemanticNetwork):
+            raise TypeError(f"model must be a SemanticNetwork, got {type(model).__name__}")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float32, bfloat16 or float16, got {dtype}")
         self.model = model.eval()
