@@ -27,9 +27,10 @@ test: $(VENV)/ready
 test-quick: $(VENV)/ready
 	$(PYTEST) -m "not slow" tests
 
-# Every cell of every grid, ten times as many random problems, every configuration of the Triton kernels.
+# Every cell of every grid, ten times as many random problems, a thousand damages of each file, every configuration of
+# the Triton kernels.
 test-all: $(VENV)/ready
-	VOSOPS_EXHAUSTIVE=1 $(KERNELS) $(PYTEST) tests
+	VOSOPS_EXHAUSTIVE=1 VOSOPS_FUZZ_EXAMPLES=1000 $(KERNELS) $(PYTEST) tests
 
 # The op tests on other versions of PyTorch and Python, each in an environment that is thrown away; CELLS chooses them.
 matrix: $(VENV)/ready
