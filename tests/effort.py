@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from typing import Any
 
@@ -18,6 +19,17 @@ def examples(usual: int) -> int:
     """How many random problems to make up: VOSOPS_FUZZ_EXAMPLES if that is set, else the usual number or more."""
     chosen = os.environ.get("VOSOPS_FUZZ_EXAMPLES")
     return int(chosen) if chosen else usual * (MORE_EXAMPLES if EXHAUSTIVE else 1)
+
+
+def interpreter_reason_not() -> str | None:
+    """Why Triton's interpreter cannot run here although it is wanted, or None."""
+    triton, numpy = (
+        tuple(int(part) for part in importlib.metadata.version(name).split(".")[:2])
+        for name in ("triton", "numpy")
+    )
+    if triton < (3, 7) and numpy >= (2, 4):
+        return f"the interpreter of Triton {triton[0]}.{triton[1]} needs numpy < 2.4"
+    return None
 
 
 def leave_out(condition: bool, why: str) -> None:

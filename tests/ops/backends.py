@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vosops  # noqa: F401  (registers the ops)
+from tests.effort import interpreter_reason_not
 from vosops import _library
 from vosops.ops._registration import HAS_TRITON, TRITON_INTERPRETED
 
@@ -47,7 +48,9 @@ def reason_not(backend: Backend) -> str | None:
             return "the emulated CUDA kernels are tested with VOSOPS_TEST_EMULATED=1 (make test sets it)"
         return None
     if backend is INTERPRETED:
-        return None if HAS_TRITON and TRITON_INTERPRETED else "needs triton and TRITON_INTERPRET=1"
+        if not (HAS_TRITON and TRITON_INTERPRETED):
+            return "needs triton and TRITON_INTERPRET=1"
+        return interpreter_reason_not()
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if backend is TRITON:
