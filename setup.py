@@ -40,12 +40,12 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
 def sources(*patterns: str) -> list[str]:
-    """The project's source files that match, relative to this file, in a fixed order."""
+    """Return the project's source files that match, relative to this file, in a fixed order."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
 def find_cuda() -> str | None:
-    """The CUDA toolkit's directory, from the environment, nvcc on the PATH, or the nvidia-cuda-nvcc package."""
+    """Return the CUDA toolkit's directory, from the environment, nvcc on the PATH, or the nvidia-cuda-nvcc package."""
     if os.environ.get("VOSOPS_CUDA") == "0":
         return None
     nvcc = shutil.which("nvcc")

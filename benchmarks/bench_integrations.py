@@ -226,7 +226,7 @@ def _training_of_xmem(util: Any, value_channels: int) -> Callable[[], list[torch
 
 
 def measure(name: str, folder: str | None, wanted: str) -> list[dict[str, Any]]:
-    """The cases of a system whose title holds `wanted`: seconds, peak bytes and how far the outputs are apart."""
+    """Return the cases of a system whose title contains `wanted`: seconds, peak bytes, difference of the outputs."""
     if folder is not None:
         sys.path.insert(0, folder)
     torch.manual_seed(0)

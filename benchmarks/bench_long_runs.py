@@ -76,7 +76,7 @@ def resident_megabytes(process: int) -> float:
 
 
 def run(model: str, frames: int, budget: str, checkout: Path) -> dict:
-    """The command over all frames."""
+    """Return the command over all frames."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, masks = Path(temporary), Path(temporary) / "masks"
         weights = folder / "weights.pth"

@@ -66,7 +66,7 @@ def gpu_proof(op: str, backend: str, dtype: str, reports: Sequence[dict[str, Any
 
 
 def rows(op: str, reports: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The implementations of an op: where it runs, then how each dtype was proved."""
+    """Return the implementations of an op: where it runs, then how each dtype was proved."""
 
     def on_gpu(backend: str, without: str) -> list[str]:
         proofs = [gpu_proof(op, backend, dtype, reports) for dtype in ON_GPUS]
@@ -88,14 +88,14 @@ def rows(op: str, reports: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:
-    """The Markdown table of all ops."""
+    """Return the Markdown table of all ops."""
     header = ["op", "implementation", *DTYPES]
     body = [row for op in vosops.list_ops() for row in rows(op, reports)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body])
 
 
 def versions(cells: Sequence[dict[str, Any]]) -> str:
-    """The Markdown table of the versions that were run, and what came of it."""
+    """Return the Markdown table of the versions that were run, and what came of it."""
     if not cells:
         return "None was recorded yet: `make matrix`."
     rows = [["torch", "Triton", "NumPy", "Python", "vosops from", "passed", "failed", "when and where"]]
@@ -118,7 +118,7 @@ def versions(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def rewritten(text: str, reports: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]] = ()) -> str:
-    """The page with its tables made anew; ValueError if it has no place for one."""
+    """Return the page with its tables made anew; ValueError if it has no place for one."""
     tables = {"proofs": table(reports), "versions": versions(cells)}
     for name, region in REGIONS.items():
         if not region.search(text):
@@ -128,7 +128,7 @@ def rewritten(text: str, reports: Sequence[dict[str, Any]], cells: Sequence[dict
 
 
 def recorded() -> list[dict[str, Any]]:
-    """The cells of benchmarks/results/matrix.json."""
+    """Return the cells of benchmarks/results/matrix.json."""
     cells: list[dict[str, Any]] = json.loads(MATRIX.read_text())["cells"] if MATRIX.exists() else []
     return cells
 

@@ -22,7 +22,7 @@ ROUNDS = 5
 
 
 def pytest_addoption(parser):
-    """Adds where to measure and where to write."""
+    """Add where to measure and where to write."""
     parser.addoption("--device", default="cpu", help="cpu or cuda")
     parser.addoption("--threads", type=int, default=1, help="CPU threads, where the case does not say")
     parser.addoption("--results", type=Path, default=RESULTS, help="folder of the JSON files")
@@ -48,7 +48,7 @@ def run_case(request, benchmark):
 
 
 def keep(result: benchmarking.Result, file: Path, device: str) -> None:
-    """Puts a result into the file, in place of an earlier one of the same case."""
+    """Put a result into the file, in place of an earlier one of the same case."""
     earlier = json.loads(file.read_text())["results"] if file.exists() else []
     fresh = result.to_dict()
     key = ("case", "threads")

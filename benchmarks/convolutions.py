@@ -40,7 +40,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def both(call: Callable[[], object], rounds: int) -> dict[bool, float]:
-    """The least times without and with Winograd arithmetic, interleaved."""
+    """Return the least times without and with Winograd arithmetic, interleaved."""
     least = dict.fromkeys(LABELS, float("inf"))
     for _ in range(rounds):
         for winograd in LABELS:
@@ -55,7 +55,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def convolutions() -> None:
-    """Prints a line for each size."""
+    """Print a line for each size."""
     for inputs, outputs, height, width in SIZES:
         x, layer = torch.randn(1, inputs, height, width), nn.Conv2d(inputs, outputs, 3, padding=1)
         weight, bias = layer.weight, layer.bias
@@ -72,7 +72,7 @@ def convolutions() -> None:
 
 
 def networks() -> None:
-    """Prints a line for each network's step, and RGMP's logits against float64."""
+    """Print a line for each network's step, and RGMP's logits against float64."""
     for name in ("rgmp-480p", "stm-480p"):
         case = systems.CASES[name]
         tracker = systems._started(case, naive=False)

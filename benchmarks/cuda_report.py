@@ -91,7 +91,7 @@ def tool(name: str) -> str | Path:
 
 
 def compile_source(source: Path, target: str, folder: Path) -> Path:
-    """A cubin of one .cu file for one target; raises SystemExit with the compiler's words."""
+    """Return a cubin of one .cu file for one target; raises SystemExit with the compiler's words."""
     include = Path(torch.__file__).parent / "include"
     cubin = folder / f"{source.stem}.{target}.cubin"
     command = ["nvcc", "-cubin", f"-arch={target}", "-O3", "-std=c++20", "--Werror", "all-warnings"]
@@ -115,7 +115,7 @@ def compile_source(source: Path, target: str, folder: Path) -> Path:
 
 
 def short_name(demangled: str) -> str:
-    """The kernel and its template arguments, without return type, namespaces and parameters."""
+    """Return the kernel and its template arguments, without return type, namespaces and parameters."""
     name = re.sub(r"\((anonymous namespace|unnamed namespace)\)::|<unnamed>::", "", demangled)
     name = re.sub(r"\b(vosops|cuda|c10|torch|headeronly)::", "", name)
     name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name)  # the types of template arguments, of enumerations too
@@ -123,7 +123,7 @@ def short_name(demangled: str) -> str:
 
 
 def output_of(*command: str | Path) -> str:
-    """What a tool prints."""
+    """Return what a tool prints."""
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TOOL_SECONDS).stdout
 
 
@@ -136,7 +136,7 @@ def resident_blocks(registers: int, threads: int, limits: Limits) -> int:
 
 
 def shared_room(blocks: int, limits: Limits) -> int:
-    """The most shared memory that each of so many blocks on a multiprocessor may have, in bytes."""
+    """Return the shared memory in bytes available to each of `blocks` blocks on a multiprocessor."""
     if blocks == 0:
         return 0
     each = limits.shared // blocks // SHARED_GRANULE * SHARED_GRANULE - RESERVED_SHARED
@@ -206,7 +206,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_json(nvcc: str, table: Table) -> str:
-    """A table to be committed: a line for each kernel, with a list of figures for each target."""
+    """Return a table to be committed: a line for each kernel, with a list of figures for each target."""
     kept = {target: rows for target, rows in table.items() if target not in REPORT_ONLY}
     kernels = sorted({name for rows in kept.values() for name in rows})
     lines = [
@@ -220,7 +220,7 @@ def to_json(nvcc: str, table: Table) -> str:
 
 
 def from_json(text: str) -> tuple[str, Table]:
-    """The version and the rows of a table."""
+    """Return the version and the rows of a table."""
     written = json.loads(text)
     table: Table = {}
     for name, of_targets in written["kernels"].items():
@@ -230,13 +230,13 @@ def from_json(text: str) -> tuple[str, Table]:
 
 
 def table_of(nvcc: str) -> Path | None:
-    """The committed table of a version of nvcc, if it has one."""
+    """Return the committed table of a version of nvcc, if it has one."""
     path = TABLES / f"{nvcc}.json"
     return path if path.exists() else None
 
 
 def out_of_bounds(table: Table) -> list[str]:
-    """What no version of nvcc may do: spill much, or make a kernel that fits on no multiprocessor."""
+    """Return what no version of nvcc may do: spill much, or make a kernel that fits on no multiprocessor."""
     found = []
     for target in table.keys() - set(REPORT_ONLY):
         for name, row in table[target].items():
@@ -248,7 +248,7 @@ def out_of_bounds(table: Table) -> list[str]:
 
 
 def problems(nvcc: str, table: Table) -> list[str]:
-    """What is wrong with the rows: bounds that do not hold and, where there is a table, what differs from it."""
+    """Return what is wrong with the rows: bounds that do not hold and, where there is a table, what differs from it."""
     committed = table_of(nvcc)
     return out_of_bounds(table) + (
         differences(table, from_json(committed.read_text())[1]) if committed else []
@@ -256,7 +256,7 @@ def problems(nvcc: str, table: Table) -> list[str]:
 
 
 def held_against(nvcc: str) -> str:
-    """What the rows of a version of nvcc are compared with, in words."""
+    """Return what the rows of a version of nvcc are compared with, in words."""
     table = table_of(nvcc)
     if table:
         return f"compared with {table.relative_to(ROOT)}"

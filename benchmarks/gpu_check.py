@@ -79,7 +79,7 @@ Command = Callable[[Sequence[str], Mapping[str, str], float], Done]
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> Done:
-    """Runs a command in the repository; it and its children are killed when the time is over."""
+    """Run a command in the repository; it and its children are killed when the time is over."""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
             process = subprocess.Popen(
@@ -119,7 +119,7 @@ class Run:
 
     @staticmethod
     def open(folder: Path, device: Mapping[str, Any], commit: str, command: Command = run_command) -> Run:
-        """The run of a card and commit: that of its file, or a new one."""
+        """Return the run of a card and commit: that of its file, or a new one."""
         slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
         file = folder / f"gpu_{slug}_{commit[:12]}.json"
         report: dict[str, Any] = {}
@@ -131,7 +131,7 @@ class Run:
         return Run(file, report, command)
 
     def save(self) -> None:
-        """Writes the file, whole or not at all."""
+        """Write the file, whole or not at all."""
         self.report["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_name(self.file.name + ".part")
@@ -145,14 +145,14 @@ class Run:
         )
 
     def unmeasured(self, step: str) -> list[str]:
-        """The cells that `times` has not measured yet."""
+        """Return the cells that `times` has not measured yet."""
         if step != "times":
             return []
         found = self.report["steps"].get("times", {}).get("data", {}).get("cells", {})
         return [cell.key for cell in CELLS if cell.key not in found]
 
     def keep(self, step: str, outcome: Outcome, seconds: float) -> None:
-        """Notes how a step ended."""
+        """Note how a step ended."""
         earlier = self.report["steps"].get(step, {}).get("seconds", 0.0)
         spent = round(earlier + seconds, 1)
         self.report["steps"][step] = {**outcome.to_dict(), "seconds": spent}
@@ -161,7 +161,7 @@ class Run:
 
 
 def problems(report: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a report's form; nothing if other programs can read it."""
+    """Return what is wrong with a report's form; nothing if other programs can read it."""
     wanted = {"schema": int, "commit": str, "date": str, "seconds": float, "device": dict, "versions": dict}
     wanted |= {"steps": dict, "command": list}
     found = [
@@ -194,7 +194,7 @@ def problems(report: Mapping[str, Any]) -> list[str]:
 
 
 def find_device(command: Command = run_command) -> dict[str, Any]:
-    """The first GPU as nvidia-smi describes it; RuntimeError where there is none."""
+    """Return the first GPU as nvidia-smi describes it; RuntimeError where there is none."""
     fields = {
         "name": "name",
         "driver": "driver_version",
@@ -257,7 +257,7 @@ def digest(root: Path) -> str:
 
 
 def build(run: Run, seconds: float) -> Outcome:
-    """The CUDA library for this card alone and one CPU library (the schemas, the oracle), in place."""
+    """Return the CUDA library for this card alone and one CPU library (the schemas, the oracle), in place."""
     for library in (ROOT / "vosops").glob("libvosops_*.so"):
         library.unlink()  # a running process keeps its copy
     capability = run.report["device"]["capability"]
@@ -357,7 +357,7 @@ def find_sanitizer() -> str | None:
 
 
 def in_process(step: str) -> Callable[[Run, float], Outcome]:
-    """A step of `gpu_steps` in a process of its own; one that a kernel takes down goes on where it was."""
+    """Run a step of `gpu_steps` in its own process; a step that a kernel brings down continues where it was."""
 
     def execute(run: Run, seconds: float) -> Outcome:
         end = time.monotonic() + seconds
@@ -402,7 +402,7 @@ NEEDS_BUILD = ("tests", "runtime", "sanitizer")
 
 
 def parse_steps(text: str | None) -> list[str]:
-    """The steps that `--only` names, in their order; ValueError for one that there is not."""
+    """Return the steps that `--only` names, in their order; ValueError for an unknown one."""
     if text is None:
         return list(STEPS)
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -413,13 +413,13 @@ def parse_steps(text: str | None) -> list[str]:
 
 
 def allowance(step: str, steps: Sequence[str], seconds_left: float) -> float:
-    """The seconds that a step may take: its share of what is left for it and the steps that follow."""
+    """Return the seconds that a step may take: its share of what is left for it and the steps that follow."""
     later = steps[steps.index(step) :]
     return seconds_left * SHARES[step] / sum(SHARES[name] for name in later)
 
 
 def execute(run: Run, steps: Sequence[str], seconds: float, say: Callable[[str], None] = print) -> bool:
-    """Runs the steps that are not done yet; whether all of them passed."""
+    """Run the steps that are not done yet; whether all of them passed."""
     end = time.monotonic() + seconds
     todo = [step for step in steps if not run.is_done(step)]
     for step in steps:
@@ -452,7 +452,7 @@ def execute(run: Run, steps: Sequence[str], seconds: float, say: Callable[[str],
 
 
 def plan(run: Run | None, steps: Sequence[str], seconds: float) -> str:
-    """What a run would do, in words."""
+    """Return what a run would do, in words."""
     todo = [step for step in steps if run is None or not run.is_done(step)]
     left, lines = seconds, []
     for step in steps:

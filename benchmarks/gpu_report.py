@@ -45,7 +45,7 @@ Report = dict[str, Any]
 
 
 def newest(folder: Path) -> list[Report]:
-    """The newest readable run of each card, newest first."""
+    """Return the newest readable run of each card, newest first."""
     by_card: dict[str, Report] = {}
     for file in sorted(folder.glob("gpu_*.json")):
         report = json.loads(file.read_text())
@@ -60,7 +60,7 @@ def newest(folder: Path) -> list[Report]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
@@ -75,13 +75,13 @@ def rate(value: float, unit: str) -> str:
 
 
 def cells_of(report: Report) -> dict[str, Report]:
-    """The measured cells by name; one that failed is left to `failures`."""
+    """Return the measured cells by name; one that failed is left to `failures`."""
     cells = report["steps"].get("times", {}).get("data", {}).get("cells", {})
     return {key: cell for key, cell in cells.items() if "failed" not in cell}
 
 
 def groups(report: Report, op: str) -> dict[tuple[str, bool], list[Report]]:
-    """An op's cells by (size, backward), in the order in which they are measured."""
+    """Return an op's cells by (size, backward), in the order in which they are measured."""
     cells = cells_of(report)
     found: dict[tuple[str, bool], list[Report]] = {}
     for cell in CELLS:
@@ -91,13 +91,13 @@ def groups(report: Report, op: str) -> dict[tuple[str, bool], list[Report]]:
 
 
 def fastest(cell: Report, *, ours: bool) -> Report | None:
-    """The fastest right result of vosops or of the others."""
+    """Return the fastest right result of vosops or of the others."""
     right = [v for v in cell["variants"] if v["right"] and v["name"].startswith("vosops") == ours]
     return min(right, key=lambda v: float(v["median"]), default=None)
 
 
 def group_table(cells: Sequence[Report]) -> str:
-    """A row per contender, a column per arithmetic: median and share of the floor; then the peak memory."""
+    """Return a row per contender, a column per arithmetic: median and share of the floor; then the peak memory."""
     modes = [mode for mode in MODES if any(cell["mode"] == mode for cell in cells)]
     names = list(dict.fromkeys(v["name"] for cell in cells for v in cell["variants"]))
     best = {(cell["mode"], cell["compiled"], v["name"]): v for cell in cells for v in cell["variants"]}
@@ -124,7 +124,7 @@ def group_table(cells: Sequence[Report]) -> str:
 
 
 def goals(report: Report) -> str:
-    """What was aimed at on this card, and what was reached."""
+    """Return what was aimed at on this card, and what was reached."""
     if GOALS_ARE_FOR not in report["device"]["name"]:
         return f"The goals are for an {GOALS_ARE_FOR}; this card has none."
     cells = cells_of(report)
@@ -162,7 +162,7 @@ def steps(report: Report) -> str:
 
 
 def passed(name: str, step: Report) -> str:
-    """What a step that passed can say."""
+    """Return what a step that passed can say."""
     data = step.get("data", {})
     if name == "tests" and "passed" in data:
         return f"{data['passed']} passed, {sum(data['skipped'].values())} skipped"
@@ -175,7 +175,7 @@ def passed(name: str, step: Report) -> str:
 
 
 def ceilings(report: Report) -> str:
-    """What the card can do, in one line."""
+    """Return what the card can do, in one line."""
     data = report["steps"].get("ceilings", {}).get("data", {})
     if not data:
         return "The card's ceilings were not measured: no shares are given."
@@ -220,7 +220,7 @@ def plot(report: Report, op: str, folder: Path) -> Path | None:
 
 
 def section(report: Report) -> str:
-    """A card: facts, outcomes, ceilings, goals, tables."""
+    """Return a card: facts, outcomes, ceilings, goals, tables."""
     device, versions = report["device"], report["versions"]
     lines = [
         f"## {device['name']}",
@@ -273,7 +273,7 @@ builds for that card, tests, and fills this page within about eight minutes."""
 
 
 def page(reports: Sequence[Report]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     return (
         "\n\n".join([HEADER, *(section(report) for report in reports)] if reports else [HEADER, NOTHING])
         + "\n"

@@ -53,18 +53,18 @@ Report = dict[str, Any]
 
 
 def load(op: str) -> Report:
-    """The results file of an op; without results where there is none."""
+    """Return the results file of an op; without results where there is none."""
     file = RESULTS / f"{op}_cpu.json"
     return json.loads(file.read_text()) if file.exists() else {"machine": None, "results": []}
 
 
 def results_of(report: Report, case: Plan) -> Report | None:
-    """The result of a case."""
+    """Return the result of a case."""
     return next((r for r in report["results"] if r["case"] == case.name), None)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -80,7 +80,7 @@ def megabytes(peak: float | None) -> str:
 
 
 def machine_line(report: Report, op: str) -> str:
-    """What it was measured on, and the command."""
+    """Return what it was measured on, and the command."""
     command = f"`vosops bench {op} --json benchmarks/results/{op}_cpu.json`"
     facts = report["machine"]
     if facts is None:
@@ -95,13 +95,13 @@ def machine_line(report: Report, op: str) -> str:
 
 
 def machine_facts(machine: Report) -> str:
-    """What figures were measured on: a figure without its machine says nothing."""
+    """Return what figures were measured on: a figure without its machine says nothing."""
     library, torch_version = machine["capability"], machine["torch"]
     return f"{machine['processor']}, CPU library {library}, torch {torch_version}, Python {machine['python']}"
 
 
 def planned(case: Plan) -> dict[str, float]:
-    """The goals of a case by the names that results give them."""
+    """Return the goals of a case by the names that results give them."""
     goals = {f"x {name}": goal for name, goal in case.goals.items()}
     if case.goal_share is not None:
         goals["share of peak"] = case.goal_share
@@ -111,7 +111,7 @@ def planned(case: Plan) -> dict[str, float]:
 
 
 def goal_text(name: str, goal: float) -> str:
-    """A goal for people."""
+    """Return a goal for people."""
     if name == "share of peak":
         return f"at least {goal:.0%} of the measured FMA peak"
     if name == "MB":
@@ -120,7 +120,7 @@ def goal_text(name: str, goal: float) -> str:
 
 
 def reached_text(name: str, reached: float) -> str:
-    """What was reached, in the unit of the goal."""
+    """Return what was reached, in the unit of the goal."""
     if name == "share of peak":
         return f"{reached:.0%}"
     return f"{number(reached)} MB" if name == "MB" else f"{number(reached)}x"
@@ -141,7 +141,7 @@ def goals(op: str) -> str:
 
 
 def everything(op: str) -> str:
-    """A table for each case that was measured, with all contenders."""
+    """Return a table for each case that was measured, with all contenders."""
     report = load(op)
     parts = []
     for result in report["results"]:
@@ -183,7 +183,7 @@ def headline(ops: str) -> str:
 
 
 def other(variant: Report) -> str:
-    """A contender by name, and what it costs."""
+    """Return a contender by name, and what it costs."""
     return f"{variant['name']}: {cost(variant)}"
 
 
@@ -195,7 +195,7 @@ def cost(variant: Report | None) -> str:
 
 
 def segmentation(model: str) -> str:
-    """The first table below "## Measured" of a model's page: its means (bold), or all of it if it has none."""
+    """Return the first table below "## Measured" of a model's page: its means (bold), or all of it if it has none."""
     page = ROOT / "docs" / "models" / f"{model}.md"
     _, _, measured = page.read_text().partition("## Measured") if page.exists() else ("", "", "")
     found = re.search(r"(?:^\|.*\n)+", measured, re.MULTILINE)
@@ -207,7 +207,7 @@ def segmentation(model: str) -> str:
 
 
 def of_systems(network: str) -> str:
-    """What whole networks cost: all cases of one, or of all."""
+    """Return what whole networks cost: all cases of one, or of all."""
     report = load("systems")
     own = [r for r in report["results"] if network in ("all", r["case"]["network"])]
     command = "`python benchmarks/bench_systems.py" + f" --network {network}`" * (network != "all")
@@ -225,7 +225,7 @@ def of_systems(network: str) -> str:
 
 
 def of_models(found: str) -> str:
-    """The registered models that track objects, or that segment into classes; the networks are made without memory."""
+    """Return the registered models that track objects, or that segment into classes; networks without memory."""
     entries = [find_model(name) for name in list_models()]
     rows = []
     for entry in sorted(entries, key=lambda entry: entry.kind != "tracker"):
@@ -266,7 +266,7 @@ KINDS = {
 
 
 def rewritten(text: str) -> str:
-    """The page with its regions made anew."""
+    """Return the page with its regions made anew."""
     return REGION.sub(lambda m: f"{m[1]}\n{KINDS[m[2]](m[3])}\n\n{m[4]}", text)
 
 

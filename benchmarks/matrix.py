@@ -54,7 +54,7 @@ Record = dict[str, Any]
 
 
 def find_python(wanted: str) -> str:
-    """The program of a version such as 3.10, or the program itself; ValueError if there is none."""
+    """Return the program of a version such as 3.10, or the program itself; ValueError if there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     releases = [path for path in pyenv.glob("*/bin/python") if path.parts[-3].startswith(f"{wanted}.")]
     newest = max(releases, key=lambda path: _numbers(path.parts[-3]), default=None)
@@ -69,7 +69,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def requirements(torch: str) -> list[str]:
-    """What a cell needs beside vosops."""
+    """Return what a cell needs beside vosops."""
     old = torch.startswith(tuple(f"{release}." for release in OLD_INTERPRETER)) or torch in OLD_INTERPRETER
     return ["torch" if torch == NEWEST else f"torch=={torch}", "numpy<2.4" if old else "numpy", *TOOLS]
 
@@ -85,7 +85,7 @@ def counts(report: str) -> dict[str, int]:
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """Return the name of this machine's processor."""
     from vosops import info
 
     return str(info.collect()["cpu"]["processor"])
@@ -101,14 +101,14 @@ def run(command: list[str | Path], seconds: int, **options: Any) -> None:
 
 
 def wheel() -> Path:
-    """The newest wheel in dist/, built if there is none."""
+    """Return the newest wheel in dist/, built if there is none."""
     if not list((ROOT / "dist").glob("vosops-*.whl")):
         run([sys.executable, "-m", "build", "--wheel", "--no-isolation", str(ROOT)], BUILD_SECONDS)
     return max((ROOT / "dist").glob("vosops-*.whl"), key=lambda path: path.stat().st_mtime)
 
 
 def environment_of(torch: str, python: str, folder: Path) -> Path:
-    """The Python of an environment with that torch in `folder`, made unless it is there."""
+    """Return the Python of an environment with that torch in `folder`, made unless it is there."""
     program = folder / "bin/python"
     if not program.exists():
         run([find_python(python), "-m", "venv", str(folder)], INSTALL_SECONDS)
@@ -163,7 +163,7 @@ def test(program: Path, *, interpret: bool) -> tuple[dict[str, int], str]:
 
 
 def merged(records: list[Record], new: Record) -> list[Record]:
-    """The records with a new one in the place of an older one of the same cell, in order of versions."""
+    """Return the records with a new one in the place of an older one of the same cell, in order of versions."""
 
     def cell(record: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(record[name] for name in ("torch", "python", "installed", "interpreted", "processor"))
@@ -173,7 +173,7 @@ def merged(records: list[Record], new: Record) -> list[Record]:
 
 
 def load() -> list[Record]:
-    """What was recorded so far."""
+    """Return what was recorded so far."""
     return json.loads(RECORDS.read_text())["cells"] if RECORDS.exists() else []
 
 

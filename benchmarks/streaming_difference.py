@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def calibrate(model: LSTMICNet, clip: torch.Tensor) -> None:
-    """Gives batch norms the statistics of a clip."""
+    """Give batch norms the statistics of a clip."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None

@@ -218,7 +218,7 @@ def cases(target: str) -> Iterator[Case]:
 
 
 def memory_cases(chip: Any) -> Iterator[Case]:
-    """The kernels of memory_read: 480p/16, T=20, 128 key channels (64 with a selection) and 512 value channels.
+    """Yield the kernels of memory_read: 480p/16, T=20, 128 key channels (64 with a selection) and 512 value channels.
 
     Keys and values channel-last, as MemoryBank stores them.
     """
@@ -345,7 +345,7 @@ def memory_cases(chip: Any) -> Iterator[Case]:
 
 
 def convolution_cases(chip: Any, precisions: list[tuple[str, torch.dtype, str]]) -> Iterator[Case]:
-    """The kernels of global_conv, RGMP's first and second stage at 15 x 27, and of conv_lstm."""
+    """Yield the kernels of global_conv, RGMP's first and second stage at 15 x 27, and of conv_lstm."""
     from vosops.triton import _common, conv_lstm, global_conv
 
     pixels, middle = 15 * 27, 256
@@ -403,7 +403,7 @@ def convolution_cases(chip: Any, precisions: list[tuple[str, torch.dtype, str]])
 
 
 def attention_cases() -> Iterator[Case]:
-    """The kernels of local_attention: 32 channels a head, contiguous maps."""
+    """Yield the kernels of local_attention: 32 channels a head, contiguous maps."""
     from vosops.triton import _common, local_attention
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -427,7 +427,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def compile_case(case: Case, target: str) -> tuple[Any, str]:
-    """The compiled kernel and, on NVIDIA targets, its disassembly.
+    """Return the compiled kernel and, on NVIDIA targets, its disassembly.
 
     Strides and sizes are 32-bit, buffers 16-byte aligned.
     """
@@ -491,7 +491,7 @@ def _examine_named(name: str, target: str) -> Row:
 
 
 def jobs(targets: list[str], *, sampled: bool = False) -> list[tuple[str, str]]:
-    """What there is to compile: (case, target).
+    """Return what there is to compile: (case, target).
 
     A sample is one configuration of each kernel: on every target if it multiplies on tensor cores, which have other
     instructions on each, else on one target after the other.
@@ -520,7 +520,7 @@ FIGURES = COLUMNS[2:-1]
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """A table of the rows."""
+    """Return a table of the rows."""
     lines = [
         "| " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -530,7 +530,7 @@ def to_markdown(rows: list[Row]) -> str:
 
 
 def to_json(version: str, rows: list[Row]) -> str:
-    """The rows on NVIDIA targets as a table to be committed: a line for each case, with a list for each target."""
+    """Return the rows on NVIDIA targets as a table to commit: one line per case, with one list per target."""
     lines: dict[str, dict[str, list[int] | None]] = {}
     for row in rows:
         if row.target in NVIDIA:
@@ -542,7 +542,7 @@ def to_json(version: str, rows: list[Row]) -> str:
 
 
 def from_json(text: str) -> tuple[str, list[Row]]:
-    """The version and the rows of a table."""
+    """Return the version and the rows of a table."""
     table = json.loads(text)
     rows = [
         Row(case, target, **dict(zip(table["figures"], figures, strict=True)))
@@ -555,23 +555,23 @@ def from_json(text: str) -> tuple[str, list[Row]]:
 
 
 def release(version: str) -> str:
-    """The version without what a build adds to it, such as +git1234."""
+    """Return the version without what a build adds to it, such as +git1234."""
     return version.partition("+")[0]
 
 
 def table_of(version: str) -> Path | None:
-    """The committed table of a version of Triton, if it has one."""
+    """Return the committed table of a version of Triton, if it has one."""
     path = TABLES / f"{release(version)}.json"
     return path if path.exists() else None
 
 
 def label(row: Row) -> str:
-    """The row's kernel and target, in words."""
+    """Return the row's kernel and target, in words."""
     return f"{row.case} on {row.target}"
 
 
 def out_of_bounds(rows: list[Row]) -> list[str]:
-    """What no Triton should do: fail, spill much, want more shared memory than there is, miss tensor cores."""
+    """Return what no Triton should do: fail, spill much, want more shared memory than there is, miss tensor cores."""
     products = {(c.name, target) for target in NVIDIA for c in cases(target) if c.tensor_cores}
     found = []
     for row in rows:
@@ -613,7 +613,7 @@ def differences(rows: list[Row], committed: list[Row], *, sampled: bool = False)
 
 
 def held_against(version: str) -> str:
-    """What the rows of a version of Triton are compared with, in words."""
+    """Return what the rows of a version of Triton are compared with, in words."""
     table = table_of(version)
     if table:
         return f"compared with {table.relative_to(ROOT)}"
@@ -626,7 +626,7 @@ def held_against(version: str) -> str:
 
 
 def problems(version: str, rows: list[Row], *, sampled: bool = False) -> list[str]:
-    """What is wrong with the rows: where there is a table, what differs from it; else bounds that do not hold."""
+    """Return what is wrong with the rows: differences from the table if there is one, else violated bounds."""
     table = table_of(version)
     if table is None:
         return out_of_bounds(rows)

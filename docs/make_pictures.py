@@ -91,7 +91,7 @@ def shrink(labels: np.ndarray) -> Tensor:
 
 
 def matching_picture(name: str, frames: tuple[int, int], radius: int | None) -> None:
-    """The two frames, the nearest object of each query pixel, and below them the distance to each object."""
+    """Draw the two frames, the nearest object of each query pixel, and below them the distance to each object."""
     clip = DemoClip(size=SIZE)
     (key_frame, key_labels), (query_frame, _) = (clip[t] for t in frames)
     query, key, labels = embed(query_frame), embed(key_frame), shrink(key_labels)
@@ -205,7 +205,7 @@ def lstm_picture(name: str) -> None:
 
 
 def toom_cook(points: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The transforms of outputs, taps and inputs of F(outputs, TAPS) at finite points and infinity, in float64."""
+    """Return the float64 transforms of outputs, taps and inputs of F(outputs, TAPS) at finite points and infinity."""
     size = outputs + TAPS - 1
 
     def at_points(degree: int) -> np.ndarray:
@@ -215,7 +215,7 @@ def toom_cook(points: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def winograd_error(points: np.ndarray, outputs: int) -> float:
-    """The rms error of F(outputs, TAPS) in float32, relative to the result, over many channels."""
+    """Return the rms error of F(outputs, TAPS) in float32, relative to the result, over many channels."""
     generator = torch.Generator().manual_seed(0)
     tiles = torch.randn(WINOGRAD_CHANNELS, outputs + TAPS - 1, 64, generator=generator)
     taps = torch.randn(32, WINOGRAD_CHANNELS, TAPS, generator=generator)
@@ -283,7 +283,7 @@ def conv_picture(name: str) -> None:
 
 
 def call_conv(op: Callable[..., Tensor], module: vosops.nn.GlobalConv2d, x: Tensor) -> Tensor:
-    """The global convolution of a module by `op`."""
+    """Return the global convolution of a module by `op`."""
     convs = [module.conv_l1, module.conv_l2, module.conv_r1, module.conv_r2]
     names = ("l1_bias", "l2_bias", "r1_bias", "r2_bias")
     return op(x, *(c.weight for c in convs), **{n: c.bias for n, c in zip(names, convs, strict=True)})

@@ -33,7 +33,7 @@ DOWNLOAD_SECONDS, COMPILE_SECONDS = 1200, 600
 
 
 def oldest_torch() -> str:
-    """The oldest version of torch that pyproject.toml allows, such as 2.10.0."""
+    """Return the oldest version of torch that pyproject.toml allows, such as 2.10.0."""
     found = re.search(r'^dependencies = \["torch>=(\d+\.\d+)"\]', (ROOT / "pyproject.toml").read_text(), re.M)
     if found is None:
         sys.exit("pyproject.toml names no oldest torch: dependencies must be torch>=MAJOR.MINOR")
@@ -41,7 +41,7 @@ def oldest_torch() -> str:
 
 
 def headers(version: str) -> Path:
-    """The headers of a version of torch, downloaded unless they are there already."""
+    """Return the headers of a version of torch, downloaded unless they are there already."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vosops" / "headers"
     folder = cache / f"torch-{version}"
     if folder.is_dir():
@@ -75,7 +75,7 @@ class Check:
     command: list[str]
 
     def run(self) -> str:
-        """What the compiler complains of; empty if nothing."""
+        """Return what the compiler complains of; empty if nothing."""
         command = [*self.command, self.source]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         if result.returncode == 0:

@@ -92,7 +92,7 @@ def check_bias(bias: Tensor | None, num_objects: int, query: Tensor) -> None:
 
 
 def resolve_precision(precision: str | None, reference: Tensor) -> str:
-    """The precision of float32 tensor-core products: None follows PyTorch's own TF32 switch."""
+    """Return the precision of float32 tensor-core products: None follows PyTorch's own TF32 switch."""
     if precision is None:
         if reference.is_cuda and torch.backends.cuda.matmul.allow_tf32:
             return "tf32"

@@ -17,7 +17,7 @@ CPU_CAPABILITIES = ("avx512", "avx2", "baseline")  # best first
 
 
 def _usable_capabilities() -> tuple[str, ...]:
-    """The CPU capabilities to try, best first."""
+    """Return the CPU capabilities to try, best first."""
     asked = os.environ.get("VOSOPS_CPU_CAPABILITY")
     if asked is not None:
         if asked not in CPU_CAPABILITIES:
@@ -32,7 +32,7 @@ def _usable_capabilities() -> tuple[str, ...]:
 
 
 def _load_cpu() -> tuple[str | None, tuple[str, ...]]:
-    """The loaded CPU capability, or None and the reasons why there is none."""
+    """Return the loaded CPU capability, or None and the reasons why there is none."""
     for capability in _usable_capabilities():
         path = FOLDER / f"libvosops_cpu_{capability}.so"
         if path.exists():
@@ -42,7 +42,7 @@ def _load_cpu() -> tuple[str | None, tuple[str, ...]]:
 
 
 def _load_cuda() -> tuple[str, ...]:
-    """The reasons why the CUDA library cannot serve; none if it was loaded."""
+    """Return the reasons why the CUDA library cannot serve; none if it was loaded."""
     if torch.version.cuda is None:
         return ("this build of torch has no CUDA",)
     path = FOLDER / "libvosops_cuda.so"
@@ -55,7 +55,7 @@ def _load_cuda() -> tuple[str, ...]:
 
 
 def driver_version() -> int | None:
-    """The newest CUDA that the driver supports, 1000 * major + 10 * minor; None without a driver."""
+    """Return the newest CUDA that the driver supports, 1000 * major + 10 * minor; None without a driver."""
     version = ctypes.c_int()
     try:
         status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

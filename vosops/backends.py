@@ -96,11 +96,11 @@ class Op:
     orders: Mapping[str, Order]
 
     def order(self, call: Call) -> Order:
-        """The order for the class of device that the call computes on."""
+        """Return the order for the class of device that the call computes on."""
         return self.orders.get(call.device.type, UNMEASURED)
 
     def ordered(self, call: Call) -> list[Implementation]:
-        """The implementations, those first that are to be preferred for this call."""
+        """Return the implementations, those first that are to be preferred for this call."""
         return [self.implementations[name] for name in self.order(call).names if name in self.implementations]
 
 
@@ -127,7 +127,7 @@ def orders(op: str) -> Mapping[str, Order]:
 
 
 def list_ops() -> list[str]:
-    """The names of all ops that have implementations to choose from."""
+    """Return the names of all ops that have several implementations."""
     return sorted(_ops)
 
 
@@ -152,12 +152,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The implementation that `use_backend` or VOSOPS_BACKEND asks for; None: the choice is open."""
+    """Return the implementation that `use_backend` or VOSOPS_BACKEND asks for; None: the choice is open."""
     return _forced
 
 
 def choose(name: str, call: Call) -> Implementation:
-    """The implementation of op `name` that serves this call."""
+    """Return the implementation of op `name` that serves this call."""
     op = _ops[name]
     forced = _forced if call.plain is None else None
     refusals: list[str] = []

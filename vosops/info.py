@@ -62,7 +62,7 @@ def collect() -> dict[str, Any]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """The facts of `collect` as text for a terminal or a bug report."""
+    """Return the facts of `collect` as text for a terminal or a bug report."""
     cpu, build = facts["cpu"], facts["build"]
     missing = [
         f"{package} (pip install 'vosops[{OPTIONAL[package]}]')"
@@ -127,7 +127,7 @@ def _version(package: str) -> str | None:
 
 
 def _build() -> dict[str, Any]:
-    """What `vosops._C` knows of the build, and the libraries that lie beside the package."""
+    """Return what `vosops._C` reports of the build, and the libraries next to the package."""
     libraries = sorted(path.name for path in Path(vosops.__file__).parent.glob("lib*.so"))
     info: dict[str, Any] = {"libraries": ", ".join(libraries) or "none"}
     try:
@@ -138,7 +138,7 @@ def _build() -> dict[str, Any]:
 
 
 def _models() -> dict[str, dict[str, Any]]:
-    """What the registry says of each model; none of them is imported."""
+    """Return what the registry says of each model; none of them is imported."""
     from vosops.models import find_model, list_models
 
     return {
@@ -156,7 +156,7 @@ def _models() -> dict[str, dict[str, Any]]:
 
 
 def _of_model(model: dict[str, Any]) -> str:
-    """A model in a line."""
+    """Return a model in a line."""
     text = f"{model['kind']}: {model['summary']}"
     if model["weights"] == "required":
         text += f"; weights: {model['checkpoint'] or 'a file'}"
@@ -169,7 +169,7 @@ def _of_model(model: dict[str, Any]) -> str:
 
 
 def _processor() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -188,7 +188,7 @@ def _gpus() -> list[str]:
 
 
 def _explain(op: str, device: str) -> str:
-    """What serves a small call of `op` on `device`; the tensors are fake, so the device need not exist."""
+    """Return what serves a small call of `op` on `device`; the tensors are fake, so the device need not exist."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     place = "cuda:0" if device == "cuda" else device

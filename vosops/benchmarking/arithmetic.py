@@ -54,7 +54,7 @@ class Arithmetic:
 
 
 def _loop(dtype: torch.dtype) -> Loop | None:
-    """The loop of the compiled library; None without it, or where the processor has none for `dtype`."""
+    """Return the loop of the compiled library; None without it, or where the processor has none for `dtype`."""
     names = {torch.float32: "peak_operations", torch.bfloat16: "peak_bf16_operations"}
     if _library.CPU_CAPABILITY is None or dtype not in names:
         return None

@@ -71,11 +71,11 @@ class Plan:
         return 0.0
 
     def inputs(self, device: torch.device) -> Any:
-        """The tensors of the case, `Inputs` or the like."""
+        """Return the tensors of the case, `Inputs` or the like."""
         raise NotImplementedError
 
     def small(self) -> Plan:
-        """The same of few pixels."""
+        """Return the same of few pixels."""
         raise NotImplementedError
 
 
@@ -111,7 +111,7 @@ class Case(Plan):
         return Inputs.of(self, device)
 
     def small(self) -> Case:
-        """The same of few pixels."""
+        """Return the same of few pixels."""
         return replace(self, height=SMALL_SIDE, width=SMALL_SIDE, radius=min(self.radius, 1))
 
 
@@ -150,7 +150,7 @@ class Inputs:
         return self.mask, self.radius
 
     def in_float32(self) -> Inputs:
-        """The same embeddings in float32."""
+        """Return the same embeddings in float32."""
         return replace(self, query=self.query.float(), key=self.key.float())
 
 
@@ -195,7 +195,7 @@ class Variant:
     compiles: bool = False
 
     def call(self, inputs: Any, backward: bool) -> Callable[[], list[Tensor]]:
-        """The function to time: the output, and with `backward` the gradients of the inputs' tensors as well."""
+        """Return the function to time: the output, and with `backward` the gradients of the inputs' tensors as well."""
         prepared = self.prepare(inputs)
 
         def forward() -> list[Tensor]:
@@ -212,7 +212,7 @@ class Variant:
 
 
 def matching_work(flops: Callable[[Inputs], float]) -> Callable[[Any, Any], tuple[float, float]]:
-    """The work of a matching that takes so many operations forward; each tensor is read or written once."""
+    """Return the work of a matching with this many forward operations; each tensor is read or written once."""
 
     def work(case: Case, inputs: Inputs) -> tuple[float, float]:
         operations = flops(inputs)
@@ -240,7 +240,7 @@ class Benchmark:
     """What the op's output holds."""
 
     def case(self, name: str) -> Plan:
-        """The case of that name; ValueError with the names there are."""
+        """Return the case of that name; ValueError with the known names if there is none."""
         for case in self.cases:
             if case.name == name:
                 return case
@@ -254,5 +254,5 @@ class Benchmark:
         return [first, *(v for v in others if not v.special and v.name not in case.left_out)]
 
     def our_call(self, case: Plan, device: str) -> Callable[[], list[Tensor]]:
-        """The call of vosops alone that a case times."""
+        """Return the call of vosops alone that a case times."""
         return self.variants[0].call(case.inputs(torch.device(device)), case.backward)

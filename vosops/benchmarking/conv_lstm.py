@@ -51,7 +51,7 @@ class LstmCase(Plan):
         return LstmInputs.of(self, device)
 
     def small(self) -> LstmCase:
-        """The same of few pixels."""
+        """Return the same of few pixels."""
         return replace(self, height=SMALL_SIDE, width=SMALL_SIDE)
 
 
@@ -93,7 +93,7 @@ class LstmInputs:
         return (self,)
 
     def channels_last(self) -> LstmInputs:
-        """The same in channels_last memory."""
+        """Return the same in channels_last memory."""
 
         def last(t: Tensor) -> Tensor:
             return t.contiguous(memory_format=torch.channels_last)
@@ -103,7 +103,7 @@ class LstmInputs:
         return replace(self, x=x, kernel=last(self.kernel), state=state, weight=weight)
 
     def frozen(self) -> LstmInputs:
-        """The same with a step that is compiled for these weights."""
+        """Return the same with a step that is compiled for these weights."""
         compiled: Any = torch.compile(
             _Step(self.kernel, self.bias), options={"freezing": True}, dynamic=False
         )
@@ -130,7 +130,7 @@ def eager_step(x: Tensor, kernel: Tensor, bias: Tensor, h: Tensor, c: Tensor) ->
 
 
 def eager(x: Tensor, kernel: Tensor, bias: Tensor, inputs: LstmInputs) -> Tensor:
-    """The sequence, step by step."""
+    """Return the sequence, step by step."""
     h, c = inputs.state if inputs.state is not None else (torch.zeros_like(x[:, 0]),) * 2
     outputs = []
     for frame in x.unbind(1):
@@ -145,7 +145,7 @@ def _compiled() -> Any:
 
 
 def compiled(x: Tensor, kernel: Tensor, bias: Tensor, inputs: LstmInputs) -> Tensor:
-    """The same with a compiled step, which has gradients."""
+    """Return the same with a compiled step, which has gradients."""
     step = functools.partial(_with_weights, kernel, bias)
     return eager(x, kernel, bias, replace(inputs, step=step))
 

@@ -35,7 +35,7 @@ def run_fresh(module: str, function: str, *args: Any) -> Any:
 
 
 def main(call: Path, result: Path) -> None:
-    """The other side of `run_fresh`."""
+    """Run the other side of `run_fresh`."""
     module, function, args = pickle.loads(call.read_bytes())
     found = getattr(importlib.import_module(module), function)(*args)
     result.write_bytes(pickle.dumps(found))

@@ -57,7 +57,7 @@ class ConvCase(Plan):
         return ConvInputs.of(self.size, self.dtype, device)
 
     def small(self) -> ConvCase:
-        """The same of few pixels and channels."""
+        """Return the same of few pixels and channels."""
         small = replace(self.size, channels=SMALL_CHANNELS, height=SMALL_SIDE, width=SMALL_SIDE)
         return replace(self, size=small)
 
@@ -109,18 +109,18 @@ class ConvInputs:
         return self.biases, self.prepared
 
     def channels_last(self) -> ConvInputs:
-        """The same with maps and weights channels last."""
+        """Return the same with maps and weights channels last."""
         last = functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
         return replace(self, x=last(self.x), weights=tuple(map(last, self.weights)))
 
     def in_float32(self) -> ConvInputs:
-        """The same numbers in float32."""
+        """Return the same numbers in float32."""
         wide = [tuple(t.float() for t in tensors) for tensors in (self.weights, self.biases)]
         return replace(self, x=self.x.float(), weights=wide[0], biases=wide[1], weight=self.weight.float())
 
 
 def ours(x: Tensor, *arguments: Any) -> Tensor:
-    """The op; with a prepared half on the other half of the map."""
+    """Return the op; with a prepared half on the other half of the map."""
     *weights, biases, prepared = arguments
     l1, l2, r1, r2 = biases
     if prepared is not None:
@@ -131,13 +131,13 @@ def ours(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def ours_by_one_thread(x: Tensor, *arguments: Any) -> Tensor:
-    """The op on one thread, whatever the setting."""
+    """Return the op on one thread, whatever the setting."""
     with one_thread():
         return ours(x, *arguments)
 
 
 def exact(x: Tensor, *arguments: Any) -> Tensor:
-    """The op without Winograd arithmetic."""
+    """Return the op without Winograd arithmetic."""
     *weights, (l1, l2, r1, r2), _ = arguments
     return vosops.global_conv(x, *weights, l1_bias=l1, l2_bias=l2, r1_bias=r1, r2_bias=r2, precision="exact")
 
@@ -181,7 +181,7 @@ class _Frozen:
 
 
 def _frozen(inputs: ConvInputs) -> _Frozen:
-    """The block, compiled with its weights as constants, which the compiler may repack."""
+    """Return the block, compiled with its weights as constants, which the compiler may repack."""
     compiled = torch.compile(_Block(inputs).eval(), dynamic=False, options={"freezing": True})
     return _Frozen(inputs.x, compiled, inputs.weight)
 

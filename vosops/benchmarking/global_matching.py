@@ -25,14 +25,14 @@ KEY_CHUNK = 4096
 
 
 def fused(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """The op of this package."""
+    """Return the op of this package."""
     result = vosops.global_matching(query, key, mask)
     assert isinstance(result, Tensor)
     return result
 
 
 def fused_by_one_thread(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """The op of this package on one thread, whatever the setting."""
+    """Return the op of this package on one thread, whatever the setting."""
     with one_thread():
         return fused(query, key, mask, radius)
 
@@ -56,7 +56,7 @@ def chunks(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
 
 
 def packed(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """The best PyTorch that we know: each object's reference pixels packed first, then tiles of the products."""
+    """Return the best PyTorch that we know: each object's reference pixels packed first, then tiles of the products."""
     q, reference = pixels(query).contiguous(), pixels(key)
     nearest = []
     for chosen in mask[0].flatten(1):

@@ -204,7 +204,7 @@ class Problem:
 
 
 def problem(cell: Cell, device: torch.device) -> Problem:
-    """The inputs and contenders of a cell."""
+    """Return the inputs and contenders of a cell."""
     if isinstance(cell.size, Case):
         return _matching(cell, cell.size, device)
     if isinstance(cell.size, MemorySize):
@@ -213,7 +213,7 @@ def problem(cell: Cell, device: torch.device) -> Problem:
 
 
 def implementation(name: str) -> str:
-    """The contender that an implementation of vosops is."""
+    """Return the contender that an implementation of vosops is."""
     return f"vosops {name}"
 
 

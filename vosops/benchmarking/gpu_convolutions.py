@@ -164,14 +164,14 @@ def _normal(shape: Sequence[int], scale: float, seed: int) -> Tensor:
 
 
 def channels_last(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Maps and weights with their channels innermost."""
+    """Return maps and weights with their channels innermost."""
     return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
 
 
 def call(
     formulation: Formulation, tensors: Sequence[Tensor], differentiated: int, backward: bool
 ) -> Callable[[], list[Tensor]]:
-    """The function to time: the result, and with `backward` the gradients of the first tensors as well."""
+    """Return the function to time: the result, and with `backward` the gradients of the first tensors as well."""
 
     def forward() -> list[Tensor]:
         with torch.no_grad():

@@ -64,12 +64,12 @@ class Outcome:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:300]}"
 
 
 def distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """|result - expected| / |expected| of each tensor; infinite where a result is not finite or has another shape."""
+    """Return |result - expected| / |expected| of each tensor; infinite if a result is not finite or misshapen."""
     found = []
     for result, wanted in zip(results, expected, strict=True):
         if result.shape != wanted.shape or not bool(result.isfinite().all()):
@@ -88,7 +88,7 @@ def is_right(errors: Sequence[float], mode: str) -> bool:
 
 @contextmanager
 def tf32_elsewhere(allowed: bool) -> Any:
-    """What other packages may round float32 products to."""
+    """Set what other packages may round float32 products to."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
@@ -102,7 +102,7 @@ def tf32_elsewhere(allowed: bool) -> Any:
 
 
 def ceilings(clock: Clock, size: int | None = None) -> Outcome:
-    """What the card can do: bytes a second of a copy, operations a second of a product of random matrices."""
+    """Return what the card can do: bytes a second of a copy, operations a second of a product of random matrices."""
     size = size or PRODUCT_SIZE[clock.device.type]
     flops: dict[str, float] = {}
     reasons = []
@@ -135,7 +135,7 @@ class Oracles:
         self._known: dict[torch.dtype, list[Tensor]] = {}
 
     def of(self, cell: Cell, problem: Problem) -> list[Tensor]:
-        """The results for a cell, computed at most once for a size and dtype."""
+        """Return the results for a cell, computed at most once for a size and dtype."""
         size = (cell.op, cell.size, cell.backward)
         if size != self._size:
             self._size, self._known = size, {}
@@ -152,7 +152,7 @@ def measure(
     rounds: int = ROUNDS,
     oracles: Oracles | None = None,
 ) -> dict[str, Any]:
-    """A cell's contenders: who can run, how far each is from the oracle, peak memory, then times in turn.
+    """Return a cell's contenders: who can run, how far each is from the oracle, peak memory, then times in turn.
 
     Args:
         cell: what to measure.
@@ -211,7 +211,7 @@ def measure(
 
 
 def _floor(problem: Problem, mode: str, limits: Mapping[str, Any] | None) -> float | None:
-    """The seconds below which no implementation can come; None where the ceilings are not known."""
+    """Return the seconds below which no implementation can come; None where the ceilings are not known."""
     if not limits or mode not in limits["flops_per_second"]:
         return None
     rates = Ceilings(limits["flops_per_second"][mode], limits["bytes_per_second"], "a matrix product")
@@ -279,7 +279,7 @@ def small_cells() -> list[Cell]:
 
 
 def small(device: torch.device, cells: Sequence[Cell] | None = None) -> Outcome:
-    """Runs vosops' implementations once on small problems and compares them with the oracle."""
+    """Run vosops' implementations once on small problems and compares them with the oracle."""
     ran, reasons, left_out = [], [], {}
     for name in IMPLEMENTATIONS:
         for cell in small_cells() if cells is None else cells:
@@ -306,7 +306,7 @@ class CannotError(Exception):
 
 
 def graph_check(problem: Problem, call: Callable[[], list[Tensor]]) -> None:
-    """Captures the call in a CUDA graph and replays it on other inputs; AssertionError if the results differ."""
+    """Capture the call in a CUDA graph and replays it on other inputs; AssertionError if the results differ."""
     if problem.tensors[0].device.type != "cuda":
         raise CannotError("CUDA graphs need a CUDA device")
     side: Any = torch.cuda.Stream()

@@ -104,7 +104,7 @@ class AttentionCase(Plan):
         return AttentionInputs(query, key, value, bias, self.size, weight)
 
     def small(self) -> AttentionCase:
-        """The same of few pixels."""
+        """Return the same of few pixels."""
         return replace(self, size=replace(self.size, height=SMALL_SIDE, width=SMALL_SIDE))
 
 
@@ -151,7 +151,7 @@ def unfold(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: int, 
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: int, radius: int) -> Tensor:
-    """A map from every pixel to every other, all but the window masked: AOT's way."""
+    """Return a map from every pixel to every other, all but the window masked: AOT's way."""
     height, width = query.shape[2:]
     q, k, v = (x.unflatten(1, (heads, -1)).flatten(3) for x in (query, key, value))
     y, x = (

@@ -27,14 +27,14 @@ MB = 1e6
 
 
 def fused(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """The op of this package."""
+    """Return the op of this package."""
     result = vosops.local_matching(query, key, mask, radius=radius)
     assert isinstance(result, Tensor)
     return result
 
 
 def fused_by_one_thread(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """The op of this package on one thread, whatever the setting."""
+    """Return the op of this package on one thread, whatever the setting."""
     with one_thread():
         return fused(query, key, mask, radius)
 
@@ -83,7 +83,7 @@ def unfold(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
 
 
 def _masked_minimum(distance: Tensor, mask: Tensor, radius: int, objects: int) -> Tensor:
-    """The least distance (H,W,offsets) of each object's offsets -> normalised (1,O,H,W)."""
+    """Return the least distance (H,W,offsets) of each object's offsets -> normalised (1,O,H,W)."""
     height, width, _ = distance.shape
     padded = F.pad(mask.to(distance.dtype).permute(1, 0, 2, 3), (radius,) * 4)
     allowed = F.unfold(padded, (height, width)).view(objects, height, width, -1).permute(1, 2, 3, 0) > 0.9
@@ -110,7 +110,7 @@ def running_minimum(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Te
 
 
 def windowed(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """The running minimum as one expression over a strided view of the windows, for torch.compile to fuse."""
+    """Return the running minimum as one expression over a strided view of the windows, for torch.compile to fuse."""
     _, channels, height, width = query.shape
     objects, window = mask.shape[1], 2 * radius + 1
     k = F.pad(key[0], (radius,) * 4)
@@ -138,7 +138,7 @@ def compiled(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
 
 
 def tiled(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-    """The best PyTorch that we know: for each tile of pixels one matrix product with all that surrounds it."""
+    """Return the best PyTorch that we know: for each tile of pixels one matrix product with all that surrounds it."""
     _, channels, height, width = query.shape
     objects = mask.shape[1]
     down, right = -height % TILE, -width % TILE

@@ -82,7 +82,7 @@ class Timing:
 def interleave(
     functions: Mapping[str, Callable[[], Any]], clock: Clock, *, rounds: int, least: int, budget: float
 ) -> dict[str, Timing]:
-    """Runs all functions in turn, `rounds` times; each was called before, so that it is warm.
+    """Run all functions in turn, `rounds` times; each was called before, so that it is warm.
 
     Args:
         functions: by name.
@@ -101,7 +101,7 @@ def interleave(
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """The memory that a call uses at its peak beyond what was in use before it; None where that is unknown.
+    """Return the memory that a call uses at its peak beyond what was in use before it; None where that is unknown.
 
     On the CPU it is the resident memory of the process (Linux only), the pages that a call touches: freed
     ones are handed back to the system before. On a GPU it is what PyTorch allocates there.
@@ -146,7 +146,7 @@ class Ceilings:
     arithmetic_by: str
 
     def floor(self, flops: float, moved: float) -> float:
-        """The seconds below which no implementation of that many operations and bytes can come."""
+        """Return the seconds below which no implementation of that many operations and bytes can come."""
         return max(flops / self.flops, moved / self.bytes)
 
 

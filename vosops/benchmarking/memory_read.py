@@ -83,7 +83,7 @@ class MemoryCase(Plan):
         return MemoryInputs.of(self.size, self.dtype, device)
 
     def small(self) -> MemoryCase:
-        """The same of few pixels."""
+        """Return the same of few pixels."""
         return replace(self, size=replace(self.size, pixels=SMALL_PIXELS))
 
 
@@ -120,7 +120,7 @@ class MemoryInputs:
         return MemoryInputs(query, key, value, shrinkage, selection, weight, size.top_k)
 
     def call(self, read: Callable[[MemoryInputs], Tensor], backward: bool) -> Callable[[], list[Tensor]]:
-        """The function to time: the output, and with `backward` the gradients of query, key and value as well."""
+        """Return the function to time: output, and with `backward` also the gradients of query, key and value."""
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
@@ -144,19 +144,19 @@ class MemoryInputs:
         return (self,)
 
     def in_float32(self) -> MemoryInputs:
-        """The same numbers in float32."""
+        """Return the same numbers in float32."""
         query, key, value, weight = (t.float() for t in (*self.tensors, self.weight))
         return replace(self, query=query, key=key, value=value, weight=weight)
 
     def position_major(self) -> MemoryInputs:
-        """The same with every position's channels, of all objects, side by side: what attention kernels take."""
+        """Return the same with every position's channels, of all objects, side by side: what attention kernels take."""
         query, key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (self.query, self.key))
         value = self.value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         return replace(self, query=query, key=key, value=value)
 
 
 def affinity(inputs: MemoryInputs) -> Tensor:
-    """The scores (N,M,P) as STM, or XMem, computes them."""
+    """Return the scores (N,M,P) as STM, or XMem, computes them."""
     query, key, channels = inputs.query, inputs.key, inputs.query.shape[1]
     if inputs.selection is None or inputs.shrinkage is None:
         products: Tensor = key.transpose(1, 2) @ query / math.sqrt(channels)
@@ -182,7 +182,7 @@ def naive_read(inputs: MemoryInputs) -> Tensor:
 
 
 def bag_read(inputs: MemoryInputs) -> Tensor:
-    """The best rewrite of top_k that we know in PyTorch: topk along the last dimension, embedding_bag."""
+    """Return the best rewrite of top_k that we know in PyTorch: topk along the last dimension, embedding_bag."""
     assert inputs.top_k is not None
     if inputs.selection is None:
         scores = (inputs.query / math.sqrt(inputs.query.shape[1])).transpose(1, 2) @ inputs.key
@@ -199,7 +199,7 @@ def bag_read(inputs: MemoryInputs) -> Tensor:
 
 
 def read_by(attention: Callable[..., Any], split: bool) -> Callable[[MemoryInputs], Tensor]:
-    """A read of position-major inputs by `attention` (query, key, value: (N,heads,length,width))."""
+    """Return a read of position-major inputs by `attention` (query, key, value: (N,heads,length,width))."""
 
     def read(inputs: MemoryInputs) -> Tensor:
         batch, objects, channels, memory = inputs.value.shape
@@ -223,7 +223,7 @@ def flex_read() -> Callable[[MemoryInputs], Tensor]:
 
 
 def fused_read(inputs: MemoryInputs) -> Tensor:
-    """The op of this package."""
+    """Return the op of this package."""
     options: dict[str, Any] = {}
     if inputs.selection is not None:
         options = {"shrinkage": inputs.shrinkage, "selection": inputs.selection, "similarity": "l2"}
@@ -232,7 +232,7 @@ def fused_read(inputs: MemoryInputs) -> Tensor:
 
 
 def fused_by_one_thread(inputs: MemoryInputs) -> Tensor:
-    """The op of this package on one thread, whatever the setting."""
+    """Return the op of this package on one thread, whatever the setting."""
     with one_thread():
         return fused_read(inputs)
 
@@ -261,7 +261,7 @@ def _flex() -> Callable[[MemoryInputs], Tensor]:
 
 
 def _by(read: Callable[[MemoryInputs], Tensor]) -> Callable[..., Tensor]:
-    """A read of inputs as a function of the tensors that are differentiated."""
+    """Return a read of inputs as a function of the tensors that are differentiated."""
 
     def formulation(query: Tensor, key: Tensor, value: Tensor, inputs: MemoryInputs) -> Tensor:
         return read(replace(inputs, query=query, key=key, value=value))

@@ -15,7 +15,7 @@ OURS, THEIRS = "#d62728", "#7f7f7f"
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """A table per case: time, speed-up of vosops, share of the machine's peak, memory."""
+    """Return a table per case: time, speed-up of vosops, share of the machine's peak, memory."""
     from rich.table import Table
 
     shown = []
@@ -59,7 +59,7 @@ def _caption(result: Result) -> str:
 
 
 def check_plot(file: Path) -> None:
-    """What `plot` would raise, before there is anything to show.
+    """Raise what `plot` would raise, before there is anything to show.
 
     Raises:
         ImportError: matplotlib is not installed (`pip install 'vosops[bench]'`).

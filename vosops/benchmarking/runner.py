@@ -94,7 +94,7 @@ class Result:
     """The machine's load average when the case began: above the number of cores, others were at work too."""
 
     def goals(self) -> dict[str, tuple[float, float, bool]]:
-        """What was aimed at: name -> (goal, reached, whether that meets it)."""
+        """Return what was aimed at: name -> (goal, reached, whether that meets it)."""
         ours, *others = self.variants
         found = {
             f"x {v.name}": (self.case.goals[v.name], v.speedup) for v in others if v.name in self.case.goals
@@ -135,7 +135,7 @@ def run_case(
     dtype: torch.dtype | None = None,
     effort: Effort = FULL,
 ) -> Result:
-    """Compares the contenders' results, measures their memory, then times them in turn.
+    """Compare the contenders' results, measures their memory, then times them in turn.
 
     Args:
         benchmark: the op.
@@ -206,7 +206,7 @@ def _result(
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What was measured on: processor, device, versions."""
+    """Return what was measured on: processor, device, versions."""
     from vosops import info
 
     facts = info.collect()
@@ -238,7 +238,7 @@ def _contenders(benchmark: Benchmark, case: Plan, clock: Clock) -> tuple[list[Va
 
 
 def _peak(benchmark: Benchmark, case: Plan, variant: str, clock: Clock) -> int | None:
-    """The peak memory of a contender; of the CPU in a process of its own."""
+    """Return the peak memory of a contender; of the CPU in a process of its own."""
     if clock.on_gpu:
         call = next(v for v in benchmark.variants if v.name == variant).call(
             case.inputs(clock.device), case.backward
@@ -251,7 +251,7 @@ def _peak(benchmark: Benchmark, case: Plan, variant: str, clock: Clock) -> int |
 
 
 def first_call_peak(op: str, name: str, case: Plan, threads: int) -> int | None:
-    """The peak memory of a contender's first call of a case, after a small call that loads code.
+    """Return the peak memory of a contender's first call of a case, after a small call that loads code.
 
     What the call keeps for later calls counts too. Compiled code is called once before: compiling does not
     count.

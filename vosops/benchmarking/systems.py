@@ -92,7 +92,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
-        """What `to_dict` gave; other entries are left out."""
+        """Return what `to_dict` gave; other entries are left out."""
         case = Case(**{**data["case"], "size": tuple(data["case"]["size"])})
         names = ("naive", "seconds", "peak", "memory", "failure")
         return cls(case, **{name: data[name] for name in names})
@@ -127,7 +127,7 @@ def measure(case: Case, *, naive: bool, threads: int = 2, limit: int | None = LI
 def largest_that_fits(
     case: Case, *, naive: bool, threads: int = 2, goal: int = GOAL, note: Callable[[str], None] = print
 ) -> Measurement:
-    """A frame of 16:9 whose step stays under `goal` bytes and comes near it, or is almost the largest that does.
+    """Return a frame of 16:9 whose step stays under `goal` bytes and comes near it, or is almost the largest that does.
 
     Each measurement predicts where the goal is reached; that frame is measured next.
     """
@@ -152,13 +152,13 @@ def largest_that_fits(
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """The measurements in Markdown: a row for each case, frugal before naive, also where their frames differ."""
+    """Return the measurements in Markdown: a row for each case, frugal before naive, also where their frames differ."""
     heading, *lines = (f"| {' | '.join(cells)} |" for cells in (HEADINGS, *rows(measurements)))
     return "\n".join([heading, "|---" * len(HEADINGS) + "|", *lines])
 
 
 def rows(measurements: Sequence[Measurement]) -> list[list[str]]:
-    """The cells below `HEADINGS`: a row for each case, frugal beside naive."""
+    """Return the cells below `HEADINGS`: a row for each case, frugal beside naive."""
     result = []
     cases: dict[str, dict[bool, Measurement]] = {}
     for m in measurements:
@@ -187,7 +187,7 @@ def _of_height(case: Case, height: int) -> Case:
 
 
 def _next_height(peaks: Mapping[int, int | None], goal: int) -> int | None:
-    """The height to measure after these (None: needs far more than the goal), or None where that is enough.
+    """Return the height to measure after these (None: needs far more than the goal), or None where that is enough.
 
     It is where a straight line over the number of pixels through the two nearest peaks reaches the goal.
     """
@@ -236,7 +236,7 @@ def _measure(case: Case, naive: bool, threads: int, limit: int | None) -> dict[s
 
 
 def _started(case: Case, naive: bool) -> Any:
-    """A tracker after its first frame, its memory filled up to two frames less than the case has."""
+    """Return a tracker after its first frame, its memory filled up to two frames less than the case has."""
     from vosops.inference import NetworkTracker, SemanticTracker
     from vosops.models import create_model
 

@@ -26,7 +26,7 @@ Result = dict[str, Any]
 
 
 def choose(cases: Sequence[str] | None, networks: Sequence[str] | None) -> list[str]:
-    """The names of the cases to measure: those given, or those of the networks (None: all) that are default.
+    """Return the names of the cases to measure: those given, or those of the networks (None: all) that are default.
 
     Raises:
         ValueError: a name is unknown; the message begins with "case" or "network".
@@ -80,7 +80,7 @@ def run_cases(
 
 
 def read_results(file: Path) -> list[Result]:
-    """The results in a file, none where there is no such file; ValueError where it holds something else."""
+    """Return the results in a file, none where there is no such file; ValueError where it holds something else."""
     if not file.exists():
         return []
     try:
@@ -93,7 +93,7 @@ def read_results(file: Path) -> list[Result]:
 
 
 def _keep(file: Path, result: Result) -> None:
-    """Writes a result into the file, in place of an earlier one of the same case and way."""
+    """Write a result into the file, in place of an earlier one of the same case and way."""
     key = (result["name"], result["naive"])
     others = [r for r in read_results(file) if (r["name"], r["naive"]) != key]
     order = {name: i for i, name in enumerate((*CASES, *FITS))}

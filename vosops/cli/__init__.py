@@ -105,7 +105,7 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _one_line(text: str) -> str:
-    """The text with line ends, control characters and bytes that are not UTF-8 as escapes."""
+    """Return the text with line ends, control characters and bytes that are not UTF-8 as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -22,7 +22,7 @@ GIGABYTE = 1e9
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to `app`."""
+    """Add the command to `app`."""
     app.command(name="bench")(bench)
 
 
@@ -194,7 +194,7 @@ def measure_systems(
 
 
 def systems_table(measurements: Sequence[Measurement]) -> Table:
-    """A row for each case, frugal beside naive."""
+    """Return a row for each case, frugal beside naive."""
     from rich import box
     from rich.table import Table
 

@@ -29,7 +29,7 @@ BACKENDS = {"vosops": None, "naive": "reference"}
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to `app`."""
+    """Add the command to `app`."""
     app.command(name="demo")(demo)
 
 
@@ -100,7 +100,7 @@ def demo(
 
 
 def short_side(clip: DemoClip) -> int:
-    """The size of the computation: the clip's own, up to that of `vosops segment`."""
+    """Return the size of the computation: the clip's own, up to that of `vosops segment`."""
     from vosops.inference.settings import DEFAULT_SIZE
 
     return min(clip.size[0], DEFAULT_SIZE)

@@ -31,7 +31,7 @@ COLUMNS = tuple(HEADINGS)
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to `app`."""
+    """Add the command to `app`."""
     app.command(name="eval")(evaluate)
 
 

@@ -9,7 +9,7 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command to `app`."""
+    """Add the command to `app`."""
     app.command(name="info")(show)
 
 

@@ -31,7 +31,7 @@ def check_file(command: str, option: str, file: Path | None) -> None:
 
 
 def write_json(command: str, file: Path, content: dict[str, Any]) -> None:
-    """Writes the file of --json."""
+    """Write the file of --json."""
     try:
         file.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:

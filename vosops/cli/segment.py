@@ -137,7 +137,7 @@ def segment(
 
 
 def run_mode(resume: bool, overwrite: bool) -> Mode:
-    """What becomes of a run that is in the folder already."""
+    """Return what happens to a run that is in the folder already."""
     from vosops.io.errors import InputError
 
     if resume and overwrite:
@@ -146,7 +146,7 @@ def run_mode(resume: bool, overwrite: bool) -> Mode:
 
 
 def frame_rate(fps: float) -> Fraction:
-    """The rate of --fps as cameras mean it."""
+    """Return the rate of --fps as cameras mean it."""
     from vosops.io.errors import InputError
 
     if not 0 < fps < math.inf:
@@ -182,7 +182,7 @@ class StopSignals:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """The numbers of a comma-separated option."""
+    """Return the numbers of a comma-separated option."""
     from vosops.io.errors import InputError
 
     try:

@@ -197,7 +197,7 @@ class DemoClip(Sequence[tuple[Image, Image]]):
 
 
 def write_clip(clip: DemoClip, root: Path, name: str = "demo") -> tuple[Path, Path]:
-    """Writes the clip as a dataset in DAVIS' layout, and returns the folders of its frames and of its masks.
+    """Write the clip as a dataset in DAVIS' layout, and returns the folders of its frames and of its masks.
 
     Files of an earlier clip of that name are removed.
 
@@ -244,7 +244,7 @@ class _Sprite:
         self.picture = picture
 
     def at(self, time: float) -> tuple[tuple[int, int, int, int], Tensor]:
-        """The box that the layer covers (top, bottom, left, right), and its picture there (4, h, w)."""
+        """Return the box that the layer covers (top, bottom, left, right), and its picture there (4, h, w)."""
         pose = _interpolate(self.poses, time)
         height, width = self.size
         scale = pose.scale * self.unit
@@ -267,7 +267,7 @@ class _Sprite:
 
 
 def _cut(layer: Layer) -> tuple[Tensor, tuple[float, float]]:
-    """What the outline holds, (4, h, w) premultiplied RGBA in [0, 1], and its centre (x, y)."""
+    """Return what the outline holds, (4, h, w) premultiplied RGBA in [0, 1], and its centre (x, y)."""
     photograph = _read(layer.photograph)
     if not layer.outline:
         picture = torch.cat([photograph, torch.ones_like(photograph[:1])])
@@ -280,7 +280,7 @@ def _cut(layer: Layer) -> tuple[Tensor, tuple[float, float]]:
 
 
 def _read(name: str) -> Tensor:
-    """A photograph of scikit-image, (3, h, w) float in [0, 1]."""
+    """Return a photograph of scikit-image, (3, h, w) float in [0, 1]."""
     try:
         import skimage.data
         from PIL import Image as Pillow
@@ -292,7 +292,7 @@ def _read(name: str) -> Tensor:
 
 
 def _opacity(outline: Sequence[tuple[float, float]], size: tuple[int, int]) -> Tensor:
-    """The inside of a smooth closed curve through the corners, (h, w) in [0, 1], with a soft edge."""
+    """Return the inside of a smooth closed curve through the corners, (h, w) in [0, 1], with a soft edge."""
     from PIL import Image as Pillow
     from PIL import ImageDraw, ImageFilter
 
@@ -316,7 +316,7 @@ def _closed_curve(corners: Sequence[tuple[float, float]]) -> list[tuple[float, f
 
 
 def _interpolate(poses: tuple[Pose, ...], time: float) -> Pose:
-    """The pose at a time in [0, 1], on a smooth curve through the given ones."""
+    """Return the pose at a time in [0, 1], on a smooth curve through the given ones."""
     after = next(i for i, pose in enumerate(poses[1:], start=1) if time <= pose.time or i == len(poses) - 1)
     chosen = [poses[min(max(i, 0), len(poses) - 1)] for i in range(after - 2, after + 2)]
     share = (time - chosen[1].time) / (chosen[2].time - chosen[1].time)
@@ -326,6 +326,6 @@ def _interpolate(poses: tuple[Pose, ...], time: float) -> Pose:
 
 
 def _catmull_rom(a: Curve, b: Curve, c: Curve, d: Curve, t: float | Curve) -> Curve:
-    """The point at share t between b and c of the smooth curve through a, b, c, d."""
+    """Return the point at share t between b and c of the smooth curve through a, b, c, d."""
     result: Curve = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
     return result

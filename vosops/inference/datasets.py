@@ -146,7 +146,7 @@ def masks_of_sequence(
 def _first_object(
     sequence: VideoSequence, found: Sequence[tuple[int, Path]], all_masks: Iterable[Path]
 ) -> tuple[int, Path]:
-    """The first of the frames and masks that shows an object."""
+    """Yield the first of the frames and masks that shows an object."""
     known: dict[Path, set[int]] = {}
 
     def values(path: Path) -> set[int]:

@@ -154,7 +154,7 @@ class NetworkTracker:
         return result
 
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
-        """Adds the objects of labels, or corrects known ones, in the frame that was segmented last.
+        """Add the objects of labels, or corrects known ones, in the frame that was segmented last.
 
         0 in labels is "none of the objects in labels": the other objects keep the pixels that they have there. The
         frame counts as labelled: it is kept for good.
@@ -177,7 +177,7 @@ class NetworkTracker:
         self._object_ids += [i for i in given if i not in self._object_ids]
 
     def remove_object(self, object_id: int) -> None:
-        """Stops tracking an object and forgets it; its pixels in the latest frame become background."""
+        """Stop tracking an object and forgets it; its pixels in the latest frame become background."""
         if object_id not in self._object_ids:
             raise ValueError(f"object_id must be one of {self._object_ids}, got {object_id}")
         latest = self._started()
@@ -204,7 +204,7 @@ class NetworkTracker:
             return self._output(*self._segment(latest.index + 1, frame, None, False), output)
 
     def confidence(self) -> Tensor:
-        """The probability (H,W) float32 of each pixel's label in the latest frame; 1 where labels were given."""
+        """Return the probability (H,W) float32 of each pixel's label in the latest frame; 1 where labels were given."""
         latest = self._started()
         with self._running():
             return self._maps(latest, self._object_ids).confidence()
@@ -249,7 +249,7 @@ class NetworkTracker:
     # ---- How it is done.
 
     def _options(self) -> dict[str, Any]:
-        """What a state must agree with."""
+        """Return what a state must agree with."""
         network = type(self.network).__name__
         return {
             "network": network,
@@ -286,7 +286,7 @@ class NetworkTracker:
         ]
 
     def _share(self, budget: int, n: int) -> int:
-        """What a budget gives the memory of a scale: its share of the area."""
+        """Return what a budget gives the memory of a scale: its share of the area."""
         return int(budget * self.scales[n] ** 2 / self._total_area)
 
     @property
@@ -295,7 +295,7 @@ class NetworkTracker:
         return sum(scale**2 for scale in self.scales)
 
     def _of_all_scales(self, error: MemoryBudgetError, n: int) -> MemoryBudgetError:
-        """A scale's error in terms of the whole budget."""
+        """Return a scale's error in terms of the whole budget."""
         if error.needed is None or len(self.scales) == 1:
             return error
         needed = math.ceil(error.needed * self._total_area / self.scales[n] ** 2)
@@ -331,7 +331,7 @@ class NetworkTracker:
     def _segment(
         self, index: int, frame: Tensor, labels: Tensor | None, permanent: bool
     ) -> tuple[_Segmented, list[int]]:
-        """The frame's scores, without changing the tracker, and the ids of all objects that are known then."""
+        """Return the frame's scores, without changing the tracker, and the ids of all objects that are known then."""
         assert self._geometry is not None
         frame = frame.to(self.device, copy=True)
         scores: list[Tensor] | None = None
@@ -391,7 +391,7 @@ class _Geometry:
         ]
 
     def image(self, frame: Tensor, memory_format: torch.memory_format) -> Tensor:
-        """The frame (3,H,W) as (1,3,h,w) float32 in [0, 1], padded with zeros."""
+        """Return the frame (3,H,W) as (1,3,h,w) float32 in [0, 1], padded with zeros."""
         image = frame.float()
         if frame.dtype == torch.uint8:
             image = image.div_(255)
@@ -471,7 +471,7 @@ class _Maps:
         return out
 
     def _evidence(self, scores: list[Tensor], rows: range, padded: bool) -> Tensor:
-        """The evidence of rows of the frame, averaged over the scales."""
+        """Return the evidence of rows of the frame, averaged over the scales."""
         geometry = self.geometry
         wanted = range(rows.start + geometry.top, rows.stop + geometry.top)
         total: Tensor | None = None
@@ -488,7 +488,7 @@ class _Maps:
         return total if padded else total[:, :, geometry.left : geometry.left + geometry.frame[1]]
 
     def _ordered(self, probabilities: Tensor) -> Tensor:
-        """The scores' classes in the order of the ids: new objects have 0, those removed are background."""
+        """Return the scores' classes in the order of the ids: new objects have 0, those removed are background."""
         if list(self.segmented.score_ids) == self.ids:
             return probabilities
         out = probabilities.new_zeros(1 + len(self.ids), *probabilities.shape[1:])
@@ -506,7 +506,7 @@ class _Maps:
         return functional.pad(labels[start:stop], (*sides, start - rows.start, rows.stop - stop))
 
     def _inside(self, x: Tensor) -> Tensor:
-        """The frame in its padded map."""
+        """Return the frame in its padded map."""
         top, left = self.geometry.top, self.geometry.left
         height, width = self.geometry.frame
         return x[..., top : top + height, left : left + width]
@@ -530,7 +530,7 @@ class _FrameMasks(Masks):
         self._group, self._classes = torch.empty(0), range(0)
 
     def of(self, index: int) -> Tensor:
-        """The probability (h,w) of a class."""
+        """Return the probability (h,w) of a class."""
         if index not in self._classes:
             self._group = torch.empty(0)
             height, width = self._of_frame.geometry.padded
@@ -543,7 +543,7 @@ class _FrameMasks(Masks):
         return self._group[index - self._classes.start]
 
     def labels(self) -> Tensor:
-        """The most probable class (h,w) of each pixel."""
+        """Return the most probable class (h,w) of each pixel."""
         classes = self._of_frame.classes()
         if self.size == self._of_frame.geometry.padded:
             return classes
@@ -552,7 +552,7 @@ class _FrameMasks(Masks):
 
 
 def uncompiled(model: Any) -> Any:
-    """The network that `torch.compile` wrapped, or the model itself."""
+    """Return the network that `torch.compile` wrapped, or the model itself."""
     return getattr(model, "_orig_mod", model)
 
 

@@ -140,7 +140,7 @@ class VideoRun:
         )
 
     def _to_be_written(self, done: set[str], old: bool) -> Iterator[str]:
-        """The files of this run that are there already, and may be somebody else's.
+        """Yield the files of this run that are there already, and may be somebody else's.
 
         Args:
             done: Frames whose masks stay as they are.
@@ -250,7 +250,7 @@ class VideoRun:
 
 
 def written_folders(out: Path) -> list[Path]:
-    """The folders that a run into ``out`` writes to."""
+    """Return the folders that a run into ``out`` writes to."""
     return [out, out / CUTOUT_FOLDER, out / STATE_FOLDER]
 
 

@@ -22,7 +22,7 @@ _PALETTE_BYTES = 768
 
 
 def class_palette(num_classes: int) -> bytes:
-    """The palette of the label maps: Cityscapes' colours for its 19 classes, else those of DAVIS."""
+    """Return the palette of the label maps: Cityscapes' colours for its 19 classes, else those of DAVIS."""
     if num_classes != len(CITYSCAPES):
         return davis_palette()
     return bytes(value for kind in CITYSCAPES.values() for value in kind.colour).ljust(_PALETTE_BYTES, b"\0")

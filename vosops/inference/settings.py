@@ -77,7 +77,7 @@ class ModelSettings:
         return [Path(path) for path in (self.weights, self.options.get("checkout")) if path is not None]
 
     def arguments(self) -> dict[str, Any]:
-        """What of these changes the result, for a run's record."""
+        """Return what of these changes the result, for a run's record."""
         return {
             "model": self.model,
             "weights content": self._weights_content,
@@ -90,7 +90,7 @@ class ModelSettings:
         }
 
     def semantic_arguments(self) -> dict[str, Any]:
-        """The same, for a run of `make_semantic_tracker`; older ones knew one model, and recorded its defaults."""
+        """Return the same for a run of `make_semantic_tracker`; older runs knew one model and recorded its defaults."""
         entry = _find_entry(self.model, "semantic network")
         arguments = self.arguments()
         defaults = {_recorded(option): value for option, value in entry.defaults.items()}
@@ -183,7 +183,7 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def _find_entry(name: str, *kinds: Kind) -> ModelEntry:
-    """The entry of a model of these kinds; a one-line error for any other name."""
+    """Return the entry of a model of these kinds; a one-line error for any other name."""
     known = sorted(model for kind in kinds for model in list_models(kind))
     try:
         entry = find_model(name)
@@ -230,13 +230,13 @@ def _one_line_errors(entry: ModelEntry) -> Iterator[None]:
 
 
 def _recorded(option: str) -> str:
-    """What a run's record calls an option of a model: one of the command line's own, or else what --option gave."""
+    """Return the name of a model's option in a run's record: an option of the command line, or one of --option."""
     name = _OWN_OPTIONS.get(option, option)
     return name if name in _SHORT_OPTIONS else f"option {name}"
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """Return a value as JSON can hold it."""
     if isinstance(value, Path):
         return str(value)
     try:
@@ -247,7 +247,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """The value that a text stands for."""
+    """Return the value that a text stands for."""
     constants = {"true": True, "false": False, "none": None}
     if text.lower() in constants:
         return constants[text.lower()]

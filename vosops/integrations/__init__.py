@@ -112,7 +112,7 @@ def accelerate(target: Any) -> Acceleration:
 
 
 def _modules(target: Any) -> list[ModuleType]:
-    """The loaded modules of the checkouts or packages that target belongs to."""
+    """Return the loaded modules of the checkouts or packages that target belongs to."""
     starts = {name for name in _module_names(target) if name.split(".")[0] not in _FOREIGN}
     found: dict[str, ModuleType] = {}
     for start in starts:
@@ -146,7 +146,7 @@ def _is_inside(folder: Path, root: Path) -> bool:
 
 
 def _module_names(target: Any) -> Iterator[str]:
-    """The modules in which target, and what it holds, are defined."""
+    """Yield the modules in which target, and what it holds, are defined."""
     if isinstance(target, str):
         yield importlib.import_module(target).__name__
     elif isinstance(target, ModuleType):
@@ -162,7 +162,7 @@ def _module_names(target: Any) -> Iterator[str]:
 
 
 def _root(module: ModuleType) -> Path | None:
-    """The folder from which the module's top-level package is imported."""
+    """Return the folder from which the module's top-level package is imported."""
     file = getattr(module, "__file__", None)
     if not file:
         return None

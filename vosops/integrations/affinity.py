@@ -34,7 +34,7 @@ class Columns(NamedTuple):
     stop: int
 
     def narrowed(self) -> tuple[Tensor, Tensor | None]:
-        """Views of these positions."""
+        """Return views of these positions."""
         part = slice(self.start, self.stop)
         return self.key[:, :, part], None if self.shrinkage is None else self.shrinkage[:, :, part]
 
@@ -63,11 +63,11 @@ class Handle(torch.Tensor):
         return self._dense is not None or (self._source is not None and self._source[0].is_built)
 
     def build(self) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         raise NotImplementedError
 
     def dense(self, operation: str, *, writes: bool = False) -> Tensor:
-        """The tensor itself, for an operation that needs it; from then on the handle is only its name.
+        """Return the tensor itself, for an operation that needs it; from then on the handle is only its name.
 
         writes: whether the operation changes it, and with it the handle that this one is a view of.
         """
@@ -117,7 +117,7 @@ class Handle(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """What went past __torch_function__."""
+        """Return what went past __torch_function__."""
         plain_args, plain_kwargs = _with_dense(str(func), (args, dict(kwargs or {})))
         return func(*plain_args, **plain_kwargs)
 
@@ -140,7 +140,7 @@ class Similarity(Handle):
         similarity: str = "l2",
         scale: float | None = None,
     ) -> Similarity:
-        """The scores of query (B,C,...) and key (B,C,...), shrinkage (B,1,...), selection (B,C,...)."""
+        """Return the scores of query (B,C,...) and key (B,C,...), shrinkage (B,1,...), selection (B,C,...)."""
         key, query = key.flatten(2), query.flatten(2)
         shrinkage = None if shrinkage is None else shrinkage.flatten(1).unsqueeze(1)
         selection = None if selection is None else selection.flatten(2)
@@ -159,7 +159,7 @@ class Similarity(Handle):
         return self
 
     def build(self) -> Tensor:
-        """The scores (B,M,P)."""
+        """Return the scores (B,M,P)."""
         parts = (part.narrowed() for part in self.columns)
         scores = (
             similarity_scores(self.query, key, shrinkage=shrinkage, selection=self.selection, **self.options)
@@ -168,7 +168,7 @@ class Similarity(Handle):
         return torch.cat(list(scores), 1).to(self.dtype)
 
     def arguments(self) -> dict[str, Any]:
-        """What memory_read and memory_select take, but for the values."""
+        """Return what memory_read and memory_select take, but for the values."""
         keys, shrinkages = zip(*(part.narrowed() for part in self.columns), strict=True)
         shrinkage = None if shrinkages[0] is None else list(shrinkages)
         return {
@@ -184,7 +184,7 @@ class Similarity(Handle):
         return [part.stop - part.start for part in self.columns]
 
     def select_queries(self, index: Any) -> Similarity:
-        """The scores of some queries."""
+        """Return the scores of some queries."""
         selection = None if self.selection is None else self.selection[:, :, index]
         return Similarity._of(self.query[:, :, index], selection, self.columns, self.options)
 
@@ -246,7 +246,7 @@ class Affinity(Handle):
 
     @staticmethod
     def of(scores: Similarity, top_k: int | None = None) -> Affinity:
-        """The softmax of scores over the memory, with top_k over the greatest scores of each query."""
+        """Return the softmax of scores over the memory, with top_k over the greatest scores of each query."""
         chosen = None
         if top_k is not None:
             arguments = scores.arguments()
@@ -262,7 +262,7 @@ class Affinity(Handle):
         return self
 
     def build(self) -> Tensor:
-        """The weights (B,M,P)."""
+        """Return the weights (B,M,P)."""
         if self.chosen is None:
             weights, _ = softmax_over_memory(self.scores.build())
         else:
@@ -271,7 +271,7 @@ class Affinity(Handle):
         return weights.expand(self.shape).to(self.dtype)
 
     def read(self, value: Tensor) -> Tensor:
-        """The weighted sums of value (N,O,Cv,M), N being 1 or the batch of the scores -> (N,O,Cv,P)."""
+        """Return the weighted sums of value (N,O,Cv,M), N being 1 or the batch of the scores -> (N,O,Cv,P)."""
         if self.chosen is not None:
             return memory_gather(self.chosen, value)
         arguments = self.scores.arguments()
@@ -395,7 +395,7 @@ def _handles(args: Any) -> list[Handle]:
 
 
 def _with_dense(operation: str, arguments: Any) -> Any:
-    """The arguments with every handle replaced by its tensor."""
+    """Return the arguments with every handle replaced by its tensor."""
     writes = _writes(operation)
     return tree_map(lambda a: a.dense(operation, writes=writes) if isinstance(a, Handle) else a, arguments)
 
@@ -417,7 +417,7 @@ def _accepts(answer: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
 
 
 def _parse_index(index: Any, positions: int) -> tuple[slice, Any, bool]:
-    """An index of a (B,M,P) tensor as a range of M and an index of P (None: all); False if it is not of this kind."""
+    """Return an index of a (B,M,P) tensor as a range of M and an index of P (None: all); False for any other index."""
     parts = index if isinstance(index, tuple) else (index,)
     rows: slice = slice(0, positions)
     queries = None
@@ -451,6 +451,6 @@ def _readable(value: Any, affinity: Affinity) -> bool:
 
 
 def _handle_last(operands: Sequence[Any], terms: list[str]) -> Any:
-    """The (operand, labels) of the other operand and of the handle."""
+    """Return the (operand, labels) of the other operand and of the handle."""
     pairs = list(zip(operands, terms, strict=True))
     return pairs if isinstance(operands[1], Handle) else pairs[::-1]

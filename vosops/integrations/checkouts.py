@@ -42,7 +42,7 @@ class MemoryPlan(NamedTuple):
 def plan_memory(
     default: MemoryPlan, pixels: int, permanent: int, token_bytes: int, budget: int | None
 ) -> MemoryPlan:
-    """The plan nearest to the default that fits the frame's size and the budget.
+    """Return the plan nearest to the default that fits the frame's size and the budget.
 
     pixels: positions of a frame; permanent: frames that are kept for good; token_bytes: of a position. Raises
     MemoryBudgetError when the budget does not hold two frames beside the permanent ones and as much long-term memory.
@@ -150,7 +150,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
         return probabilities if output == "probs" else most_probable(probabilities, self.object_ids)
 
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
-        """Adds objects, or corrects known ones, in the frame that was segmented last; 0 says nothing of the others."""
+        """Add objects, or corrects known ones, in the frame that was segmented last; 0 says nothing of the others."""
         if self._core is None:
             self.initialize(frame, labels)
             return
@@ -167,7 +167,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
         self._confidence = probabilities.clone().amax(0)
 
     def remove_object(self, object_id: int) -> None:
-        """Stops tracking an object."""
+        """Stop tracking an object."""
         if object_id not in self.object_ids:
             raise ValueError(f"object_id must be one of {self.object_ids}, got {object_id}")
         with torch.inference_mode():
@@ -203,7 +203,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
 
     @abstractmethod
     def _new_core(self) -> Any:
-        """A core that remembers nothing."""
+        """Return a core that remembers nothing."""
 
     @abstractmethod
     def _advance(self, image: Tensor, masks: Tensor | None, permanent: bool, end: bool) -> Tensor:
@@ -221,7 +221,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
 
     @abstractmethod
     def _memory_tensors(self) -> Iterator[Tensor]:
-        """What the memory budget counts."""
+        """Return what the memory budget counts."""
 
     @abstractmethod
     def _fit_memory(self, pixels: int, new: Sequence[int]) -> None:
@@ -236,7 +236,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
             raise RuntimeError("initialize must be called before the first step")
 
     def _give(self, frame: Tensor, labels: Tensor, end: bool) -> Tensor:
-        """A step whose labels are given -> (O+1,H,W)."""
+        """Take a step whose labels are given -> (O+1,H,W)."""
         labels = labels.to(self.device).long()
         unknown = labels == IGNORED
         if self.object_ids and bool(unknown.any()):
@@ -253,7 +253,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
         return self._sized(self._advance(image, masks, True, end))
 
     def _image(self, frame: Tensor) -> Tensor:
-        """The frame (3,H,W), float32 in [0, 1], at the size of the computation."""
+        """Return the frame (3,H,W), float32 in [0, 1], at the size of the computation."""
         image = frame.to(self.device)
         image = image.float().div_(255) if image.dtype == torch.uint8 else image.float()
         if self.size == -1:
@@ -276,7 +276,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
 
 
 def saved(value: Any, skip: Sequence[str] = ()) -> Any:
-    """A copy of an object's attributes, all the way down, as tensors, numbers, strings, lists and dictionaries."""
+    """Return a deep copy of an object's attributes as tensors, numbers, strings, lists and dictionaries."""
     if isinstance(value, Tensor):
         return value.clone()
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -33,7 +33,7 @@ class Recipe(NamedTuple):
 
 
 def find_recipe(function: Any) -> Recipe | None:
-    """The recipe for a function of this name and these first parameters."""
+    """Return the recipe for a function of this name and these first parameters."""
     if type(function) is not FunctionType:
         return None
     for recipe in RECIPES:
@@ -48,13 +48,13 @@ def find_recipe(function: Any) -> Recipe | None:
 
 
 def original_of(function: Any) -> Any:
-    """What a replacement replaced; None for any other object."""
+    """Return what a replacement replaced; None for any other object."""
     # Not isinstance: some modules hold objects that warn or load things when they are asked for their class.
     return getattr(function, "_vosops_original", None) if type(function) is FunctionType else None
 
 
 def replacement_for(recipe: Recipe, original: Function) -> Function:
-    """The replacement of a function.
+    """Return the replacement of a function.
 
     Raises ValueError if the two disagree on a small random input: a fork may compute something else under the
     same name.
@@ -81,7 +81,7 @@ def replacement_for(recipe: Recipe, original: Function) -> Function:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """The tensors of a result, handles built."""
+    """Return the tensors of a result, handles built."""
     results = result if isinstance(result, tuple) else (result,)
     return [r.build() if isinstance(r, Handle) else r for r in results]
 

@@ -113,7 +113,7 @@ class XMem(CheckoutTracker):
         return torch.cat([1 - objects.sum(0, keepdim=True), objects])
 
     def _channels(self) -> list[int]:
-        """The core's channels of the objects."""
+        """Return the core's channels of the objects."""
         return [self._slots.index(i) for i in self.object_ids]
 
     def _remove(self, object_id: int) -> None:
@@ -175,7 +175,7 @@ class XMem(CheckoutTracker):
 
 
 def _import_checkout(folder: Path) -> tuple[Any, Any, Any]:
-    """The modules model.network, inference.inference_core and model.resnet of a clone of XMem."""
+    """Return the modules model.network, inference.inference_core and model.resnet of a clone of XMem."""
     folder = folder.resolve()
     if not (folder / "model" / "network.py").is_file():
         raise ValueError(
@@ -197,7 +197,7 @@ def _import_checkout(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
-    """The state without the eviction that `XMem._new_core` sets."""
+    """Return the state without the eviction that `XMem._new_core` sets."""
     state["long_mem"].pop("remove_obsolete_features", None)
     return state
 
@@ -211,7 +211,7 @@ def _evict(store: Any, original: Callable[[int], None], max_size: int) -> None:
 
 
 def _most_used(store: Any, count: int) -> Tensor:
-    """A mask (M,) of the most used positions; of each group's values at least one stays."""
+    """Return a mask (M,) of the most used positions; of each group's values at least one stays."""
     usage = (store.use_count / store.life_count).flatten().nan_to_num(nan=-1.0)  # which topk would take first
     kept = torch.zeros_like(usage, dtype=torch.bool)
     kept[usage.topk(max(1, count)).indices] = True

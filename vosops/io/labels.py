@@ -75,7 +75,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[Labels, bytes | None]:
 def _labels_of_picture(
     picture: Picture, what: str, raw: str, scale: float, sixteen: bool
 ) -> tuple[Labels, bytes | None]:
-    """The labels and palette of a loaded picture. scale: what Pillow multiplied the stored grey values by."""
+    """Return the labels and palette of a loaded picture. scale: what Pillow multiplied the stored grey values by."""
     import numpy as np
 
     mode = picture.mode
@@ -161,7 +161,7 @@ def labels_of_array(value: Any) -> Labels:
 
 
 def _scale_of_grey(picture: Picture) -> float:
-    """What Pillow multiplies the stored grey values of this file by when it loads them."""
+    """Return what Pillow multiplies the stored grey values of this file by when it loads them."""
     raw = raw_mode(picture)
     if picture.mode == "L":
         for bits in (2, 4):
@@ -176,7 +176,7 @@ def _scale_of_grey(picture: Picture) -> float:
 
 
 def _alpha_of_indices(picture: Picture, indices: Labels) -> Labels:
-    """The alpha of each pixel of a palette image."""
+    """Return the alpha of each pixel of a palette image."""
     import numpy as np
 
     table: Labels = np.full(MAX_ID + 1, WHITE, np.uint8)
@@ -190,7 +190,7 @@ def _alpha_of_indices(picture: Picture, indices: Labels) -> Labels:
 
 
 def _checked_against_alpha(labels: Labels, alpha: Labels, what: str) -> Labels:
-    """The labels, if an object is nowhere transparent; what is opaque, if that is all the image tells."""
+    """Return the labels, if an object is nowhere transparent; what is opaque, if that is all the image tells."""
     inside = _opaque(alpha, what)
     if inside is None:
         return labels
@@ -200,7 +200,7 @@ def _checked_against_alpha(labels: Labels, alpha: Labels, what: str) -> Labels:
 
 
 def _labels_of_colours_with_alpha(colours: Labels, alpha: Labels, what: str) -> Labels:
-    """The labels of an image (H, W, 3) whose alpha (H, W) may be the mask itself.
+    """Return the labels of an image (H, W, 3) whose alpha (H, W) may be the mask itself.
 
     Colours that nobody sees count only where they contradict those that are seen.
     """
@@ -245,7 +245,7 @@ def _opaque(alpha: Labels, what: str) -> npt.NDArray[np.bool_] | None:
 
 
 def _white_where(inside: npt.NDArray[np.bool_]) -> Labels:
-    """The mask of one object: 255 where it is, else 0."""
+    """Return the mask of one object: 255 where it is, else 0."""
     import numpy as np
 
     labels: Labels = np.where(inside, WHITE, 0).astype(np.uint8)

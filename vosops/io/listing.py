@@ -71,7 +71,7 @@ def natural_order(stems: Iterable[str]) -> list[str]:
 
 
 def _values(stems: Sequence[str]) -> dict[str, Decimal] | None:
-    """The number in each stem where they shall be compared by it, else None."""
+    """Return the number in each stem where they shall be compared by it, else None."""
     matches = [_NUMBERED.fullmatch(stem) for stem in stems]
     numbers = [match[2] for match in matches if match is not None]
     if len(numbers) < len(stems) or len({match[1] for match in matches if match is not None}) != 1:
@@ -127,7 +127,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, int]]:
-    """What is in a folder but for hidden entries, and the mode of what each stands for, 0 of a link to nothing."""
+    """Yield the entries of a folder that are not hidden, each with the mode of its target (0 for a broken link)."""
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
@@ -211,7 +211,7 @@ def read_names(path: Path, known: Collection[str] = (), option_name: str = "--se
 
 
 def _decode(content: bytes) -> str | None:
-    """The text of a list; None where it is none. Bytes that are not UTF-8 stay, as in names of files."""
+    """Return the text of a list, None if it is not one; bytes that are not UTF-8 stay, as in file names."""
     if len(content) > _LONGEST_LIST:
         return None
     mark, encoding = next((bom for bom in _BOMS if content.startswith(bom[0])), (b"", "utf-8"))
@@ -223,7 +223,7 @@ def _decode(content: bytes) -> str | None:
 
 
 def _match(name: str, known: Collection[str]) -> str:
-    """The known name that this one is, however its accents are composed; else the name."""
+    """Return the known name equal to this one, however its accents are composed; else the name itself."""
     if name in known or name.isascii():
         return name
     form = unicodedata.normalize("NFC", name)

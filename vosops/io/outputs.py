@@ -380,7 +380,7 @@ class _File(io.BufferedRandom):
 
 
 def _part(path: Path) -> Path:
-    """The temporary name of a file: short, so that it fits where the file's own does."""
+    """Return the temporary name of a file: short, so that it fits where the file's own does."""
     return path.with_name(PART_PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16])
 
 

@@ -133,7 +133,7 @@ def frame_of_picture(picture: Picture, what: str) -> Image:
 
 
 def _upper_byte(samples: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The upper bytes of samples of 16 bits; warns once where these would be nearly black."""
+    """Return the upper bytes of samples of 16 bits; warns once where these would be nearly black."""
     import numpy as np
 
     if samples.size and 0 < samples.max() < _DARK:

@@ -54,7 +54,7 @@ def protect_inputs(inputs: Iterable[Path], folders: Sequence[Path]) -> None:
 
 
 def _folders_of(path: Path) -> Iterator[str]:
-    """The folders that a path lies in, from the path itself, where it is one, up to the root."""
+    """Yield the folders that a path lies in, from the path itself, where it is one, up to the root."""
     place = (
         os.path.realpath(path)
         if os.path.isdir(path)
@@ -79,7 +79,7 @@ def _links(path: Path) -> list[str]:
 
 
 def _entries(path: Path) -> list[Path]:
-    """What lies directly in a folder; nothing for a file."""
+    """Return the direct entries of a folder; none for a file."""
     try:
         with os.scandir(path) as entries:
             return [Path(entry.path) for entry in entries]
@@ -88,7 +88,7 @@ def _entries(path: Path) -> list[Path]:
 
 
 def _linked_files(folder: Path) -> Iterator[Id]:
-    """The files of a folder that have other names too."""
+    """Yield the files of a folder that have other names too."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

@@ -69,11 +69,11 @@ class Arena:
         return sum(column.row_bytes for column in self._columns.values() if column.table == table)
 
     def columns(self, table: str) -> list[str]:
-        """The names of the table's columns."""
+        """Return the names of the table's columns."""
         return [column.name for column in self._columns.values() if column.table == table]
 
     def view(self, table: str, name: str) -> Tensor:
-        """The column as (capacity, *shape); writes reach the arena."""
+        """Return the column as (capacity, *shape); writes reach the arena."""
         key = f"{table}.{name}"
         column, start = self._columns[key], self._offsets[key]
         rows = self._capacity[table]
@@ -169,12 +169,12 @@ class Arena:
 
 
 def layout_bytes(columns: Sequence[Column], capacity: Mapping[str, int], scratch: int) -> int:
-    """The bytes that an arena needs for these columns."""
+    """Return the bytes that an arena needs for these columns."""
     return _layout(columns, capacity, scratch)[1]
 
 
 def largest(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest integer from 0 to `bound` that fits, where all below one that fits do; -1 if 0 does not."""
+    """Return the largest integer from 0 to `bound` that fits, where all below one that fits do; -1 if 0 does not."""
     low, high = -1, bound
     while low < high:
         middle = (low + high + 1) // 2

@@ -254,7 +254,7 @@ class MemoryBank:
     def read(
         self, query_key: Tensor, selection: Tensor | None = None, *, objects: Sequence[int] | None = None
     ) -> Tensor:
-        """What the memory says of each pixel of a frame, for each object.
+        """Return what the memory says of each pixel of a frame, for each object.
 
         query_key (1,Ck,*Q) and selection (1,Ck,*Q), on the bank's device -> (1,O,Cv,*Q) in query_key's dtype, for
         `objects` or else all in the order of `objects`. Each group reads the positions that it sees, with the
@@ -281,7 +281,7 @@ class MemoryBank:
         return torch.stack([outs[o] for o in wanted], 1)
 
     def _read_view(self, query: Query, view: View, objects: list[list[int]]) -> list[Tensor]:
-        """What each group of the view reads for its objects; counts usage as the bank's first group reads."""
+        """Return what each group of the view reads for its objects; counts usage as the bank's first group reads."""
         counts = self.settings.policy == "long_term" and view.groups[0] == next(iter(self._groups))
         seen = view.parts[view.firsts[0] :]
         usage: list[Tensor] | None = None
@@ -333,7 +333,7 @@ class MemoryBank:
         return View(tuple(groups), [rows for rows, _ in runs], firsts, None)
 
     def _parts_of(self, group: int) -> tuple[list[Rows], bool]:
-        """What the group reads, oldest first, and whether it sees all of that."""
+        """Return what the group reads, oldest first, and whether it sees all of that."""
         parts, everything = [], True
         for store in (self._host, self._work):
             seen = [group in slot.groups for slot in store.slots]

@@ -20,7 +20,7 @@ class MemoryBudgetError(RuntimeError):
 
     @classmethod
     def of(cls, needed: int, what: str, budget: int | None, fit: int | None = None) -> MemoryBudgetError:
-        """The error of a budget that is known to be too small, and by how much."""
+        """Return the error of a budget that is known to be too small, and by how much."""
         fitting = "" if fit is None else f": {fit} fit"
         error = cls(f"budget must be at least {needed} bytes for {what}, got {budget}{fitting}")
         error.needed, error.what, error.fit = needed, what, fit
@@ -28,7 +28,7 @@ class MemoryBudgetError(RuntimeError):
 
 
 def parse_bytes(text: str | int) -> int:
-    """A number of bytes from "2GB", "512 MiB", "1.5g" or an int; decimal units unless written with an i.
+    """Return a number of bytes from "2GB", "512 MiB", "1.5g" or an int; decimal units unless written with an i.
 
     Raises ValueError for anything else, or less than one byte.
 

@@ -42,19 +42,19 @@ class Frames:
         return len(self.slots) * self.pixels
 
     def rows(self, index: int) -> Rows:
-        """The rows of a frame."""
+        """Return the rows of a frame."""
         return Rows(self.arena, WORK, index * self.pixels, (index + 1) * self.pixels)
 
     def all(self) -> Rows:
-        """The rows of all frames."""
+        """Return the rows of all frames."""
         return Rows(self.arena, WORK, 0, self.used)
 
     def find(self, frame: int) -> int | None:
-        """The index of the frame of this number."""
+        """Return the index of the frame of this number."""
         return next((i for i, slot in enumerate(self.slots) if slot.frame == frame), None)
 
     def oldest(self) -> int | None:
-        """The index of the frame that came first of those that are neither permanent nor temporary."""
+        """Return the index of the oldest frame that is neither permanent nor temporary."""
         evictable = [i for i, slot in enumerate(self.slots) if not (slot.permanent or slot.temporary)]
         return min(evictable, key=lambda i: self.slots[i].serial, default=None)
 
@@ -100,9 +100,9 @@ class Frames:
             self.remove(index)
 
     def state(self) -> list[dict[str, Any]]:
-        """The slots as plain data."""
+        """Return the slots as plain data."""
         return [asdict(slot) for slot in self.slots]
 
     def contents(self) -> dict[str, Tensor]:
-        """A copy of all columns' used rows."""
+        """Return a copy of all columns' used rows."""
         return self.all().contents()

@@ -61,7 +61,7 @@ def make_plan(
     room: int,
     staged: bool,
 ) -> Plan:
-    """The plan for these groups and so many permanent frames; MemoryBudgetError if they do not fit.
+    """Return the plan for these groups and so many permanent frames; MemoryBudgetError if they do not fit.
 
     temporary: whether a temporary frame needs a place. frames: how many there are. room: how many there is room for,
     which grows only without a budget. staged: whether frames of the host must be copied to be read.
@@ -141,7 +141,7 @@ def _columns(
     usage: bool,
     selection: bool,
 ) -> list[Column]:
-    """The columns of a table of positions."""
+    """Return the columns of a table of positions."""
     keys = (geometry.key_channels,)
     columns = [Column(table, "key", keys, settings.stored_key_dtype)]
     if geometry.shrinkage:

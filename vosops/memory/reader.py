@@ -26,7 +26,7 @@ class Rows:
     stop: int
 
     def column(self, name: str) -> Tensor:
-        """These rows of a column, (rows, *shape)."""
+        """Return these rows of a column, (rows, *shape)."""
         return self.arena.view(self.table, name)[self.start : self.stop]
 
     def has(self, name: str) -> bool:
@@ -34,7 +34,7 @@ class Rows:
         return self.arena.has(self.table, name)
 
     def contents(self) -> dict[str, Tensor]:
-        """A copy of all columns."""
+        """Return a copy of all columns."""
         names = self.arena.columns(self.table) if len(self) else []
         return {name: self.column(name).clone() for name in names}
 
@@ -121,7 +121,7 @@ class Reader:
         return [merged[0]]
 
     def average(self, query: Query, parts: Sequence[Rows], column: str) -> Tensor:
-        """A column of scalars under the softmax over all rows without a NaN, which must be near -> (1,1,*Q)."""
+        """Return a column of scalars under the softmax over all rows without a NaN, which must be near -> (1,1,*Q)."""
         values = [part.column(column)[None, None] for part in parts]
         valid = [defined(part, (*_SCORED, column))[None] for part in parts]
         out: Tensor = self._read(query, parts, None, values, valid=valid)
@@ -136,7 +136,7 @@ class Reader:
     def select(
         self, query: Query, view: View, top_k: int, usage: bool
     ) -> tuple[list[MemoryWeights], list[Tensor] | None]:
-        """The best rows of each group for each query, counted through the parts that it sees.
+        """Return the best rows of each group for each query, counted through the parts that it sees.
 
         With usage also that of these parts by the first group's read.
         """
@@ -164,7 +164,7 @@ class Reader:
         return [_best_of(found, top_k)], None
 
     def gather(self, chosen: MemoryWeights, parts: Sequence[Rows], objects: Sequence[int]) -> Tensor:
-        """The objects' values at the chosen rows of all parts -> (1,O,Cv,*Q)."""
+        """Return the objects' values at the chosen rows of all parts -> (1,O,Cv,*Q)."""
         outs = []
         for o in objects:
             if all(self._in_place(part) for part in parts):
@@ -200,7 +200,7 @@ class Reader:
         }
 
     def _values(self, rows: Rows, objects: Sequence[int]) -> Any:
-        """The objects' values as memory_read takes them: (1,1,Cv,rows), or a sequence over several objects."""
+        """Return the objects' values as memory_read takes them: (1,1,Cv,rows), or a sequence over several objects."""
         if self.quantised:
             count = len(rows)
             floats = self.arena.view(FLOATS, "value")
@@ -219,7 +219,7 @@ class Reader:
         return self._is_near(rows) and not self.quantised
 
     def _pieces(self, parts: Sequence[Rows], objects: int) -> Iterator[tuple[int, Rows]]:
-        """The parts in pieces whose keys are near, and small enough to dequantise so many objects' values.
+        """Yield the parts in pieces whose keys are on the device, small enough to dequantise that many objects' values.
 
         With each the number of rows before it. A piece is good until the next one is asked for.
         """
@@ -243,20 +243,20 @@ class Reader:
 
 
 def _ranges(view: View) -> list[tuple[int, int]]:
-    """The rows that each group of a view sees, counted through its parts."""
+    """Return the rows that each group of a view sees, counted through its parts."""
     sizes = [len(part) for part in view.parts]
     return [(sum(sizes[:first]), sum(sizes)) for first in view.firsts]
 
 
 def _shifted(chosen: MemoryWeights, rows: int) -> MemoryWeights:
-    """The same rows, counted from so many rows further back."""
+    """Return the same rows, counted from so many rows further back."""
     if rows == 0:
         return chosen
     return chosen._replace(indices=torch.where(chosen.indices >= 0, chosen.indices + rows, -1))
 
 
 def _best_of(selections: Sequence[MemoryWeights], top_k: int) -> MemoryWeights:
-    """The best of selections from different rows, as one selection from all of them makes it."""
+    """Return the best of selections from different rows, as one selection from all of them makes it."""
     scores = torch.cat([chosen.weights.log() + chosen.lse[:, None] for chosen in selections], 1)
     indices = torch.cat([chosen.indices for chosen in selections], 1)
     scores = torch.where(indices >= 0, scores, -torch.inf)

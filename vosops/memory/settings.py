@@ -161,6 +161,6 @@ class MemorySettings:
         return cls(**{**defaults, **taken, **options})
 
     def state_dict(self) -> dict[str, Any]:
-        """What a saved bank must agree with, as numbers and texts."""
+        """Return what a saved bank must agree with, as numbers and texts."""
         fields = {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_STATE}
         return {name: str(v) if isinstance(v, torch.dtype) else v for name, v in fields.items()}

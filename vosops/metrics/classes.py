@@ -136,7 +136,7 @@ class Consistency:
         self._frames = 0
 
     def add(self, prediction: Mask, ground_truth: Mask) -> float | None:
-        """Adds the next frame, (H, W) integers, 255 in the truth ignored.
+        """Add the next frame, (H, W) integers, 255 in the truth ignored.
 
         Returns the share of the window that ends here; None where there is no full window yet, or no pixel in it
         whose true class stays the same.
@@ -340,11 +340,11 @@ class _Plan:
     ids: Ids
 
     def chunks(self) -> list[tuple[_Frame, ...]]:
-        """The frames, a few at a time."""
+        """Return the frames, a few at a time."""
         return [self.frames[i : i + FRAMES_PER_TASK] for i in range(0, len(self.frames), FRAMES_PER_TASK)]
 
     def runs(self) -> list[tuple[_Frame, ...]]:
-        """The frames, those together that follow each other."""
+        """Return the frames, those together that follow each other."""
         breaks = [i for i, f in enumerate(self.frames) if not i or f.place != self.frames[i - 1].place + 1]
         return [self.frames[i:j] for i, j in zip(breaks, [*breaks[1:], len(self.frames)], strict=True)]
 
@@ -360,7 +360,7 @@ def _plan(folders: SequenceFolders, num_classes: int, ids: Ids | None) -> _Plan:
 
 
 def _truth(files: dict[str, Path], ids: Ids | None, num_classes: int) -> tuple[dict[str, Path], Ids]:
-    """The label maps among the files by the names of their frames, and how they number the classes."""
+    """Return the label maps among the files by the names of their frames, and how they number the classes."""
     if num_classes == len(CITYSCAPES):
         for kind in _ENDINGS if ids is None else (ids,):
             chosen = {
@@ -378,7 +378,7 @@ def _frame_name(stem: str) -> str:
 
 
 def _score(plan: _Plan, frames: Sequence[_Frame], window: int | None) -> tuple[Matrix, list[float]]:
-    """The confusion matrix of some frames, and the consistency of each window in them."""
+    """Return the confusion matrix of some frames, and the consistency of each window in them."""
     matrix = np.zeros((plan.num_classes, plan.num_classes + 1), dtype=np.int64)
     consistency = Consistency(window) if window is not None else None
     shares = []
@@ -398,7 +398,7 @@ def _score(plan: _Plan, frames: Sequence[_Frame], window: int | None) -> tuple[M
 
 
 def _hint(name: str, true: Labels, plan: _Plan) -> str:
-    """What may be wrong where a label is outside the classes."""
+    """Return a likely reason for a label outside the classes."""
     if name == "ground_truth" and plan.num_classes == len(CITYSCAPES):
         if int(np.where(true == IGNORED, 0, true).max()) <= LAST_LABEL_ID:
             return "; --ids label reads Cityscapes' label ids"
@@ -437,7 +437,7 @@ def _sum(sequences: Sequence[SequenceCounts]) -> Matrix:
 
 
 def _present(names: Sequence[str], iou: NDArray[np.float64]) -> dict[str, float]:
-    """The classes that have a value, by their names."""
+    """Return the classes that have a value, by their names."""
     return {name: float(value) for name, value in zip(names, iou, strict=True) if not math.isnan(value)}
 
 

@@ -79,7 +79,7 @@ def boundary_accuracy(
 
 
 def boundary_radius(shape: Sequence[int], tolerance: float = BOUNDARY_TOLERANCE) -> int:
-    """The radius in pixels of the disk within which boundaries match: 8 for 480 x 854."""
+    """Return the radius in pixels of the disk within which boundaries match: 8 for 480 x 854."""
     return math.ceil(tolerance if tolerance >= 1 else tolerance * math.hypot(*shape))
 
 
@@ -95,7 +95,7 @@ def compare_masks(prediction: Mask, ground_truth: Mask, void: Mask | None = None
 
 
 def boundary(mask: Mask) -> Boolean:
-    """The boundary of a mask (H, W) -> bool (H, W): pixels that differ from the right, lower or diagonal one.
+    """Return the boundary of a mask (H, W) -> bool (H, W): pixels that differ from the right, lower or diagonal one.
 
     The boundary is thus one pixel wide and lies half a pixel up and left of the true one. The last row is
     compared to the right only, the last column downwards only, and the last pixel is never on the boundary.
@@ -161,7 +161,7 @@ class ObjectScore:
         return statistics(self.f_values)
 
     def row(self) -> dict[str, float]:
-        """The numbers by DAVIS' names: J&F-Mean, J-Mean, J-Recall, J-Decay, F-Mean, F-Recall, F-Decay."""
+        """Return the numbers by DAVIS' names: J&F-Mean, J-Mean, J-Recall, J-Decay, F-Mean, F-Recall, F-Decay."""
         j, f = self.j, self.f
         return {
             "J&F-Mean": (j.mean + f.mean) / 2,
@@ -218,7 +218,7 @@ def evaluate_sequence(
 
 
 def scored_frames(frames: Sequence[Frame], keep_ends: bool) -> Sequence[Frame]:
-    """The frames that count: all but the first and the last, or all. ValueError where none is left."""
+    """Return the frames that count: all but the first and the last, or all; ValueError if none is left."""
     left = frames if keep_ends else frames[1:-1]
     if not left:
         raise ValueError(

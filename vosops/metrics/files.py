@@ -85,7 +85,7 @@ def find_sequences(
 
 
 def _chosen(names: Sequence[str] | None, known: list[str], root: Path) -> list[str]:
-    """The sequences that `names` choose of the known ones; all for None."""
+    """Return the sequences that `names` choose of the known ones; all for None."""
     if names is None:
         return known
     try:
@@ -100,7 +100,7 @@ def _chosen(names: Sequence[str] | None, known: list[str], root: Path) -> list[s
 
 
 def sequence_root(root: Path) -> Path:
-    """The folder of the sequences: `root` itself, `root/Annotations`, or one resolution in that."""
+    """Return the folder of the sequences: `root` itself, `root/Annotations`, or one resolution in that."""
     for folder in (root / "Annotations" / "480p", root / "Annotations", root):
         if folder.is_dir() and any(_holds_masks(child) for child in subfolders(folder)):
             return folder
@@ -110,7 +110,7 @@ def sequence_root(root: Path) -> Path:
 
 
 def _resolutions(root: Path) -> str:
-    """What to say where a data set has several resolutions, none of which is 480p."""
+    """Return a hint for a data set with several resolutions, none of which is 480p."""
     annotations = root / "Annotations"
     found = [folder.name for folder in subfolders(annotations)] if annotations.is_dir() else []
     return f"; give one of the folders in {shown(annotations)}: {few(found)}" if len(found) > 1 else ""
@@ -125,7 +125,7 @@ def _holds_masks(folder: Path) -> bool:
 
 
 def pngs(folder: Path) -> dict[str, Path]:
-    """The label maps in a folder by their stems, in natural order; empty where it is no folder."""
+    """Return the label maps in a folder by their stems, in natural order; empty where it is no folder."""
     if not (folder.is_dir() or folder.is_symlink()):
         return {}
     try:
@@ -135,7 +135,7 @@ def pngs(folder: Path) -> dict[str, Path]:
 
 
 def read(path: Path) -> Labels:
-    """A label map (H, W)."""
+    """Return a label map (H, W)."""
     try:
         return read_labels(path)[0]
     except InputError as error:
@@ -143,7 +143,7 @@ def read(path: Path) -> Labels:
 
 
 def read_pair(prediction: Path, ground_truth: Path) -> tuple[Labels, Labels]:
-    """The label maps (H, W) of one frame, which must be of one size."""
+    """Return the label maps (H, W) of one frame, which must be of one size."""
     predicted, true = read(prediction), read(ground_truth)
     if predicted.shape != true.shape:
         expected, got = (f"{width}x{height}" for height, width in (true.shape, predicted.shape))
@@ -165,7 +165,7 @@ def check_complete(folder: Path, predictions: Mapping[str, Path], frames: Iterab
 
 
 def _naming_hint(absent: Sequence[str], wanted: Sequence[str], predictions: Collection[str]) -> str:
-    """What to say where the predictions are there, under other names."""
+    """Return a hint for predictions that exist under other names."""
     if len(absent) < len(wanted):
         return ""
     theirs, ours = next(iter(predictions)), absent[0]
@@ -179,7 +179,7 @@ def _naming_hint(absent: Sequence[str], wanted: Sequence[str], predictions: Coll
 def by_sequence(
     jobs: int | None, work: Callable[[Item], Result], sequences: Sequence[Sequence[Item]]
 ) -> list[list[Result] | EvaluationError]:
-    """What `work` makes of each item of each sequence, in order; of a sequence that fails, its first item's error.
+    """Return the results of `work` for the items of each sequence, in order; for one that fails, its first error.
 
     An error stops the rest of its sequence alone. jobs: threads; None: one per core.
     """
@@ -211,21 +211,21 @@ def by_sequence(
 
 
 def checked(result: Result | EvaluationError) -> Result:
-    """A result that is no error; raises one that is."""
+    """Return a result, or raise it if it is an error."""
     if isinstance(result, EvaluationError):
         raise result
     return result
 
 
 def check_any_scored(problems: Sequence[Problem], scored: int) -> None:
-    """Raises the first problem where nothing could be scored."""
+    """Raise the first problem where nothing could be scored."""
     if not scored:
         more = f" (and {len(problems) - 1} more sequences)" if len(problems) > 1 else ""
         raise EvaluationError(problems[0].reason + more)
 
 
 def in_threads(jobs: int | None, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """What `work` makes of each item, in order; an error stops the rest. jobs: threads; None: one per core.
+    """Return the result of `work` for each item, in order; an error stops the rest. jobs: threads; None: one per core.
 
     Decoding PNG files and counting pixels in numpy both leave the interpreter's lock. Processes would have to be
     forked beside the threads of torch, which may hang, or import torch anew each.

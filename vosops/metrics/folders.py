@@ -49,14 +49,14 @@ class Report:
         return tuple(dict.fromkeys(score.sequence for score in self.objects))
 
     def objects_of(self, sequence: str) -> list[ObjectScore]:
-        """The scores of the objects of one sequence."""
+        """Return the scores of the objects of one sequence."""
         chosen = [score for score in self.objects if score.sequence == sequence]
         if not chosen:
             raise ValueError(f"sequence: expected one of {', '.join(self.sequences)}; got {sequence!r}")
         return chosen
 
     def summary(self, sequence: str | None = None) -> dict[str, float]:
-        """The means over objects, of one sequence or of all, by the names of `ObjectScore.row`."""
+        """Return the means over objects, of one sequence or of all, by the names of `ObjectScore.row`."""
         rows = [score.row() for score in (self.objects if sequence is None else self.objects_of(sequence))]
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -217,7 +217,7 @@ def _score_frame(plan: _Plan, frame: str, ignore_void: bool) -> _Frame:
 
 
 def _collect(plan: _Plan, frames: Sequence[_Frame]) -> list[ObjectScore]:
-    """The scores of the objects of a sequence; where an object is neither true nor predicted it scores 1."""
+    """Return the scores of the objects of a sequence; where an object is neither true nor predicted it scores 1."""
     ids = plan.ids.union(*(frame.true_ids for frame in frames))
     strays = sorted(set().union(*(frame.scores for frame in frames)) - ids)
     if strays:

@@ -12,12 +12,12 @@ IGNORED = 255  # the label of pixels about which nothing is known
 
 
 def ids_of(labels: Tensor) -> list[int]:
-    """The ids of the objects in labels, ascending."""
+    """Return the ids of the objects in labels, ascending."""
     return [int(i) for i in torch.unique(labels).tolist() if i not in (0, IGNORED)]
 
 
 def check_first(frame: Tensor, labels: Tensor) -> None:
-    """Raises ValueError or TypeError unless a tracker can start from this frame."""
+    """Raise ValueError or TypeError unless a tracker can start from this frame."""
     check_frame(frame)
     check_labels(labels, frame)
     if not ids_of(labels):
@@ -25,7 +25,7 @@ def check_first(frame: Tensor, labels: Tensor) -> None:
 
 
 def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
-    """Raises ValueError or TypeError unless frame is (3,H,W) uint8 or floating, of this size.
+    """Raise ValueError or TypeError unless frame is (3,H,W) uint8 or floating, of this size.
 
     A first frame (size None) must hold values that can be meant to lie in [0, 1].
     """
@@ -46,7 +46,7 @@ def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
 
 
 def check_labels(labels: Tensor, frame: Tensor) -> None:
-    """Raises ValueError or TypeError unless labels are integers >= 0 of the frame's size."""
+    """Raise ValueError or TypeError unless labels are integers >= 0 of the frame's size."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor (H,W), got a {type(labels).__name__}")
     if labels.shape != frame.shape[1:]:
@@ -60,13 +60,13 @@ def check_labels(labels: Tensor, frame: Tensor) -> None:
 
 
 def check_output(output: str) -> None:
-    """Raises ValueError unless output is "probs" or "labels"."""
+    """Raise ValueError unless output is "probs" or "labels"."""
     if output not in ("probs", "labels"):
         raise ValueError(f"output must be 'probs' or 'labels', got {output!r}")
 
 
 def id_dtype(object_ids: Sequence[int]) -> torch.dtype:
-    """The dtype of a map of these ids: uint8 where they fit, else int64."""
+    """Return the dtype of a map of these ids: uint8 where they fit, else int64."""
     return torch.uint8 if max(object_ids, default=0) <= IGNORED else torch.int64
 
 
@@ -86,7 +86,7 @@ class KeepsConfidence:
     _confidence: Tensor | None = None
 
     def confidence(self) -> Tensor:
-        """The probability (H,W) of each pixel's label in the latest frame: see :class:`vosops.models.VideoTracker`."""
+        """Return the probability (H,W) of each pixel's label in the latest frame; see `vosops.models.VideoTracker`."""
         if self._confidence is None:
             raise RuntimeError("initialize or step must be called before confidence")
         return self._confidence

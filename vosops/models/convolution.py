@@ -18,7 +18,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor, addend: Tensor | None = None, relu: bool = False) -> Tensor:
-        """The convolution of x, + addend, and a ReLU if asked for."""
+        """Return the convolution of x, + addend, and a ReLU if asked for."""
         return conv2d(x, self.weight, self.bias, padding=1, addend=addend, relu=relu)
 
 

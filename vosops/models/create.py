@@ -71,7 +71,7 @@ def create_model(
 
 
 def _checked(entry: ModelEntry, made: Any) -> Any:
-    """What a factory made, if it is of the kind that its entry says."""
+    """Return what a factory made, if it is of the kind that its entry says."""
     wanted = _NETWORKS.get(entry.kind)
     if wanted is None:
         fits = all(hasattr(made, method) for method in _METHODS_OF_TRACKERS)

@@ -39,7 +39,7 @@ _LITE0_LOW_CHANNELS = 24
 
 
 def feature_size(height: int, width: int) -> tuple[int, int]:
-    """The size of the features of an image: int((side - 1) / 4 + 1)."""
+    """Return the size of the features of an image: int((side - 1) / 4 + 1)."""
     return (height - 1) // STRIDE + 1, (width - 1) // STRIDE + 1
 
 
@@ -69,7 +69,7 @@ class DeepLabV3Plus(nn.Module):
         return features
 
     def load_encoder(self, path: str | Path) -> None:
-        """Loads the encoder's weights from the file of a classifier, or of a segmentation model of torchvision.
+        """Load the encoder's weights from the file of a classifier, or of a segmentation model of torchvision.
 
         Raises ValueError that names the first weights missing.
         """
@@ -142,7 +142,7 @@ class _ResNet(_Encoder):
 
 
 def _bottleneck(block: Any, x: Tensor) -> Tensor:
-    """A block of torchvision's ResNets, its batch norms folded where they can be."""
+    """Return a block of torchvision's ResNets, its batch norms folded where they can be."""
     y = conv_norm(block.conv1, block.bn1, x, relu=True)
     y = conv_norm(block.conv2, block.bn2, y, relu=True)
     y = conv_norm(block.conv3, block.bn3, y)
@@ -263,7 +263,7 @@ class _Conv(nn.Sequential):
 
 
 def _separable(inputs: int, dilation: int = 1) -> list[nn.Module]:
-    """A 3x3 convolution of each channel and a 1x1 of all, batch norm and ReLU after both."""
+    """Build a depthwise 3x3 and a 1x1 convolution, each followed by batch norm and ReLU."""
     return [
         _Conv(inputs, inputs, 3, dilation=dilation, groups=inputs, std=DEPTHWISE_STD),
         _Conv(inputs, CHANNELS, std=POINTWISE_STD),
@@ -271,7 +271,7 @@ def _separable(inputs: int, dilation: int = 1) -> list[nn.Module]:
 
 
 def truncated_normal_(weight: Tensor, std: float) -> None:
-    """Fills weight from a normal distribution of mean 0 that is cut at two standard deviations."""
+    """Fill weight from a normal distribution of mean 0 that is cut at two standard deviations."""
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 

@@ -77,7 +77,7 @@ class _SameConv(nn.Module):
         return functional.relu6(x, inplace=True) if self.relu else x
 
     def load(self, weights: dict[str, Tensor], conv: str, norm: str, eps: float = 1e-3) -> None:
-        """Takes ``conv``'s weight and folds batch norm ``norm`` into it."""
+        """Take ``conv``'s weight and folds batch norm ``norm`` into it."""
         scale = weights[f"{norm}.weight"] * (weights[f"{norm}.running_var"] + eps).rsqrt()
         bias = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
         with torch.no_grad():
@@ -218,7 +218,7 @@ class _Torchvision(Backbone):
 
 
 def create_backbone(name: str = "efficientnet_lite0", *, pretrained: bool = True) -> Backbone:
-    """Creates a frozen backbone by name, in evaluation mode and channels_last.
+    """Create a frozen backbone by name, in evaluation mode and channels_last.
 
     ``pretrained=False`` gives seeded random weights: useful for tests only. Raises ``ValueError`` for an unknown
     name and for a network without maps at strides 8 and 16, ``ImportError`` where the package it needs is missing.
@@ -259,7 +259,7 @@ def _lite0_weights() -> dict[str, Tensor]:
 
 
 def _strides(stages: list[nn.Module]) -> list[int]:
-    """The stride of each stage's output, up to the first stage that does not give a map (a pooled vector)."""
+    """Return the stride of each stage's output, up to the first stage that does not give a map (a pooled vector)."""
     size = 64
     x = torch.zeros(1, 3, size, size)
     strides = []
@@ -281,7 +281,7 @@ def _first_line(error: Exception) -> str:
 
 
 def import_extra(package: str, install: str) -> Any:
-    """The package, or ImportError that names the extra that has it."""
+    """Return the package, or ImportError that names the extra that has it."""
     import importlib
 
     try:

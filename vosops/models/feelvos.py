@@ -173,11 +173,11 @@ class FEELVOS(Network):
         return FEELVOSMemory(self, budget=budget, naive=naive)
 
     def evidence(self, scores: Tensor, size: tuple[int, int], rows: range) -> Tensor:
-        """The probabilities: softmax of the logits, enlarged with align_corners=True."""
+        """Return the probabilities: softmax of the logits, enlarged with align_corners=True."""
         return resize_rows(scores, size, rows, align_corners=True).softmax(0)
 
     def aggregate(self, evidence: Tensor) -> Tensor:
-        """The mean of probabilities is one."""
+        """Average, since the mean of probabilities is a probability."""
         return evidence
 
 
@@ -248,7 +248,7 @@ class FEELVOSMemory(Memory):
         return self.network.embed(image).keys
 
     def _labels_of(self, masks: Masks, size: tuple[int, int], permanent: bool) -> Tensor:
-        """The ids (h,w) at the keys' size; on a permanent frame no object is lost for being small."""
+        """Return the ids (h,w) at the keys' size; on a permanent frame no object is lost for being small."""
         classes = masks.labels()
         small = self.network.matching.resize_labels(classes, size)
         if permanent:
@@ -436,7 +436,7 @@ class NestedMatching(Matching):
         return torch.cat([far, near, previous_mask[:, None], *others], 1)
 
     def bias(self, objects: int) -> Tensor:
-        """What is added to the squared distances of each class, background first: (O+1,)."""
+        """Return what is added to the squared distances of each class, background first: (O+1,)."""
         return torch.cat([self.background_bias, self.object_bias.expand(objects)])
 
     def _near(self, query: Tensor, previous: References, bias: Tensor) -> Tensor:
@@ -469,7 +469,7 @@ def nearest_other(distances: Tensor) -> Tensor:
 
 
 def _keep_small(index: int, labels: Tensor, small: Tensor) -> None:
-    """Gives a class of labels (H,W) one pixel of small (h,w), where it is, if there is any."""
+    """Give a class of labels (H,W) one pixel of small (h,w), where it is, if there is any."""
     pixels = (labels == index).nonzero()
     if len(pixels):
         place = pixels[len(pixels) // 2].tolist()

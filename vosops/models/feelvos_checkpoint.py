@@ -44,7 +44,7 @@ _OWN_NAMES = re.compile(r"\.(conv|bn|0|1)$")  # a convolution and its norm, insi
 
 
 def tensorflow_variables(network: FEELVOS) -> dict[str, Variable]:
-    """The variables of the original's checkpoint, and where each goes. Raises ValueError for any other encoder."""
+    """Return the variables of the original's checkpoint and their targets; ValueError for any other encoder."""
     if "deeplab.encoder.network.stem.0.conv" not in dict(network.named_modules()):
         raise ValueError(
             "backbone must be 'xception65' to load a checkpoint of the original, got another one"
@@ -66,7 +66,7 @@ def tensorflow_variables(network: FEELVOS) -> dict[str, Variable]:
 
 
 def _scope(name: str) -> str:
-    """The scope of a convolution or batch norm by its name."""
+    """Return the scope of a convolution or batch norm by its name."""
     block = _BLOCK.fullmatch(name)
     if block is not None:
         return f"xception_65/{_block_scope(int(block[1]))}/{_MODULE}/{_inner_scope(block[2])}"

@@ -19,7 +19,7 @@ _COLUMNS = (0, 1, 2, 1, 2, 2)
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:
-    """The mean over windows of (2 radius + 1)^2 pixels, of those inside the image.
+    """Return the mean over windows of (2 radius + 1)^2 pixels, of those inside the image.
 
     x: (..., H, W) floating; returns the same shape. About 2 log2(radius) additions per pixel and axis, whatever the
     radius, and no running sums that lose precision along the image.
@@ -101,7 +101,7 @@ class GuidedFilter:
         return fit[:, :3], fit[:, 3]
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Filters values (O,H,W), which may leave their range by a little at strong edges."""
+        """Filter values (O,H,W), which may leave their range by a little at strong edges."""
         slopes, offsets = self.coefficients(values)
         return apply_coefficients(slopes, offsets, self.guide)
 
@@ -119,12 +119,12 @@ def apply_coefficients(slopes: Tensor, offsets: Tensor, guide: Tensor) -> Tensor
 
 
 def guided_filter(guide: Tensor, values: Tensor, radius: int = 4, eps: float = 1e-3) -> Tensor:
-    """Filters values (O,H,W) by guide (3,H,W) in [0, 1] -> (O,H,W). See :class:`GuidedFilter`."""
+    """Filter values (O,H,W) by guide (3,H,W) in [0, 1] -> (O,H,W). See :class:`GuidedFilter`."""
     return GuidedFilter(guide, radius, eps)(values)
 
 
 def _inverse(m: Tensor) -> Tensor:
-    """The inverse of symmetric 3x3 matrices, (6,H,W) upper triangles, by cofactors."""
+    """Return the inverse of symmetric 3x3 matrices, (6,H,W) upper triangles, by cofactors."""
     m00, m01, m02, m11, m12, m22 = m.unbind(0)
     inverse = torch.stack(
         [

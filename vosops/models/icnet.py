@@ -76,12 +76,12 @@ def resize_legacy(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """A batch norm with the original's constants."""
+    """Build a batch norm with the original's constants."""
     return nn.BatchNorm2d(channels, _NORM_EPS, _NORM_MOMENTUM)
 
 
 def draw_as_tensorflow(layer: nn.Module) -> None:
-    """Gives a layer Glorot-uniform kernels and zero biases, TensorFlow's defaults."""
+    """Give a layer Glorot-uniform kernels and zero biases, TensorFlow's defaults."""
     for parameter in layer.parameters():
         if parameter.ndim == 4:
             nn.init.xavier_uniform_(parameter)
@@ -145,7 +145,7 @@ class PSPNet(nn.Module):
         bias: bool = False,
         norm: bool = True,
     ) -> None:
-        """Adds a convolution ("same" unless padding is given) and, by default, its batch norm."""
+        """Add a convolution ("same" unless padding is given) and, by default, its batch norm."""
         padding = dilation * (kernel // 2) if padding is None else padding
         layer = nn.Conv2d(channels, out, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias)
         draw_as_tensorflow(layer)
@@ -163,7 +163,7 @@ class PSPNet(nn.Module):
         return F.relu_(x) if relu else x
 
     def _halving(self, name: str, x: Tensor) -> Tensor:
-        """A 3x3 layer of stride 2 with TensorFlow's "same" padding: of an even side only the end is padded."""
+        """Return a 3x3 layer of stride 2 with TensorFlow's "same" padding: of an even side only the end is padded."""
         height, width = x.shape[-2:]
         top, left = height % 2, width % 2
         return self._layer(name, F.pad(x, (left, 1, top, 1)))
@@ -179,7 +179,7 @@ class PSPNet(nn.Module):
         return x
 
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepared images (N,3,H,W) -> (``conv3_1`` (N,256) at 1/16, ``conv5_4_interp`` (N,256) just below it)."""
+        """Compute ``conv3_1`` (N,256) at 1/16 and ``conv5_4_interp`` (N,256) just below it from images (N,3,H,W)."""
         if min(images.shape[-2:]) < MIN_SIDE:
             raise ValueError(f"frames must have sides of at least {MIN_SIDE}, got {tuple(images.shape[-2:])}")
         x = self._halving("conv1_1_3x3_s2", halve(images))
@@ -224,7 +224,7 @@ class ICNet(PSPNet):
         self._add("sub24_out", CHANNELS, num_classes, 1, bias=True, norm=False)
 
     def branches(self, images: Tensor) -> tuple[Branches, Tensor]:
-        """Prepared images (N,3,H,W) -> the branches as far as a frame goes alone, and ``conv5_4_interp``."""
+        """Return the per-frame part of the branches of prepared images (N,3,H,W), and ``conv5_4_interp``."""
         medium, pooled = self.trunk(images)
         high = self._halving("conv1_sub1", images)
         high = self._halving("conv3_sub1", self._halving("conv2_sub1", high))
@@ -236,7 +236,7 @@ class ICNet(PSPNet):
         return branches, pooled
 
     def fuse(self, low: Tensor, medium: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The branches (N,128,.,.) -> (``sub24_sum_interp`` for the middle output, ``sub12_sum`` for the last one)."""
+        """Fuse branches (N,128,.,.) into ``sub24_sum_interp`` (middle output) and ``sub12_sum`` (last output)."""
         low, medium = self._norm("conv_sub4_bn", low), self._norm("conv3_1_sub2_proj_bn", medium)
         sub24 = double(F.relu_(resize_legacy(low, medium.shape[-2:]) + medium))
         low, high = self._layer("conv_sub2", sub24, relu=False), self._norm("conv3_sub1_proj_bn", high)
@@ -250,7 +250,7 @@ class ICNet(PSPNet):
 
 
 def _add_pyramid(x: Tensor) -> Tensor:
-    """Adds to a map its means over windows of a quarter, third, half and all of its sides, resized to it."""
+    """Add to a map its means over windows of a quarter, third, half and all of its sides, resized to it."""
     size = height, width = x.shape[-2:]
     total = x
     for part in _PYRAMID:

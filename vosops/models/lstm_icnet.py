@@ -120,7 +120,7 @@ class LSTMICNet(ICNet, SemanticNetwork):
             self._add(skip, CHANNELS, CHANNELS - channels, 1, norm=False)
 
     def load_tensorflow(self, variables: Mapping[str, Any]) -> None:
-        """Loads the original's variables, arrays by their names, such as ``conv_sub4/weights`` (3,3,256,128).
+        """Load the original's variables, arrays by their names, such as ``conv_sub4/weights`` (3,3,256,128).
 
         Every one must be there, with its shape, and nothing else but what optimizers save. Kernels are
         (h,w,in,out), gates in TensorFlow's order. Raises ValueError that names the first missing, unexpected
@@ -130,7 +130,7 @@ class LSTMICNet(ICNet, SemanticNetwork):
 
     @classmethod
     def from_tensorflow(cls, variables: Mapping[str, Any], **options: Any) -> LSTMICNet:
-        """The network that the original's variables are of; see :meth:`load_tensorflow`.
+        """Return the network that the original's variables are of; see :meth:`load_tensorflow`.
 
         options: of the class; version, variant, lstm_channels and num_classes are found from the names and
         shapes if they are left out.
@@ -193,7 +193,7 @@ class LSTMICNet(ICNet, SemanticNetwork):
     def recur(
         self, branches: Branches, length: int, state: State | None = None, *, last: bool = False
     ) -> tuple[Tensor, Tensor, State]:
-        """The recurrent half: branches of N clips of ``length`` frames -> (sub24, sub12, state).
+        """Return the recurrent half: branches of N clips of ``length`` frames -> (sub24, sub12, state).
 
         branches: of N*length frames, a clip's frames in order. sub24 and sub12: what :meth:`ICNet.fuse`
         gives, of all frames, or with ``last`` of each clip's last one alone. state: as for :meth:`forward`.
@@ -244,7 +244,7 @@ def segmentation_loss(
     weights: tuple[float, float, float] = _LOSS_WEIGHTS,
     ignore: int = _IGNORED,
 ) -> Tensor:
-    """The original's loss on the last frame: 0.16 CE(sub4) + 0.4 CE(sub24) + 1.0 CE(logits).
+    """Return the original's loss on the last frame: 0.16 CE(sub4) + 0.4 CE(sub24) + 1.0 CE(logits).
 
     segmentation: with its coarser heads. labels: (N,H,W) integer classes of each clip's last frame, brought
     to each head's size by the nearest pixel; ``ignore`` and all values of K and above do not count, and
@@ -284,7 +284,7 @@ def _positions_of(version: str) -> tuple[str, ...]:
 
 
 def _kind_of(variant: str, lstm_channels: int | None) -> tuple[str, int]:
-    """The ConvLSTM's kind and its channels."""
+    """Return the ConvLSTM's kind and its channels."""
     kind, channels = _PRESETS.get(variant, (variant, CHANNELS))
     if kind not in _KINDS:
         raise ValueError(f"variant must be one of {', '.join((*_KINDS, *_PRESETS))}, got {variant!r}")
@@ -295,7 +295,7 @@ def _kind_of(variant: str, lstm_channels: int | None) -> tuple[str, int]:
 
 
 def _options_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the network that has these variables, as far as their names and shapes tell."""
+    """Return the options of the network that has these variables, as far as their names and shapes tell."""
     found = {position for position, (name, _) in _LAYERS.items() if f"{name}/rnn/{name}/biases" in variables}
     options: dict[str, Any] = {}
     for version, positions in _POSITIONS.items():

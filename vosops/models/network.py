@@ -40,11 +40,11 @@ class Masks(ABC):
 
     @abstractmethod
     def of(self, index: int) -> Tensor:
-        """The probability (h,w) float32 of a class; ask for the classes in ascending order, that is cheapest."""
+        """Return the probability (h,w) float32 of a class; asking for classes in ascending order is cheapest."""
 
     @abstractmethod
     def labels(self) -> Tensor:
-        """The most probable class (h,w) int64 of each pixel, the first of equals; 0 in the padding."""
+        """Return the most probable class (h,w) int64 of each pixel, the first of equals; 0 in the padding."""
 
 
 class TensorMasks(Masks):
@@ -60,11 +60,11 @@ class TensorMasks(Masks):
         self.size = (probabilities.shape[1], probabilities.shape[2])
 
     def of(self, index: int) -> Tensor:
-        """The probability (h,w) of a class."""
+        """Return the probability (h,w) of a class."""
         return self.probabilities[index]
 
     def labels(self) -> Tensor:
-        """The most probable class (h,w) of each pixel."""
+        """Return the most probable class (h,w) of each pixel."""
         return self.probabilities.argmax(0)
 
 
@@ -92,7 +92,7 @@ class Memory(ABC):
 
     @abstractmethod
     def segment(self, image: Tensor, *, frame: int) -> Tensor:
-        """The coarse scores of a frame: a tensor for `Network.evidence`, objects in the order of ``object_ids``.
+        """Return the coarse scores of a frame: a tensor for `Network.evidence`, objects in the order of ``object_ids``.
 
         They must not depend on a state that this call changes: segmenting twice gives the same. What was computed of
         the image alone may be kept for `add` of the same frame number; nothing else may depend on that.
@@ -136,13 +136,13 @@ class Network(nn.Module, ABC):
         return width // 2, width - width // 2, height // 2, height - height // 2
 
     def scaled_size(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
-        """What a padded frame of this size is resized to for a scale: here each side up to the next `stride`."""
+        """Return the size of a padded frame at a scale: here each side rounded up to a multiple of `stride`."""
         height, width = (-(-round(side * scale) // self.stride) * self.stride for side in size)
         return height, width
 
     @abstractmethod
     def new_memory(self, *, budget: int | None = None, naive: bool = False) -> Memory:
-        """An empty memory for one video.
+        """Return an empty memory for one video.
 
         budget: the bytes that it may hold at most; None: what it needs. naive: remember and read as the original code
         does, without this package's memory-efficient ways, to show the difference; the ops themselves are replaced by
@@ -151,7 +151,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def evidence(self, scores: Tensor, size: tuple[int, int], rows: range) -> Tensor:
-        """Some rows, in full resolution, of what is averaged over the scales: float32 (K,len(rows),w).
+        """Return some rows, in full resolution, of what is averaged over the scales: float32 (K,len(rows),w).
 
         scores: of `Memory.segment`. size: (h,w) of the image that was segmented. rows: a range of its rows, step 1; of
         the whole map no more may be made than these need (`resize_rows` enlarges a range of rows).
@@ -174,7 +174,7 @@ def objects_together(image: Tensor) -> int:
 
 
 def source_rows(height: int, target: int, rows: range, *, align_corners: bool = False) -> range:
-    """The rows of a map of `height` rows that `resize_rows` to `target` rows needs for `rows`."""
+    """Return the rows of a map of `height` rows that `resize_rows` to `target` rows needs for `rows`."""
     if len(rows) == 0:
         return range(0)
     low, high, _ = _coordinates(height, target, range(rows[0], rows[-1] + 1), align_corners)
@@ -190,7 +190,7 @@ def resize_rows(
     first: int = 0,
     height: int | None = None,
 ) -> Tensor:
-    """The rows `rows` of a map resized bilinearly, without the others: (C,h,w) -> (C,len(rows),size[1]) float32.
+    """Return the rows `rows` of a map resized bilinearly, without the others: (C,h,w) -> (C,len(rows),size[1]) float32.
 
     size: of the whole result. x may be a part of the map, rows `first` and on of `height`, if it holds all of
     `source_rows`. The same as those rows of ``interpolate(x, size, mode="bilinear")``, but for rounding.

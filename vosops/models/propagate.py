@@ -81,7 +81,7 @@ R = TypeVar("R")
 
 
 def _full_precision(method: Callable[P, R]) -> Callable[P, R]:
-    """Turns autocast off for a method: only the backbone runs in reduced precision."""
+    """Turn autocast off for a method: only the backbone runs in reduced precision."""
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -193,7 +193,7 @@ class Propagate(KeepsConfidence):
 
     @torch.no_grad()
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
-        """Adds the objects of labels, or corrects known ones, in the frame that was segmented last.
+        """Add the objects of labels, or corrects known ones, in the frame that was segmented last.
 
         0 in labels is "none of the objects in labels": the other objects keep the pixels that they have there.
         """
@@ -207,7 +207,7 @@ class Propagate(KeepsConfidence):
 
     @torch.no_grad()
     def remove_object(self, object_id: int) -> None:
-        """Stops tracking an object; what it covered is unknown in the permanent frames."""
+        """Stop tracking an object; what it covered is unknown in the permanent frames."""
         if object_id not in self.object_ids:
             raise ValueError(f"object_id must be one of {self.object_ids}, got {object_id}")
         channel = 1 + self.object_ids.index(object_id)
@@ -267,7 +267,7 @@ class Propagate(KeepsConfidence):
         return features, keys, self._enlarge(self._match(keys), image)
 
     def _image(self, frame: Tensor) -> Tensor:
-        """The frame (3,H,W), float32 in [0, 1], at the size of the computation."""
+        """Return the frame (3,H,W), float32 in [0, 1], at the size of the computation."""
         image = frame.to(self.device)
         image = image.float().div_(255) if image.dtype == torch.uint8 else image.float()
         height, width = image.shape[1:]
@@ -294,7 +294,7 @@ class Propagate(KeepsConfidence):
 
     @_full_precision
     def _keep(self, features: Tensor, masks: Tensor, probabilities: Tensor) -> None:
-        """Makes the latest frame a permanent one, fits embedding and classifier to all of these, and starts anew.
+        """Make the latest frame a permanent one, fits embedding and classifier to all of these, and starts anew.
 
         masks: bool (O+1,h,w), what is sure; probabilities: (O+1,h,w).
         """
@@ -331,7 +331,7 @@ class Propagate(KeepsConfidence):
             )
 
     def _memory_room(self) -> int | None:
-        """The bytes that the budget leaves for the memory, if there is one."""
+        """Return the bytes that the budget leaves for the memory, if there is one."""
         if self.memory_budget is None or not self._permanent_features:
             return None
         permanent, recent, _, _ = _bytes_of(self._permanent_features[0], len(self.object_ids))
@@ -351,7 +351,7 @@ class Propagate(KeepsConfidence):
 
     @_full_precision
     def _restart_memory(self) -> None:
-        """Makes the permanent frames all that the memory holds, if there is one."""
+        """Make the permanent frames all that the memory holds, if there is one."""
         if not self.with_memory:
             return
         self._memory = self._new_memory(self._memory_room())
@@ -363,7 +363,7 @@ class Propagate(KeepsConfidence):
     def _memorize(
         self, number: int, keys: Tensor, probabilities: Tensor, values: Tensor, *, permanent: bool = False
     ) -> None:
-        """Adds MEMORY_CELLS cells, chosen by probabilities (O+1,h,w): keys (D,h,w) with values (O+1,h,w)."""
+        """Add MEMORY_CELLS cells, chosen by probabilities (O+1,h,w): keys (D,h,w) with values (O+1,h,w)."""
         cells = _memory_cells(probabilities)
         key, value = (x.flatten(1)[:, cells][None, :, None] for x in (keys, values))
         self._memory.add(number, key, value[:, None], [_ALL_CLASSES], permanent=permanent)
@@ -381,7 +381,7 @@ class Propagate(KeepsConfidence):
 
     @_full_precision
     def _remember(self, keys: Tensor, probabilities: Tensor) -> None:
-        """Makes this frame the latest of the recent ones, and a lesson for the classifier."""
+        """Make this frame the latest of the recent ones, and a lesson for the classifier."""
         means = _cell_means(probabilities, (keys.shape[1], keys.shape[2]))
         self._recent_keys = [*self._recent_keys, keys][-max(WINDOWS) :]
         self._recent_probabilities = [*self._recent_probabilities, means][-max(WINDOWS) :]
@@ -395,7 +395,7 @@ class Propagate(KeepsConfidence):
             self._memorize(self._steps, keys, means, _evened(means))
 
     def _learn(self, features: Tensor, labels: Tensor, probabilities: Tensor) -> Tensor:
-        """Takes labels (H,W) as the truth where they say something -> the corrected probabilities (O+1,H,W).
+        """Take labels (H,W) as the truth where they say something -> the corrected probabilities (O+1,H,W).
 
         Pixels of 0 are none of the objects in labels; other objects keep what they have of them. Pixels of 255, and
         cells that are mostly such, are no reference.
@@ -434,7 +434,7 @@ class Propagate(KeepsConfidence):
 
     @_full_precision
     def _match(self, query: Tensor) -> Tensor:
-        """The frame's keys (D,h,w) -> coarse probabilities (O+1,h,w)."""
+        """Return the frame's keys (D,h,w) -> coarse probabilities (O+1,h,w)."""
         search = self._search_region()
         permanent = vosops.global_matching(
             query[None],
@@ -517,7 +517,7 @@ def _around(cells: Tensor) -> Tensor:
 
 
 def _memory_cells(probabilities: Tensor) -> Tensor:
-    """Indices of the MEMORY_CELLS cells of (O+1,h,w), or all, that stand for a frame in the memory.
+    """Return indices of the MEMORY_CELLS cells of (O+1,h,w), or all, that stand for a frame in the memory.
 
     Half of them are of the objects, the others of the background near them, in a fixed random order; where there are
     not enough, cells far from the objects, then more of the objects, then those of which nothing is known.
@@ -555,7 +555,7 @@ def _bytes_of(features: Tensor, objects: int) -> tuple[int, int, int, int]:
 
 
 def _embedding(features: Tensor, masks: Tensor) -> Tensor:
-    """The linear map (D,C) that whitens features (C,T,h,w) within the classes of masks (O+1,T,h,w).
+    """Return the linear map (D,C) that whitens features (C,T,h,w) within the classes of masks (O+1,T,h,w).
 
     The covariance is the mean of the classes' own, shrunk towards a multiple of the identity. Of the whitened
     channels the D principal ones are kept.
@@ -575,7 +575,7 @@ def _embedding(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def _moments(keys: Tensor, shares: Tensor) -> Tensor:
-    """What the classifier needs to know of cells, keys (D,n) with their shares (O+1,n) of the classes.
+    """Return what the classifier needs to know of cells, keys (D,n) with their shares (O+1,n) of the classes.
 
     (D+1+O+1,D+1): the Gram matrix of [key; 1], then its products with the classes' targets, which are 1 on a class'
     own cells and -1 on others. All classes weigh the same, whatever their size.
@@ -588,7 +588,7 @@ def _moments(keys: Tensor, shares: Tensor) -> Tensor:
 
 
 def _ridge(moments: Tensor) -> Tensor:
-    """The linear classifier (O+1,D+1), bias last, of :func:`_moments`."""
+    """Return the linear classifier (O+1,D+1), bias last, of :func:`_moments`."""
     size = moments.shape[1]
     identity = torch.eye(size, device=moments.device)
     solution: Tensor = torch.linalg.solve(moments[:size] + RIDGE * identity, moments[size:].T)
@@ -596,7 +596,7 @@ def _ridge(moments: Tensor) -> Tensor:
 
 
 def _cosine(distance: Tensor) -> Tensor:
-    """The cosine of unit vectors at a squared distance; -1 where there is none (+inf)."""
+    """Return the cosine of unit vectors at a squared distance; -1 where there is none (+inf)."""
     return 1 - distance.clamp(max=ABSENT_DISTANCE) / 2
 
 
@@ -613,7 +613,7 @@ def _cell_means(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _bounding_box(mask: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The half-open ranges of rows and columns that hold what is true in mask (h,w); None if nothing is."""
+    """Return the half-open ranges of rows and columns that hold what is true in mask (h,w); None if nothing is."""
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     if len(rows) == 0:
         return None

@@ -295,7 +295,7 @@ def _add(entry: ModelEntry) -> ModelEntry:
 
 
 def list_models(kind: Kind | None = None) -> list[str]:
-    """The names of all models, or of those of a kind: "tracker", "mask network" or "semantic network".
+    """Return the names of all models, or of those of a kind: "tracker", "mask network" or "semantic network".
 
     >>> from vosops.models import list_models
     >>> list_models("mask network")
@@ -308,7 +308,7 @@ def list_models(kind: Kind | None = None) -> list[str]:
 
 
 def find_model(name: str) -> ModelEntry:
-    """The entry of a model, by its name or an alias; ValueError, with the names that are near, if there is none."""
+    """Return the entry of a model by its name or an alias; ValueError, with similar names, if it is unknown."""
     if name not in _NAMES:
         _load_entry_points()
     if name not in _NAMES:

@@ -70,7 +70,7 @@ class ResNet50Encoder(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, frame: Tensor, *masks: Tensor) -> list[Tensor]:
-        """The maps of all stages, strides 4, 8, 16 (and 32), from res2 to the last.
+        """Return the maps of all stages, strides 4, 8, 16 (and 32), from res2 to the last.
 
         frame (N,3,H,W) in [0, 1], H and W multiples of the last stride; masks, one for each of mask_inputs, (N,1,H,W)
         or (N,H,W). Frame or masks may have a batch of 1, which goes with any other: the first convolution of one frame
@@ -79,13 +79,13 @@ class ResNet50Encoder(nn.Module):
         return list(self.stages(frame, *masks))
 
     def last(self, frame: Tensor, *masks: Tensor) -> Tensor:
-        """The last stage's map alone; the others are freed as soon as they have been used."""
+        """Return the last stage's map alone; the others are freed as soon as they have been used."""
         for x in self.stages(frame, *masks):  # noqa: B007
             pass
         return x
 
     def stages(self, frame: Tensor, *masks: Tensor) -> Iterator[Tensor]:
-        """The maps of :meth:`forward`, one after the other."""
+        """Yield the maps of :meth:`forward`, one after the other."""
         if len(masks) != len(self._mask_convolutions):
             raise ValueError(f"masks must be {len(self._mask_convolutions)} tensors, got {len(masks)}")
         for mask in masks:

@@ -89,7 +89,7 @@ class RGMP(Network):
         return RGMPOutput(logits, coarse, *others)
 
     def reference(self, frame: Tensor, masks: Tensor) -> Tensor:
-        """What the decoder needs of reference frames (N,3,H,W) and masks (N,H,W), once for a video: (N,512,H/32,W/32).
+        """Encode reference frames (N,3,H,W) and masks (N,H,W) for the decoder, once per video: (N,512,H/32,W/32).
 
         It is the reference's half of the first stage of the global convolution, which is linear.
         """
@@ -109,11 +109,11 @@ class RGMP(Network):
         return height, width
 
     def new_memory(self, *, budget: int | None = None, naive: bool = False) -> Memory:
-        """The memory of one video: the references and the previous frame's masks."""
+        """Return the memory of one video: the references and the previous frame's masks."""
         return _ReferenceMemory(self, budget, naive)
 
     def evidence(self, scores: Tensor, size: tuple[int, int], rows: range) -> Tensor:
-        """The probability (K,len(rows),w) of each object for itself, and of their union if there are several."""
+        """Return the probability (K,len(rows),w) of each object for itself, and of their union if there are several."""
         return resize_rows(scores, size, rows, align_corners=self.align_corners).sigmoid_()
 
     def aggregate(self, evidence: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class _ReferenceMemory(Memory):
         self._masks: Masks = TensorMasks(torch.ones(1, 1, 1), [])
 
     def add(self, image: Tensor, masks: Masks, *, frame: int, permanent: bool, keep: bool) -> None:
-        """Keeps the masks for the next frame, and references to this frame for what has none."""
+        """Keep the masks for the next frame, and references to this frame for what has none."""
         self._check_budget(image, len(masks.object_ids))
         if masks.object_ids != self.object_ids:
             self._union = None
@@ -177,7 +177,7 @@ class _ReferenceMemory(Memory):
         self._union = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The references and the previous frame's masks."""
+        """Return the references and the previous frame's masks."""
         masks = [mask for _, mask in self._keys_and_masks(False)]
         return {
             "object_ids": list(self.object_ids),
@@ -204,7 +204,7 @@ class _ReferenceMemory(Memory):
         return sum(x.numel() * x.element_size() for x in kept)
 
     def _check_budget(self, image: Tensor, objects: int) -> None:
-        """Raises MemoryBudgetError unless the references of so many objects fit."""
+        """Raise MemoryBudgetError unless the references of that many objects fit."""
         channels = _STAGES[-1] if self._naive else 2 * _CHANNELS
         cells = image.shape[2] * image.shape[3] // self._network.stride**2
         needed = (objects + (objects > 1)) * channels * cells * _FLOAT
@@ -222,7 +222,7 @@ class _ReferenceMemory(Memory):
         return self._network.Decoder.GC.prepare(reference) if self._naive else reference
 
     def _keys_and_masks(self, with_union: bool) -> Iterator[tuple[int | None, Tensor]]:
-        """The previous frame's mask (h,w) of each object, then if asked for that of their union, whose key is None."""
+        """Yield the previous mask (h,w) of each object, then on request that of their union under the key None."""
         union: Tensor | None = None
         for key in self.object_ids:
             mask = self._masks.of(1 + self._masks.object_ids.index(key))
@@ -250,7 +250,7 @@ class _Decoder(nn.Module):
         self.pred2 = _conv(_CHANNELS, 2)
 
     def forward(self, features: list[Tensor], reference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The logits (N,2,...) of all stages, the finest first; features: the encoder's maps."""
+        """Return the logits (N,2,...) of all stages, the finest first; features: the encoder's maps."""
         m5, m4, m3 = self._refined(features, reference)
         heads = (
             (self.pred2, self.RF2(features[0], m3)),
@@ -262,7 +262,7 @@ class _Decoder(nn.Module):
         return p2, p3, p4, p5
 
     def coarse(self, features: list[Tensor], reference: Tensor, *, strips: bool = True) -> Tensor:
-        """The logits (N,2,H/4,W/4) of the finest stage alone; strips: made a strip at a time where the map is large."""
+        """Return the logits (N,2,H/4,W/4) of the finest stage alone; strips: compute large maps a strip at a time."""
         finest, m3 = features[0], self._refined(features, reference)[-1]
         batch, _, height, width = finest.shape
         most = max(1, _STRIP_PIXELS // (batch * width * _STRIDE**2)) if strips else height
@@ -279,7 +279,7 @@ class _Decoder(nn.Module):
         return torch.cat(parts, 2)
 
     def _refined(self, features: list[Tensor], reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The maps of the decoder at strides 32, 16 and 8."""
+        """Return the maps of the decoder at strides 32, 16 and 8."""
         _, r3, r4, r5 = features
         m5 = _residual(self.GC(r5, reference), self.convG1, self.convG2)
         m4 = self.RF4(r4, m5)
@@ -302,7 +302,7 @@ class _Refine(nn.Module):
         return self.merged(features, _enlarged(coarse, features.shape[2:], self.align_corners))
 
     def merged(self, features: Tensor, enlarged: Tensor) -> Tensor:
-        """The refined map; enlarged, which this writes over: the coarse map at the size of the features."""
+        """Return the refined map; enlarged, which this writes over: the coarse map at the size of the features."""
         enlarged += _residual(self.convFS1(features), self.convFS2, self.convFS3)
         return _residual(enlarged, self.convMM1, self.convMM2)
 

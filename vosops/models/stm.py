@@ -113,17 +113,17 @@ class STM(Network):
         return key, value
 
     def query(self, image: Tensor) -> Query:
-        """What of a frame (N,3,h,w) all objects share."""
+        """Encode what all objects share of a frame (N,3,h,w)."""
         r2, r3, r4 = self.Encoder_Q(image)
         key, value = self.KV_Q_r4(r4)
         return Query(key, value, self.Decoder.RF3.skip(r3), r2)
 
     def new_memory(self, *, budget: int | None = None, naive: bool = False) -> Memory:
-        """An empty memory: one `MemoryBank` for each object, or tensors that grow by concatenation."""
+        """Return an empty memory: one `MemoryBank` for each object, or tensors that grow by concatenation."""
         return _NaiveMemory(self) if naive else _BankMemory(self, budget)
 
     def evidence(self, scores: Tensor, size: tuple[int, int], rows: range) -> Tensor:
-        """The probabilities (O,len(rows),w) of each object against all else."""
+        """Return the probabilities (O,len(rows),w) of each object against all else."""
         return resize_rows(scores, size, rows).sigmoid_()
 
     def aggregate(self, evidence: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ class _Refine(nn.Module):
         self.ResMM = _ResBlock()
 
     def skip(self, features: Tensor) -> Tensor:
-        """What this stage takes from the frame's map; the same for all objects."""
+        """Return what this stage takes from the frame's map, which all objects share."""
         out: Tensor = self.ResFS(self.convFS(features))
         return out
 
@@ -378,13 +378,13 @@ class _Decoder(nn.Module):
         return self._scores(self.RF2(skip2, self.middle(read, value, skip3)))
 
     def middle(self, read: Tensor, value: Tensor, skip3: Tensor) -> Tensor:
-        """The stages up to stride 8 -> (O,256,2h,2w)."""
+        """Return the stages up to stride 8 -> (O,256,2h,2w)."""
         m: Tensor = self.ResMM(self.convFM(torch.cat([read, value], 1)))
         m = self.RF3(skip3, m)
         return m
 
     def in_strips(self, middles: Sequence[Tensor], r2: Tensor) -> Tensor:
-        """The last stage a few rows at a time, after that of `middle` for some objects each -> (O,4h,4w).
+        """Return the last stage a few rows at a time, after that of `middle` for some objects each -> (O,4h,4w).
 
         The same as `forward`, but for rounding: a strip's maps are made with the rows around it that they depend on.
         """

@@ -45,7 +45,7 @@ class Variable(NamedTuple):
         return tuple(self.tensor.permute(self.order).shape if self.tensor.ndim == 4 else self.tensor.shape)
 
     def load(self, array: Any) -> None:
-        """Copies an array of that shape."""
+        """Copy an array of that shape."""
         source = torch.as_tensor(array)
         if source.ndim == 4:
             source = source.permute(2, 3, 0, 1) if self.depthwise else source.permute(3, 2, 0, 1)
@@ -55,7 +55,7 @@ class Variable(NamedTuple):
 
 
 def load_tensorflow(module: nn.Module, path: str | Path) -> None:
-    """Loads an .npz of variables into a module, as :func:`load_variables` does; the error names the file, too."""
+    """Load an .npz of variables into a module, as :func:`load_variables` does; the error names the file, too."""
     variables = read_variables(path)
     try:
         load_variables(module, variables)
@@ -64,7 +64,7 @@ def load_tensorflow(module: nn.Module, path: str | Path) -> None:
 
 
 def read_variables(path: str | Path) -> dict[str, Any]:
-    """The arrays of an .npz by their names; ValueError if it cannot be read, FileNotFoundError."""
+    """Return the arrays of an .npz by their names; ValueError if it cannot be read, FileNotFoundError."""
     import numpy as np
 
     if not Path(path).is_file():
@@ -81,12 +81,12 @@ def read_variables(path: str | Path) -> dict[str, Any]:
 
 
 def variable_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every TensorFlow variable of a module."""
+    """Return the name and shape of every TensorFlow variable of a module."""
     return {name: variable.shape for name, variable in _variables_of(module).items()}
 
 
 def load_variables(module: nn.Module, variables: Mapping[str, Any]) -> None:
-    """Loads arrays by their TensorFlow names into a module, each exactly once.
+    """Load arrays by their TensorFlow names into a module, each exactly once.
 
     What optimizers save beside is passed over. Raises ValueError that names the first missing, unexpected and
     misshapen, and then changes nothing.

@@ -46,7 +46,7 @@ class VideoTracker(Protocol):
         """
 
     def confidence(self) -> Tensor:
-        """The probability (H,W) float32 of each pixel's label in the latest frame; 1 where labels were given.
+        """Return the probability (H,W) float32 of each pixel's label in the latest frame; 1 where labels were given.
 
         Raises RuntimeError before the first frame, and where a state was loaded since.
         """

@@ -19,7 +19,7 @@ _SHOWN = 3  # names of each kind in an error
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Loads a module's weights from a file; every parameter and buffer must be there, with its shape.
+    """Load a module's weights from a file; every parameter and buffer must be there, with its shape.
 
     path: safetensors (by its suffix) or a checkpoint of ``torch.save``, read with ``weights_only=True``; for what may
     be in it see :func:`read_weights`. The values are brought to the module's dtypes and device. Raises ValueError that
@@ -56,7 +56,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file by their names, on the CPU.
+    """Return the tensors of a file by their names, on the CPU.
 
     A dictionary of tensors, or one under "state_dict" or "model"; a ``module.`` before every name is taken off. Raises
     ValueError for what cannot be read or holds anything else, FileNotFoundError.

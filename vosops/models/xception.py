@@ -110,7 +110,7 @@ class _Block(nn.Module):
             inputs = outputs
 
     def with_second(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and that of its second convolution."""
+        """Return the block's output, and that of its second convolution."""
         second = self.stack["conv2"](self.stack["conv1"](x))
         y = self.stack["conv3"](second)
         if not self.last:

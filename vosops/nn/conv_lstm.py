@@ -121,7 +121,7 @@ class ConvLSTMCell(nn.Module):
         return [getattr(self, name) for name in WEIGHT_NAMES[self.variant]]
 
     def run(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """A whole sequence x (N,T,C,H,W) -> output (N,T,hidden,H,W), (h, c)."""
+        """Run a whole sequence x (N,T,C,H,W) -> output (N,T,hidden,H,W), (h, c)."""
         return conv_lstm(
             x,
             self.weights,
@@ -138,7 +138,7 @@ class ConvLSTMCell(nn.Module):
         return self.run(x.unsqueeze(1), state)[1]
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Return the options in the module's repr."""
         parts = [f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size}"]
         parts += [f"variant={self.variant!r}, forget_bias={self.forget_bias}"]
         return ", ".join(parts)
@@ -211,7 +211,7 @@ class ConvLSTM(nn.Module):
     def from_tensorflow(
         cls, variables: Mapping[str, Any], forget_bias: float = 1.0, **options: Any
     ) -> ConvLSTM:
-        """A layer with the variables of LSTM-ICNet's ConvLSTMCellAP.
+        """Return a layer with the variables of LSTM-ICNet's ConvLSTMCellAP.
 
         variables: arrays or tensors named `kernel` ("convolution"), `kernel_h` and `kernel_w` ("spatial"),
         `kernel_depth` ("depthwise"), with `kernel_sep` ("separable"), and `biases`; a scope before the name and a

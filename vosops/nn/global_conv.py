@@ -86,7 +86,7 @@ class GlobalConv2d(nn.Module):
         )
 
     def prepare(self, reference: Tensor) -> Tensor:
-        """The first stage's half for a constant reference (N or 1,C',H,W), the last C' channels of the input.
+        """Return the first stage's half for a constant reference (N or 1,C',H,W), the last C' channels of the input.
 
         Differentiable; good for as long as the first stage's parameters stay as they are.
         """
@@ -100,5 +100,5 @@ class GlobalConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options in the module's repr."""
+        """Return the options in the module's repr."""
         return f"kernel_size={self.kernel_size}, precision={self.precision}"

@@ -83,5 +83,5 @@ class LocalMatching(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        """The options beside the biases."""
+        """Return the options beside the biases."""
         return f"radius={self.radius}, dilation={self.dilation}, normalize={self.normalize}"

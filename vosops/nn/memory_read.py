@@ -63,7 +63,7 @@ class MemoryRead(nn.Module):
                 self.add_module(f"{side}_{name}", convolution)
 
     def forward(self, query: Tensor, memory: Tensor) -> Tensor:
-        """What the memory says of each pixel, and what the frame itself says: (N,2*value_channels,H,W).
+        """Return what the memory says of each pixel, and what the frame itself says: (N,2*value_channels,H,W).
 
         query (N,in_channels,H,W); memory (N,in_channels,T,H',W'), T frames of any size. Raises ValueError, TypeError.
         """
@@ -94,5 +94,5 @@ class MemoryRead(nn.Module):
         return torch.cat([read, self.get_submodule("query_value")(query)], 1)
 
     def extra_repr(self) -> str:
-        """The options beside the convolutions."""
+        """Return the options beside the convolutions."""
         return f"similarity={self.similarity!r}, top_k={self.top_k}"

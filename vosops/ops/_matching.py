@@ -23,18 +23,18 @@ class Matching(NamedTuple):
 
 
 def resolved(query: Tensor, *rest: Any) -> Matching:
-    """The arguments of a core, which computes in the query's dtype."""
+    """Return the arguments of a core, which computes in the query's dtype."""
     return Matching(backends.Call(query.device, query.dtype), (query, *rest))
 
 
 def match(name: str, arguments: Matching) -> tuple[Tensor, Tensor]:
-    """The core's raw distance and index (N,O,slots,H,W)."""
+    """Return the core's raw distance and index (N,O,slots,H,W)."""
     result: tuple[Tensor, Tensor] = backends.choose(name, arguments.call).run(name, *arguments.core)
     return result
 
 
 def object_masks(mask: Tensor, num_objects: int | None, key: Tensor) -> Tensor:
-    """The boolean masks (N,O,*key.shape[2:]) that `mask` stands for.
+    """Return the boolean masks (N,O,*key.shape[2:]) that `mask` stands for.
 
     A boolean or floating `mask` (N,O,...) holds one map per object (floating: > 0.5), which may overlap.
     An integer `mask` (N,...) is a label map: value v belongs to object v for v < num_objects, 0 included;
@@ -85,7 +85,7 @@ def nearest_mean(distance: Tensor, index: Tensor) -> Tensor:
 
 
 def empty_matches(query: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """A core's outputs without values: distance and int64 index (N,O,slots,H,W)."""
+    """Return a core's outputs without values: distance and int64 index (N,O,slots,H,W)."""
     shape = (query.shape[0], mask.shape[1], slots, query.shape[2], query.shape[3])
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)

@@ -99,7 +99,7 @@ def _read_gradients(
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """What memory_read_backward computes, in differentiable PyTorch."""
+    """Return what memory_read_backward computes, in differentiable PyTorch."""
     wide = _wide(key)
     squares = query.shape[1] != key.shape[1]
     key, value, shrinkage = without_excluded(key, value, shrinkage, key_bias)
@@ -223,7 +223,7 @@ def _setup_gather_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[T
 
 def _backward_gather_backward_by(suffix: str) -> Callable[..., Any]:
     def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
-        """The op is bilinear in grad and (weight, value): with cotangents a, b they take each other's places."""
+        """Differentiate the op, bilinear in grad and (weight, value): cotangents a, b swap places with them."""
         grad, weight, index, value = ctx.saved_tensors
         forward, backward = _gather_ops(suffix)
         grad_grad = forward(a, index, value) + forward(weight, index, b)

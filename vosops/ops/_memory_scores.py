@@ -143,7 +143,7 @@ class Memory:
             self.batch = common_batch(name, [vector], self.batch)
 
     def values(self, memory_value: ValueSegments, group: int) -> Values:
-        """The values of a group, checked and in the core's form."""
+        """Return the values of a group, checked and in the core's form."""
         if self.segmented:
             if not isinstance(memory_value, Sequence) or len(memory_value) != len(self.shapes):
                 raise ValueError(
@@ -191,7 +191,7 @@ class Memory:
     def _flat_value(
         self, value: Any, shape: tuple[int, ...], size: int, in_range: int, has_objects: bool
     ) -> Tensor:
-        """A value of all positions of a segment, or only of those in the group's range, as (N,O,Cv,M)."""
+        """Return a value of all positions of a segment, or only of those in the group's range, as (N,O,Cv,M)."""
         if not isinstance(value, Tensor):
             raise TypeError(f"memory_value must hold tensors, got {type(value).__name__}")
         _checks.check_floating("memory_value", value)
@@ -204,13 +204,13 @@ class Memory:
         return flat if has_objects else flat.unsqueeze(1)
 
     def shape_queries(self, rows: Tensor, values: Values | None = None) -> Tensor:
-        """The core's (N,...,P) with the trailing dimensions of the query."""
+        """Return the core's (N,...,P) with the trailing dimensions of the query."""
         return _unfold_batch(torch.unflatten(rows, -1, self.query_shape), values)
 
     def shape_usage(
         self, usage: list[Tensor | None], pieces: list[Piece], values: Values | None = None
     ) -> Tensor | list[Tensor]:
-        """The pieces' usage (None: not used) as one (N,*M) per segment."""
+        """Return the pieces' usage (None: not used) as one (N,*M) per segment."""
         like = next((used for used in usage if used is not None), self.query_key)
 
         def unused(count: int) -> Tensor:
@@ -269,7 +269,7 @@ class Scores:
             self.pieces.append(Piece((*tensors, *settings), i, first, offset, key.shape[2]))
 
     def members(self, group: int) -> list[int]:
-        """The pieces of a group; an empty one where its range is empty."""
+        """Return the pieces of a group; an empty one where its range is empty."""
         start, stop = self.memory.ranges[group]
         inside = [
             i for i, p in enumerate(self.pieces) if p.size and start <= p.offset and p.offset + p.size <= stop
@@ -302,7 +302,7 @@ def without_excluded(
 
 
 def check_groups(groups: Any, valid: Any) -> list[Valid | None]:
-    """What each group sees."""
+    """Return what each group sees."""
     if valid is not None:
         raise ValueError(
             f"valid must be None with groups, which hold one for each group, got {described(valid)}"
@@ -315,7 +315,7 @@ def check_groups(groups: Any, valid: Any) -> list[Valid | None]:
 
 
 def that_share_scores(valids: list[Valid | None]) -> list[list[int]]:
-    """The groups in sets that one pass over the scores serves: all those of ranges, each of masks alone."""
+    """Return the groups in sets that one pass over the scores serves: all those of ranges, each of masks alone."""
     shared = [g for g, valid in enumerate(valids) if valid is None or _is_range(valid)]
     alone = [[g] for g in range(len(valids)) if g not in shared]
     return [shared, *alone] if shared else alone
@@ -339,7 +339,7 @@ def segments_of(name: str, value: Any, count: int | None = None) -> list[Any]:
 
 
 def common_batch(name: str, tensors: Sequence[Tensor], batch: int) -> int:
-    """What `batch` and those of the tensors, which `name` holds, broadcast to."""
+    """Return what `batch` and those of the tensors, which `name` holds, broadcast to."""
     for tensor in tensors:
         size = tensor.shape[0]
         if size not in (1, batch) and batch != 1:
@@ -349,12 +349,12 @@ def common_batch(name: str, tensors: Sequence[Tensor], batch: int) -> int:
 
 
 def expanded(tensor: Tensor, batch: int) -> Tensor:
-    """The tensor with a batch of 1 repeated, without a copy."""
+    """Return the tensor with a batch of 1 repeated, without a copy."""
     return tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
 
 
 def described(value: Any) -> str:
-    """What came in place of a sequence: its type, and its length if it has one."""
+    """Return what came in place of a sequence: its type, and its length if it has one."""
     name = type(value).__name__
     return f"{name} of length {len(value)}" if isinstance(value, Sequence) else name
 
@@ -384,7 +384,7 @@ def _is_range(valid: Any) -> bool:
 
 
 def _valid_range(valid: Valid | None, count: int, total: int) -> tuple[int, int, list[Any]]:
-    """`valid` as a range of positions and one mask (or None) per segment."""
+    """Return `valid` as a range of positions and one mask (or None) per segment."""
     if valid is None:
         return 0, total, [None] * count
     if _is_range(valid):
@@ -426,7 +426,7 @@ def _cut(sizes: list[int], ranges: list[tuple[int, int]]) -> list[tuple[int, int
 
 
 def _part(vector: Tensor | None, first: int, last: int, dtype: torch.dtype) -> Tensor | None:
-    """The positions first:last of an argument (N,...,*M), (N,last-first) in `dtype`."""
+    """Return the positions first:last of an argument (N,...,*M), (N,last-first) in `dtype`."""
     return None if vector is None else vector.flatten(1)[:, first:last].to(dtype)
 
 
@@ -468,7 +468,7 @@ def _fold_batch(values: list[Tensor]) -> list[Tensor]:
 
 
 def _unfold_batch(tensor: Tensor, values: Values | None) -> Tensor:
-    """What batch elements that became objects share, (1,...), repeated for each."""
+    """Return what batch elements that became objects share, (1,...), repeated for each."""
     if values is None or values.fold is None:
         return tensor
     return tensor.expand(values.fold[0], *tensor.shape[1:])

@@ -78,7 +78,7 @@ def define(name: str, schema: str, kernel: Callable[..., Any], *keys: str) -> No
 
 
 def dispatched(name: str, suffix: str) -> Callable[..., Any]:
-    """The dispatcher op of a library."""
+    """Return the dispatcher op of a library."""
     op: Callable[..., Any] = getattr(torch.ops.vosops, name + suffix)
     return op
 
@@ -159,7 +159,7 @@ def _lacking(name: str, needs: Sequence[str], key: str) -> tuple[str, ...]:
 
 
 def folding_vmap(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """A vmap rule that folds the new dim into N and calls `op` once."""
+    """Return a vmap rule that folds the new dim into N and calls `op` once."""
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
@@ -173,7 +173,7 @@ def folding_vmap(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 
 def looping_vmap(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """A vmap rule for weights that have no N to fold into: one call of `op` after the other."""
+    """Return a vmap rule for weights that have no N to fold into: one call of `op` after the other."""
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         calls = []
@@ -202,7 +202,7 @@ def _fold(arg: Any, dim: Any, size: int) -> Any:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context in which products keep their dtypes on devices of this type."""
+    """Return a context in which products keep their dtypes on devices of this type."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -214,7 +214,7 @@ def differentiate(
     needs: Sequence[bool],
     cotangents: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The gradients of `formula(*saved)`, in differentiable PyTorch, for cotangents: of the saved tensors in need.
+    """Return the gradients of `formula(*saved)` for cotangents, in differentiable PyTorch, where they are needed.
 
     Inputs that the formula does not use get none: they are functions of the others.
     """

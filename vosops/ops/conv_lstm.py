@@ -51,7 +51,7 @@ def conv_lstm(
     batch_first: bool = True,
     precision: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A convolutional LSTM over a sequence of feature maps: `output, (h, c)` in the manner of torch.nn.LSTM.
+    """Run a convolutional LSTM over a sequence of feature maps: `output, (h, c)` as torch.nn.LSTM returns them.
 
     In each step, with * the gates' convolution (zero padding that keeps the size, stride 1),
 
@@ -218,7 +218,7 @@ def _check_weights(weights: list[Tensor], channels: int, variant: str) -> int:
 
 
 def _described(state: object) -> str:
-    """What came in place of a pair."""
+    """Return what came in place of a pair."""
     name = type(state).__name__
     return f"{name} of length {len(state)}" if isinstance(state, Sequence) else name
 
@@ -248,7 +248,7 @@ def _takes_winograd(precision: str | None, x: Tensor, weights: list[Tensor], var
 
 
 def _kernels(suffix: str) -> Mapping[str, Callable[..., Any]]:
-    """The kernel of a library: its steps, or of the compiled one Winograd's algorithm where that is wanted."""
+    """Return the kernel of a library: its steps, or of the compiled one Winograd's algorithm where that is wanted."""
 
     def conv_lstm(
         x: Tensor,
@@ -268,7 +268,7 @@ def _kernels(suffix: str) -> Mapping[str, Callable[..., Any]]:
 
 
 def _winograd(*args: Any) -> tuple[Tensor, Tensor]:
-    """The op that keeps what a derivative needs, or where none is wanted the one that keeps the transformed weights."""
+    """Call the op that saves what a derivative needs or, without gradients, the one that keeps transformed weights."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return _differentiable_winograd(*args)
     result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_cached(*args)
@@ -312,14 +312,14 @@ def _steps(
 
 
 def _hidden_channels(weights: Sequence[Tensor], variant: str) -> int:
-    """The channels of the state."""
+    """Return the channels of the state."""
     return weights[0].shape[1] // 2 if variant == "depthwise" else weights[-1].shape[0] // GATES
 
 
 def _split_weights(
     weights: Sequence[Tensor], input_channels: int, variant: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The parts of packed weights that meet the input and the hidden state.
+    """Return the parts of packed weights that meet the input and the hidden state.
 
     The columns of a weight are [input; hidden]; those of the second one of "spatial" are [hidden; hidden].
     """
@@ -332,7 +332,7 @@ def _split_weights(
 
 
 def _convolve(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, variant: str) -> Tensor:
-    """The share of x (N,C,H,W) in the gates (N,4*hidden,H,W) before activation; zero "same" padding."""
+    """Return the share of x (N,C,H,W) in the gates (N,4*hidden,H,W) before activation; zero "same" padding."""
     first = weights[0]
     padding = (first.shape[2] // 2, first.shape[3] // 2)
     if variant == "convolution":
@@ -413,7 +413,7 @@ def _backward_pointwise_by(suffix: str) -> Callable[..., Any]:
 def _pointwise_gradients(
     grad_hidden: Tensor, grad_cell: Tensor, saved: Tensor, cell: Tensor, new_cell: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What conv_lstm_pointwise_backward computes, in differentiable PyTorch."""
+    """Return what conv_lstm_pointwise_backward computes, in differentiable PyTorch."""
     wide = torch.promote_types(saved.dtype, torch.float32)
     i, f, g, o = saved.to(wide).chunk(GATES, 1)
     grad, squashed = grad_hidden.to(wide), new_cell.to(wide).tanh()
@@ -429,7 +429,7 @@ def _setup_saving_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 
 
 def _derivative_of(formula: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """The derivative of an op by that of `formula`, the same in differentiable PyTorch.
+    """Return the derivative of an op by that of `formula`, the same in differentiable PyTorch.
 
     The op's tensors come in order, `tensors` of them before its other options; the rest after those.
     """
@@ -523,7 +523,7 @@ def _winograd_gradients(
     output: Tensor,
     cells: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """What conv_lstm_winograd_backward computes, in differentiable PyTorch."""
+    """Return what conv_lstm_winograd_backward computes, in differentiable PyTorch."""
     given = (x, weight, bias, hidden, cell)
     leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given]
     x, weight, bias, hidden, cell = leaves  # type: ignore[assignment]
@@ -549,7 +549,7 @@ _packed: Any = WeakTensorKeyDictionary()
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Some entries of every part: fused optimizers and `.data` change weights without a new version."""
+    """Return some entries of every part: fused optimizers and `.data` change weights without a new version."""
     return weight.detach().flatten()[:: weight.numel() // SAMPLED_WEIGHTS + 1].clone()
 
 

@@ -43,7 +43,7 @@ def global_conv(
     prepared: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """A (kh,kw) convolution of low rank: (kh,1) then (1,kw), plus (1,kw) then (kh,1), both sums of channels.
+    """Compute a (kh,kw) convolution of low rank: (kh,1) then (1,kw), plus (1,kw) then (kh,1), over all channels.
 
     The result is `conv(conv(x, l1), l2) + conv(conv(x, r1), r2)` with zeros around every map, stride 1, and no
     non-linearity inside. Both first convolutions read x in one pass; both second ones write one sum.
@@ -116,7 +116,7 @@ def global_conv_prepare(
     r1_bias: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """What the last channels of `global_conv`'s input contribute to its first stage, biases included.
+    """Return what the last channels of `global_conv`'s input contribute to its first stage, biases included.
 
     RGMP concatenates the features of every frame with those of the same first frame: the half of the first stage
     that reads the latter is the same for a whole video.
@@ -255,7 +255,7 @@ def _resolve_prepare(
 
 
 def _call(x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> backends.Call:
-    """What decides who serves a call: the CUDA kernels take no longer lines."""
+    """Return what decides who serves a call: the CUDA kernels take no longer lines."""
     longest = max(l1_weight.shape[2], r1_weight.shape[3])
     refusals: tuple[tuple[str, str], ...] = ()
     if x.device.type == "cuda" and longest > LONGEST_ON_CUDA:
@@ -264,7 +264,7 @@ def _call(x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> backends.Call:
 
 
 def _under_autocast(x: Any, *others: Any) -> list[Any]:
-    """The arguments in autocast's dtype where it is on, as PyTorch's convolutions take them."""
+    """Return the arguments in autocast's dtype where it is on, as PyTorch's convolutions take them."""
     given = [x, *others]
     if not isinstance(x, Tensor) or not _checks.under_autocast(x.device.type):
         return given
@@ -312,7 +312,7 @@ def _check_first_stage(name: str, x: Tensor, l1_weight: Tensor, r1_weight: Tenso
 
 
 def _resolve_precision(precision: str | None, x: Tensor) -> str:
-    """The core's precision: "exact" or "winograd" on the CPU, elsewhere one of tensor-core products."""
+    """Return the core's precision: "exact" or "winograd" on the CPU, elsewhere one of tensor-core products."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
     if x.device.type != "cpu":
@@ -334,12 +334,12 @@ def _resolve_precision(precision: str | None, x: Tensor) -> str:
 
 
 def flipped(weight: Tensor) -> Tensor:
-    """The weight (C,M,kh,kw) of the gradient of a line convolution with weight (M,C,kh,kw)."""
+    """Return the weight (C,M,kh,kw) of the gradient of a line convolution with weight (M,C,kh,kw)."""
     return weight.flip(2, 3).transpose(0, 1)
 
 
 def _empty_map(x: Tensor, channels: int) -> Tensor:
-    """An empty (N,channels,H,W) in the memory format of x."""
+    """Return an empty (N,channels,H,W) in the memory format of x."""
     last = x.stride(1) == 1 and not x.is_contiguous()
     return torch.empty(
         (x.shape[0], channels, *x.shape[2:]),
@@ -411,7 +411,7 @@ def _has_input_ops(suffix: str, grad: Tensor) -> bool:
 
 
 def _split_input(suffix: str, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
-    """The gradient of split's x."""
+    """Return the gradient of split's x."""
     if _has_input_ops(suffix, grad):
         result: Tensor = torch.ops.vosops.global_conv_split_input(grad, first, second, precision)
         return result
@@ -421,7 +421,7 @@ def _split_input(suffix: str, grad: Tensor, first: Tensor, second: Tensor, preci
 
 
 def _merge_input(suffix: str, grad: Tensor, first: Tensor, second: Tensor, precision: str) -> Tensor:
-    """The gradient of merge's x."""
+    """Return the gradient of merge's x."""
     if _has_input_ops(suffix, grad):
         result: Tensor = torch.ops.vosops.global_conv_merge_input(grad, first, second, precision)
         return result
@@ -431,7 +431,7 @@ def _merge_input(suffix: str, grad: Tensor, first: Tensor, second: Tensor, preci
 
 
 def _line_input(suffix: str, grad: Tensor, weight: Tensor, precision: str) -> Tensor:
-    """The gradient of _line_conv's x."""
+    """Return the gradient of _line_conv's x."""
     if _has_input_ops(suffix, grad):
         return _split_input(suffix, grad, weight, weight[:0], precision)
     return _line_conv(suffix, grad, flipped(weight), precision)
@@ -474,7 +474,7 @@ def _backward_merge_by(suffix: str) -> Callable[..., Any]:
 
 def _backward_split_input_by(suffix: str) -> Callable[..., Any]:
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        """The adjoint of an adjoint: a split of the cotangent, which also stands for x beside the weights."""
+        """Differentiate the adjoint: a split of the cotangent, which also stands for x beside the weights."""
         grad, first, second = ctx.saved_tensors
         grad_grad = None
         if ctx.needs_input_grad[0]:
@@ -501,7 +501,7 @@ def _backward_merge_input_by(suffix: str) -> Callable[..., Any]:
 
 def _backward_weight_by(suffix: str) -> Callable[..., Any]:
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        """The op is bilinear: the cotangent is a weight that convolves x, and its adjoint the gradient."""
+        """Differentiate the bilinear op: the cotangent is a weight that convolves x, and its adjoint the gradient."""
         x, grad = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_x = _line_input(suffix, grad, cotangent, ctx.precision) if needs[0] else None
@@ -512,7 +512,7 @@ def _backward_weight_by(suffix: str) -> Callable[..., Any]:
 
 
 def _vmap_maps_by(name: str, *maps: int) -> Callable[[str], Callable[..., Any]]:
-    """The vmap rule of an op whose arguments number `maps` are folded into N; batched weights are taken one by one."""
+    """Return the vmap rule of an op whose arguments `maps` fold into N; batched weights are taken one by one."""
 
     def of_library(suffix: str) -> Callable[..., Any]:
         op = dispatched(name, suffix)
@@ -536,7 +536,7 @@ def _vmap_maps_by(name: str, *maps: int) -> Callable[[str], Callable[..., Any]]:
 
 
 def _vmap_weight_by(suffix: str) -> Callable[..., Any]:
-    """The vmap rule of the weight gradient: the side that is batched is folded into its channels."""
+    """Return the vmap rule of the weight gradient: the side that is batched is folded into its channels."""
     op = dispatched("global_conv_weight", suffix)
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:

@@ -298,7 +298,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_by(adjoints: Callable[..., Any]) -> Callable[[str], Callable[..., Any]]:
-    """The derivative of a piece by the other two.
+    """Return the derivative of a piece by the other two.
 
     `adjoints(first, second, grad)`: for each input, the name and the inputs of the piece that gives its gradient.
     """

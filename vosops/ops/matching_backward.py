@@ -39,7 +39,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
 
 
 def _backward_by(suffix: str) -> Callable[..., Any]:
-    """The op's own derivative: with cotangents a, b of its outputs the scalar is
+    """Differentiate the op by itself: with cotangents a, b of its outputs the scalar is
     2 sum g (a_p - b_i).(q_p - k_i), so that (a, b) take the places of (q, k) for the gradients of q and k.
     """
 

@@ -422,7 +422,7 @@ def merge_reads(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
 def _read(
     kernels: backends.Implementation, scores: Scores, values: list[Values], return_usage: bool
 ) -> list[Read]:
-    """The full softmax for each group."""
+    """Return the full softmax for each group."""
     members = [scores.members(group) for group in range(len(values))]
     masked = any(mask is not None for mask in scores.memory.masks)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]
@@ -483,7 +483,7 @@ def _read_piece(
 def _read_selected(
     kernels: backends.Implementation, scores: Scores, values: list[Values], top_k: int, return_usage: bool
 ) -> list[Read]:
-    """The softmax over the top_k best positions for each group."""
+    """Return the softmax over the top_k best positions for each group."""
     results = []
     for each, (score, index) in zip(values, select(kernels, scores, top_k), strict=True):
         weights, lse = softmax_of_selected(scores, score, index)
@@ -497,7 +497,7 @@ def _read_selected(
 def _read_with_prior(
     kernels: backends.Implementation, scores: Scores, values: Values, prior: float, top_k: int | None
 ) -> Read:
-    """The read with KMN's Gaussian."""
+    """Return the read with KMN's Gaussian."""
     (piece,) = scores.pieces
     *core, _ = piece.core
     out, usage, lse = kernels.run(
@@ -507,7 +507,7 @@ def _read_with_prior(
 
 
 def _shape_out(out: Tensor, values: Values, memory: Memory) -> Tensor:
-    """The core's (N,O,Cv,P) as the public output."""
+    """Return the core's (N,O,Cv,P) as the public output."""
     out = out.to(values.dtype)
     if values.fold is not None:
         out = torch.unflatten(out.squeeze(0), 0, values.fold)
@@ -516,7 +516,7 @@ def _shape_out(out: Tensor, values: Values, memory: Memory) -> Tensor:
 
 
 def _by_kind(groups: list[int], values: list[Values], piece: Piece) -> list[list[int]]:
-    """The groups in sets whose values of a piece are of one kind."""
+    """Return the groups in sets whose values of a piece are of one kind."""
     sets: list[list[int]] = []
     for group in groups:
         kind = values[group].kind(piece)

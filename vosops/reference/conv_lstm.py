@@ -23,7 +23,7 @@ def conv_lstm(
     batch_first: bool = True,
     precision: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The op of the same name; `precision` changes nothing here."""
+    """Return the op of the same name; `precision` changes nothing here."""
     matrices = [weights] if isinstance(weights, Tensor) else list(weights)
     frames = x if batch_first else x.transpose(0, 1)
     hidden, cell = state if state is not None else (None, None)
@@ -57,7 +57,7 @@ def conv_lstm_core(
 def conv_lstm_gates(
     x: Tensor, hidden: Tensor, weights: Sequence[Tensor], bias: Tensor | None, variant: str
 ) -> Tensor:
-    """The gates (N,4*hidden,H,W) of x (N,C,H,W) and hidden (N,hidden,H,W) before activation; zero "same" padding."""
+    """Return the gates (N,4*hidden,H,W) before activation of x (N,C,H,W) and hidden (N,hidden,H,W), zero-padded."""
     both = torch.cat([x, hidden], 1)
     first, last = weights[0], weights[-1]
     padding = (first.shape[2] // 2, first.shape[3] // 2)
@@ -85,7 +85,7 @@ def conv_lstm_gates(
 def conv_lstm_pointwise_core(
     gates: Tensor, more_gates: Tensor | None, cell: Tensor, forget_bias: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What follows the convolution: (hidden, new cell, activated gates i, f, g, o), computed in float32 at least."""
+    """Return the hidden state, new cell and activated gates i, f, g, o after the convolution, in float32 at least."""
     wide = torch.float64 if gates.dtype == torch.float64 else torch.float32
     total = gates.to(wide) if more_gates is None else gates.to(wide) + more_gates.to(wide)
     i, f, g, o = total.chunk(GATES, 1)

@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d
 
 
 def line_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The "same" convolution of x (N,C,H,W) with weight (M,C,k,1) or (M,C,1,k), zeros around the map."""
+    """Return the "same" convolution of x (N,C,H,W) with weight (M,C,k,1) or (M,C,1,k), zeros around the map."""
     if weight.numel() == 0:
         zeros = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
         return zeros if bias is None else zeros + bias[:, None, None]
@@ -29,13 +29,13 @@ def global_conv_split_core(
 
 
 def global_conv_merge_core(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-    """The sum of a line convolution of x's first channels and one of its others -> (N,M,H,W)."""
+    """Return the sum of a line convolution of x's first channels and one of its others -> (N,M,H,W)."""
     channels = first.shape[1]
     return line_conv(x[:, :channels], first, bias) + line_conv(x[:, channels:], second)
 
 
 def global_conv_weight_core(x: Tensor, grad: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
-    """The gradient (M,C,kernel_h,kernel_w) of line_conv's weight for grad (N,M,H,W) of its result."""
+    """Return the gradient (M,C,kernel_h,kernel_w) of line_conv's weight for grad (N,M,H,W) of its result."""
     shape = (grad.shape[1], x.shape[1], kernel_h, kernel_w)
     if x.numel() == 0 or grad.numel() == 0:
         return x.new_zeros(shape)

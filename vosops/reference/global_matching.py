@@ -14,7 +14,7 @@ from vosops.reference.local_matching import absent_queries
 def global_matching_core(
     query: Tensor, key: Tensor, mask: Tensor, neighbors: int, query_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The `neighbors` least raw squared distances to each object's reference pixels, ascending.
+    """Return the `neighbors` least raw squared distances to each object's reference pixels, ascending.
 
     query (N,C,H,W), key (N,C,T,H2,W2), mask bool (N,O,T,H2,W2) -> distance and int64 flat index
     (N,O,K,H,W), +inf and -1 where fewer pixels exist. Differentiable to any order through the distance.

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 def _unfolded(x: Tensor, reach: int, dilation: int) -> Tensor:
-    """The windows (N,C,K,H,W) of x (N,C,H,W), zeros outside of it."""
+    """Return the windows (N,C,K,H,W) of x (N,C,H,W), zeros outside of it."""
     around = [reach * dilation] * 4
     size = 2 * reach + 1
     windows: Tensor = functional.unfold(functional.pad(x, around), size, dilation=dilation)
@@ -22,12 +22,12 @@ def local_attention_dot_core(a: Tensor, b: Tensor, reach: int, dilation: int) ->
 
 
 def local_attention_weigh_core(weights: Tensor, b: Tensor, reach: int, dilation: int) -> Tensor:
-    """The sum over d of weights[d,p] b[p + d]: (N,C,H,W) of (N,K,H,W) and (N,C,H,W)."""
+    """Return the sum over d of weights[d,p] b[p + d]: (N,C,H,W) of (N,K,H,W) and (N,C,H,W)."""
     return torch.einsum("nkhw,nckhw->nchw", weights, _unfolded(b, reach, dilation))
 
 
 def local_attention_spread_core(weights: Tensor, a: Tensor, reach: int, dilation: int) -> Tensor:
-    """The sum over d of weights[d,p - d] a[p - d]: (N,C,H,W) of (N,K,H,W) and (N,C,H,W)."""
+    """Return the sum over d of weights[d,p - d] a[p - d]: (N,C,H,W) of (N,K,H,W) and (N,C,H,W)."""
     margin = reach * dilation
     padded = (a.shape[2] + 2 * margin, a.shape[3] + 2 * margin)
     products = (weights.unsqueeze(1) * a.unsqueeze(2)).flatten(1, 2).flatten(2)

@@ -17,7 +17,7 @@ def memory_scores(
     key_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The core's scores (N,M,P): shrinkage * (scale * key . query + query_bias) + key_bias.
+    """Return the core's scores (N,M,P): shrinkage * (scale * key . query + query_bias) + key_bias.
 
     query (N,C,P), or (N,2C,P) to meet the key's channels followed by their squares; key (N,C,M); shrinkage and
     key_bias (N,M), query_bias (N,P). Accumulated in float32 (float64 for float64 keys).
@@ -55,7 +55,7 @@ def scores_at(
     key_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The core's scores (N,K,P) of the positions index (N,K,P), computed from these positions alone; -1 has -inf."""
+    """Return the core's scores (N,K,P) of the positions index (N,K,P) alone; -inf where the index is -1."""
     found, at = index >= 0, index.clamp(min=0).flatten(1)
 
     def chosen(rows: Tensor) -> Tensor:
@@ -78,12 +78,12 @@ def scores_at(
 
 
 def greatest_first(scores: Tensor, top_k: int) -> Tensor:
-    """The positions (N,k,P) of the top_k greatest scores (N,M,P), on a tie the first; NaN comes behind -inf."""
+    """Return the positions (N,k,P) of the top_k greatest scores (N,M,P), on a tie the first; NaN comes behind -inf."""
     return torch.sort(_comparable(scores), dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def _comparable(scores: Tensor) -> Tensor:
-    """The scores with -inf for NaN, which PyTorch takes for the greatest number."""
+    """Return the scores with -inf for NaN, which PyTorch takes for the greatest number."""
     return scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
@@ -150,7 +150,7 @@ def memory_select_core(
     scale: float,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """The top_k greatest scores and their positions (N,K,P), greatest first, -inf and -1 where fewer exist.
+    """Return the top_k greatest scores and their positions (N,K,P), greatest first, -inf and -1 where fewer exist.
 
     NaN is never chosen, and derivatives reach nothing but what was chosen.
     """
@@ -188,7 +188,7 @@ def memory_read_prior_core(
     prior: float,
     top_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The read with KMN's Gaussian: out (N,O,Cv,P) of the values (N,.,Cv,M) of all objects, usage (N,M), lse (N,P)."""
+    """Read with KMN's Gaussian: out (N,O,Cv,P) from values (N,.,Cv,M) of all objects, usage (N,M), lse (N,P)."""
     key, shrinkage, values = without_excluded(key, shrinkage, key_bias, values)
     scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
     scores = scores + gaussian_prior(scores, size, prior)
@@ -214,7 +214,7 @@ def similarity_scores(
     shrinkage: Tensor | None = None,
     selection: Tensor | None = None,
 ) -> Tensor:
-    """The scores (N,M,P) of a read, without bias; arguments as those of `memory_read`, of one segment."""
+    """Return the scores (N,M,P) of a read, without bias; arguments as those of `memory_read`, of one segment."""
     query, key = query_key.flatten(2), memory_key.flatten(2)
     wide = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
     query, key = query.to(wide), key.to(wide)
@@ -246,7 +246,7 @@ def memory_affinity(
     top_k: int | None = None,
     prior: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The affinity (N,M,P) of a read and its log-sum-exp (N,P); arguments as those of `memory_read`.
+    """Return the affinity (N,M,P) of a read and its log-sum-exp (N,P); arguments as those of `memory_read`.
 
     query_key (N,Ck,*Q), memory_key (N,Ck,*M) of one segment. With top_k all but the k greatest are 0.
     """
@@ -292,12 +292,12 @@ def _has_nan(tensor: Tensor) -> Tensor:
 
 
 def _cleared(tensor: Tensor, pixels: Tensor) -> Tensor:
-    """A tensor (N,...,C,*P) flattened over *P, with zeros at pixels (N,P), so that nothing there is multiplied."""
+    """Return a tensor (N,...,C,*P) flattened over *P, with zeros at pixels (N,P), so that these are not multiplied."""
     return tensor.flatten(2).masked_fill(pixels[:, None], 0)
 
 
 def gaussian_prior(scores: Tensor, size: Sequence[int], sigma: float) -> Tensor:
-    """The logarithm of KMN's Gaussian (N,M,P) around the query pixel that each memory position likes best.
+    """Return the logarithm of KMN's Gaussian (N,M,P) around the query pixel that each memory position likes best.
 
     scores (N,M,P), P = H*W of `size`; sigma in pixels of the query. The best pixel is not differentiated; one whose
     score is NaN is not liked.

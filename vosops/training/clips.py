@@ -67,7 +67,7 @@ class ClipSampler:
         self.random = random.Random(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor, int]:
-        """A clip: see the class."""
+        """Return a random clip; see the class."""
         pairs, binary = self._choose()
         neighbours = self.frames - 1
         start = self.random.randrange(1, len(pairs) - neighbours + 1)
@@ -86,7 +86,7 @@ class ClipSampler:
         return frames.float() / 255, numbered, len(ids)
 
     def _choose(self) -> tuple[list[tuple[Path, Path]], bool]:
-        """The frames of a sequence from its first object on, and whether whatever is not 0 is one object."""
+        """Return the frames of a sequence from its first object on, and whether whatever is not 0 is one object."""
         while self.sequences:
             pairs = self.random.choice(self.sequences)
             style = self._styles.get(pairs[0]) or self._style(pairs)
@@ -106,7 +106,7 @@ class ClipSampler:
         return AnnotationStyle(next((place for place, ids in values if ids - void), None), self.binary)
 
     def _crop(self, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A crop of random scale, whose first frame shows an object if one can be found."""
+        """Return a crop of random scale, whose first frame shows an object if one can be found."""
         scale = self.random.uniform(*self.scales)
         scale = max(scale, self.crop / min(frames.shape[2:]))
         size = max(self.crop, round(frames.shape[2] * scale)), max(self.crop, round(frames.shape[3] * scale))
@@ -123,7 +123,7 @@ class ClipSampler:
 
 
 def _pairs(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
-    """The frames that have an annotation, with it."""
+    """Return the frames that have an annotation, with it."""
     labels = label_maps(annotations) if annotations.is_dir() else {}
     return [(frame, labels[name]) for name, frame in pictures(images).items() if name in labels]
 

@@ -50,7 +50,7 @@ def bootstrapped_cross_entropy(
 
 
 def annealed_share(step: int, end: int, share: float = 0.15) -> float:
-    """The share for :func:`bootstrapped_cross_entropy` at a step: from 1 down to share, linearly until step end.
+    """Return the share for :func:`bootstrapped_cross_entropy` at a step: from 1 down to share, linearly until step end.
 
     Examples:
         >>> from vosops.training import annealed_share

@@ -94,7 +94,7 @@ def tile_dot(
 
 @triton.jit
 def least(score, BLOCK_K: tl.constexpr, EXACT: tl.constexpr):
-    """The least score of each row and its column, the lowest among equals.
+    """Return the least score of each row and its column, the lowest among equals.
 
     Unless EXACT, the column replaces the lowest bits of the score's mantissa: one bitwise operation and one minimum per
     pair instead of a comparison and three selections, for a relative error of BLOCK_K * 2**-23. The scores must then
@@ -114,7 +114,7 @@ def least(score, BLOCK_K: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def row_offset(query_norm, EXACT: tl.constexpr):
-    """The query's term of the score.
+    """Return the query's term of the score.
 
     It orders nothing, but makes packed scores non-negative, and their error relative to the distance.
     """
@@ -182,7 +182,7 @@ INTERPRETED = Target(9, 132)
 
 
 def target_of(tensor: Tensor) -> Target:
-    """The target that the tensor lies on."""
+    """Return the target that the tensor lies on."""
     if not tensor.is_cuda:
         return INTERPRETED
     properties = torch.cuda.get_device_properties(tensor.device)
@@ -213,7 +213,7 @@ def tilings(
     *,
     many_queries: bool = False,
 ) -> list[Tiling]:
-    """The tilings to choose from, largest first.
+    """Return the tilings to choose from, largest first.
 
     The queries of a tile stay in shared memory with all their channels where they and the stages' key tiles fit. Large
     tiles read each key less often and spread a step's fixed instructions over more pairs; their limit is the registers.
@@ -250,7 +250,7 @@ def uses_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 
 
 def product_precision(precision: str, target: Target) -> str:
-    """The precision of the products where ``precision`` is allowed: IEEE where Triton offers no TF32."""
+    """Return the precision of the products where ``precision`` is allowed: IEEE where Triton offers no TF32."""
     return precision if target.capability >= 8 else "ieee"
 
 
@@ -283,5 +283,5 @@ def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is at least ``number``."""
+    """Return the least power of two that is at least ``number``."""
     return 1 << max(0, number - 1).bit_length()

@@ -24,7 +24,7 @@ SMALL = tl.constexpr(0.2)
 
 @triton.jit
 def tanh(x):
-    """The hyperbolic tangent in float32."""
+    """Return the hyperbolic tangent in float32."""
     e = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - e) / (1.0 + e)
     s = x * x
@@ -150,7 +150,7 @@ def conv_lstm_pointwise(
 def conv_lstm_pointwise_backward(
     grad_hidden: Tensor, grad_cell: Tensor, saved: Tensor, cell: Tensor, new_cell: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the gates before activation and of the previous cell."""
+    """Return the gradients of the gates before activation and of the previous cell."""
     _check(saved, cell)
     layout, sizes = _sizes(saved, cell)
     grad_gates, grad_previous = (_empty(t, t.dtype, layout) for t in (saved, cell))
@@ -175,7 +175,7 @@ def _check(gates: Tensor, cell: Tensor) -> None:
 
 
 def _sizes(gates: Tensor, cell: Tensor) -> tuple[torch.memory_format, tuple[int, int, int]]:
-    """The memory format of all results, and a batch element's pieces, outer indices and adjacent entries."""
+    """Return the memory format of all results, and a batch element's pieces, outer indices and adjacent entries."""
     channels, pixels = cell.shape[1], cell.shape[2] * cell.shape[3]
     last = not gates.is_contiguous() and gates.is_contiguous(memory_format=torch.channels_last)
     outer, inner = (pixels, channels) if last else (1, channels * pixels)
@@ -188,7 +188,7 @@ def _empty(like: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Ten
 
 
 def _dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
-    """The map itself where each batch element is dense in the layout, otherwise a copy."""
+    """Return the map itself where each batch element is dense in the layout, otherwise a copy."""
     if tensor[:1].is_contiguous(memory_format=layout):
         return tensor
     return tensor.contiguous(memory_format=layout)

@@ -48,7 +48,7 @@ def shifted_rows(data, p, P, dy, dx, n_stride, y_stride, x_stride, H, W):
 
 @triton.jit
 def bias_of(first_bias, second_bias, channel, first_channels, channels):
-    """The bias of output channels, from one of two vectors that may be None."""
+    """Return the bias of output channels, from one of two vectors that may be None."""
     bias = tl.zeros_like(channel).to(tl.float32)
     if first_bias is not None:
         bias += tl.load(first_bias + channel, mask=channel < first_channels, other=0.0).to(tl.float32)
@@ -270,12 +270,12 @@ def global_conv_split(
 def global_conv_merge(
     x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, precision: str
 ) -> Tensor:
-    """The sum of a line convolution of x's first channels and one of its others -> (N,M,H,W)."""
+    """Return the sum of a line convolution of x's first channels and one of its others -> (N,M,H,W)."""
     return _convolution(x, (first, second), (bias, None), None, precision, merge=True)
 
 
 def global_conv_weight(x: Tensor, grad: Tensor, kernel_h: int, kernel_w: int, precision: str) -> Tensor:
-    """The gradient (M,C,kernel_h,kernel_w) of a line convolution's weight."""
+    """Return the gradient (M,C,kernel_h,kernel_w) of a line convolution's weight."""
     _check(precision, x=x, grad=grad)
     rows, channels, taps = grad.shape[1], x.shape[1], kernel_h * kernel_w
     out = x.new_empty((rows, channels, kernel_h, kernel_w))
@@ -337,7 +337,7 @@ def plan_of(
     *,
     merge: bool,
 ) -> Plan:
-    """The launch of a split or a merge; its tiles are those of the first line, of all rows, and of the pixels."""
+    """Return the launch of a split or a merge, with the tiles of the first line, of all rows, and of the pixels."""
     precision = product_precision(precision, target)
     kind = _kind(dtype, precision)
     most_rows, most_pixels, depth = TILES[kind]
@@ -361,7 +361,7 @@ def plan_of(
 def gradient_plan(
     shape: tuple[int, int, int], pixels: int, dtype: torch.dtype, precision: str, target: Target
 ) -> Plan:
-    """The launch of a weight gradient (rows, channels, taps); its tiles are those of rows and of channels."""
+    """Return the launch of a weight gradient (rows, channels, taps); its tiles are those of rows and of channels."""
     precision = product_precision(precision, target)
     kind = _kind(dtype, precision)
     rows, channels, taps = shape
@@ -472,7 +472,7 @@ def _over_parts(
 
 
 def _flat_strides(dense: Tensor) -> tuple[int, int, int]:
-    """The strides of a dense map's batch elements, channels and pixels in either memory format."""
+    """Return the strides of a dense map's batch elements, channels and pixels in either memory format."""
     channels, pixels = dense.shape[1], dense.shape[2] * dense.shape[3]
     if dense.is_contiguous():
         return channels * pixels, pixels, 1
@@ -492,7 +492,7 @@ def _check(precision: str, **tensors: Tensor) -> None:
 
 
 def _channels_innermost(tensor: Tensor) -> Tensor:
-    """A map or a weight as it is where rows of channels can be read 16 bytes at a time, else a copy that is so.
+    """Return a map or a weight as it is where rows of channels can be read 16 bytes at a time, else a copy that is so.
 
     The copy's rows are filled up with zeros to a multiple of ALIGNMENT: it has as many channels or more.
     """

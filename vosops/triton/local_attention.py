@@ -147,12 +147,12 @@ def local_attention_dot(a: Tensor, b: Tensor, reach: int, dilation: int) -> Tens
 
 
 def local_attention_weigh(weights: Tensor, b: Tensor, reach: int, dilation: int) -> Tensor:
-    """The sum over d of weights[d,p] b[p + d]: (N,C,H,W) as b, of weights (N,K,H,W) float32."""
+    """Return the sum over d of weights[d,p] b[p + d]: (N,C,H,W) as b, of weights (N,K,H,W) float32."""
     return _combine(weights, b, reach, dilation, spread=False)
 
 
 def local_attention_spread(weights: Tensor, a: Tensor, reach: int, dilation: int) -> Tensor:
-    """The sum over d of weights[d,p - d] a[p - d]: (N,C,H,W) as a, of weights (N,K,H,W) float32."""
+    """Return the sum over d of weights[d,p - d] a[p - d]: (N,C,H,W) as a, of weights (N,K,H,W) float32."""
     return _combine(weights, a, reach, dilation, spread=True)
 
 

@@ -60,7 +60,7 @@ def load_columns(value, i, column, stride_i, value_o, value_c, end, columns, VAL
 
 @triton.jit
 def load_column_rows(value, column, j, stride_j, value_o, value_c, end, columns, VALUE_C: tl.constexpr):
-    """The same tile transposed: (column, j)."""
+    """Return the same tile transposed: (column, j)."""
     offset = (column // VALUE_C).to(tl.int64) * value_o + (column % VALUE_C).to(tl.int64) * value_c
     pointers = value + offset[:, None] + j.to(tl.int64)[None, :] * stride_j
     return tl.load(pointers, mask=(column < columns)[:, None] & (j < end)[None, :], other=0.0)
@@ -83,7 +83,7 @@ def store_transposed(
 
 @triton.jit
 def load_lse(lse, p, P):
-    """The log-sum-exp of queries in base 2; +inf where it is -inf and from P on, so that their weights are 0."""
+    """Return the log-sum-exp of queries in base 2; +inf where it is -inf and from P on, so that their weights are 0."""
     loaded = tl.load(lse + p, mask=p < P, other=float("inf"))
     return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
 
@@ -708,7 +708,7 @@ def _gradient_options(*kinds: str) -> dict[str, int]:
 
 
 def value_constants(value_channels: int, value_kind: str) -> dict[str, Any]:
-    """What kernels that multiply values know about them."""
+    """Return what kernels that multiply values know about them."""
     return {
         "VALUE_C": max(1, value_channels),
         "VALUE_PRECISION": "ieee" if value_kind == "half" else value_kind,
@@ -725,7 +725,7 @@ def _square_blocks(scores: Scores) -> dict[str, int]:
 
 
 def kind_of_value(value: Tensor, precision: str, scores: Scores) -> str:
-    """The kind of the products with values."""
+    """Return the kind of the products with values."""
     return product_precision(precision, scores.target) if value.dtype == torch.float32 else "half"
 
 

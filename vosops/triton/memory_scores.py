@@ -172,7 +172,7 @@ def load_vector(vector, i, end, missing):
 
 @triton.jit
 def of_batch(vector, n, stride_n):
-    """The row of batch element n of an (N, ...) vector that may be None."""
+    """Return the row of batch element n of an (N, ...) vector that may be None."""
     if vector is None:
         row = None
     else:
@@ -308,12 +308,12 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 
 def unit_stride(vector: Tensor) -> Tensor:
-    """The (N, size) vector with consecutive elements, copied if it must be."""
+    """Return the (N, size) vector with consecutive elements, copied if it must be."""
     return vector if vector.stride(-1) == 1 else vector.contiguous()
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """A tensor (N, ..., C, pixels) as it is where 16 bytes can be read at a time, else a copy.
+    """Return a tensor (N, ..., C, pixels) as it is where 16 bytes can be read at a time, else a copy.
 
     The copy is channel-major; its rows are filled up with zeros to a multiple of ALIGNMENT, so that it may have more
     pixels.
@@ -328,12 +328,12 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def block_of(size: int, most: int) -> int:
-    """The side of a tile that covers ``size`` in steps of at most ``most``."""
+    """Return the side of a tile that covers ``size`` in steps of at most ``most``."""
     return min(most, max(MIN_BLOCK, power_of_two(size)))
 
 
 def channel_block(scores: Scores) -> int:
-    """The channels of a step of the scores."""
+    """Return the channels of a step of the scores."""
     return block_of(scores.channels, CHANNEL_BLOCK[scores.kind])
 
 
@@ -343,7 +343,7 @@ def options_of(warps: int, stages: int) -> dict[str, int]:
 
 
 def slowest(kinds: Sequence[str]) -> str:
-    """The kind of product among those of a kernel that bounds its tiles."""
+    """Return the kind of product among those of a kernel that bounds its tiles."""
     return max(kinds, key=("half", "tf32", "tf32x3", "ieee").index)
 
 

@@ -76,14 +76,14 @@ LOW_BITS = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def sortable(score):
-    """A score's bits as an integer of the same order; the least for NaN, which is never selected."""
+    """Return a score's bits as an integer of the same order; the least for NaN, which is never selected."""
     bits = score.to(tl.int32, bitcast=True)
     return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST)
 
 
 @triton.jit
 def kth_greatest(lists, length, longest, top_k, NONE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """The top_k-th greatest integer of each list, found bit by bit; NONE, the least integer, of shorter lists.
+    """Return the top_k-th greatest integer of each list, found bit by bit; NONE, the least integer, of shorter lists.
 
     lists (rows, 1): where each begins; length (rows,), at most ``longest``.
     """
@@ -428,7 +428,7 @@ def memory_select(
     precision: str,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """The top_k greatest scores of each query and their memory positions, exactly; ties go to the lowest position.
+    """Return each query's exact top_k greatest scores and their memory positions; ties go to the lowest position.
 
     Arguments as those of `memory_read`.
 
