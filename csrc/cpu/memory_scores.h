@@ -1,6 +1,5 @@
-// The scores of a memory read, shared by the streaming softmax, its backward, the usage and the selection:
-// score[m, p] = shrinkage[m] * (scale * key[m] . query[p] + query_bias[p]) + key_bias[m].
-// A query of twice the key's channels meets the key's channels followed by their squares.
+// The scores of a memory read (common/score_inputs.h) on the CPU, shared by the streaming softmax, its
+// backward, the usage and the selection.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +10,7 @@
 #include <optional>
 
 #include "common/checks.h"
+#include "common/score_inputs.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
@@ -21,36 +21,10 @@ namespace vosops::cpu {
 // Positions of the memory that are packed and read together: a multiple of both panel widths.
 constexpr int64_t kMemoryBlock = 288;
 
-struct ScoreInputs {
-  const Tensor& query;                      // (N, C or 2 C, P)
-  const Tensor& key;                        // (N, C, M)
-  const std::optional<Tensor>& shrinkage;   // (N, M) of the accumulator's dtype, as both biases
-  const std::optional<Tensor>& query_bias;  // (N, P)
-  const std::optional<Tensor>& key_bias;    // (N, M)
-  double scale;
-
-  int64_t batch() const { return query.size(0); }
-  int64_t queries() const { return query.size(2); }
-  int64_t memory() const { return key.size(2); }
-  bool squares() const { return query.size(1) != key.size(1); }
-};
+constexpr double kLog2E = 1.4426950408889634;
 
 inline void check_scores(const ScoreInputs& in) {
-  check_shape("query", in.query, {kAnySize, kAnySize, kAnySize});
-  check_shape("key", in.key, {in.batch(), kAnySize, kAnySize});
-  STD_TORCH_CHECK(in.query.size(1) == in.key.size(1) || in.query.size(1) == 2 * in.key.size(1),
-                  "query must have the channels of key or twice as many");
-  const ScalarType wide = accumulator_dtype(in.key.scalar_type());
-  STD_TORCH_CHECK(in.query.scalar_type() == wide || in.query.scalar_type() == in.key.scalar_type(),
-                  "query must have the dtype of key or of its accumulator");
-  const auto check_vector = [&](const char* name, const std::optional<Tensor>& vector, int64_t size) {
-    if (!vector) return;
-    check_shape(name, *vector, {in.batch(), size});
-    check_dtype(name, *vector, wide);
-  };
-  check_vector("shrinkage", in.shrinkage, in.memory());
-  check_vector("query_bias", in.query_bias, in.queries());
-  check_vector("key_bias", in.key_bias, in.memory());
+  check_scores(in, accumulator_dtype(in.key.scalar_type()));
 }
 
 // Row n of an optional (N, size) tensor, or a constant.
@@ -66,14 +40,6 @@ struct OptionalRow {
         missing(missing_) {}
   T operator[](int64_t i) const { return data == nullptr ? missing : data[i * stride]; }
 };
-
-// Calls f(i) for i in [0, count) on the pool.
-template <class F>
-void parallel_each(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
 
 inline int64_t panels_of(int64_t size, int64_t width) {
   return (size + width - 1) / width;
@@ -108,6 +74,23 @@ struct PackedQueries {
   T* lanes(int64_t panel) { return data.data() + panel * elements * kLanes; }
 };
 
+// The log-sum-exp of one batch element in powers of two, per lane; +inf, which makes every weight 0, where
+// there is no query or nothing was read.
+template <class E>
+struct PackedLse {
+  using T = typename E::Lanes::T;
+  Workspace<T> data;
+
+  PackedLse(const Tensor& lse, int64_t n, const PackedQueries<E>& queries)
+      : data(queries.panels * PackedQueries<E>::kLanes) {
+    const T* row = lse.const_data_ptr<T>() + n * lse.stride(0);
+    for (int64_t p = 0; p < queries.panels * PackedQueries<E>::kLanes; ++p) {
+      const T value = p < queries.queries ? row[p * lse.stride(1)] : -std::numeric_limits<T>::infinity();
+      data[p] = value == -std::numeric_limits<T>::infinity() ? -value : value * static_cast<T>(kLog2E);
+    }
+  }
+};
+
 // Up to `capacity` memory positions as key panels, with what turns their products into scores.
 template <class E>
 struct PackedMemory {
@@ -117,7 +100,7 @@ struct PackedMemory {
   int64_t n, channels, elements;
   T unit;  // scores are multiplied by this: 1, or log2(e) for powers of two
   int64_t begin = 0, count = 0;
-  Workspace<T> data, factor, slope, shift;  // score = factor * product + slope * query_bias + shift
+  Workspace<T> data, factor, shrinkage, shift;  // score = factor * product + shrinkage * query_bias + shift
 
   PackedMemory(const ScoreInputs& in_, int64_t n_, T unit_, int64_t capacity = kMemoryBlock)
       : in(in_),
@@ -127,7 +110,7 @@ struct PackedMemory {
         unit(unit_),
         data(capacity * elements),
         factor(capacity),
-        slope(capacity),
+        shrinkage(capacity),
         shift(capacity) {}
 
   int64_t panels() const { return panels_of(count, kKeyPanel); }
@@ -143,13 +126,13 @@ struct PackedMemory {
     const int64_t first = i * kKeyPanel, used = std::min<int64_t>(kKeyPanel, count - first);
     const StridedMatrix matrix = StridedMatrix::of(in.key, n * in.key.stride(0));
     pack_pixels<E, kKeyPanel>(matrix, begin + first, used, keys(i));
-    const OptionalRow<T> shrinkage(in.shrinkage, n, T{1}), bias(in.key_bias, n, T{0});
+    const OptionalRow<T> factors(in.shrinkage, n, T{1}), biases(in.key_bias, n, T{0});
     for (int64_t j = 0; j < kKeyPanel; ++j) {
       const int64_t m = begin + first + j;
-      const bool is_used = j < used && bias[m] != -std::numeric_limits<T>::infinity();
-      slope[first + j] = is_used ? shrinkage[m] * unit : T{0};
-      factor[first + j] = slope[first + j] * static_cast<T>(in.scale);
-      shift[first + j] = is_used ? bias[m] * unit : -std::numeric_limits<T>::infinity();
+      const bool is_used = j < used && biases[m] != -std::numeric_limits<T>::infinity();
+      shrinkage[first + j] = is_used ? factors[m] * unit : T{0};
+      factor[first + j] = shrinkage[first + j] * static_cast<T>(in.scale);
+      shift[first + j] = is_used ? biases[m] * unit : -std::numeric_limits<T>::infinity();
       if (j < used && !is_used)  // an excluded position may hold anything
         for (int64_t e = 0; e < elements_of<E>(channels); ++e) keys(i)[e * kKeyPanel + j] = T{0};
     }
@@ -165,7 +148,7 @@ struct PackedMemory {
   [[gnu::always_inline]] void score(int64_t i, const T* lanes, const T* query_bias, const Finish& finish) {
     using V = typename E::Lanes;
     const T* f = factor.data() + i * kKeyPanel;
-    const T* w = slope.data() + i * kKeyPanel;
+    const T* w = shrinkage.data() + i * kKeyPanel;
     const T* s = shift.data() + i * kKeyPanel;
     multiply<E>(
         lanes, keys(i), elements, [](int, int) { return typename V::Reg{}; },

@@ -28,6 +28,14 @@ void parallel_tasks(int64_t tasks, const MakeWorker& make_worker) {
   });
 }
 
+// Calls f(i) for i in [0, count) on the pool.
+template <class F>
+void parallel_each(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
 // A 64-byte aligned buffer of T, uninitialised. Fresh pages cost more than the copies that fill them, so up
 // to kRetainedBytes of released buffers are kept for the next call.
 template <class T>

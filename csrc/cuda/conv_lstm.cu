@@ -13,7 +13,7 @@
 #include <tuple>
 
 #include "common/layout.h"
-#include "memory_scores.cuh"
+#include "host.cuh"
 
 namespace vosops::cuda {
 namespace {

@@ -15,7 +15,7 @@
 #include <optional>
 #include <vector>
 
-#include "memory_scores.cuh"
+#include "rows.cuh"
 
 namespace vosops::cuda {
 

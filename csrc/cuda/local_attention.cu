@@ -14,8 +14,8 @@
 // memory, which bound both.
 #include <algorithm>
 
+#include "host.cuh"
 #include "intrinsics.cuh"
-#include "memory_scores.cuh"
 
 namespace vosops::cuda {
 namespace {

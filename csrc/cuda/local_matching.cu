@@ -228,9 +228,8 @@ void select(const Rows<float>& query, const Rows<float>& key, const Window& wind
   const int tiles_y = ceil_div(ceil_div(window.height, window.dilation), kTileY);
   const int tiles_x = ceil_div(ceil_div(window.width, window.dilation), kTileX);
   const int64_t blocks = batch * window.phases_y * window.phases_x * tiles_y * tiles_x;
-  STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
-  LAUNCH(kernel, dim3(unsigned(blocks)), dim3(kThreads), sizeof(Smem), stream, query, key, window, tiles_y,
-         tiles_x, best);
+  LAUNCH(kernel, dim3(checked_blocks(blocks)), dim3(kThreads), sizeof(Smem), stream, query, key, window,
+         tiles_y, tiles_x, best);
 }
 }  // namespace fma
 

@@ -14,45 +14,18 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/shim_utils.h>
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "dtypes.cuh"
-#include "launch.cuh"
+#include "candidates.cuh"
+#include "host.cuh"
 
 namespace vosops::cuda {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32;
 constexpr int kObjectsPerWord = 32;
-constexpr int64_t kMostPixels =
-    (int64_t{1} << 31) - 1;  // of one batch element: flat indices are 32 bits in kernels
-
-template <class A>
-__host__ __device__ constexpr A ceil_div(A a, A b) {
-  return (a + b - 1) / b;
-}
-
-// ---- Candidates: the order of (score, index) as the order of one integer; the least is the best ----
-using Candidate = unsigned long long;
-constexpr Candidate kNoCandidate = ~0ull;
-
-// Floats in their order, -inf first. Zero must be positive, NaN must not come.
-__device__ __forceinline__ uint32_t ordered(float score) {
-  const uint32_t bits = __float_as_uint(score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ Candidate candidate(uint32_t ordered_score, uint32_t index) {
-  return Candidate{ordered_score} << 32 | index;
-}
-
 // ---- Pack ----
 // A frame or several: (N, C, T, H, W) of any strides.
 template <class S>
@@ -204,9 +177,8 @@ Rows<E> pack(const Tensor& tensor, const Tensor* mask, Side side, ScalarType row
     out.objects = static_cast<unsigned*>(memory.objects.mutable_data_ptr());
   }
   const int64_t blocks = batch * ceil_div(count, int64_t{kPackPixels});
-  STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
-  LAUNCH((pack_kernel<S, E>), dim3(unsigned(blocks)), dim3(kPackThreads), sizeof(PackSmem), stream, source,
-         mask ? pixels<bool>(*mask) : Pixels<bool>{}, out);
+  LAUNCH((pack_kernel<S, E>), dim3(checked_blocks(blocks)), dim3(kPackThreads), sizeof(PackSmem), stream,
+         source, mask ? pixels<bool>(*mask) : Pixels<bool>{}, out);
   return out;
 }
 
@@ -284,44 +256,8 @@ template <class E>
 void finish(const Candidate* best, const Rows<E>& query, const Rows<E>& key, int64_t batch, int objects,
             int slots, Slots kind, Tensor& distance, Tensor& index, Stream stream) {
   const int64_t blocks = ceil_div(batch * objects * query.count * kFinishLanes, int64_t{kFinishThreads});
-  STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
-  LAUNCH(finish_kernel<E>, dim3(unsigned(blocks)), dim3(kFinishThreads), 0, stream, best, query, key, batch,
-         objects, slots, kind, distance.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
-}
-
-// ---- Hosts ----
-enum class Precision { kIeee, kTf32, kTf32x3 };
-
-inline Precision parse_precision(std::string_view name) {
-  if (name == "ieee") return Precision::kIeee;
-  if (name == "tf32") return Precision::kTf32;
-  STD_TORCH_CHECK(name == "tf32x3", "precision must be ieee, tf32 or tf32x3, got ", std::string(name));
-  return Precision::kTf32x3;
-}
-
-// Calls f with a value of the tensor's element type.
-template <class F>
-void dispatch(ScalarType type, F f) {
-  switch (type) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Half:
-      return f(half{});
-    case ScalarType::BFloat16:
-      return f(bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, "the CUDA kernels take float32, float16 and bfloat16 only");
-  }
-}
-
-// aten::sort.stable along the last dimension, ascending: values, order.
-inline std::tuple<Tensor, Tensor> stable_sort(const Tensor& tensor) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 4> stack{from(tensor), from(std::optional<bool>(true)), from(int64_t{-1}),
-                                    from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  LAUNCH(finish_kernel<E>, dim3(checked_blocks(blocks)), dim3(kFinishThreads), 0, stream, best, query, key,
+         batch, objects, slots, kind, distance.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>());
 }
 
 }  // namespace vosops::cuda

@@ -191,10 +191,11 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<float> in, Values<V
 #pragma unroll
     for (int j = 0; j < kOwnPositions; ++j) {
       const int64_t m = first + kSide * j + tx, read = min(m, in.memory - 1);
-      const float slope = in.slope_of(share.n, read), shift = in.shift_of(share.n, read);
+      const float shrinkage = in.shrinkage_of(share.n, read), shift = in.shift_of(share.n, read);
 #pragma unroll
       for (int i = 0; i < kOwnQueries; ++i)
-        scores[i][j] = m < share.end ? fmaf(slope, fmaf(in.scale, scores[i][j], bias[i]), shift) : -INFINITY;
+        scores[i][j] =
+            m < share.end ? fmaf(shrinkage, fmaf(in.scale, scores[i][j], bias[i]), shift) : -INFINITY;
     }
 
     // The values follow while their place is free: everyone has passed the chunks' barriers.
@@ -297,7 +298,7 @@ struct Shape {
   struct Smem {
     alignas(16) unsigned char values[kStages][kValueRows][kValuePitch];
     alignas(16) unsigned char weights[kTileQueries][kWeightPitch];
-    float slope[kStages][kTileMemory], shift[kStages][kTileMemory];
+    float shrinkage[kStages][kTileMemory], shift[kStages][kTileMemory];
     float greatest[kParts][kTileQueries];
     float rescale[kTileQueries];  // of the sums before this tile is added; at the end 1 / (sum of weights)
     int64_t offset[kTileColumns];
@@ -336,7 +337,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
     s.offset[i] = i < columns ? value.offset(first_column + i) : 0;
   if (thread < kTileMemory)
     for (int i = 0; i < kStages; ++i) {
-      if (!in.shrinkage) s.slope[i][thread] = 1;
+      if (!in.shrinkage) s.shrinkage[i][thread] = 1;
       if (!in.key_bias) s.shift[i][thread] = 0;
     }
   const auto copy_rows = [&](unsigned char* to, const S* rows, int64_t first, int64_t count, int size) {
@@ -354,7 +355,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
     copy_rows(key_rows(tile), in.keys_of(share.n), first, in.memory, kTileMemory);
     if (thread < kTileMemory) {
       const int64_t m = share.n * in.memory + min(first + thread, in.memory - 1);
-      if (in.shrinkage) copy_async<4>(&s.slope[tile % kStages][thread], in.shrinkage + m);
+      if (in.shrinkage) copy_async<4>(&s.shrinkage[tile % kStages][thread], in.shrinkage + m);
       if (in.key_bias) copy_async<4>(&s.shift[tile % kStages][thread], in.key_bias + m);
     }
   };
@@ -426,7 +427,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int m = score_position + 8 * j + 2 * t + e % 2;
-        const float score = fmaf(s.slope[tile % kStages][m], fmaf(in.scale, scores[j][e], bias[e / 2]),
+        const float score = fmaf(s.shrinkage[tile % kStages][m], fmaf(in.scale, scores[j][e], bias[e / 2]),
                                  s.shift[tile % kStages][m]);
         scores[j][e] = m < left ? score : -INFINITY;
         greatest[e / 2] = fmaxf(greatest[e / 2], scores[j][e]);
@@ -790,11 +791,11 @@ __global__ __launch_bounds__(kThreads, Tile::kBlocks) void usage_kernel(Scores<t
   DYNAMIC_SHARED(Shared, s);
   const int64_t tiles = ceil_div(in.memory, int64_t{kTileB}), n = blockIdx.x / tiles,
                 first = blockIdx.x % tiles * kTileB;
-  float slope[kOwnB], shift[kOwnB], sums[kOwnB] = {};
+  float shrinkage[kOwnB], shift[kOwnB], sums[kOwnB] = {};
 #pragma unroll
   for (int j = 0; j < kOwnB; ++j) {
     const int64_t m = min(first + Tile::column(j), in.memory - 1);
-    slope[j] = in.slope_of(n, m);
+    shrinkage[j] = in.shrinkage_of(n, m);
     shift[j] = in.shift_of(n, m);
   }
   for (int64_t p0 = 0; p0 < in.queries; p0 += kTileA) {
@@ -808,7 +809,7 @@ __global__ __launch_bounds__(kThreads, Tile::kBlocks) void usage_kernel(Scores<t
       const bool reads = p < in.queries && query_lse != -INFINITY;
 #pragma unroll
       for (int j = 0; j < kOwnB; ++j) {
-        const float score = fmaf(slope[j], fmaf(in.scale, products[i][j], bias), shift[j]);
+        const float score = fmaf(shrinkage[j], fmaf(in.scale, products[i][j], bias), shift[j]);
         if (reads) sums[j] += exp2f((score - query_lse) * kLog2E);
       }
     }

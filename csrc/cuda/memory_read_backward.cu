@@ -4,15 +4,16 @@
 // A batch element and a chunk of the memory at a time, the weights are recomputed from the log-sum-exp and
 // kept, so that all gradients are products of rows with rows:
 //   weights_kernel:  W[m][p] = exp(score - lse) from keys and queries;
-//   slopes_kernel:   dS[m][p] = W (values . grad_out - D), D = out . grad_out - grad_lse, and dS transposed;
-//   product_kernel:  dV = grad_out W^T;  dK~ = Q~ dS^T;  dQ~ += (slope K~) dS, a block 64 x 128 of the
+//   ds_kernel:       dS[m][p] = W (values . grad_out - delta), delta = out . grad_out - grad_lse, and dS
+//   transposed;
+//   product_kernel:  dV = grad_out W^T;  dK~ = Q~ dS^T;  dQ~ += (shrinkage K~) dS, a block 64 x 128 of the
 //   result.
-// Q~ carries two more rows, ones and the query's bias, and slope K~ one more, the slopes: their products are
-// the sums that the gradients of shrinkage and biases need. finish_kernel turns dK~ into those of key,
-// shrinkage and key bias. A chunk gives each multiprocessor kTilesPerMultiprocessor tiles of the weights: 54
-// MB for all three arrays of float on an H100, whatever the sizes of query and memory. Where all inputs are
-// bfloat16, so are the operands of gradients, with the weights and their derivatives rounded to it as
-// PyTorch's own operators do. Otherwise they are rows of float: float16 is exact in TF32, which multiplies
+// Q~ carries two more rows, ones and the query's bias, and shrinkage K~ one more, the shrinkage: their
+// products are the sums that the gradients of shrinkage and biases need. finish_kernel turns dK~ into those
+// of key, shrinkage and key bias. A chunk gives each multiprocessor kTilesPerMultiprocessor tiles of the
+// weights: 54 MB for all three arrays of float on an H100, whatever the sizes of query and memory. Where all
+// inputs are bfloat16, so are the operands of gradients, with the weights and their derivatives rounded to it
+// as PyTorch's own operators do. Otherwise they are rows of float: float16 is exact in TF32, which multiplies
 // it, while its range would lose small derivatives. Products bound the time: four for the forward's two.
 #include <algorithm>
 #include <tuple>
@@ -66,13 +67,13 @@ __global__ __launch_bounds__(kThreads) void weights_kernel(Scores<typename Tile:
   for (int i = 0; i < kOwnA; ++i) {
     const int64_t row = tile.first_a + Tile::row(i);
     if (row >= chunk.count) continue;
-    const float slope = in.slope_of(chunk.n, chunk.begin + row),
+    const float shrinkage = in.shrinkage_of(chunk.n, chunk.begin + row),
                 shift = in.shift_of(chunk.n, chunk.begin + row);
 #pragma unroll
     for (int j = 0; j < kOwnB; ++j) {
       const int64_t p = tile.first_b + Tile::column(j);
       if (p >= chunk.query_columns) continue;
-      const float score = fmaf(slope, fmaf(in.scale, products[i][j], bias[j]), shift);
+      const float score = fmaf(shrinkage, fmaf(in.scale, products[i][j], bias[j]), shift);
       const bool reads = p < in.queries && query_lse[j] != -INFINITY;
       weights[row * chunk.query_columns + p] =
           from_float<G>(reads ? exp2f((score - query_lse[j]) * kLog2E) : 0.f);
@@ -85,22 +86,22 @@ template <class G>
 struct Flow {
   const G *values, *grads;
   int columns;
-  const float* base;  // [P]
+  const float* delta;  // [P]
   const G* weights;
-  G *slopes, *transposed;
+  G *ds, *transposed;
 };
 
 template <class Tile>
-struct SlopesSmem {
+struct DsSmem {
   typename Tile::Smem tile;
   float transposed[kTileB][kTileA + 1];
 };
 
 template <class Tile>
-__global__ __launch_bounds__(kThreads) void slopes_kernel(Flow<typename Tile::Element> flow, Chunk chunk,
-                                                          int64_t queries) {
+__global__ __launch_bounds__(kThreads) void ds_kernel(Flow<typename Tile::Element> flow, Chunk chunk,
+                                                      int64_t queries) {
   using G = typename Tile::Element;
-  using Shared = SlopesSmem<Tile>;
+  using Shared = DsSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
   const BlockTile tile(chunk.query_columns);
   float products[kOwnA][kOwnB];
@@ -109,14 +110,14 @@ __global__ __launch_bounds__(kThreads) void slopes_kernel(Flow<typename Tile::El
 #pragma unroll
   for (int j = 0; j < kOwnB; ++j) {
     const int64_t p = tile.first_b + Tile::column(j);
-    const float base = flow.base[min(p, queries - 1)];
+    const float delta = flow.delta[min(p, queries - 1)];
 #pragma unroll
     for (int i = 0; i < kOwnA; ++i) {
       const int64_t row = tile.first_a + Tile::row(i), at = row * chunk.query_columns + p;
-      float slope = 0;
-      if (row < chunk.count && p < queries) slope = to_float(flow.weights[at]) * (products[i][j] - base);
-      if (row < chunk.count && p < chunk.query_columns) flow.slopes[at] = from_float<G>(slope);
-      s.transposed[Tile::column(j)][Tile::row(i)] = slope;
+      float ds = 0;
+      if (row < chunk.count && p < queries) ds = to_float(flow.weights[at]) * (products[i][j] - delta);
+      if (row < chunk.count && p < chunk.query_columns) flow.ds[at] = from_float<G>(ds);
+      s.transposed[Tile::column(j)][Tile::row(i)] = ds;
     }
   }
   __syncthreads();
@@ -155,23 +156,24 @@ __global__ __launch_bounds__(kThreads) void product_kernel(const typename Tile::
 }
 
 // ---- Around the products ----
-constexpr int kBaseLanes = kThreads / kWarp;
+constexpr int kDeltaLanes = kThreads / kWarp;
 
-struct BaseSmem {
-  float sums[kBaseLanes][kWarp];
+struct DeltaSmem {
+  float sums[kDeltaLanes][kWarp];
 };
 
-// D of 32 queries: lanes are queries, warps share the columns. Both tensors are contiguous (N, columns, P).
+// delta of 32 queries: lanes are queries, warps share the columns. Both tensors are contiguous (N, columns,
+// P).
 template <class V>
-__global__ __launch_bounds__(kThreads) void base_kernel(const V* out, const V* grad_out,
-                                                        const float* grad_lse, int columns, int64_t queries,
-                                                        float* base) {
-  DYNAMIC_SHARED(BaseSmem, s);
+__global__ __launch_bounds__(kThreads) void delta_kernel(const V* out, const V* grad_out,
+                                                         const float* grad_lse, int columns, int64_t queries,
+                                                         float* delta) {
+  DYNAMIC_SHARED(DeltaSmem, s);
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t tiles = ceil_div(queries, int64_t{kWarp}), n = blockIdx.x / tiles;
   const int64_t p = blockIdx.x % tiles * kWarp + lane, read = min(p, queries - 1);
   float sum = 0;
-  for (int64_t c = warp; c < columns; c += kBaseLanes) {
+  for (int64_t c = warp; c < columns; c += kDeltaLanes) {
     const int64_t at = (n * columns + c) * queries + read;
     sum = fmaf(to_float(out[at]), to_float(grad_out[at]), sum);
   }
@@ -179,8 +181,8 @@ __global__ __launch_bounds__(kThreads) void base_kernel(const V* out, const V* g
   __syncthreads();
   if (warp != 0 || p >= queries) return;
   sum = -grad_lse[n * queries + p];
-  for (int i = 0; i < kBaseLanes; ++i) sum += s.sums[i][lane];
-  base[n * queries + p] = sum;
+  for (int i = 0; i < kDeltaLanes; ++i) sum += s.sums[i][lane];
+  delta[n * queries + p] = sum;
 }
 
 // Rows behind the others: ones and the queries' bias behind Q~.
@@ -193,7 +195,7 @@ __global__ __launch_bounds__(kThreads) void query_rows_kernel(const float* bias,
   biases[p] = from_float<G>(p < queries && bias ? bias[p] : 0.f);
 }
 
-// Rows of keys [c][m] of a chunk times their slopes, and the slopes behind them.
+// Rows of keys [c][m] of a chunk times their shrinkage, and the shrinkage behind them.
 template <class E, class G>
 __global__ __launch_bounds__(kThreads) void key_rows_kernel(Scores<E> in, Chunk chunk, int channels,
                                                             G* rows) {
@@ -203,7 +205,7 @@ __global__ __launch_bounds__(kThreads) void key_rows_kernel(Scores<E> in, Chunk 
   float x = 0;
   if (m < chunk.count) {
     const int64_t position = chunk.begin + m;
-    x = in.slope_of(chunk.n, position);
+    x = in.shrinkage_of(chunk.n, position);
     if (c < channels) x *= in.scale * to_float(in.keys_of(chunk.n)[position * in.row_columns + c]);
   }
   rows[at] = from_float<G>(x);
@@ -223,7 +225,7 @@ __global__ __launch_bounds__(kThreads) void finish_kernel(Scores<E> in, Chunk ch
   const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (row >= chunk.count) return;
   const int64_t m = chunk.begin + row;
-  const float factor = in.scale * in.slope_of(chunk.n, m);
+  const float factor = in.scale * in.shrinkage_of(chunk.n, m);
   const E* keys = in.keys_of(chunk.n) + m * in.row_columns;
   float product = 0;
   for (int c = 0; c < key_channels; ++c) {
@@ -258,7 +260,7 @@ Tensor narrowed(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
 
 // Runs one batch element and chunk after the other.
 template <class ScoreTile, class GradientTile>
-void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out, const Tensor& base,
+void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out, const Tensor& delta,
               const Tensor& lse, Gradients& gradients, Stream stream) {
   using E = typename ScoreTile::Element;
   using G = typename GradientTile::Element;
@@ -286,7 +288,7 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
 
   const Tensor grad_columns =
       torch::stable::view(grad_out, std::vector<int64_t>{in.batch(), columns, queries});
-  Tensor weights = operands({longest, query_columns}), slopes = operands({longest, query_columns});
+  Tensor weights = operands({longest, query_columns}), ds = operands({longest, query_columns});
   Tensor transposed = operands({queries, row_columns_of(longest)});
   Tensor query_sums = numbers({channels + 1, queries}), key_sums = numbers({channels + 2, longest});
   for (int64_t n = 0; n < in.batch(); ++n) {
@@ -326,12 +328,12 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
       const Flow<G> flow{data_of(value_rows),
                          data_of(grad_by_query),
                          value_columns,
-                         base.const_data_ptr<float>() + n * queries,
+                         delta.const_data_ptr<float>() + n * queries,
                          w,
-                         data_of(slopes),
+                         data_of(ds),
                          data_of(transposed)};
-      LAUNCH(slopes_kernel<GradientTile>, dim3(tile_blocks(chunk.memory_columns, query_columns)),
-             dim3(kThreads), sizeof(SlopesSmem<GradientTile>), stream, flow, chunk, queries);
+      LAUNCH(ds_kernel<GradientTile>, dim3(tile_blocks(chunk.memory_columns, query_columns)), dim3(kThreads),
+             sizeof(DsSmem<GradientTile>), stream, flow, chunk, queries);
 
       dispatch(value.scalar_type(), [&](auto sample) {
         using V = decltype(sample);
@@ -339,7 +341,7 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
         multiply(data_of(grad_by_column), columns, w, count, query_columns,
                  Result<V>{to, in.memory(), false});
       });
-      multiply(data_of(query_rows), channels + 2, flow.slopes, count, query_columns,
+      multiply(data_of(query_rows), channels + 2, flow.ds, count, query_columns,
                Result<float>{key_sums.mutable_data_ptr<float>(), count, false});
       Tensor key_rows = operands({channels + 1, chunk.memory_columns});
       LAUNCH((key_rows_kernel<E, G>), threads(int64_t{channels + 1} * chunk.memory_columns), dim3(kThreads),
@@ -403,13 +405,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
   } else {
     const Tensor grads = torch::stable::contiguous(grad_out), outs = torch::stable::contiguous(out),
                  lses = torch::stable::contiguous(lse), lse_grads = torch::stable::contiguous(grad_lse);
-    Tensor base = torch::stable::new_empty(lses, lses.sizes());
+    Tensor delta = torch::stable::new_empty(lses, lses.sizes());
     dispatch(value.scalar_type(), [&](auto sample) {
       using V = decltype(sample);
-      LAUNCH(base_kernel<V>, dim3(checked_blocks(in.batch() * ceil_div(in.queries(), int64_t{kWarp}))),
-             dim3(kThreads), sizeof(BaseSmem), stream, static_cast<const V*>(outs.const_data_ptr()),
+      LAUNCH(delta_kernel<V>, dim3(checked_blocks(in.batch() * ceil_div(in.queries(), int64_t{kWarp}))),
+             dim3(kThreads), sizeof(DeltaSmem), stream, static_cast<const V*>(outs.const_data_ptr()),
              static_cast<const V*>(grads.const_data_ptr()), lse_grads.const_data_ptr<float>(),
-             int(value.size(1) * value.size(2)), in.queries(), base.mutable_data_ptr<float>());
+             int(value.size(1) * value.size(2)), in.queries(), delta.mutable_data_ptr<float>());
     });
     const bool sixteen_bit = is_16_bit(key.scalar_type()) && is_16_bit(value.scalar_type());
     const Products products = sixteen_bit || arithmetic == Precision::kTf32 ? Products::kTf32
@@ -419,11 +421,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
     if (of_scores == Products::kSixteenBit && key.scalar_type() == ScalarType::BFloat16 &&
         value.scalar_type() == ScalarType::BFloat16) {
       using Tile = TensorTile<bfloat16, Arithmetic::kPlain>;
-      backward<Tile, Tile>(in, value, grads, base, lses, gradients, stream);
+      backward<Tile, Tile>(in, value, grads, delta, lses, gradients, stream);
     } else {
       with_tile(of_scores, key.scalar_type(), [&](auto score_tile) {
         with_float_tile(products, [&](auto gradient_tile) {
-          backward<decltype(score_tile), decltype(gradient_tile)>(in, value, grads, base, lses, gradients,
+          backward<decltype(score_tile), decltype(gradient_tile)>(in, value, grads, delta, lses, gradients,
                                                                   stream);
         });
       });

@@ -1,6 +1,4 @@
-// The scores of a memory read, shared by its kernels: score[m, p] = shrinkage[m] * (scale * key[m] . query[p]
-// + query_bias[p]) + key_bias[m]. A query of twice the key's channels meets the key's channels and their
-// squares.
+// The scores of a memory read (common/score_inputs.h), shared by its kernels.
 //
 // Keys and queries become rows of contiguous channels first (zeros behind the last): a copy of both, a fifth
 // of the values' bytes or less, after which products are of rows with rows and know no strides. Products of
@@ -14,140 +12,20 @@
 #include <optional>
 #include <vector>
 
-#include "matching.cuh"
+#include "common/score_inputs.h"
+#include "rows.cuh"
 #include "tensor_core.cuh"
 
 namespace vosops::cuda {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr int kTileThreads = 256;
-
-struct ScoreInputs {
-  const Tensor& query;                      // (N, C or 2 C, P)
-  const Tensor& key;                        // (N, C, M)
-  const std::optional<Tensor>& shrinkage;   // (N, M) of float32, as both biases
-  const std::optional<Tensor>& query_bias;  // (N, P)
-  const std::optional<Tensor>& key_bias;    // (N, M)
-  double scale;
-
-  int64_t batch() const { return query.size(0); }
-  int64_t queries() const { return query.size(2); }
-  int64_t memory() const { return key.size(2); }
-  bool squares() const { return query.size(1) != key.size(1); }
-};
-
-inline bool is_16_bit(ScalarType type) {
-  return type == ScalarType::Half || type == ScalarType::BFloat16;
-}
 
 inline void check_scores(const ScoreInputs& in) {
-  check_shape("query", in.query, {kAnySize, kAnySize, kAnySize});
-  check_shape("key", in.key, {in.batch(), kAnySize, kAnySize});
-  STD_TORCH_CHECK(in.query.size(1) == in.key.size(1) || in.query.size(1) == 2 * in.key.size(1),
-                  "query must have the channels of key or twice as many");
   STD_TORCH_CHECK(is_16_bit(in.key.scalar_type()) || in.key.scalar_type() == ScalarType::Float,
                   "the CUDA kernels take float32, float16 and bfloat16 only");
-  STD_TORCH_CHECK(
-      in.query.scalar_type() == ScalarType::Float || in.query.scalar_type() == in.key.scalar_type(),
-      "query must have the dtype of key or float32");
+  check_scores(in, ScalarType::Float);
   STD_TORCH_CHECK(in.queries() <= kMostPixels && in.memory() <= kMostPixels,
                   "a batch element is limited to 2^31 - 1 queries and positions");
-  const auto check_vector = [&](const char* name, const std::optional<Tensor>& vector, int64_t size) {
-    if (!vector) return;
-    check_shape(name, *vector, {in.batch(), size});
-    check_dtype(name, *vector, ScalarType::Float);
-  };
-  check_vector("shrinkage", in.shrinkage, in.memory());
-  check_vector("query_bias", in.query_bias, in.queries());
-  check_vector("key_bias", in.key_bias, in.memory());
-}
-
-inline unsigned checked_blocks(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= kMostPixels, "too many pixels in all");
-  return unsigned(blocks);
-}
-
-// ---- Rows ----
-template <class S>
-struct Matrix {
-  const S* data;
-  int64_t batch_stride, row_stride, column_stride;
-  int64_t rows;
-  int columns;
-};
-
-constexpr int kPackRows = 32, kPackColumns = 64;
-
-struct PackRowsSmem {
-  float tile[kPackRows][kPackColumns + 1];
-};
-
-// A block copies 32 rows x 64 columns; with `squares` the columns are followed by their squares. Zeros fill
-// the rows.
-template <class S, class E>
-__global__ __launch_bounds__(kTileThreads) void rows_kernel(Matrix<S> source, bool squares, int row_columns,
-                                                            E* out) {
-  DYNAMIC_SHARED(PackRowsSmem, s);
-  const int column_tiles = ceil_div(row_columns, kPackColumns);
-  const int64_t row_tiles = ceil_div(source.rows, int64_t{kPackRows}), tile = blockIdx.x / column_tiles;
-  const int64_t n = tile / row_tiles, first = tile % row_tiles * kPackRows;
-  const int start = int(blockIdx.x % column_tiles) * kPackColumns;
-  const bool columns_innermost = source.column_stride == 1;
-  for (int i = int(threadIdx.x); i < kPackRows * kPackColumns; i += kTileThreads) {
-    const int row = columns_innermost ? i / kPackColumns : i % kPackRows;
-    const int column = columns_innermost ? i % kPackColumns : i / kPackRows;
-    const bool squared = squares && start + column >= source.columns;
-    const int from = start + column - (squared ? source.columns : 0);
-    float x = 0;
-    if (first + row < source.rows && from < source.columns)
-      x = to_float(source.data[n * source.batch_stride + (first + row) * source.row_stride +
-                               from * source.column_stride]);
-    s.tile[row][column] = squared ? x * x : x;
-  }
-  __syncthreads();
-  for (int i = int(threadIdx.x); i < kPackRows * kPackColumns; i += kTileThreads) {
-    const int row = i / kPackColumns, column = i % kPackColumns;
-    if (first + row < source.rows && start + column < row_columns)
-      out[(n * source.rows + first + row) * row_columns + start + column] =
-          from_float<E>(s.tile[row][column]);
-  }
-}
-
-constexpr int kRowGranule16 = kStepBytes / 2;  // elements to which rows are filled up: whole steps of mma
-constexpr int row_columns_of(int64_t columns) {
-  return int(ceil_div(columns, int64_t{kRowGranule16})) * kRowGranule16;
-}
-
-template <class E>
-constexpr ScalarType kScalarType = std::is_same_v<E, float>  ? ScalarType::Float
-                                   : std::is_same_v<E, half> ? ScalarType::Half
-                                                             : ScalarType::BFloat16;
-
-// Rows of a (batch, rows, columns) tensor of any strides: [batch][rows][row_columns_of(columns)] of E.
-template <class E>
-Tensor rows_of(const Tensor& tensor, int row_dim, int column_dim, bool squares, Stream stream) {
-  const int64_t rows = tensor.size(row_dim), columns = tensor.size(column_dim);
-  STD_TORCH_CHECK(columns <= kMostPixels / 4, "too many channels");
-  const int row_columns = row_columns_of(squares ? 2 * columns : columns);
-  Tensor out = torch::stable::new_empty(tensor, std::vector<int64_t>{tensor.size(0), rows, row_columns},
-                                        kScalarType<E>);
-  const int64_t blocks =
-      tensor.size(0) * ceil_div(rows, int64_t{kPackRows}) * ceil_div(row_columns, kPackColumns);
-  const auto pack = [&](auto sample) {
-    using S = decltype(sample);
-    if constexpr (std::is_same_v<S, E> || std::is_same_v<E, float>) {
-      const Matrix<S> source{static_cast<const S*>(tensor.const_data_ptr()),
-                             tensor.stride(0),
-                             tensor.stride(row_dim),
-                             tensor.stride(column_dim),
-                             rows,
-                             int(columns)};
-      LAUNCH((rows_kernel<S, E>), dim3(checked_blocks(blocks)), dim3(kTileThreads), sizeof(PackRowsSmem),
-             stream, source, squares, row_columns, static_cast<E*>(out.mutable_data_ptr()));
-    }
-  };
-  dispatch(tensor.scalar_type(), pack);
-  return out;
 }
 
 // ---- Score operands ----
@@ -166,7 +44,7 @@ struct Scores {
   __device__ float bias_of(int64_t n, int64_t p) const {
     return query_bias ? query_bias[n * queries + p] : 0.f;
   }
-  __device__ float slope_of(int64_t n, int64_t m) const {
+  __device__ float shrinkage_of(int64_t n, int64_t m) const {
     return shrinkage ? shrinkage[n * memory + m] : 1.f;
   }
   __device__ float shift_of(int64_t n, int64_t m) const { return key_bias ? key_bias[n * memory + m] : 0.f; }
@@ -177,12 +55,6 @@ struct ScoreMemory {
   Tensor query, key;
   std::optional<Tensor> query_bias, shrinkage, key_bias;
 };
-
-// A batch that only repeats its first element, once.
-inline Tensor without_repeats(const Tensor& tensor) {
-  Tensor copy = tensor;
-  return tensor.size(0) > 1 && tensor.stride(0) == 0 ? torch::stable::narrow(copy, 0, 0, 1) : copy;
-}
 
 template <class E>
 Scores<E> pack_scores(const ScoreInputs& in, Stream stream, ScoreMemory& memory) {

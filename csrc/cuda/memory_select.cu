@@ -15,6 +15,7 @@
 #include <cfloat>
 #include <tuple>
 
+#include "candidates.cuh"
 #include "memory_scores.cuh"
 
 namespace vosops::cuda {
@@ -146,10 +147,10 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll
     for (int j = 0; j < kOwnB; ++j) {
       const int64_t m = first + Tile::column(j), read = min(m, in.memory - 1);
-      const float slope = in.slope_of(n, read), shift = in.shift_of(n, read);
+      const float shrinkage = in.shrinkage_of(n, read), shift = in.shift_of(n, read);
 #pragma unroll
       for (int i = 0; i < kOwnA; ++i) {
-        const float score = fmaf(slope, fmaf(in.scale, scores[i][j], bias[i]), shift);
+        const float score = fmaf(shrinkage, fmaf(in.scale, scores[i][j], bias[i]), shift);
         scores[i][j] = score;
         const bool reaches =
             m < in.memory && first_query + Tile::row(i) < in.queries && score >= s.bar[Tile::row(i)];

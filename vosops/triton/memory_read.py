@@ -293,7 +293,7 @@ def _mean_gradient(
     grad,
     out,
     grad_lse,
-    mean,
+    delta,
     P,
     columns,
     p_blocks,
@@ -304,7 +304,7 @@ def _mean_gradient(
     VALUE_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (query blocks * N): mean = sum over columns of grad * out, minus grad_lse."""
+    """Grid (query blocks * N): delta = sum over columns of grad * out, minus grad_lse."""
     p = tl.program_id(0) % p_blocks * BLOCK + tl.arange(0, BLOCK)
     n = (tl.program_id(0) // p_blocks).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -314,7 +314,7 @@ def _mean_gradient(
         o = load_tile(out + n * columns * P, column, p, P, 1, columns, P)
         total += tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=0)
     at = n * P + p
-    tl.store(mean + at, total - tl.load(grad_lse + at, mask=p < P, other=0.0), mask=p < P)
+    tl.store(delta + at, total - tl.load(grad_lse + at, mask=p < P, other=0.0), mask=p < P)
 
 
 @triton.jit
@@ -341,7 +341,7 @@ def _query_gradient(
     value,
     grad,
     lse,
-    mean,
+    delta,
     grad_query,
     grad_query_bias,
     value_n,
@@ -393,7 +393,7 @@ def _query_gradient(
     )
     row_bias = load_vector(query_biases, p, P, 0.0) * LOG2E
     row_lse = load_lse(lse + n * P, p, P)
-    row_mean = tl.load(mean + n * P + p, mask=p < P, other=0.0)
+    row_delta = tl.load(delta + n * P + p, mask=p < P, other=0.0)
 
     acc = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
     acc_squares = tl.zeros((BLOCK_P, BLOCK_G), tl.float32)
@@ -422,16 +422,16 @@ def _query_gradient(
             g = load_columns(grad, p, column, grad_p, grad_o, grad_c, grad_end, columns, VALUE_C)
             v = load_column_rows(value, column, m, value_m, value_o, value_c, value_end, columns, VALUE_C)
             flow = dot(g, v, flow, VALUE_PRECISION)
-        slope = weight * (flow - row_mean[:, None])
+        ds = weight * (flow - row_delta[:, None])
         if shrinkage is not None:
-            slope = slope * column_shrinkage
-        acc_bias += tl.sum(slope, axis=1)
+            ds = ds * column_shrinkage
+        acc_bias += tl.sum(ds, axis=1)
         k = load_tile(key, m, c, key_m, key_c, key_end, C)
         if WIDE:
             k = k.to(tl.float32)
-        acc = dot(slope.to(k.dtype), k, acc, PRECISION)
+        acc = dot(ds.to(k.dtype), k, acc, PRECISION)
         if SQUARES:
-            acc_squares = dot(slope, k * k, acc_squares, PRECISION)
+            acc_squares = dot(ds, k * k, acc_squares, PRECISION)
 
     grad_query += row * QUERY_C * P
     store_transposed(grad_query, tile * BLOCK_P, channel_block * BLOCK_G, acc * scale, P, C, BLOCK_P, BLOCK_G)
@@ -467,7 +467,7 @@ def _key_gradient(
     value,
     grad,
     lse,
-    mean,
+    delta,
     grad_key,
     grad_shrinkage,
     grad_key_bias,
@@ -505,7 +505,7 @@ def _key_gradient(
     value += n * value_n
     grad += n * grad_n
     lse += n * P
-    mean += n * P
+    delta += n * P
     query_biases = of_batch(query_bias, n, query_bias_n)
 
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -541,21 +541,21 @@ def _key_gradient(
             v = load_columns(value, m, column, value_m, value_o, value_c, value_end, columns, VALUE_C)
             g = load_column_rows(grad, column, p, grad_p, grad_o, grad_c, grad_end, columns, VALUE_C)
             flow = dot(v, g, flow, VALUE_PRECISION)
-        slope = weight * (flow - tl.load(mean + p, mask=p < P, other=0.0)[None, :])
-        acc_bias += tl.sum(slope, axis=1)
+        ds = weight * (flow - tl.load(delta + p, mask=p < P, other=0.0)[None, :])
+        acc_bias += tl.sum(ds, axis=1)
         if shrinkage is not None:
             raw = product * scale
             if query_bias is not None:
                 raw += column_bias * LN2
-            acc_shrinkage += tl.sum(slope * raw, axis=1)
-            slope = slope * row_shrinkage[:, None]
+            acc_shrinkage += tl.sum(ds * raw, axis=1)
+            ds = ds * row_shrinkage[:, None]
         q = load_tile(query, p, c, query_p, query_c, query_end, C)
         if WIDE:
             q = q.to(tl.float32)
-        acc = dot(slope.to(q.dtype), q, acc, PRECISION)
+        acc = dot(ds.to(q.dtype), q, acc, PRECISION)
         if SQUARES:
             q = load_tile(query, p, tl.where(c < C, C + c, 2 * C), query_p, query_c, query_end, 2 * C)
-            acc_squares = dot(slope, q.to(tl.float32), acc_squares, PRECISION)
+            acc_squares = dot(ds, q.to(tl.float32), acc_squares, PRECISION)
 
     if SQUARES:
         k = load_tile(key, m, c, key_m, key_c, key_end, C).to(tl.float32)
@@ -878,7 +878,7 @@ def memory_read_backward(
     streams_queries = score_operands(query, key, *vectors, scale, precision, stream_queries=True)
     value_kind = kind_of_value(value, precision, streams_memory)
     constants, options = gradient_launch(streams_memory, columns, channels, value_kind)
-    mean = torch.empty_like(lse)
+    delta = torch.empty_like(lse)
     p_blocks = triton.cdiv(queries, MERGE_BLOCK)
     tiles = triton.cdiv(queries, constants["BLOCK_P"])
     memory_tiles = triton.cdiv(memory, constants["BLOCK_M"])
@@ -894,7 +894,7 @@ def memory_read_backward(
             grad_out,
             out,
             grad_lse,
-            mean,
+            delta,
             queries,
             columns,
             p_blocks,
@@ -910,7 +910,7 @@ def memory_read_backward(
             value,
             grad_out,
             lse,
-            mean,
+            delta,
             part_query,
             part_query_bias,
             *value.stride(),
@@ -930,7 +930,7 @@ def memory_read_backward(
             value,
             grad_out,
             lse,
-            mean,
+            delta,
             matrices[1],
             grad_shrinkage,
             grad_key_bias,
