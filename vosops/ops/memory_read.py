@@ -221,7 +221,7 @@ def memory_read(
     return_usage: bool = False,
     return_lse: bool = False,
     precision: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor | list[Tensor], ...] | list[Any]:
     """Read a memory's values with the softmax, over the memory, of its keys' similarity to each query pixel.
 
     *Q and *M are one or more trailing dimensions each: (H,W) and (T,H,W), a flat bank (M,), P prototypes. For a
@@ -312,13 +312,14 @@ def memory_read(
         else:
             reads = _read(kernels, scores, values, return_usage)
         for g, each, (out, usage, lse) in zip(together, values, reads, strict=True):
-            result: list[Any] = [_shape_out(out, each, memory)]
+            asked_for: list[Any] = [_shape_out(out, each, memory)]
             if return_usage:
-                result.append(memory.shape_usage(usage, scores.pieces, each))
+                asked_for.append(memory.shape_usage(usage, scores.pieces, each))
             if return_lse:
-                result.append(memory.shape_queries(lse, each))
-            results[g] = result[0] if len(result) == 1 else tuple(result)
-    return results[0] if groups is None else results
+                asked_for.append(memory.shape_queries(lse, each))
+            results[g] = asked_for[0] if len(asked_for) == 1 else tuple(asked_for)
+    result: Tensor | tuple[Tensor | list[Tensor], ...] = results[0]
+    return result if groups is None else results
 
 
 class _Arguments(NamedTuple):

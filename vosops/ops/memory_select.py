@@ -128,7 +128,7 @@ def memory_select(
     groups: GroupsValid | None = None,
     return_usage: bool = False,
     precision: str | None = None,
-) -> Any:
+) -> MemoryWeights | tuple[MemoryWeights, Tensor | list[Tensor]] | list[Any]:
     """First phase of a top-k `memory_read`: the k best memory positions of each query and their weights.
 
     Arguments as those of `memory_read`. Returns `MemoryWeights`, differentiable through its weights and lse; with
@@ -166,7 +166,8 @@ def memory_select(
                 results[g] = (chosen, memory.shape_usage(usage, scores.pieces))
             else:
                 results[g] = chosen
-    return results[0] if groups is None else results
+    result: MemoryWeights | tuple[MemoryWeights, Tensor | list[Tensor]] = results[0]
+    return result if groups is None else results
 
 
 class _Select(NamedTuple):
