@@ -47,7 +47,7 @@ def segment(
             help="PNG (of the first frame), FRAME=PNG, or folder of PNGs named by frame. Repeatable."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Name of the model.")] = "propagate",
+    model: Annotated[str, typer.Option(help="Name of the model; vosops info lists them.")] = "propagate",
     weights: Annotated[Path | None, typer.Option(help="File of the model's weights.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Feature extractor, for models that take one.")] = None,
     checkout: Annotated[

@@ -20,7 +20,7 @@ def semantic(
         str, typer.Argument(help="Video file, pipe or URL, folder of frames, or animated picture.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the label maps and everything else.")],
-    model: Annotated[str, typer.Option(help="Name of the model.")] = "lstm_icnet",
+    model: Annotated[str, typer.Option(help="Name of the model; vosops info lists them.")] = "lstm_icnet",
     weights: Annotated[
         Path | None,
         typer.Option(help="File of the model's weights, such as an .npz of LSTM-ICNet's variables."),
