@@ -26,6 +26,7 @@ import torch
 from vosops.benchmarking.fresh import run_fresh
 from vosops.benchmarking.measure import Clock, peak_bytes
 from vosops.integrations import accelerate
+from vosops.io.outputs import write_text
 
 FRAME = (30, 54)
 PIXELS = FRAME[0] * FRAME[1]
@@ -296,7 +297,7 @@ def main() -> None:
             before = json.loads(arguments.json.read_text())["rows"]
             rows = [row for row in before if (row["system"], row["case"]) not in named] + rows
         facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "rows": rows}
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from PIL import Image
 
 from vosops.integrations.checkouts import without_pretraining
 from vosops.io.listing import label_maps
+from vosops.io.outputs import write_text
 
 HEIGHT, WIDTH = 48, 64
 PARTS = 20
@@ -126,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(arguments.model, arguments.frames, arguments.budget, arguments.checkout)
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    arguments.out.write_text(json.dumps({**known, arguments.model: result}, indent=1) + "\n")
+    write_text(arguments.out, json.dumps({**known, arguments.model: result}, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vosops.io.outputs import write_text
 from vosops.memory import MemoryBank, parse_bytes
 
 RESULTS = Path(__file__).parent / "results" / "memory_bank_cpu.json"
@@ -182,7 +183,7 @@ def main() -> None:
                 arguments.objects,
             ),
         }
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_text(arguments.out, json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from vosops import benchmarking
+from vosops.io.outputs import write_text
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
@@ -53,6 +54,5 @@ def keep(result: benchmarking.Result, file: Path, device: str) -> None:
     fresh = result.to_dict()
     key = ("case", "threads")
     results = [r for r in earlier if any(r[k] != fresh[k] for k in key)] + [fresh]
-    file.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": benchmarking.machine(device), "results": results}
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(file, json.dumps(report, indent=1) + "\n")

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from vosops.io.labels import read_labels
 from vosops.io.listing import pictures, subfolders
+from vosops.io.outputs import complete_or_absent
 from vosops.metrics import region_similarity
 from vosops.models import create_model, create_tracker
 from vosops.training import ClipSampler, annealed_share, bootstrapped_cross_entropy
@@ -56,6 +57,8 @@ def main() -> None:
     parser.add_argument("--score-frames", type=int, default=5, help="of each held-out sequence, in between")
     parser.add_argument("--score-size", type=int, default=240, help="short side at which they are segmented")
     arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"--out {arguments.out} is there already: give another name, or remove it")
 
     torch.manual_seed(0)
     images, annotations = (arguments.davis / part for part in ("JPEGImages", "Annotations"))
@@ -117,7 +120,8 @@ def main() -> None:
                 f"step {step + 1}: loss {mean:.3f}, {seconds:.2f} s a step, {score(arguments.score_frames)}",
                 flush=True,
             )
-            torch.save(network.state_dict(), arguments.out)
+            with complete_or_absent(arguments.out) as file:
+                torch.save(network.state_dict(), file)
     print(f"all frames: {score(-1)}", flush=True)
 
 

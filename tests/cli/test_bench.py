@@ -181,7 +181,7 @@ class TestSystems:
     def test_a_file_of_something_else_is_left_alone(self, run, asked, tmp_path):
         (tmp_path / "r.json").write_text('{"results": [{"case": "tiny"}]}')
         result = run("systems", "--case", "stm-480p", "--json", tmp_path / "r.json")
-        assert result.exit_code == 1 and asked == []
+        assert result.exit_code == 2 and asked == []
         assert "r.json: holds something else than results of systems" in result.stderr
 
     def test_a_small_network_is_measured_for_real(self, run, monkeypatch):

@@ -88,5 +88,20 @@ def test_without_scikit_image_it_says_what_to_install(run, tmp_path, monkeypatch
 def test_where_it_cannot_write_it_says_so(run, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("--out", tmp_path / "file", "--frames", 3, "--size", 64)
-    assert result.exit_code == 1
-    assert result.stderr == f"vosops demo: cannot write into --out {tmp_path / 'file'}: Not a directory\n"
+    assert result.exit_code == 2
+    file = tmp_path / "file"
+    assert result.stderr == f"vosops demo: --out {file}: {file} is a file, give a folder\n"
+
+
+def test_what_somebody_else_put_there_is_left_alone(run, tmp_path):
+    options = ("--out", tmp_path, "--frames", 3, "--size", 64, "--no-naive", "--device", "cpu")
+    (tmp_path / "demo.json").write_text('{"mine": 1}')
+    result = run(*options)
+    assert result.exit_code == 2 and "demo.json is there already" in result.stderr
+    (tmp_path / "demo.json").unlink()
+    frame = tmp_path / "clip" / "JPEGImages" / "480p" / "demo" / "00001.jpg"
+    frame.parent.mkdir(parents=True)
+    frame.write_bytes(b"mine")
+    result = run(*options)
+    assert result.exit_code == 2 and "00001.jpg was not written by a run" in result.stderr
+    assert frame.read_bytes() == b"mine" and sorted(p.name for p in frame.parent.iterdir()) == ["00001.jpg"]

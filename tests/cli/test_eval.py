@@ -206,3 +206,29 @@ class TestSemantic:
         result = run(classes / "pred", classes / "true", *options)
         assert result.exit_code == 2
         assert result.stderr == f"vosops eval: {message}\n"
+
+
+class TestTheFileOfJson:
+    def test_is_replaced_where_it_is_an_earlier_one(self, run, folders):
+        options = (folders / "pred", folders / "true", "--json", folders / "r.json")
+        assert run(*options).exit_code == 0
+        first = (folders / "r.json").read_bytes()
+        assert run(*options, "--keep-ends").exit_code == 0
+        assert (folders / "r.json").read_bytes() != first
+        assert not [path for path in folders.iterdir() if path.name.startswith(".")]
+
+    @pytest.mark.parametrize("place", ["true/clip/00001.png", "notes.txt", "link.json"])
+    def test_is_left_alone_where_it_is_something_else(self, run, folders, place):
+        (folders / "notes.txt").write_text('{"protocol": 1}')
+        (folders / "link.json").symlink_to(folders / "true" / "clip" / "00002.png")
+        before = {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}
+        result = run(folders / "pred", folders / "true", "--json", folders / place)
+        assert result.exit_code == 2 and "is there already" in result.stderr
+        assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
+
+    def test_may_be_a_link_or_a_device(self, run, folders):
+        (folders / "link.json").symlink_to(folders / "r.json")
+        assert run(folders / "pred", folders / "true", "--json", folders / "link.json").exit_code == 0
+        assert (folders / "link.json").is_symlink() and json.loads((folders / "r.json").read_text())["global"]
+        assert run(folders / "pred", folders / "true", "--json", "/dev/null").exit_code == 0
+        assert not os.path.isfile("/dev/null")

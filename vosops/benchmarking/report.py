@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vosops.io.outputs import check_result, replace_result
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from vosops.benchmarking.runner import Result
+
+PLOT_MARK = "vosops bench"
+"""In the metadata of every plot."""
 
 OURS, THEIRS = "#d62728", "#7f7f7f"
 
@@ -64,6 +70,7 @@ def check_plot(file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed (`pip install 'vosops[bench]'`).
         ValueError: it does not know the format of the file's name.
+        InputError: there is a file of that name that is no such plot.
     """
     try:
         from matplotlib.figure import Figure
@@ -72,12 +79,14 @@ def check_plot(file: Path) -> None:
     known = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in known:
         raise ValueError(f"{file}: expected a name that ends with .{', .'.join(known)}")
+    check_result(file, _is_plot)
 
 
 def plot(results: Sequence[Result], file: Path) -> None:
     """Bars of time and memory for each case, on logarithmic scales; the format is that of the file's name.
 
-    Raises what `check_plot` does.
+    A file that is there is replaced only where it is such a plot, which its metadata say (.png, .svg, .pdf, .ps and
+    .eps have some). Raises what `check_plot` does.
     """
     check_plot(file)
     from matplotlib.figure import Figure
@@ -101,4 +110,12 @@ def plot(results: Sequence[Result], file: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         axes[1].set_yticklabels([])
         axes[0].set_title(f"{result.op}: {result.case.title}", fontsize=9, loc="left")
-    figure.savefig(file, dpi=150)
+    kind = file.suffix[1:].lower()
+    key = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}.get(kind)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, dpi=150, metadata={key: PLOT_MARK} if key else None)
+    replace_result(file, picture.getvalue(), _is_plot)
+
+
+def _is_plot(content: bytes) -> bool:
+    return PLOT_MARK.encode() in content

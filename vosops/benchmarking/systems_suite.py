@@ -18,6 +18,7 @@ from vosops.benchmarking.systems import (
     largest_that_fits,
     measure,
 )
+from vosops.io.outputs import write_text
 
 WAYS = {"frugal": False, "naive": True}
 
@@ -98,4 +99,5 @@ def _keep(file: Path, result: Result) -> None:
     others = [r for r in read_results(file) if (r["name"], r["naive"]) != key]
     order = {name: i for i, name in enumerate((*CASES, *FITS))}
     results = sorted([*others, result], key=lambda r: (order.get(r["name"], len(order)), r["naive"]))
-    file.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
+    write_text(Path(os.path.realpath(file)), text)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from vosops.cli.output import BAD_INPUT, check_file, refuse, write_json
+from vosops.cli.output import BAD_INPUT, check_file, one_line, refuse, write_json
+from vosops.io.outputs import is_json_with
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +20,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 ALL = "all"
 SYSTEMS = "systems"
 GIGABYTE = 1e9
+
+RESULT_KEYS = {"machine", "results"}
+"""By which the file of --json is known."""
 
 
 def register(app: typer.Typer) -> None:
@@ -107,9 +111,11 @@ def measure_ops(
         _refuse("--device cuda: PyTorch finds no GPU")
     if plot_file is not None:
         try:
-            benchmarking.check_plot(plot_file)
+            with one_line("bench"):
+                benchmarking.check_plot(plot_file)
         except (ImportError, ValueError) as error:
             _refuse(f"--plot: {error}")
+    check_file("bench", "--json", json_file, lambda content: is_json_with(content, RESULT_KEYS))
     chosen = [benchmarks[op]] if op != ALL else list(benchmarks.values())
     try:
         work = [
@@ -144,12 +150,10 @@ def measure_ops(
         console.print(*benchmarking.tables([result]))
         if json_file is not None:
             report = {"machine": benchmarking.machine(device), "results": [r.to_dict() for r in results]}
-            write_json("bench", json_file, report)
+            write_json("bench", json_file, report, RESULT_KEYS)
     if plot_file is not None:
-        try:
+        with one_line("bench"):
             benchmarking.plot(results, plot_file)
-        except OSError as error:
-            _refuse(str(error), 1)
 
 
 def measure_systems(
@@ -184,10 +188,11 @@ def measure_systems(
         note=lambda line: console.print(line, style="dim"),
     )
     try:
-        for measurement in measured:
-            found.append(measurement)
-    except (OSError, ValueError) as error:
-        _refuse(str(error), 1)
+        with one_line("bench"):
+            for measurement in measured:
+                found.append(measurement)
+    except ValueError as error:
+        _refuse(str(error))
     finally:
         if found:
             console.print(systems_table(found))

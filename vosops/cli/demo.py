@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vosops.cli.output import refuse
+from vosops.cli.output import check_file, one_line, refuse, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from vosops.metrics import Report
 
 MASKS, CLIP, REPORT = "masks", "clip", "demo.json"
+REPORT_KEYS = {"frames", "size", "seconds", "scores", "objects"}
 ASPECT = 854 / 480
 COMPARED_FRAMES = 4
 """Frames that both kinds of ops segment to be compared: the first is given, the others are timed."""
@@ -56,6 +56,7 @@ def demo(
     from vosops.inference.job import Job, Settings
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.listing import CONTACT_SHEET, label_maps
+    from vosops.io.outputs import is_json_with, nearest_folder
     from vosops.metrics import evaluate
 
     keep_freed_memory()
@@ -65,10 +66,12 @@ def demo(
             clip = DemoClip(frames, (size, round(size * ASPECT)))
         except ImportError as error:
             refuse("demo", str(error))
-        try:
+        with one_line("demo"):
+            nearest_folder(out)
+        if out.is_dir():
+            check_file("demo", "--out", out / REPORT, lambda content: is_json_with(content, REPORT_KEYS))
+        with one_line("demo"):
             images, truth = write_clip(clip, out / CLIP)
-        except OSError as error:
-            refuse("demo", f"cannot write into --out {out}: {error.strerror or error}")
     first = next(iter(label_maps(truth).values()))
     with console.status(f"segmenting {len(clip)} frames of {clip.size[1]}x{clip.size[0]}"):
         job = Job(
@@ -94,7 +97,7 @@ def demo(
             measured = [run_fresh(__name__, "measure", frames, clip.size, name, device) for name in BACKENDS]
         console.print(comparison_table(measured))
         report["comparison"] = [asdict(m) for m in measured]
-    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    write_json("demo", out / REPORT, report, REPORT_KEYS)
     for name in (f"{MASKS}/{CONTACT_SHEET}", f"{MASKS}/{OVERLAY}", REPORT):
         console.print(f"wrote {out / name}")
 

@@ -12,6 +12,7 @@ import typer
 
 from vosops.cli.output import BAD_INPUT, check_file, refuse, write_json
 from vosops.io.listing import shown
+from vosops.io.outputs import is_json_with
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +29,8 @@ HEADINGS = {
     "F-Decay": "decay",
 }
 COLUMNS = tuple(HEADINGS)
+REPORT_KEYS = {"protocol", "global", "sequences"}
+"""By which the file of --json is known."""
 
 
 def register(app: typer.Typer) -> None:
@@ -108,7 +111,7 @@ def evaluate(
         if other != task and given:
             name = given[0].removeprefix("num_").replace("_", "-")
             refuse("eval", f"--{name} goes with --task {other} alone", BAD_INPUT)
-    check_file("eval", "--json", json_file)
+    check_file("eval", "--json", json_file, lambda content: is_json_with(content, REPORT_KEYS))
     chosen = {name: value for name, value in options[task].items() if value is not None}
     tools: dict[str, tuple[Callable[..., Any], Callable[[Any], Table], Callable[[Any], None]]] = {
         "objects": (metrics.evaluate, table, print_csv),
@@ -131,7 +134,7 @@ def evaluate(
         if report.problems:
             console.print(problem_table(report.problems))
     if json_file is not None:
-        write_json("eval", json_file, report.to_dict())
+        write_json("eval", json_file, report.to_dict(), REPORT_KEYS)
     if report.problems:
         failed, scored = len(report.problems), len(report.sequences)
         refuse(

@@ -9,6 +9,7 @@ The masks are exact: a pixel belongs to whatever covers most of it. Rendering is
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+from vosops.io.outputs import STATE_FOLDER, OwnedFolder, complete_or_absent
 
 Image = NDArray[np.uint8]
 Curve = NDArray[np.float64]
@@ -199,7 +202,7 @@ class DemoClip(Sequence[tuple[Image, Image]]):
 def write_clip(clip: DemoClip, root: Path, name: str = "demo") -> tuple[Path, Path]:
     """Write the clip as a dataset in DAVIS' layout, and returns the folders of its frames and of its masks.
 
-    Files of an earlier clip of that name are removed.
+    Files of an earlier clip of that name are removed, and no others: an `InputError` says where one is in the way.
 
     Args:
         clip: what to write.
@@ -210,17 +213,27 @@ def write_clip(clip: DemoClip, root: Path, name: str = "demo") -> tuple[Path, Pa
     from PIL import Image as Pillow
 
     frames, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
-    for folder in (frames, masks):
-        folder.mkdir(parents=True, exist_ok=True)
-        for earlier in folder.glob("[0-9][0-9][0-9][0-9][0-9].*"):
-            earlier.unlink()
+    owned = OwnedFolder(root)
+    folders = [folder.relative_to(root).as_posix() for folder in (frames, masks)]
+    suffixes = (".jpg", ".png")
+    names = [
+        [f"{folder}/{t:05d}{s}" for folder, s in zip(folders, suffixes, strict=True)]
+        for t in range(len(clip))
+    ]
+    owned.check_free(name for pair in names for name in pair)
+    owned.remove_parts(["", STATE_FOLDER, *folders])
+    owned.remove(name for name in owned.names() if name.rpartition("/")[0] in folders)
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[list(COLOURS)] = list(COLOURS.values())
-    for t, (frame, labels) in enumerate(clip):
-        Pillow.fromarray(frame).save(frames / f"{t:05d}.jpg", quality=JPEG_QUALITY)
+    for (picture_name, mask_name), (frame, labels) in zip(names, clip, strict=True):
+        encoded = io.BytesIO()  # as Pillow's errors while it writes a JPEG do not say that the disk is full
+        Pillow.fromarray(frame).save(encoded, format="JPEG", quality=JPEG_QUALITY)
+        with complete_or_absent(owned.file(picture_name)) as file:
+            file.write(encoded.getvalue())
         mask = Pillow.fromarray(labels)
         mask.putpalette(palette.tobytes())
-        mask.save(masks / f"{t:05d}.png")
+        with complete_or_absent(owned.file(mask_name)) as file:
+            mask.save(file, format="PNG")
     return frames, masks
 
 
