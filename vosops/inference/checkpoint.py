@@ -48,7 +48,7 @@ class RunState:
             for path in (self._checkpoint, self._complete, self.record.path):
                 path.unlink(missing_ok=True)
         self.out.forget()
-        write_text(self._arguments, json.dumps(arguments, indent=1), sync=True)
+        write_text(self._arguments, json.dumps(arguments, indent=1), sync=True, advice=RESUME)
 
     def forget_if_alone(self) -> None:
         """Undo :meth:`start` where nothing but this state was written, so that the folder can be used at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,8 +64,7 @@ class Record:
     def cut(self, size: int) -> None:
         """Forget what was written after ``size`` bytes."""
         if self.size > size:
-            with self.path.open("r+b") as file:
-                file.truncate(size)
+            os.truncate(self.path, size)
 
     def __iter__(self) -> Iterator[FrameRecord]:
         return self.up_to(self.size)

@@ -328,10 +328,16 @@ class OwnedFolder:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file in one write; nothing of it is left where the disk is full."""
-    with path.open("ab", buffering=0) as file:
-        before = os.fstat(file.fileno()).st_size
+    """Add a line to a file in one write; nothing of it is left where the disk is full.
+
+    A line that a killed process left half written stays by itself, for :func:`read_lines` to pass over.
+    """
+    with _Raw(path, "ab+") as file:
+        before = file.seek(0, os.SEEK_END)
         data = line.encode("utf-8") + b"\n"
+        if before:
+            file.seek(before - 1)
+            data = data if file.read(1) == b"\n" else b"\n" + data
         try:
             written = file.write(data)
             while written < len(data):
@@ -343,7 +349,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file of lines, up to one that is not whole; none where there is no such file."""
+    """Yield the JSON objects of a file of lines, without those that are not whole; none where there is no such file."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -351,10 +357,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 found = json.loads(line)
             except ValueError:
-                return
-            if not isinstance(found, dict) or not line.endswith(b"\n"):
-                return
-            yield found
+                continue
+            if isinstance(found, dict):
+                yield found
 
 
 class _Raw(io.FileIO):
