@@ -124,7 +124,7 @@ class TestInputsInTheOutput:
     def test_weights_and_checkout(self, clip, mask, out, tmp_path, mode):
         (out / "w.pth").write_bytes(b"weights")
         (out / "checkout").mkdir()
-        for more in ({"weights": out / "w.pth"}, {"checkout": out / "checkout"}):
+        for more in ({"weights": out / "w.pth"}, {"options": {"checkout": out / "checkout"}}):
             settings = Settings(device="cpu", size=32, **more)
             refuse(tmp_path, "is read", lambda s=settings: Job(out, mode, s).video(clip, [str(mask)]))
 
