@@ -1,4 +1,5 @@
-"""Chooses what to compile: CPU libraries always, the CUDA library where nvcc is, and the pybind11 module.
+"""Chooses what to compile: CPU libraries always, the CUDA library where nvcc is, and for work in the source tree the
+pybind11 module. What was compiled is written to vosops/build_info.json.
 
 Environment: VOSOPS_CUDA=0 leaves the CUDA library out, VOSOPS_CPU_ONLY=avx2 builds that one CPU library only,
 VOSOPS_SANITIZE=1 adds AddressSanitizer and UBSan to the CPU libraries, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in
@@ -7,17 +8,27 @@ PyTorch.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
-import torch
-from setuptools import Extension, setup
-from torch.utils import cpp_extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as error:
+    sys.exit(
+        f"vosops: the build needs {error.name}: pip install torch pybind11 ninja, or build with isolation"
+    )
 
 ROOT = Path(__file__).parent
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -61,14 +72,27 @@ def find_cuda() -> str | None:
     return None
 
 
+def compiler() -> list[str]:
+    """The C++ compiler, as PyTorch chooses it."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
 def supports(flag: str) -> bool:
     """Whether the C++ compiler accepts a flag."""
-    compiler = os.environ.get("CXX", "c++")
-    return os.system(f"echo 'int main(){{}}' | {compiler} {flag} -x c++ -fsyntax-only - >/dev/null 2>&1") == 0
+    command = [*compiler(), flag, "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 class Build(BuildExtension):
     """Plain libraries beside the package, each with its own objects (the same sources are compiled again)."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not self.inplace:  # a wheel serves every Python
+            self.extensions = [extension for extension in self.extensions if extension.name != "vosops._C"]
 
     def get_ext_filename(self, name: str) -> str:
         if "libvosops" in name:
@@ -83,8 +107,45 @@ class Build(BuildExtension):
             self.build_temp = shared
 
     def run(self) -> None:
+        if self.extensions and shutil.which(compiler()[0]) is None:
+            sys.exit(
+                f"vosops: no C++ compiler {compiler()[0]!r} found; install one that knows C++20, or set CXX"
+            )
+        built = Path(self.build_lib) / "vosops"
+        for library in built.glob("*.so"):  # of an earlier build with other choices
+            library.unlink()
         super().run()
+        folder = ROOT / "vosops" if self.inplace else built
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build_info.json").write_text(json.dumps(build_info(), indent=1) + "\n")
         print("vosops:", SUMMARY)
+
+
+class Wheel(bdist_wheel):
+    """One wheel for every Python: nothing in it was compiled against one."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class PlatformDistribution(Distribution):
+    """What is built belongs to the platform, even where that is nothing."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+def build_info() -> dict[str, str]:
+    """What `vosops info` shows of the build."""
+    with_compiler = (
+        subprocess.run([*compiler(), "--version"], capture_output=True, text=True) if names else None
+    )
+    return {
+        "summary": SUMMARY,
+        "compiler": with_compiler.stdout.partition("\n")[0] if with_compiler else "",
+        "torch": torch.__version__,
+        "cuda_architectures": architectures,
+    }
 
 
 def cpu_libraries() -> list[Extension]:
@@ -146,7 +207,7 @@ def cuda_library(cuda: str) -> Extension:
 
 
 def python_module(summary: str, architectures: str) -> Extension:
-    """vosops._C: build information and launch plans, without tensors."""
+    """vosops._C: build information, without tensors."""
     return Extension(
         "vosops._C",
         sources("csrc/python/*.cpp"),
@@ -161,17 +222,29 @@ def python_module(summary: str, architectures: str) -> Extension:
     )
 
 
-extensions = cpu_libraries()
-names = [extension.name.removeprefix("vosops.libvosops_") for extension in extensions]
-CUDA = find_cuda() if sources("csrc/cuda/*.cu") else None
-if CUDA:
-    extensions.append(cuda_library(CUDA))
-    architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
-    SUMMARY = f"built {', '.join(names)} and cuda ({architectures})"
+extensions: list[Extension] = []
+names: list[str] = []
+architectures = ""
+if platform.system() == "Linux":
+    extensions = cpu_libraries()
+    names = [extension.name.removeprefix("vosops.libvosops_") for extension in extensions]
+    CUDA = find_cuda()
+    if CUDA:
+        extensions.append(cuda_library(CUDA))
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
+        SUMMARY = f"built {', '.join(names)} and cuda ({architectures})"
+    else:
+        reason = "VOSOPS_CUDA=0" if os.environ.get("VOSOPS_CUDA") == "0" else "no CUDA compiler found"
+        SUMMARY = f"built {', '.join(names)}; left out cuda ({reason}; Triton serves the GPU)"
+    extensions.append(python_module(SUMMARY, architectures))
 else:
-    architectures = ""
-    reason = "VOSOPS_CUDA=0" if os.environ.get("VOSOPS_CUDA") == "0" else "no CUDA compiler found"
-    SUMMARY = f"built {', '.join(names)}; left out cuda ({reason}; Triton serves the GPU)"
-extensions.append(python_module(SUMMARY, architectures))
+    SUMMARY = (
+        f"built no library, for they are for Linux and this is {platform.system()}; "
+        "the reference in plain PyTorch serves every op, slowly"
+    )
 
-setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+setup(
+    ext_modules=extensions,
+    distclass=PlatformDistribution,
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)

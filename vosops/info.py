@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def describe(facts: dict[str, Any]) -> str:
         _line("optional", ", ".join(installed) or "none"),
         *([_line("not installed", ", ".join(missing))] if missing else []),
         "",
-        _line("build", build.get("summary", "unknown: vosops._C was not built")),
+        _line("build", build.get("summary", "unknown: vosops/build_info.json is not there")),
         *(_line(key.replace("_", " "), str(build[key])) for key in sorted(build) if key != "summary"),
         _line("processor", f"{cpu['processor']}, {cpu['threads']} threads, {cpu['capability']}"),
         _line("CPU library", library),
@@ -127,14 +128,24 @@ def _version(package: str) -> str | None:
 
 
 def _build() -> dict[str, Any]:
-    """Return what `vosops._C` reports of the build, and the libraries next to the package."""
-    libraries = sorted(path.name for path in Path(vosops.__file__).parent.glob("lib*.so"))
+    """Return what the last build wrote down, and the libraries next to the package."""
+    folder = Path(vosops.__file__).parent
+    libraries = sorted(path.name for path in folder.glob("lib*.so"))
     info: dict[str, Any] = {"libraries": ", ".join(libraries) or "none"}
+    built = _build_info(folder)
+    return info | {f"built_with_{k}" if k != "summary" else k: v for k, v in built.items() if v}
+
+
+def _build_info(folder: Path) -> dict[str, str]:
+    """Return build_info.json of the last build, else what `vosops._C` knows; nothing without both."""
     try:
-        module = importlib.import_module("vosops._C")
-    except ImportError:
-        return info
-    return info | {f"built_with_{k}" if k != "summary" else k: v for k, v in module.build_info().items() if v}
+        info: dict[str, str] = json.loads((folder / "build_info.json").read_text())
+    except (OSError, ValueError):
+        try:
+            info = importlib.import_module("vosops._C").build_info()
+        except ImportError:
+            return {}
+    return info
 
 
 def _models() -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,8 +62,21 @@ def test_a_missing_build_is_said():
     facts["build"] = {"libraries": "none"}
     facts["cpu"] |= {"library": None, "library_missing": ["it was not built"]}
     text = info.describe(facts)
-    assert "vosops._C was not built" in text
+    assert "vosops/build_info.json is not there" in text
     assert "none: it was not built" in text
+
+
+@pytest.mark.parametrize("content", [None, "not json"])
+def test_without_build_information_the_module_is_asked(content, tmp_path, monkeypatch):
+    if content is not None:
+        (tmp_path / "build_info.json").write_text(content)
+    module = SimpleNamespace(build_info=lambda: {"summary": "of the module"})
+    monkeypatch.setitem(sys.modules, "vosops._C", module)
+    assert info._build_info(tmp_path) == {"summary": "of the module"}
+    monkeypatch.setitem(sys.modules, "vosops._C", None)
+    assert info._build_info(tmp_path) == {}
+    (tmp_path / "build_info.json").write_text('{"summary": "of the file"}')
+    assert info._build_info(tmp_path) == {"summary": "of the file"}
 
 
 def test_the_module_needs_no_optional_package():
