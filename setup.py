@@ -73,7 +73,7 @@ def find_cuda() -> str | None:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler, as PyTorch chooses it."""
+    """Return the C++ compiler, as PyTorch chooses it."""
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
@@ -136,7 +136,7 @@ class PlatformDistribution(Distribution):
 
 
 def build_info() -> dict[str, str]:
-    """What `vosops info` shows of the build."""
+    """Return what `vosops info` shows of the build."""
     with_compiler = (
         subprocess.run([*compiler(), "--version"], capture_output=True, text=True) if names else None
     )

@@ -23,45 +23,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 1800
 
-USE = """
-import sys
-import torch, vosops
-from vosops import info
-assert vosops.__file__.startswith(sys.prefix), vosops.__file__
-facts = info.collect()
-assert facts["cpu"]["library"], facts["cpu"]["library_missing"]
-assert facts["build"]["summary"].startswith("built cpu_"), facts["build"]
-torch.manual_seed(0)
-arguments = (*torch.randn(2, 1, 16, 24, 32), torch.rand(1, 2, 24, 32) < 0.4)
-results = []
-for backend in ("cpp", "reference"):
-    with vosops.use_backend(backend):
-        results.append(vosops.global_matching(*arguments))
-torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-try:
-    torch.ops.vosops.global_matching(*(x[..., :1] if x.is_floating_point() else x for x in arguments))
-except (RuntimeError, TypeError):
-    pass  # an error of a kernel reaches Python
-else:
-    raise AssertionError("a wrong shape was taken")
-"""
-
 
 def check(holds: bool, message: str) -> None:
-    """Ends the script with the message unless it holds."""
+    """End the script with the message unless it holds."""
     if not holds:
         sys.exit(f"check-packages: {message}")
 
 
 def only(folder: Path, pattern: str) -> Path:
-    """The one file in `folder` that matches."""
+    """Return the one file in `folder` that matches."""
     found = sorted(folder.glob(pattern))
     check(len(found) == 1, f"expected one {pattern} in {folder}, found {[path.name for path in found]}")
     return found[0]
 
 
 def python_files() -> set[str]:
-    """Every file of the package, as both packages name it."""
+    """Return every file of the package, as both packages name it."""
     return {str(path.relative_to(ROOT)) for path in (ROOT / "vosops").rglob("*.py")} | {"vosops/py.typed"}
 
 
@@ -98,7 +75,7 @@ def check_sdist(path: Path) -> None:
 
 
 def use(wheel: Path, folder: Path) -> None:
-    """Installs the wheel into a fresh environment in `folder` and calls an op and the command there."""
+    """Install the wheel into a fresh environment in `folder`; call an op and the command there."""
     import torch
 
     venv.create(folder, with_pip=False)
@@ -108,7 +85,9 @@ def use(wheel: Path, folder: Path) -> None:
     packages = only(folder / "lib", "python3*/site-packages")
     (packages / "torch_of_another_environment.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VOSOPS_"))}
-    subprocess.run([python, "-c", USE], check=True, cwd=folder, env=clean, timeout=SECONDS)
+    subprocess.run(
+        [python, ROOT / "tools/use_package.py"], check=True, cwd=folder, env=clean, timeout=SECONDS
+    )
     subprocess.run([folder / "bin/vosops", "--version"], check=True, cwd=folder, env=clean, timeout=SECONDS)
 
 
