@@ -110,7 +110,7 @@ $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q torch$(if $(TORCH),==$(TORCH)) torchvision "$(NUMPY)" ninja pybind11 "setuptools>=77" wheel
-	$(BIN)/pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 || (tail -40 $(VENV)/build.log; false)
+	$(BIN)/pip install -v --no-build-isolation -e ".[dev]" torch$(if $(TORCH),==$(TORCH)) "$(NUMPY)" > $(VENV)/build.log 2>&1 || (tail -40 $(VENV)/build.log; false)
 	$(BIN)/pip install -q --no-deps "stcnbuf>=0.2"  # its own dependencies are not those of its memory bank
 	@grep -h "^ *vosops: built" $(VENV)/build.log || true
 	touch $@

@@ -149,7 +149,16 @@ def test(program: Path, *, interpret: bool) -> tuple[dict[str, int], str]:
         shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         for file in ("pyproject.toml", "hubconf.py"):
             shutil.copy(ROOT / file, folder)
-        command = [program, "-m", "pytest", "-n", "2", f"--junitxml={folder / 'report.xml'}", *TESTS]
+        command = [
+            program,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "--show-capture=no",
+            f"--junitxml={folder / 'report.xml'}",
+            *TESTS,
+        ]
         done = subprocess.run(
             command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=TEST_SECONDS,

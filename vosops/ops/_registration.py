@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vosops import _library, backends
+from vosops._checks import has_autocast
 
 _OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -203,7 +204,7 @@ def _fold(arg: Any, dim: Any, size: int) -> Any:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return a context in which products keep their dtypes on devices of this type."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
