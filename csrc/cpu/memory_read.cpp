@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -297,68 +296,10 @@ std::tuple<Tensor, Tensor> memory_read_list(const Tensor& query, const Tensor& k
   return read_values({query, key, shrinkage, query_bias, key_bias, scale}, values);
 }
 
-// ---- Usage: the sum of each memory position's weights over the queries.
-
-template <class E>
-void usage_of_element(const ScoreInputs& in, const Tensor& lse, int64_t n, typename E::Lanes::T* usage) {
-  using V = typename E::Lanes;
-  using T = typename V::T;
-  constexpr int64_t kLanes = kLanePanel<V>;
-  PackedQueries<E> queries(in, n);
-  PackedLse<E> lses(lse, n, queries);
-  parallel_tasks(panels_of(in.memory(), kMemoryBlock), [&] {
-    return [&, memory = std::make_unique<PackedMemory<E>>(in, n, static_cast<T>(kLog2E)),
-            sums = Workspace<T>(kMemoryBlock * V::kLanes)](int64_t block) mutable {
-      const int64_t begin = block * kMemoryBlock;
-      memory->start(begin, std::min(kMemoryBlock, in.memory() - begin));
-      for (int64_t i = 0; i < memory->panels(); ++i) memory->pack_panel(i);
-      std::fill_n(sums.data(), kMemoryBlock * V::kLanes, T{0});
-      for (int64_t p = 0; p < queries.panels; ++p) {
-        const T* bias = queries.has_bias ? queries.bias.data() + p * kLanes : nullptr;
-        for (int64_t i = 0; i < memory->panels(); ++i) {
-          T* rows = sums.data() + i * kKeyPanel * V::kLanes;
-          memory->score(i, queries.lanes(p), bias, [&](TileSums<E>& scores) {
-#pragma GCC unroll 16
-            for (int j = 0; j < kKeyPanel; ++j) {
-              typename V::Reg sum = V::load(rows + j * V::kLanes);
-              for (int r = 0; r < kTileRegisters; ++r)
-                sum += exp2_of_negative<V>(scores[j][r] -
-                                           V::load(lses.data.data() + p * kLanes + r * V::kLanes));
-              V::store(rows + j * V::kLanes, sum);
-            }
-          });
-        }
-      }
-      for (int64_t m = 0; m < memory->count; ++m) {
-        T total = 0;
-        for (int i = 0; i < V::kLanes; ++i) total += sums[m * V::kLanes + i];
-        usage[begin + m] = total;
-      }
-    };
-  });
-}
-
-Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<Tensor>& shrinkage,
-                    const std::optional<Tensor>& query_bias, const std::optional<Tensor>& key_bias,
-                    double scale, std::string_view, const Tensor& lse) {
-  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
-  check_scores(in);
-  check_shape("lse", lse, {in.batch(), in.queries()});
-  check_dtype("lse", lse, accumulator_dtype(key.scalar_type()));
-  Tensor usage = torch::stable::new_empty(lse, std::vector<int64_t>{in.batch(), in.memory()});
-  with_score_element(in, [&]<class E>(E) {
-    using T = typename E::Lanes::T;
-    for (int64_t n = 0; n < in.batch(); ++n)
-      usage_of_element<E>(in, lse, n, usage.mutable_data_ptr<T>() + n * in.memory());
-  });
-  return usage;
-}
-
 }  // namespace
 }  // namespace vosops::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vosops, CPU, m) {
   m.impl("memory_read", TORCH_BOX(&vosops::cpu::memory_read));
   m.impl("memory_read_list", TORCH_BOX(&vosops::cpu::memory_read_list));
-  m.impl("memory_usage", TORCH_BOX(&vosops::cpu::memory_usage));
 }
