@@ -97,7 +97,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
 def versions(cells: Sequence[dict[str, Any]]) -> str:
     """Return the Markdown table of the versions that were run, and what came of it."""
     if not cells:
-        return "None was recorded yet: `make matrix`."
+        return "None recorded yet: run `make matrix`."
     rows = [["torch", "Triton", "NumPy", "Python", "vosops from", "passed", "failed", "when and where"]]
     rows.append(["---"] * len(rows[0]))
     for cell in cells:

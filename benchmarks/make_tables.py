@@ -156,7 +156,7 @@ def everything(op: str) -> str:
             f"{result['threads']} thread{'s' * (result['threads'] > 1)}; peak {ceilings['flops'] / 1e9:.0f} GFLOP/s."
         )
         left_out = "".join(f" {name} left out: {why}." for name, why in result["left_out"].items())
-        header = ["", "median ms", "best ms", "vosops is", "share of peak", "peak MB"]
+        header = ["", "median ms", "best ms", "vosops speed-up", "share of peak", "peak MB"]
         parts.append(f"{title}{left_out}\n\n{table(header, rows)}")
     return "\n\n".join([*parts, machine_line(report, op)])
 
@@ -178,7 +178,7 @@ def headline(ops: str) -> str:
             rows.append([first, result["title"], cost(ours), f"{author}: {cost(original)}", other(best)])
             machines.append(machine_facts(report["machine"]))
             break
-    header = ["op", "case", "vosops", "in the manner of", "fastest other"]
+    header = ["op", "case", "vosops", "original formulation", "fastest other"]
     return table(header, rows) + "\n\n" + "; ".join(dict.fromkeys(machines) or [MISSING]) + "."
 
 
@@ -233,7 +233,7 @@ def of_models(found: str) -> str:
             continue
         names = ", ".join(f"`{name}`" for name in (entry.name, *entry.aliases))
         what = entry.summary + (f" ({entry.paper})" if entry.paper else "")
-        weights = entry.checkpoint or {"none": "none", "optional": "optional"}.get(entry.weights, "yours")
+        weights = entry.checkpoint or {"none": "none", "optional": "optional"}.get(entry.weights, "your own checkpoint")
         rows.append(
             [
                 f"[{names}]({entry.page})" if entry.page else names,

@@ -33,7 +33,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
             caption_justify="left",
         )
         table.add_column("")
-        for column in ("median ms", "best ms", "vosops is", "share of peak", "peak MB"):
+        for column in ("median ms", "best ms", "vosops speed-up", "share of peak", "peak MB"):
             table.add_column(column, justify="right")
         for v in result.variants:
             table.add_row(
