@@ -233,7 +233,9 @@ def of_models(found: str) -> str:
             continue
         names = ", ".join(f"`{name}`" for name in (entry.name, *entry.aliases))
         what = entry.summary + (f" ({entry.paper})" if entry.paper else "")
-        weights = entry.checkpoint or {"none": "none", "optional": "optional"}.get(entry.weights, "your own checkpoint")
+        weights = entry.checkpoint or {"none": "none", "optional": "optional"}.get(
+            entry.weights, "your own checkpoint"
+        )
         rows.append(
             [
                 f"[{names}]({entry.page})" if entry.page else names,
