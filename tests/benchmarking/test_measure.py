@@ -67,8 +67,7 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
 
 
 def test_a_fresh_process_returns_the_result_and_its_errors():
-    assert run_fresh("math", "hypot", 3.0, 4.0) == 5.0
-    assert run_fresh("os", "getpid") != os.getpid()
+    assert run_fresh("os", "getppid") == os.getpid()
     with pytest.raises(RuntimeError, match=r"math.sqrt failed in a process of its own: ValueError"):
         run_fresh("math", "sqrt", -1.0)
 
