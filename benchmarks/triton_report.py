@@ -245,7 +245,7 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         names, data = kernel.arg_names, POINTER[dtype]
         kinds = {"query": "*fp32" if selection else data, "key": data, "value": data, "grad": data}
         kinds |= {"shrinkage": "*fp32", "query_bias": "*fp32", "key_bias": "*fp32", "scale": "fp32"}
-        kinds |= {"out": data, "lse": "*fp32", "mean": "*fp32", "weight": "*fp32", "index": "*i64"}
+        kinds |= {"out": data, "lse": "*fp32", "delta": "*fp32", "weight": "*fp32", "index": "*i64"}
         kinds |= {"usage": "*fp32", "part_out": "*fp32", "part_lse": "*fp32", "grad_rows": data}
         kinds |= {"grad_query": "*fp32", "grad_key": data, "grad_value": data, "grad_weight": "*fp32"}
         kinds |= {f"grad_{vector}": "*fp32" for vector in ("shrinkage", "query_bias", "key_bias", "lse")}

@@ -33,14 +33,14 @@ from vosops.triton.memory_scores import (
     block_of,
     channel_block,
     check_dtype,
-    finish_scores,
     load_row_tiles,
     load_tile,
     load_vector,
     of_batch,
     options_of,
-    products,
     score_operands,
+    scores_of_memory,
+    scores_of_queries,
     slowest,
     splits_for,
     unit_stride,
@@ -159,19 +159,11 @@ def _read(
     begin = part * part_steps * BLOCK_M
     for first in range(begin, tl.minimum(begin + part_steps * BLOCK_M, M), BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        product = products(
-            query_tile, query_squares, query, key, p, m, query_c, query_p, key_c, key_m, query_end, key_end,
-            C, SQUARES, True, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
+        score, _ = scores_of_queries(
+            query_tile, query_squares, row_bias, p, m, query, key, shrinkages, key_biases,
+            query_c, query_p, key_c, key_m, scale, M, query_end, key_end, query_bias is not None, True,
+            C, SQUARES, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
         )  # fmt: skip
-        score = finish_scores(
-            product,
-            scale * LOG2E,
-            row_bias[:, None],
-            load_vector(shrinkages, m, M, 0.0)[None, :],
-            (load_vector(key_biases, m, M, float("-inf")) * LOG2E)[None, :],
-            query_bias is not None,
-            shrinkage is not None,
-        )
         greater = tl.maximum(maximum, tl.max(score, axis=1))
         offset = tl.where(greater == float("-inf"), 0.0, greater)
         weight = tl.exp2(score - offset[:, None])
@@ -271,19 +263,11 @@ def _usage(
     used = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        product = products(
-            key_tile, key_squares, key, query, m, p, key_c, key_m, query_c, query_p, key_end, query_end,
-            C, SQUARES, False, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
+        score, _, _ = scores_of_memory(
+            key_tile, key_squares, row_shrinkage, row_bias, m, p, key, query, query_biases,
+            key_c, key_m, query_c, query_p, scale, P, key_end, query_end, shrinkage is not None,
+            C, SQUARES, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
         )  # fmt: skip
-        score = finish_scores(
-            product,
-            scale * LOG2E,
-            (load_vector(query_biases, p, P, 0.0) * LOG2E)[None, :],
-            row_shrinkage[:, None],
-            row_bias[:, None],
-            query_bias is not None,
-            shrinkage is not None,
-        )
         used += tl.sum(tl.exp2(score - load_lse(lse, p, P)[None, :]), axis=1)
     tl.store(usage + n * M + m, used, mask=m < M)
 
@@ -401,20 +385,11 @@ def _query_gradient(
     begin = part * part_steps * BLOCK_M
     for first in range(begin, tl.minimum(begin + part_steps * BLOCK_M, M), BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        product = products(
-            query_tile, query_squares, query, key, p, m, query_c, query_p, key_c, key_m, query_end, key_end,
-            C, SQUARES, True, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
+        score, column_shrinkage = scores_of_queries(
+            query_tile, query_squares, row_bias, p, m, query, key, shrinkages, key_biases,
+            query_c, query_p, key_c, key_m, scale, M, query_end, key_end, query_bias is not None, True,
+            C, SQUARES, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
         )  # fmt: skip
-        column_shrinkage = load_vector(shrinkages, m, M, 0.0)[None, :]
-        score = finish_scores(
-            product,
-            scale * LOG2E,
-            row_bias[:, None],
-            column_shrinkage,
-            (load_vector(key_biases, m, M, float("-inf")) * LOG2E)[None, :],
-            query_bias is not None,
-            shrinkage is not None,
-        )
         weight = tl.exp2(score - row_lse[:, None])
         flow = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
         for first_column in range(0, columns, BLOCK_V):
@@ -520,20 +495,11 @@ def _key_gradient(
     acc_bias = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        product = products(
-            key_tile, key_squares, key, query, m, p, key_c, key_m, query_c, query_p, key_end, query_end,
-            C, SQUARES, False, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
+        score, product, column_bias = scores_of_memory(
+            key_tile, key_squares, row_shrinkage, row_bias, m, p, key, query, query_biases,
+            key_c, key_m, query_c, query_p, scale, P, key_end, query_end, shrinkage is not None,
+            C, SQUARES, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
         )  # fmt: skip
-        column_bias = (load_vector(query_biases, p, P, 0.0) * LOG2E)[None, :]
-        score = finish_scores(
-            product,
-            scale * LOG2E,
-            column_bias,
-            row_shrinkage[:, None],
-            row_bias[:, None],
-            query_bias is not None,
-            shrinkage is not None,
-        )
         weight = tl.exp2(score - load_lse(lse, p, P)[None, :])
         flow = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
         for first_column in range(0, columns, BLOCK_V):
@@ -627,19 +593,11 @@ def _value_gradient(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for first in range(0, P, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        product = products(
-            key_tile, key_squares, key, query, m, p, key_c, key_m, query_c, query_p, key_end, query_end,
-            C, SQUARES, False, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
+        score, _, _ = scores_of_memory(
+            key_tile, key_squares, row_shrinkage, row_bias, m, p, key, query, query_biases,
+            key_c, key_m, query_c, query_p, scale, P, key_end, query_end, shrinkage is not None,
+            C, SQUARES, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
         )  # fmt: skip
-        score = finish_scores(
-            product,
-            scale * LOG2E,
-            (load_vector(query_biases, p, P, 0.0) * LOG2E)[None, :],
-            row_shrinkage[:, None],
-            row_bias[:, None],
-            query_bias is not None,
-            shrinkage is not None,
-        )
         weight = tl.exp2(score - load_lse(lse, p, P)[None, :])
         g = load_columns(grad, p, column, grad_p, grad_o, grad_c, grad_end, columns, VALUE_C)
         acc = dot(weight.to(g.dtype), g, acc, VALUE_PRECISION)

@@ -201,6 +201,109 @@ def finish_scores(
     return score
 
 
+@triton.jit
+def scores_of_queries(
+    query_tile,
+    query_squares,
+    row_bias,
+    p,
+    m,
+    query,
+    key,
+    shrinkages,
+    key_biases,
+    query_c,
+    query_p,
+    key_c,
+    key_m,
+    scale,
+    M,
+    query_end,
+    key_end,
+    HAS_QUERY_BIAS: tl.constexpr,
+    BASE_2: tl.constexpr,
+    C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores (p, m) of queries that a program owns, -inf from M on, and the shrinkage (1, m).
+
+    BASE_2: of powers of two, as row_bias, the queries', then is already.
+    """
+    product = products(
+        query_tile, query_squares, query, key, p, m, query_c, query_p, key_c, key_m, query_end, key_end,
+        C, SQUARES, True, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
+    )  # fmt: skip
+    shrinkage = load_vector(shrinkages, m, M, 0.0)[None, :]
+    key_bias = load_vector(key_biases, m, M, float("-inf"))
+    if BASE_2:
+        scale = scale * LOG2E
+        key_bias = key_bias * LOG2E
+    score = finish_scores(
+        product,
+        scale,
+        row_bias[:, None],
+        shrinkage,
+        key_bias[None, :],
+        HAS_QUERY_BIAS,
+        shrinkages is not None,
+    )
+    return score, shrinkage
+
+
+@triton.jit
+def scores_of_memory(
+    key_tile,
+    key_squares,
+    row_shrinkage,
+    row_bias,
+    m,
+    p,
+    key,
+    query,
+    query_biases,
+    key_c,
+    key_m,
+    query_c,
+    query_p,
+    scale,
+    P,
+    key_end,
+    query_end,
+    HAS_SHRINKAGE: tl.constexpr,
+    C: tl.constexpr,
+    SQUARES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores (m, p) of memory positions that a program owns, their products, and the queries' bias (1, p).
+
+    Scores, row_bias (the positions') and the queries' bias are those of powers of two.
+    """
+    product = products(
+        key_tile, key_squares, key, query, m, p, key_c, key_m, query_c, query_p, key_end, query_end,
+        C, SQUARES, False, WIDE, BLOCK_M, BLOCK_P, BLOCK_C, PRECISION,
+    )  # fmt: skip
+    column_bias = (load_vector(query_biases, p, P, 0.0) * LOG2E)[None, :]
+    score = finish_scores(
+        product,
+        scale * LOG2E,
+        column_bias,
+        row_shrinkage[:, None],
+        row_bias[:, None],
+        query_biases is not None,
+        HAS_SHRINKAGE,
+    )
+    return score, product, column_bias
+
+
 @dataclass(frozen=True)
 class Scores:
     """The operands of the scores as the kernels take them."""

@@ -31,13 +31,12 @@ from vosops.triton.memory_scores import (
     block_of,
     channel_block,
     check_dtype,
-    finish_scores,
     load_row_tiles,
     load_vector,
     of_batch,
     options_of,
-    products,
     score_operands,
+    scores_of_queries,
     splits_for,
 )
 
@@ -189,19 +188,11 @@ def _scan(
             end = tl.where(tl.max(collected, axis=0) > CAPACITY, end, begin)
     for first in range(begin, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        product = products(
-            query_tile, query_squares, query, key, p, m, query_c, query_p, key_c, key_m, query_end, key_end,
-            C, SQUARES, True, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
+        score, _ = scores_of_queries(
+            query_tile, query_squares, row_bias, p, m, query, key, shrinkages, key_biases,
+            query_c, query_p, key_c, key_m, scale, M, query_end, key_end, query_bias is not None, False,
+            C, SQUARES, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
         )  # fmt: skip
-        score = finish_scores(
-            product,
-            scale,
-            row_bias[:, None],
-            load_vector(shrinkages, m, M, 0.0)[None, :],
-            load_vector(key_biases, m, M, float("-inf"))[None, :],
-            query_bias is not None,
-            shrinkage is not None,
-        )
         code = sortable(score)
         if MODE == MAXIMA:
             greatest = tl.maximum(greatest, code)
