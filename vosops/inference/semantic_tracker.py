@@ -12,15 +12,11 @@ from torch import Tensor
 
 from vosops import _checks, backends
 from vosops.models._tracking import check_frame, check_output
-from vosops.models.network import resize_rows
-from vosops.models.semantic_network import SemanticNetwork, State
+from vosops.models.semantic_network import SemanticNetwork, State, bands, labels_dtype
 
 __all__ = ["SemanticTracker"]
 
 WINDOW = 4  # frames that the original's networks were trained on
-_TILE_BYTES = 16 << 20  # of the full-size logits that are made at a time
-_FLOAT = 4  # bytes
-_BYTE_VALUES = 256
 
 
 class SemanticTracker:
@@ -84,8 +80,8 @@ class SemanticTracker:
 
     @property
     def num_classes(self) -> int:
-        """K."""
-        return self.model.num_classes
+        """K; 2, background and foreground, of a network with one logit."""
+        return max(2, self.model.num_classes)
 
     def reset(self) -> None:
         """Forgets the video."""
@@ -105,23 +101,19 @@ class SemanticTracker:
         if output == "labels":
             return self.labels(frame, size=size)[0]
         logits, size = self._segment(frame, size)
-        result = torch.empty(len(logits), *size, device=logits.device)
-        for rows in self._tiles(size):
-            tile = resize_rows(logits, size, rows, align_corners=self.model.align_corners)
-            torch.softmax(tile, 0, out=result[:, rows.start : rows.stop])
+        result = torch.empty(max(2, len(logits)), *size, device=logits.device)
+        for rows, band in self._bands(logits, size):
+            torch.softmax(band, 0, out=result[:, rows])
         return result
 
     def labels(self, frame: Tensor, *, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """Segments the next frame: (H,W) labels as `step` gives, and (H,W) float32, the probability of each one."""
         logits, size = self._segment(frame, size)
-        dtype = torch.uint8 if len(logits) <= _BYTE_VALUES else torch.int64
-        labels = torch.empty(size, dtype=dtype, device=logits.device)
+        labels = torch.empty(size, dtype=labels_dtype(len(logits)), device=logits.device)
         best = torch.empty(size, device=logits.device)
-        for rows in self._tiles(size):
-            tile = resize_rows(logits, size, rows, align_corners=self.model.align_corners)
-            highest, chosen = tile.max(0)
-            labels[rows.start : rows.stop] = chosen
-            best[rows.start : rows.stop] = (highest - tile.logsumexp(0)).exp_()
+        for rows, band in self._bands(logits, size):
+            highest, labels[rows] = band.max(0)
+            best[rows] = (highest - band.logsumexp(0)).exp_()
         return labels, best
 
     @torch.inference_mode()
@@ -159,10 +151,8 @@ class SemanticTracker:
                 stack.enter_context(backends.use_backend("reference"))
             yield
 
-    def _tiles(self, size: tuple[int, int]) -> list[range]:
-        height, width = size
-        step = height if self.naive else max(1, _TILE_BYTES // (_FLOAT * width * self.num_classes))
-        return [range(start, min(start + step, height)) for start in range(0, height, step)]
+    def _bands(self, logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        return bands(logits, size, align_corners=self.model.align_corners, whole=self.naive)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, for ``torch.save`` and a weights-only load; copies."""

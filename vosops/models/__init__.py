@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vosops.models.lstm_segnet import RFCN, LSTMSegNet
     from vosops.models.propagate import Propagate
     from vosops.models.rgmp import RGMP
+    from vosops.models.segmentation.unet import UNet, UNetPlusPlus
     from vosops.models.stm import STM
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "Network",
     "Propagate",
     "SemanticNetwork",
+    "UNet",
+    "UNetPlusPlus",
     "VideoTracker",
     "XMem",
     "create_model",
@@ -56,6 +59,8 @@ _LAZY = {
     "LSTMICNet": "vosops.models.lstm_icnet",
     "LSTMSegNet": "vosops.models.lstm_segnet",
     "Propagate": "vosops.models.propagate",
+    "UNet": "vosops.models.segmentation.unet",
+    "UNetPlusPlus": "vosops.models.segmentation.unet",
     "XMem": "vosops.integrations.xmem",
     "create_tracker": "vosops.inference.create",  # which needs what runs a network; here beside create_model
 }

@@ -226,6 +226,25 @@ _BUILT_IN = (
         checkpoint="what you train",
         page="lstm_icnet.md#siblings",
     ),
+    ModelEntry(
+        "unet",
+        "vosops.models.segmentation.unet:UNet",
+        "semantic network",
+        "an encoder, a decoder, and skips between them",
+        paper="Ronneberger et al., MICCAI 2015",
+        checkpoint="unet_carvana_scale1.0_epoch2.pth, or what you train",
+        page="unet.md",
+    ),
+    ModelEntry(
+        "unetplusplus",
+        "vosops.models.segmentation.unet:UNetPlusPlus",
+        "semantic network",
+        "U-Net with nested, dense skips and deep supervision",
+        paper="Zhou et al., DLMIA 2018",
+        checkpoint="the model.pth that pytorch-nested-unet trains, or what you train",
+        aliases=("unet++",),
+        page="unet.md#u-net_1",
+    ),
 )
 
 _ENTRIES = {entry.name: entry for entry in _BUILT_IN}

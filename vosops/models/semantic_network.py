@@ -3,14 +3,91 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["FrameNetwork", "SemanticNetwork", "State"]
+from vosops.models._tracking import check_frame
+from vosops.models.network import resize_rows
+
+__all__ = ["FrameNetwork", "SemanticNetwork", "Sides", "State", "bands"]
 
 State = dict[str, tuple[Tensor, Tensor]]
 """Hidden and cell (N,C,h,w) of each recurrent layer, by its name."""
+
+_BAND_BYTES = 16 << 20  # of the full-size logits that are made at a time
+_FLOAT = 4  # bytes
+_BYTE_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Which heights and widths a network takes: ``least`` or more, that divided by ``multiple`` leave ``remainder``.
+
+    >>> from vosops.models.semantic_network import Sides
+    >>> Sides(32, least=224).at_least(2160), Sides(8, 1).nearest(713), Sides(8, 1).nearest(720)
+    (2176, [713], [713, 721])
+    """
+
+    multiple: int = 1
+    remainder: int = 0
+    least: int = 1
+
+    def at_least(self, side: int) -> int:
+        """Return the shortest side that is taken and not below this one."""
+        side = max(side, self.least)
+        return side + (self.remainder - side) % self.multiple
+
+    def nearest(self, side: int) -> list[int]:
+        """Return the next one below, if there is one, and above; the side alone if it is taken."""
+        above = self.at_least(side)
+        below = above - self.multiple
+        return [above] if above == side or below < self.least else [below, above]
+
+    def check(self, images: Tensor) -> None:
+        """Raise ValueError, which names the nearest sizes, unless images are (N,C,H,W) of sides that are taken."""
+        if images.ndim != 4:
+            raise ValueError(f"images must be (N,C,H,W), got {tuple(images.shape)}")
+        wrong = [
+            f"{name} {side}: the nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}"
+            for name, side in zip(("height", "width"), images.shape[2:], strict=True)
+            if (near := self.nearest(side)) != [side]
+        ]
+        if wrong:
+            raise ValueError(f"images must have sides {self}, got {'; '.join(wrong)}")
+
+    def __str__(self) -> str:
+        wanted = f"of {self.least} pixels or more"
+        if self.remainder:
+            return f"{wanted} that are {self.remainder} more than a multiple of {self.multiple}"
+        return wanted + f" that are multiples of {self.multiple}" * (self.multiple > 1)
+
+
+def bands(
+    logits: Tensor, size: tuple[int, int], *, align_corners: bool = False, whole: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    """Enlarge logits (K,h,w) to a size, a few rows at a time: where they are in the whole, and (K,rows,W) float32.
+
+    One class alone comes as two, the background with logits of 0 and it. ``whole``: all rows at once.
+    """
+    height, width = size
+    classes = max(2, len(logits))
+    step = height if whole else max(1, _BAND_BYTES // (_FLOAT * width * classes))
+    for start in range(0, height, step):
+        rows = range(start, min(start + step, height))
+        band = resize_rows(logits, size, rows, align_corners=align_corners)
+        if len(band) == 1:
+            band = torch.cat([torch.zeros_like(band), band])
+        yield slice(rows.start, rows.stop), band
+
+
+def labels_dtype(classes: int) -> torch.dtype:
+    """Return the dtype of label maps: uint8, or int64 for more than 256 classes."""
+    return torch.uint8 if classes <= _BYTE_VALUES else torch.int64
 
 
 class SemanticNetwork(nn.Module, ABC):
@@ -20,6 +97,11 @@ class SemanticNetwork(nn.Module, ABC):
     """
 
     num_classes: int
+    """K; 1 for a network whose only logit says foreground."""
+
+    unused_weights: tuple[str, ...] = ()
+    """How names begin that checkpoints of the original hold and that are not loaded."""
+
     min_side: int = 1
     """The least side of a frame."""
 
@@ -67,14 +149,17 @@ class FrameNetwork(SemanticNetwork):
     """
 
     recurrent = False
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    sides: Sides = Sides()
+    """The heights and widths that `forward` takes; what is smaller or between them is padded by `features`."""
+
+    mean: tuple[float, ...] = (0.0,)
     """Of the channels of frames in [0, 1], taken off before `forward`."""
 
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    std: tuple[float, ...] = (1.0,)
     """What they are divided by then."""
 
     @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Images (N,3,H,W), as `prepare` gives them -> logits (N,K,h,w), in eval mode; they may be smaller."""
 
     def prepare(self, frames: Tensor) -> Tensor:
@@ -85,8 +170,16 @@ class FrameNetwork(SemanticNetwork):
         return (images - mean) / std
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`SemanticNetwork`: the logits."""
-        return (self(images),)
+        """See :class:`SemanticNetwork`: the logits, of images that are padded to sides that `forward` takes."""
+        height, width = images.shape[2:]
+        size = self.sides.at_least(height), self.sides.at_least(width)
+        if size == (height, width):
+            return (self(images),)
+        padding = (0, size[1] - width, 0, size[0] - height)
+        logits: Tensor = self(functional.pad(images, padding, mode="replicate"))
+        if logits.shape[2:] != size:
+            logits = functional.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
+        return (logits[:, :, :height, :width],)
 
     def logits(
         self, features: tuple[Tensor, ...], length: int, state: State | None = None, *, last: bool = False
@@ -94,3 +187,27 @@ class FrameNetwork(SemanticNetwork):
         """See :class:`SemanticNetwork`."""
         (logits,) = features
         return (logits[length - 1 :: length] if last else logits), {}
+
+    @torch.inference_mode()
+    def predict(self, image: Tensor) -> Tensor:
+        """Find the class of every pixel of an image of any size: (3,H,W) uint8 or in [0, 1] -> (H,W) uint8.
+
+        int64 for more than 256 classes; a network with one class gives 1 where its logit is positive, and 0 elsewhere.
+        The image is padded to a size that `forward` takes, and full-size logits of a smaller map are made a few rows
+        at a time. Raises ValueError in training mode and for another image, TypeError.
+
+        >>> import torch
+        >>> from vosops.models import create_model
+        >>> create_model("unet", num_classes=4).predict(torch.rand(3, 30, 50)).shape
+        torch.Size([30, 50])
+        """
+        if self.training:
+            raise ValueError("the network must be in eval mode to predict: call network.eval()")
+        check_frame(image)
+        size = (image.shape[1], image.shape[2])
+        device = next(self.parameters()).device
+        (logits,) = self.features(self.prepare(image[None].to(device)))
+        labels = torch.empty(size, dtype=labels_dtype(len(logits[0])), device=device)
+        for rows, band in bands(logits[0], size, align_corners=self.align_corners):
+            labels[rows] = band.argmax(0)
+        return labels

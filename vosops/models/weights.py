@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 __all__ = ["load_weights", "read_weights"]
 
-_NESTED = ("state_dict", "model")  # where training scripts put the weights
-_PREFIX = "module."  # that DataParallel puts before every name
+_NESTED = ("state_dict", "model_state", "model")  # where training scripts put the weights
+_PREFIXES = ("module.", "model.")  # before every name: DataParallel's, and of networks saved with their loss
 _COUNTER = "num_batches_tracked"  # of batch norm: older checkpoints lack it, and nothing depends on it
 _SHOWN = 3  # names of each kind in an error
 
@@ -22,8 +22,10 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     """Load a module's weights from a file; every parameter and buffer must be there, with its shape.
 
     path: safetensors (by its suffix) or a checkpoint of ``torch.save``, read with ``weights_only=True``; for what may
-    be in it see :func:`read_weights`. The values are brought to the module's dtypes and device. Raises ValueError that
-    names the first keys missing, unexpected or misshapen, and then changes nothing; FileNotFoundError.
+    be in it see :func:`read_weights`. A ``model.`` before every name is taken off too, unless the module's own names
+    have it, and names that begin as its ``unused_weights`` say are passed over. The values are brought to the module's
+    dtypes and device. Raises ValueError that names the first keys missing, unexpected or misshapen, and then changes
+    nothing; FileNotFoundError.
 
         >>> import torch
         >>> from vosops.models.weights import load_weights
@@ -33,8 +35,10 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         >>> layer.weight.tolist()
         [[1.0, 1.0]]
     """
-    given = read_weights(path)
     own = module.state_dict()
+    kept = [x for x in _PREFIXES if own and all(name.startswith(x) for name in own)]
+    prefixes = [x for x in _PREFIXES if x not in kept]
+    given = _read(path, prefixes, tuple(getattr(module, "unused_weights", ())))
     missing = [name for name in own if name not in given and not name.endswith(_COUNTER)]
     unexpected = [name for name in given if name not in own]
     misshapen = [
@@ -58,9 +62,14 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a file by their names, on the CPU.
 
-    A dictionary of tensors, or one under "state_dict" or "model"; a ``module.`` before every name is taken off. Raises
-    ValueError for what cannot be read or holds anything else, FileNotFoundError.
+    A dictionary of tensors, or one under "state_dict", "model_state" or "model"; a ``module.`` before every name is
+    taken off. Raises ValueError for what cannot be read or holds anything else, FileNotFoundError.
     """
+    return _read(path, _PREFIXES[:1])
+
+
+def _read(path: str | Path, prefixes: Iterable[str], unused: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """See `read_weights`; without what begins with one of ``unused``, before or after prefixes are taken off."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights must be a file, got {path}, which {_absence(path)}")
@@ -68,12 +77,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for name in _NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
+    if isinstance(found, Mapping):
+        found = {str(name): x for name, x in found.items() if not str(name).startswith(unused)}
+        for prefix in prefixes:
+            if all(name.startswith(prefix) for name in found):
+                found = {name.removeprefix(prefix): x for name, x in found.items()}
+                found = {name: x for name, x in found.items() if not name.startswith(unused)}
     if not isinstance(found, Mapping) or not found or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(
             f"weights must be tensors by their names, got {path}, which holds {_describe(found)}"
         )
-    prefixed = all(str(name).startswith(_PREFIX) for name in found)
-    return {str(name).removeprefix(_PREFIX) if prefixed else str(name): x for name, x in found.items()}
+    return dict(found)
 
 
 def _absence(path: Path) -> str:

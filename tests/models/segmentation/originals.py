@@ -1,0 +1,98 @@
+"""What the segmentation networks are held against: outputs of the originals, and the names of their parameters.
+
+Cases and lists lie in the folder that VOSOPS_TEST_DATA names; where one is absent, what reads it skips.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import SHARED
+from tests.scripts import load_script
+from vosops.models import find_model
+
+Case = dict[str, Any]
+
+CPU_FACTOR = 10
+"""How many times the original's own float32 error another CPU algorithm may differ by."""
+
+
+def case(file: str, name: str) -> Case:
+    """A case of golden/nets, or a skip."""
+    path = SHARED / "golden/nets" / file
+    if not path.exists():
+        pytest.skip(f"golden case {path} is not here (set VOSOPS_TEST_DATA)")
+    return torch.load(path, weights_only=True, mmap=True)["cases"][name]
+
+
+def empty(model: str, **options: Any) -> nn.Module:
+    """A model of the registry in eval mode, whose parameters have shapes alone."""
+    with torch.device("meta"):
+        return find_model(model).load()(**options).eval()
+
+
+def with_weights_of(golden: Case, network: nn.Module) -> nn.Module:
+    """The network with the weights that the case was made with."""
+    network = network.to_empty(device="cpu") if next(network.parameters()).is_meta else network
+    network.load_state_dict(weights_of(golden, network))
+    return network
+
+
+def weights_of(golden: Case, network: nn.Module) -> dict[str, Tensor]:
+    """The weights that the case was made with, for a network with the original's names, as its checkpoints have them."""
+    recipe_array = recipe()
+    names = {name for name, _ in network.named_parameters()}
+    weights = {}
+    for name, own in network.state_dict().items():
+        array = recipe_array(name, own.shape)
+        x = torch.zeros(own.shape, dtype=own.dtype) if array is None else torch.from_numpy(array)
+        if name in names and x.ndim == 1 and name.endswith(".weight"):
+            x *= golden["gamma_scale"]
+        if name in names and x.ndim > 1 and "kernel_scale" in golden:
+            x *= golden["kernel_scale"]
+        if name in golden.get("overrides", {}):
+            x = torch.full_like(x, golden["overrides"][name])
+        weights[name] = x
+    return weights
+
+
+def recipe() -> Callable[..., Any]:
+    """What makes a weight from its name and shape, or a skip."""
+    path = SHARED / "golden/recipe.py"
+    if not path.exists():
+        pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
+    return load_script(path).recipe_array
+
+
+def assert_equals(golden: Case, key: str, found: Tensor, *, quantile: float | None = None) -> None:
+    """The tensor is the original's, within its rounding; of all but a share of the values, if a quantile is given."""
+    tolerance = CPU_FACTOR * golden[f"err64/{key}"]
+    assert list(found.shape) == list(golden[f"shape/{key}"])
+    channels, rows, columns = _steps(golden[f"slice/{key}"])
+    difference = (found.double()[:, ::channels, ::rows, ::columns] - golden[key].double()).abs()
+    worst = difference.max() if quantile is None else difference.flatten().quantile(quantile)
+    assert worst <= tolerance, f"{key}: {float(worst):.3g} > {tolerance:.3g}"
+    means = (found.double().mean((2, 3)) - golden[f"chmean/{key}"].double()).abs().max()
+    assert means <= tolerance, f"means of {key}: {float(means):.3g} > {tolerance:.3g}"
+
+
+def _steps(stored: Any) -> tuple[int, int, int]:
+    steps = [int(x) for x in (stored.tolist() if isinstance(stored, Tensor) else stored)]
+    return (1, 1, 1) if len(steps) == 1 else (steps[0], steps[1], steps[2])
+
+
+def assert_parameters(network: nn.Module, count: int, file: str) -> None:
+    """The network has so many parameters, and the names and shapes of a list in params/; without it, a skip."""
+    assert sum(x.numel() for x in network.parameters()) == count
+    path = SHARED / "params" / file
+    if not path.exists():
+        pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA): names and shapes were not compared")
+    lines = (line.split("\t") for line in path.read_text().splitlines() if line)
+    listed = {name: ast.literal_eval(shape) for name, shape, _ in lines}
+    assert {name: tuple(x.shape) for name, x in network.state_dict().items()} == listed

@@ -1,0 +1,194 @@
+"""U-Net and U-Net++.
+
+U-Net: Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, as
+milesial/Pytorch-UNet computes it. U-Net++: Zhou et al., "UNet++: A Nested U-Net Architecture for Medical Image
+Segmentation", DLMIA 2018, as 4uiiurz1/pytorch-nested-unet computes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu
+from vosops.models.semantic_network import FrameNetwork, Sides
+
+__all__ = ["UNet", "UNetPlusPlus"]
+
+
+class _DoubleConv(nn.Module):
+    def __init__(self, inputs: int, outputs: int, middle: int | None = None) -> None:
+        super().__init__()
+        middle = outputs if middle is None else middle
+        self.double_conv = nn.Sequential(*conv_bn_relu(inputs, middle), *conv_bn_relu(middle, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.double_conv(x)
+        return y
+
+
+class _Down(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), _DoubleConv(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.maxpool_conv(x)
+        return y
+
+
+class _Up(nn.Module):
+    """Doubles the deeper map, pads it to the skip's size, and convolves both together."""
+
+    def __init__(self, inputs: int, outputs: int, bilinear: bool) -> None:
+        super().__init__()
+        self.up: nn.Module
+        if bilinear:
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+            self.conv = _DoubleConv(inputs, outputs, inputs // 2)
+        else:
+            self.up = nn.ConvTranspose2d(inputs, inputs // 2, 2, stride=2)
+            self.conv = _DoubleConv(inputs, outputs)
+
+    def forward(self, deeper: Tensor, skip: Tensor) -> Tensor:
+        x: Tensor = self.up(deeper)
+        rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+        if rows or columns:
+            x = functional.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        y: Tensor = self.conv(torch.cat([skip, x], 1))
+        return y
+
+
+class _OutConv(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+class UNet(FrameNetwork):
+    """U-Net with batch norm, whose convolutions keep the size: images (N,C,H,W) -> logits (N,K,H,W).
+
+    Images lie in [0, 1] and have sides of 16 pixels or more.
+
+    Args:
+        num_classes: K; the checkpoints published for Carvana have 2.
+        in_channels: C.
+        bilinear: Enlarge bilinearly between corners and with half the channels below, instead of by transposed
+            convolutions.
+
+    Source: milesial/Pytorch-UNet, `UNet`; the paper's own does not pad, and crops the skips.
+
+    >>> import torch
+    >>> from vosops.models import create_model
+    >>> create_model("unet", num_classes=4)(torch.rand(1, 3, 33, 50)).shape
+    torch.Size([1, 4, 33, 50])
+    """
+
+    sides = Sides(least=16)
+    unused_weights = ("mask_values",)
+
+    def __init__(self, num_classes: int = 2, *, in_channels: int = 3, bilinear: bool = False) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        share = 2 if bilinear else 1
+        self.inc = _DoubleConv(in_channels, 64)
+        self.down1 = _Down(64, 128)
+        self.down2 = _Down(128, 256)
+        self.down3 = _Down(256, 512)
+        self.down4 = _Down(512, 1024 // share)
+        self.up1 = _Up(1024, 512 // share, bilinear)
+        self.up2 = _Up(512, 256 // share, bilinear)
+        self.up3 = _Up(256, 128 // share, bilinear)
+        self.up4 = _Up(128, 64, bilinear)
+        self.outc = _OutConv(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N,C,H,W) -> logits (N,K,H,W)."""
+        self.sides.check(images)
+        skips = [self.inc(images)]
+        for down in (self.down1, self.down2, self.down3, self.down4):
+            skips.append(down(skips[-1]))
+        x = skips.pop()
+        for up in (self.up1, self.up2, self.up3, self.up4):
+            x = up(x, skips.pop())
+        logits: Tensor = self.outc(x)
+        return logits
+
+
+class _NestedBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        return functional.relu(self.bn2(self.conv2(x)), inplace=True)
+
+
+class UNetPlusPlus(FrameNetwork):
+    """U-Net++, a U-Net with dense skips: images (N,C,H,W) -> logits (N,K,H,W); sides are multiples of 16.
+
+    Args:
+        num_classes: K.
+        in_channels: C.
+        deep_supervision: Logits after each of the four columns of decoders. In training mode `forward` returns the list
+            of them, whose mean loss is the paper's; in eval mode the last.
+
+    Images are normalised by ImageNet's mean and deviation and divided by 255 once more, as the original's are.
+    Source: 4uiiurz1/pytorch-nested-unet, `NestedUNet`.
+
+    >>> import torch
+    >>> from vosops.models import create_model
+    >>> network = create_model("unetplusplus", num_classes=4, deep_supervision=True)
+    >>> network(torch.rand(1, 3, 32, 48)).shape, len(network.train()(torch.rand(1, 3, 32, 48)))
+    (torch.Size([1, 4, 32, 48]), 4)
+    """
+
+    WIDTHS = (32, 64, 128, 256, 512)
+
+    sides = Sides(16, least=16)
+    mean = IMAGENET_MEAN
+    std = tuple(255 * x for x in IMAGENET_STD)
+
+    def __init__(self, num_classes: int = 1, *, in_channels: int = 3, deep_supervision: bool = False) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.deep_supervision = deep_supervision
+        widths = self.WIDTHS
+        self.depth = len(widths)
+        for column in range(self.depth):
+            for row in range(self.depth - column):
+                if column:
+                    inputs = widths[row] * column + widths[row + 1]
+                else:
+                    inputs = widths[row - 1] if row else in_channels
+                self.add_module(f"conv{row}_{column}", _NestedBlock(inputs, widths[row]))
+        for name in [f"final{n}" for n in range(1, self.depth)] if deep_supervision else ["final"]:
+            self.add_module(name, nn.Conv2d(widths[0], num_classes, 1))
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """Images (N,C,H,W) -> logits (N,K,H,W); in training mode with deep supervision a list of four."""
+        self.sides.check(images)
+        maps: list[list[Tensor]] = []  # by row, each as many as there are columns so far
+        for row in range(self.depth):
+            x = functional.max_pool2d(maps[-1][0], 2) if row else images
+            maps.append([self.get_submodule(f"conv{row}_0")(x)])
+            for column, above in enumerate(reversed(range(row)), 1):
+                up = functional.interpolate(
+                    maps[above + 1][column - 1], scale_factor=2, mode="bilinear", align_corners=True
+                )
+                x = torch.cat([*maps[above], up], 1)
+                maps[above].append(self.get_submodule(f"conv{above}_{column}")(x))
+        if self.deep_supervision and self.training:
+            return [self.get_submodule(f"final{n}")(x) for n, x in enumerate(maps[0][1:], 1)]
+        last = f"final{self.depth - 1}" if self.deep_supervision else "final"
+        logits: Tensor = self.get_submodule(last)(maps[0][-1])
+        return logits
