@@ -122,7 +122,7 @@ def test_a_folder_in_use(vosops, clip, mask, out):
     code, printed = vosops(*arguments, "--resume", "--size", 64)
     assert code == 2
     assert "--size was 480, is 64" in error_line(printed)
-    assert "exclude each other" in error_line(vosops(*arguments, "--resume", "--overwrite")[1])
+    assert "mutually exclusive" in error_line(vosops(*arguments, "--resume", "--overwrite")[1])
 
 
 class TestBadInput:
@@ -166,7 +166,7 @@ class TestBadInput:
 
     def test_model_and_backbone(self, real_vosops, clip, mask, out):
         arguments = (clip, "--mask", mask)
-        assert "--scales does not go with" in self.wrong(real_vosops, out, *arguments, "--scales", "1,2")
+        assert "--scales cannot be used with" in self.wrong(real_vosops, out, *arguments, "--scales", "1,2")
         assert "--scales must be positive" in self.wrong(real_vosops, out, *arguments, "--scales", "0")
         assert "--scales must be positive" in self.wrong(real_vosops, out, *arguments, "--scales", "nan")
         assert "--model nothing" in self.wrong(real_vosops, out, *arguments, "--model", "nothing")
@@ -180,8 +180,8 @@ class TestBadInput:
         def wrong(*options):
             return self.wrong(real_vosops, out, clip, "--mask", mask, *options)
 
-        assert "--checkout does not go with --model propagate" in wrong("--checkout", tmp_path)
-        assert "--backbone does not go with --model stm" in wrong("--model", "stm", "--backbone", "x")
+        assert "--checkout cannot be used with --model propagate" in wrong("--checkout", tmp_path)
+        assert "--backbone cannot be used with --model stm" in wrong("--model", "stm", "--backbone", "x")
         assert "is a folder: give a file" in wrong("--model", "stm", "--weights", tmp_path)
 
     @pytest.mark.parametrize("model", ["lstm_icnet", "lstm_segnet", "rfcn"])

@@ -135,7 +135,7 @@ def test_a_folder_that_breaks_off(vosops, clip, out):
         (["--size", 8], "--size must be", 2),
         (["--start", 9], "leaves no frame", 2),
         (["--dtype", "int8"], "--dtype must be one of", 2),
-        (["--resume", "--overwrite"], "exclude each other", 2),
+        (["--resume", "--overwrite"], "mutually exclusive", 2),
         (["--fps", 0], "--fps must be above 0", 2),
     ],
 )

@@ -96,10 +96,10 @@ class TestTracker:
             ({"model": "classes"}, "--model classes does not track objects, see vosops semantic: choose one"),
             (
                 {"options": {"slot": 3}},
-                "--option slot does not go with --model echo, whose options are: slots, back",
+                "--option slot cannot be used with --model echo, whose options are: slots, back",
             ),
-            ({"options": {"checkout": "x"}}, "--checkout does not go with --model echo"),
-            ({"options": {"num_classes": 3}}, "--classes does not go with --model echo"),
+            ({"options": {"checkout": "x"}}, "--checkout cannot be used with --model echo"),
+            ({"options": {"num_classes": 3}}, "--classes cannot be used with --model echo"),
             ({"weights": Path("absent")}, "--weights absent does not exist"),
             ({"weights": Path(".")}, "--weights . is a folder: give a file"),
             (
@@ -111,7 +111,7 @@ class TestTracker:
             ({"scales": (float("nan"),)}, "--scales must be positive numbers"),
             (
                 {"model": "propagate", "scales": (0.5,)},
-                "--scales does not go with --model propagate, which runs at",
+                "--scales cannot be used with --model propagate, which runs at",
             ),
             ({"device": "nowhere"}, r"--device nowhere cannot be used \(.*\): try cpu, cuda or cuda:0"),
         ],
@@ -145,7 +145,7 @@ class TestSemanticTracker:
                 {"model": "echo"},
                 "--model echo does not segment into classes, see vosops segment: choose one of cl",
             ),
-            ({"options": {"version": "v5"}}, "--version does not go with --model classes"),
+            ({"options": {"version": "v5"}}, "--version cannot be used with --model classes"),
             ({"options": {"num_classes": 1}}, "--classes must be from 2 to 255, got 1"),
             ({"options": {"num_classes": 256}}, "--classes must be from 2 to 255, got 256"),
             ({"options": {"least": 256}}, "--model classes has 256 classes: 255 can be written"),

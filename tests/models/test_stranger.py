@@ -129,7 +129,7 @@ def test_semantic_on_the_command_line(semantic, weights, tmp_path):
         (["--model", "stranger++", "--weights", "absent.pth"], "--weights absent.pth does not exist"),
         (
             ["--model", "stranger++", "--weights", __file__, "--version", "v5"],
-            "--version does not go with --model",
+            "--version cannot be used with --model",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The cases of whole networks one after the other, each result kept in a file as soon as it is there."""
+"""The cases of whole networks in turn; each result is saved to a file as soon as it is available."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def build_app() -> typer.Typer:
             False, "--version", is_eager=True, callback=show_version, help="Show the version and exit."
         ),
     ) -> None:
-        """Video object segmentation: masks through videos, and what it takes to measure them."""
+        """Segment objects through videos, score the masks, and benchmark the operators."""
 
     for command in _COMMANDS:
         try:
@@ -60,7 +60,7 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are one line, with an exit code."""
+    """Run the command line; errors that a user can fix are one line with an exit code."""
     from vosops.io.errors import InputError, VosopsError
 
     for stream in (sys.stdout, sys.stderr):
@@ -86,7 +86,7 @@ def main() -> None:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Print warnings about inputs as one line each, without the place in our code."""
+    """Print warnings about inputs as one line each, without their source location."""
     from vosops.io.notes import InputWarning
 
     before = warnings.showwarning

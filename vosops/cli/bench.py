@@ -1,4 +1,4 @@
-"""`vosops bench`: an op beside naive PyTorch and the best other packages, in time and memory."""
+"""`vosops bench`: compare an op with naive PyTorch and the best other packages, in time and memory."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ def bench(
         ),
     ],
     case: Annotated[
-        list[str] | None, typer.Option("--case", help="Only this case; repeatable. Default all.")
+        list[str] | None, typer.Option("--case", help="Run only this case; repeatable. Default: all.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One small case, in seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run one small case, in seconds.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every run here.", dir_okay=False)
+        Path | None, typer.Option("--json", help="Write every run to this file.", dir_okay=False)
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw bars here (.png, .svg, .pdf).", dir_okay=False)
+        Path | None, typer.Option("--plot", help="Write a bar chart (.png, .svg, .pdf).", dir_okay=False)
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; one is timed in CPU time.")] = 1,
     dtype: Annotated[
-        str | None, typer.Option(help=f"Instead of each case's own: {', '.join(DTYPES)}.")
+        str | None, typer.Option(help=f"Override the dtype of each case: {', '.join(DTYPES)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     network: Annotated[
         list[str] | None,
-        typer.Option(help="Systems: only the cases of this network; repeatable. Default all."),
+        typer.Option(help="Systems: only the cases of this network; repeatable. Default: all."),
     ] = None,
     way: Annotated[
-        list[str] | None, typer.Option(help="Systems: frugal or naive; repeatable. Default both.")
+        list[str] | None, typer.Option(help="Systems: frugal or naive; repeatable. Default: both.")
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(min=0.1, help="Systems: GB beyond which a measurement fails; default 16.")
+        float | None, typer.Option(min=0.1, help="Systems: memory limit of a measurement in GB; default: 16.")
     ] = None,
 ) -> None:
-    """Measure an op beside the PyTorch code that people write for it and the best other packages.
+    """Compare an op with the usual PyTorch code and the best other packages.
 
-    All run interleaved in one process on the same inputs, after their results were compared.
+    All contenders run interleaved in one process on the same inputs, after their results have been compared.
 
-    systems measures whole networks, each way in a process of its own: time and peak memory of a frame, frugal
-    against naive, and the largest frame that fits in 4 GB. What --json holds already is kept or replaced case by case.
+    systems measures whole networks, each mode in its own process: time and peak memory of a frame, frugal against
+    naive, and the largest frame that fits in 4 GB. Existing results in the --json file are kept or replaced by case.
     """
     check_file("bench", "--json", json_file)
     check_file("bench", "--plot", plot_file)
@@ -77,7 +77,7 @@ def bench(
     for_systems = {"--network": network, "--way": way, "--limit": limit}
     for option, value in (for_ops if op == SYSTEMS else for_systems).items():
         if value:
-            _refuse(f"{option} does not go with {op}")
+            _refuse(f"{option} cannot be combined with {op}")
     if op == SYSTEMS:
         measure_systems(case, network, way, threads, limit, json_file)
     else:
@@ -94,7 +94,7 @@ def measure_ops(
     dtype: str | None,
     device: str,
 ) -> None:
-    """Measures the cases of an op, or of all."""
+    """Measure the cases of one op, or of all."""
     import torch
 
     from vosops import benchmarking
@@ -108,7 +108,7 @@ def measure_ops(
     if device not in ("cpu", "cuda"):
         _refuse(f"--device: expected cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        _refuse("--device cuda: PyTorch finds no GPU")
+        _refuse("--device cuda: no GPU is available to PyTorch")
     if plot_file is not None:
         try:
             with one_line("bench"):
@@ -164,7 +164,7 @@ def measure_systems(
     limit: float | None,
     json_file: Path | None,
 ) -> None:
-    """Measures whole networks; each result is in the file as soon as it is there."""
+    """Measure whole networks; each result is written to the file as soon as it is available."""
     from rich.console import Console
 
     from vosops.benchmarking import systems_suite

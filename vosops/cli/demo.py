@@ -34,19 +34,19 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("vosops-demo"),
-    frames: Annotated[int, typer.Option(min=3, help="Frames of the clip.")] = 60,
-    size: Annotated[int, typer.Option(min=64, help="Height of the clip; its width follows.")] = 480,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("vosops-demo"),
+    frames: Annotated[int, typer.Option(min=3, help="Number of frames of the clip.")] = 60,
+    size: Annotated[int, typer.Option(min=64, help="Height of the clip; the width follows.")] = 480,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU, if available.")
     ] = None,
     naive: Annotated[
-        bool, typer.Option("--naive/--no-naive", help="Measure the same model on naive PyTorch ops too.")
+        bool, typer.Option("--naive/--no-naive", help="Also measure the same model on naive PyTorch ops.")
     ] = True,
 ) -> None:
-    """Render a clip with three objects, segment it from its first mask, and show how good and how fast that was.
+    """Render a clip with three objects, segment it from its first mask, and report accuracy and speed.
 
-    Writes the clip (in DAVIS' layout), the masks, an overlay video, a contact sheet and demo.json into --out.
+    Writes the clip (in DAVIS' layout), the masks, an overlay video, a contact sheet and demo.json to --out.
     """
     from rich.console import Console
 
@@ -139,7 +139,7 @@ class Measured:
 
 
 def measure(frames: int, size: tuple[int, int], ops: str, device: str | None) -> Measured:
-    """Segments the first frames of the clip on one kind of ops; for a process of its own."""
+    """Segment the first frames of the clip on one kind of ops; called in a fresh process."""
     import vosops
     from vosops.benchmarking.measure import peak_bytes
     from vosops.data import DemoClip

@@ -39,63 +39,65 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder with a folder of PNG label maps per sequence.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="Folder with one folder of PNG label maps per sequence.")
+    ],
     ground_truth: Annotated[
-        Path, typer.Argument(help="The true masks: such a folder, the root of a dataset, or one sequence.")
+        Path, typer.Argument(help="True masks: such a folder, the root of a data set, or one sequence.")
     ],
     task: Annotated[
         str,
-        typer.Option(help="objects: J and F of each; semantic: IoU of each class, as of vosops semantic."),
+        typer.Option(help="objects: J and F per object; semantic: IoU per class, for vosops semantic."),
     ] = "objects",
     sequences: Annotated[
         list[str] | None,
         typer.Option(
             "--sequences",
             "--sequence",
-            help="Score only these: names separated by commas, or a text file of names. Repeatable.",
+            help="Score only these sequences: comma-separated names, or a text file of names. Repeatable.",
         ),
     ] = None,
     merge_objects: Annotated[
         bool, typer.Option("--merge-objects", help="Score all objects as one, as DAVIS 2016 does.")
     ] = False,
     keep_ends: Annotated[
-        bool, typer.Option("--keep-ends", help="Score the first and the last frame too.")
+        bool, typer.Option("--keep-ends", help="Also score the first and the last frame.")
     ] = False,
     ignore_void: Annotated[
-        bool, typer.Option("--ignore-void", help="Leave pixels labelled 255 in the ground truth out.")
+        bool, typer.Option("--ignore-void", help="Ignore pixels labelled 255 in the ground truth.")
     ] = False,
     classes: Annotated[
-        int | None, typer.Option(help="Semantic: how many classes; default 19, Cityscapes'.")
+        int | None, typer.Option(help="Semantic: number of classes; default: 19, as in Cityscapes.")
     ] = None,
     ids: Annotated[
         str | None,
         typer.Option(
-            help="Semantic: the truth's numbers, train (0 to 18) or label (Cityscapes' 0 to 33); default: "
+            help="Semantic: ids of the ground truth, train (0 to 18) or label (Cityscapes' 0 to 33); default: "
             "by file name, *_labelIds.png or *_labelTrainIds.png, else train."
         ),
     ] = None,
     consistency: Annotated[
         int | None,
         typer.Option(
-            metavar="FRAMES", help="Semantic: also VSPW's consistency over so many frames, such as 8."
+            metavar="FRAMES", help="Semantic: also VSPW's consistency over this many frames, such as 8."
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything here.", dir_okay=False)
+        Path | None, typer.Option("--json", help="Write all scores to this file.", dir_okay=False)
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, one row per object or class.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default one per core.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
 ) -> None:
-    """Score masks against the truth: J, F and J&F, per object, per sequence and over all.
+    """Score masks against the ground truth: J, F and J&F, per object, per sequence and overall.
 
-    The semi-supervised protocol of DAVIS 2017: label maps named like those of the truth, means over objects,
-    the first and the last frame left out.
+    The semi-supervised protocol of DAVIS 2017: label maps named like the true ones, means over objects, without
+    the first and the last frame.
 
-    --task semantic scores label maps of classes: IoU per class, mIoU and pixel accuracy over all frames that have
-    a truth, as Cityscapes does.
+    --task semantic scores label maps of classes as Cityscapes does: IoU per class, mIoU and pixel accuracy over all
+    frames with ground truth.
 
-    A sequence that cannot be scored is named with the reason, the means are over the others, and the exit code is 1.
-    It is 2 where nothing can be scored.
+    A sequence that cannot be scored is listed with the reason, the means are over the others, and the exit code is 1.
+    The exit code is 2 if nothing can be scored.
     """
     from vosops import metrics
     from vosops.io.errors import VosopsError
@@ -110,7 +112,7 @@ def evaluate(
         given = [name for name, value in values.items() if value not in (None, False)]
         if other != task and given:
             name = given[0].removeprefix("num_").replace("_", "-")
-            refuse("eval", f"--{name} goes with --task {other} alone", BAD_INPUT)
+            refuse("eval", f"--{name} requires --task {other}", BAD_INPUT)
     check_file("eval", "--json", json_file, lambda content: is_json_with(content, REPORT_KEYS))
     chosen = {name: value for name, value in options[task].items() if value is not None}
     tools: dict[str, tuple[Callable[..., Any], Callable[[Any], Table], Callable[[Any], None]]] = {

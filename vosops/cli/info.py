@@ -1,4 +1,4 @@
-"""`vosops info`: what is installed, what was compiled, and what serves each op here."""
+"""`vosops info`: installed versions, compiled libraries, and the implementation of each op."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, what was compiled, CPU and GPUs, the models, and which implementation serves each op and why."""
+    """Show versions, compiled libraries, CPU, GPUs, models, and which implementation serves each op and why."""
     from vosops import info
 
     facts = info.collect()

@@ -1,4 +1,4 @@
-"""What commands share: errors of one line, and files of results that are asked for."""
+"""Helpers shared by the commands: one-line errors and result files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BAD_INPUT = 2
 
 
 def refuse(command: str, message: str, exit_code: int = 1) -> NoReturn:
-    """End a command with an error of one line."""
+    """End a command with a one-line error."""
     typer.echo(f"vosops {command}: {message}", err=True)
     raise typer.Exit(exit_code)
 
@@ -35,9 +35,9 @@ def check_file(
         return
     folder = file.absolute().parent
     if not folder.is_dir():
-        refuse(command, f"{option} {file}: there is no folder {folder}", BAD_INPUT)
+        refuse(command, f"{option} {file}: folder {folder} does not exist", BAD_INPUT)
     if not os.access(file if file.exists() else folder, os.W_OK):
-        refuse(command, f"{option} {file}: no permission to write there", BAD_INPUT)
+        refuse(command, f"{option} {file}: no write permission", BAD_INPUT)
     if is_ours is not None:
         with one_line(command):
             check_result(file, is_ours)

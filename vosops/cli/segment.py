@@ -1,4 +1,4 @@
-"""``vosops segment``: masks through videos, from the command line."""
+"""``vosops segment``: propagate masks through videos from the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _EVENTS_SHOWN = 8
 _FPS_DENOMINATOR = 1001  # so that 23.976 is 24000/1001
 _MIB = 1 << 20
-OPTION_HELP = "Option of the model's own, NAME=VALUE, such as slots=11. Repeatable."
+OPTION_HELP = "Model-specific option, NAME=VALUE, such as slots=11. Repeatable."
 
 
 def register(app: typer.Typer) -> None:
@@ -36,60 +36,64 @@ def segment(
     input: Annotated[
         str,
         typer.Argument(
-            help="Video file, pipe or URL, folder of frames, animated picture or TIFF stack, or root of a DAVIS / "
-            "YouTube-VOS set."
+            help="Video file, pipe or URL, folder of frames, animated image or TIFF stack, or root of a DAVIS / "
+            "YouTube-VOS data set."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the masks and everything else.")],
+    out: Annotated[Path, typer.Option(help="Output folder for the masks and all other files.")],
     mask: Annotated[
         list[str] | None,
-        typer.Option(
-            help="PNG (of the first frame), FRAME=PNG, or folder of PNGs named by frame. Repeatable."
-        ),
+        typer.Option(help="PNG (first frame), FRAME=PNG, or folder of PNGs named by frame. Repeatable."),
     ] = None,
     model: Annotated[str, typer.Option(help="Name of the model; vosops info lists them.")] = "propagate",
-    weights: Annotated[Path | None, typer.Option(help="File of the model's weights.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Feature extractor, for models that take one.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint of the model.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Feature extractor, for models with a choice of one.")
+    ] = None,
     checkout: Annotated[
-        Path | None, typer.Option(help="Folder of a clone of the model's repository, for xmem.")
+        Path | None, typer.Option(help="Folder of a clone of the model's repository (xmem only).")
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU, if available.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     memory_budget: Annotated[
-        str | None, typer.Option(help="Most that the model may remember, such as 2GB or 512MiB.")
+        str | None, typer.Option(help="Limit of the model's memory of frames, such as 2GB or 512MiB.")
     ] = None,
     scales: Annotated[
         str,
-        typer.Option(help="Sizes relative to --size whose results a network averages, such as 0.5,0.75,1."),
+        typer.Option(help="Scales relative to --size, averaged, for networks; such as 0.5,0.75,1."),
     ] = "1",
-    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = 480,
+    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's size.")] = 480,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
-    end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
+    end: Annotated[int | None, typer.Option(help="Frame number to stop before (exclusive).")] = None,
     step: Annotated[int, typer.Option(help="Process every N-th frame.")] = 1,
-    fps: Annotated[float, typer.Option(help="Rate of a folder of frames, for the overlay.")] = 24.0,
+    fps: Annotated[float, typer.Option(help="Frame rate of a folder of images, for the overlay.")] = 24.0,
     sequence: Annotated[
         list[str] | None,
-        typer.Option(help="Of a data set, only this one, or those of a text file. Repeatable."),
+        typer.Option(help="Process only this sequence of a data set, or those in a text file. Repeatable."),
     ] = None,
-    resolution: Annotated[str | None, typer.Option(help="Of a DAVIS set: 480p, Full-Resolution, ...")] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="Resolution of a DAVIS data set: 480p, Full-Resolution, ...")
+    ] = None,
     naive: Annotated[
         bool,
         typer.Option(
-            "--naive", help="Compute as the original code does, at its memory, to see the difference."
+            "--naive", help="Compute as the original code does, with its memory use, for comparison."
         ),
     ] = False,
-    overlay: Annotated[bool, typer.Option("--overlay", help="Also a video with coloured masks.")] = False,
-    cutout: Annotated[bool, typer.Option("--cutout", help="Also the objects alone, with alpha.")] = False,
-    coco: Annotated[bool, typer.Option("--json", help="Also the masks as COCO JSON.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write a video with coloured masks.")
+    ] = False,
+    cutout: Annotated[bool, typer.Option("--cutout", help="Also write cut-outs with alpha.")] = False,
+    coco: Annotated[bool, typer.Option("--json", help="Also write the masks as COCO JSON.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
 ) -> None:
-    """Follow the objects of a mask through a video.
+    """Track the objects of a mask through a video.
 
-    Writes one palette PNG a frame, contact_sheet.png and report.json into --out.
+    Writes one palette PNG per frame, contact_sheet.png and report.json to --out.
     """
     from vosops.inference.datasets import is_dataset
     from vosops.inference.drawing_pass import Outputs
@@ -126,13 +130,15 @@ def segment(
         )
         if is_dataset(Path(input)):
             if mask:
-                raise InputError("--mask does not go with a data set's root, which has its own masks")
+                raise InputError(
+                    "--mask cannot be combined with the root of a data set, which has its own masks"
+                )
             job.dataset(Path(input), sequence or [], resolution, console.sequence)
         else:
             if sequence or resolution:
-                raise InputError("--sequence and --resolution need the root of a data set as INPUT")
+                raise InputError("--sequence and --resolution require the root of a data set as INPUT")
             if not mask:
-                raise InputError("which object? Give --mask PNG, FRAME=PNG or a folder (repeatable)")
+                raise InputError("no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable)")
             console.summary(job.video(input, mask))
 
 
@@ -141,12 +147,12 @@ def run_mode(resume: bool, overwrite: bool) -> Mode:
     from vosops.io.errors import InputError
 
     if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: give one")
+        raise InputError("--resume and --overwrite are mutually exclusive")
     return "resume" if resume else "overwrite" if overwrite else "new"
 
 
 def frame_rate(fps: float) -> Fraction:
-    """Return the rate of --fps as cameras mean it."""
+    """Return --fps as the exact frame rate that cameras use."""
     from vosops.io.errors import InputError
 
     if not 0 < fps < math.inf:
@@ -155,7 +161,7 @@ def frame_rate(fps: float) -> Fraction:
 
 
 class StopSignals:
-    """Makes the first Ctrl-C or SIGTERM a request to stop after this frame; the second stops at once."""
+    """Handler that stops after the current frame on the first Ctrl-C or SIGTERM, and at once on the second."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.requested = False
@@ -172,7 +178,7 @@ class StopSignals:
         from vosops.io.errors import InterruptedRunError
 
         if self.requested:
-            raise InterruptedRunError("stopped at once; --resume goes on from the last checkpoint")
+            raise InterruptedRunError("stopped at once; --resume continues from the last checkpoint")
         self.requested = True
         self._note("stopping after this frame (again: at once)")
 
@@ -182,7 +188,7 @@ class StopSignals:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """Return the numbers of a comma-separated option."""
+    """Parse the numbers of a comma-separated option."""
     from vosops.io.errors import InputError
 
     try:
@@ -259,9 +265,9 @@ class Console:
             self.summary(summary)
 
     def summary(self, summary: Summary) -> None:
-        """Say what came out."""
+        """Print the summary of a run."""
         if summary.already_complete:
-            self.note(f"{summary.out}: {summary.frames} masks were already there")
+            self.note(f"{summary.out}: {summary.frames} masks already exist")
         else:
             rate = summary.frames / max(summary.seconds, 1e-9)
             self.note(

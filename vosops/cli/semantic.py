@@ -1,4 +1,4 @@
-"""``vosops semantic``: the class of every pixel through a video, from the command line."""
+"""``vosops semantic``: predict the class of every pixel of a video from the command line."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def register(app: typer.Typer) -> None:
 
 def semantic(
     input: Annotated[
-        str, typer.Argument(help="Video file, pipe or URL, folder of frames, or animated picture.")
+        str, typer.Argument(help="Video file, pipe or URL, folder of frames, or animated image.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the label maps and everything else.")],
+    out: Annotated[Path, typer.Option(help="Output folder for the label maps and all other files.")],
     model: Annotated[str, typer.Option(help="Name of the model; vosops info lists them.")] = "lstm_icnet",
     weights: Annotated[
         Path | None,
-        typer.Option(help="File of the model's weights, such as an .npz of LSTM-ICNet's variables."),
+        typer.Option(help="Checkpoint of the model, such as an .npz of LSTM-ICNet's variables."),
     ] = None,
     version: Annotated[
-        str | None, typer.Option(help="lstm_icnet: where the ConvLSTMs are: icnet, v1 ... v6; default: v5.")
+        str | None, typer.Option(help="lstm_icnet: position of the ConvLSTMs, icnet, v1 ... v6; default: v5.")
     ] = None,
     variant: Annotated[
         str | None,
@@ -36,32 +36,34 @@ def semantic(
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option(help="How many classes; default: Cityscapes' 19, or as many as the model has."),
+        typer.Option(help="Number of classes; default: Cityscapes' 19, or that of the model."),
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Carry the state instead of running four frames for each.")
+        bool, typer.Option("--streaming", help="Carry the state instead of running four frames per frame.")
     ] = False,
     naive: Annotated[
         bool,
-        typer.Option("--naive", help="Compute as the original code does, whole clips anew for each frame."),
+        typer.Option("--naive", help="Compute as the original code does, a whole clip for each frame."),
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if any.")
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU, if available.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's own.")] = -1,
+    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's size.")] = -1,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
-    end: Annotated[int | None, typer.Option(help="Frame number to stop before.")] = None,
+    end: Annotated[int | None, typer.Option(help="Frame number to stop before (exclusive).")] = None,
     step: Annotated[int, typer.Option(help="Process every N-th frame.")] = 1,
-    fps: Annotated[float, typer.Option(help="Rate of a folder of frames, for the overlay.")] = 24.0,
-    overlay: Annotated[bool, typer.Option("--overlay", help="Also a video with coloured classes.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    fps: Annotated[float, typer.Option(help="Frame rate of a folder of images, for the overlay.")] = 24.0,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write a video with coloured classes.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
 ) -> None:
-    """Say of every pixel of a video what it is; no mask is needed.
+    """Predict the class of every pixel of a video; no mask is needed.
 
-    Writes one palette PNG of class numbers a frame, contact_sheet.png and report.json into --out.
+    Writes one palette PNG of class numbers per frame, contact_sheet.png and report.json to --out.
     """
     from vosops.cli.segment import Console, StopSignals, frame_rate, run_mode
     from vosops.inference.datasets import open_source

@@ -120,7 +120,7 @@ def make_tracker(settings: ModelSettings) -> VideoTracker:
     if entry.kind == "mask network":
         options |= {"naive": settings.naive, "scales": settings.scales}
     elif tuple(settings.scales) != (1.0,):
-        raise InputError(f"--scales does not go with --model {entry.name}, which runs at --size alone")
+        raise InputError(f"--scales cannot be used with --model {entry.name}, which runs at --size alone")
     with _one_line_errors(entry):
         return create_tracker(entry.name, settings.weights, device=settings.place, **options)
 
@@ -205,7 +205,7 @@ def _check_options(entry: ModelEntry, options: Mapping[str, Any]) -> None:
             name = _OWN_OPTIONS.get(option, option)
             flag = f"--{name}" if name in _SHORT_OPTIONS else f"--option {name}"
             known = ", ".join(o for o in entry.options if o not in _TOLD_OTHERWISE) or "none"
-            raise InputError(f"{flag} does not go with --model {entry.name}, whose options are: {known}")
+            raise InputError(f"{flag} cannot be used with --model {entry.name}, whose options are: {known}")
 
 
 def _check_weights(entry: ModelEntry, file: Path | None) -> None:
