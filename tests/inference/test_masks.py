@@ -1,6 +1,7 @@
 """Masks: ids, palettes, and the frames they lie on."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vosops.io.errors import InputError
 from vosops.io.notes import InputWarning
 
 SIZE = (6, 8)
-pytestmark = pytest.mark.filterwarnings("ignore:.*of value 255 count as unknown")
+pytestmark = pytest.mark.filterwarnings("ignore:.*pixels of value 255")
 PALETTE = bytes(range(200, 0, -1)).ljust(768, b"\7")
 
 
@@ -214,6 +215,35 @@ class TestFinding:
         assert self.frames(find_masks([str(tmp_path / "masks")], folder, range(2, 6))) == [3]
         with pytest.raises(InputError, match="no PNG for a frame"):
             find_masks([str(tmp_path / "masks")], folder, range(4, 6))
+
+    def write_masks(self, tmp_path, *masks):
+        for index, labels in enumerate(masks):
+            write_mask(tmp_path / "masks" / f"{10 + index:05d}.png", labels)
+        return [str(tmp_path / "masks")]
+
+    def test_255_is_decided_over_a_whole_folder(self, folder, tmp_path):
+        specs = self.write_masks(tmp_path, label_map(a=255), label_map(a=255), label_map(a=1, b=255))
+        with pytest.raises(
+            InputError, match="no mask in .*masks of a frame that is processed shows an object"
+        ):
+            MaskSet(find_masks(specs, folder, range(2)), SIZE)
+        assert MaskSet(find_masks(specs, folder, range(6)), SIZE).frames == [2]
+        write_mask(tmp_path / "masks" / "00012.png", label_map(a=255))
+        assert MaskSet(find_masks(specs, folder, range(2)), SIZE).binary
+
+    def test_masks_of_a_folder_that_show_no_object_are_left_out(self, folder, tmp_path):
+        specs = self.write_masks(tmp_path, label_map(), label_map(a=1), label_map(b=255), label_map(a=1))
+        masks = MaskSet(find_masks(specs, folder, range(6)), SIZE)
+        assert masks.frames == [1, 3] and masks.first_area == {1: 4}
+        with pytest.raises(InputError, match="00010.png shows no object"):
+            MaskSet(find_masks([f"{specs[0]}/00010.png"], folder, range(6)), SIZE)
+
+    def test_unknown_pixels_of_a_folder_are_told_once(self, folder, tmp_path):
+        specs = self.write_masks(tmp_path, *[label_map(a=1, b=255)] * 3)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            MaskSet(find_masks(specs, folder, range(6)), SIZE)
+        assert ["255, like those of 2 others, count as unknown" in str(w.message) for w in told] == [True]
 
     def test_a_folder_with_strangers(self, folder, tmp_path):
         write_mask(tmp_path / "masks" / "other.png", label_map(a=1))

@@ -223,6 +223,18 @@ class TestImageFolder:
         assert len(list(source.forward(range(9)))) == 2
         assert "64x20, but the first frame is 64x48" in source.problem
 
+    def test_frames_that_are_not_wanted_may_be_unusable(self, tmp_path):
+        folder = write_folder(tmp_path / "f", FRAMES[:7])
+        (folder / "00000.png").write_bytes(b"broken")
+        write_folder(folder, [FRAMES[0][:20]], first=1)
+        (folder / "00006.png").write_bytes(b"")
+        wanted = range(2, 6)
+        source = ImageFolder(folder, wanted=wanted)
+        assert source.size == (48, 64) and source.count == 7
+        assert [f.index for f in source.forward(wanted)] == [2, 3, 4, 5] and source.problem is None
+        with pytest.raises(InputError, match="00006.png is an empty file"):
+            ImageFolder(folder, wanted=range(2, 7))
+
     def test_two_frames_of_one_name(self, tmp_path):
         folder = write_folder(tmp_path / "f", FRAMES[:1])
         write_folder(folder, FRAMES[:1], name="{:05d}.bmp")
@@ -259,6 +271,7 @@ def test_what_is_neither_video_nor_folder(tmp_path):
 
 
 def test_arrays_are_a_source():
+    assert ArraySource([FRAMES[0][:20], *FRAMES[1:3]], wanted=range(1, 3)).size == (48, 64)
     source = ArraySource(np.stack(FRAMES[:3]))
     assert [f.index for f in source.forward(range(1, 10))] == [1, 2]
     with pytest.raises(InputError, match=r"uint8 RGB, got \(48, 64\)"):

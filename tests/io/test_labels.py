@@ -157,6 +157,11 @@ class TestFormats:
         Image.fromarray(WHITE).convert("RGB").save(buffer, kind)
         refused(tmp_path, buffer.getvalue(), "compression blurs", "m.png")
 
+    def test_gif_is_refused(self, tmp_path):
+        content = io.BytesIO()
+        Image.fromarray(IDS * 5).save(content, "GIF")  # which stores the ids 5, 10, 15 as 1, 2, 3
+        refused(tmp_path, content.getvalue(), "is a GIF, whose writers renumber the ids")
+
     def test_lossless_webp(self, tmp_path):
         Image.fromarray(WHITE).convert("RGB").save(tmp_path / "m.webp", lossless=True)
         np.testing.assert_array_equal(read_labels(tmp_path / "m.webp")[0], WHITE)

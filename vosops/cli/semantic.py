@@ -85,7 +85,7 @@ def semantic(
         dtype,
         naive=naive,
     )
-    source = open_source(input, rate)
+    source = open_source(input, rate, frame_range(start, end, step, None))
     indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
     tracker = make_semantic_tracker(settings, streaming=streaming)
     with Console() as console, StopSignals(console.note) as signals:

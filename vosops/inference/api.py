@@ -125,9 +125,9 @@ def segment(
 def _open(video: Any, start: int | None, end: int | None, step: int) -> FrameSource:
     """Return the frames of what the caller gave."""
     if isinstance(video, (str, os.PathLike)):
-        return open_source(video)
+        return open_source(video, wanted=frame_range(start, end, step, None))
     if hasattr(video, "__len__") and hasattr(video, "__getitem__") and not isinstance(video, Mapping):
-        return ArraySource(video)
+        return ArraySource(video, wanted=frame_range(start, end, step, None))
     if hasattr(video, "__iter__") and not isinstance(video, (Mapping, Set)):
         return FrameStream(video, frame_range(start, end, step, None))
     raise InputError(f"video must be a path, a URL, or frames in memory, got {type(video).__name__}")

@@ -16,7 +16,7 @@ from vosops.io.names import absence
 from vosops.io.pictures import opened, page_numbers
 
 from .files import sha256
-from .frames import DEFAULT_FPS, FrameSource, ImageFolder
+from .frames import ALL_FRAMES, DEFAULT_FPS, FrameSource, ImageFolder
 from .masks import GivenMask
 from .picture_stack import PictureStack
 from .streams import Spooled, local_copy
@@ -43,9 +43,12 @@ def is_dataset(path: Path) -> bool:
     return os.path.isdir(path / _IMAGES) and os.path.isdir(path / _MASKS)
 
 
-def open_source(path: str | os.PathLike[str], fps: Fraction = DEFAULT_FPS) -> FrameSource:
-    """Open a video, a folder of frames, or one file of many pictures; ``fps`` is the rate of frames without times.
+def open_source(
+    path: str | os.PathLike[str], fps: Fraction = DEFAULT_FPS, wanted: range = ALL_FRAMES
+) -> FrameSource:
+    """Open a video, a folder of frames, or one file of many pictures.
 
+    ``fps`` is the rate of frames without times. Frames of a folder that are not ``wanted`` may be unusable.
     A pipe or an http(s) URL is copied to a temporary file first, to its end, for it can be read once.
     """
     name = os.fspath(path)
@@ -62,7 +65,7 @@ def open_source(path: str | os.PathLike[str], fps: Fraction = DEFAULT_FPS) -> Fr
         found = list(pictures(path).values())
         if len(found) == 1 and _holds_several(found[0]):
             return PictureStack(found[0], fps, name)
-        return ImageFolder(path, fps)
+        return ImageFolder(path, fps, wanted)
     if not path.is_file():
         raise InputError(f"{name} is no file: give a video file, a folder of frames or a data set's root")
     return _open_file(path, fps, name)
@@ -140,7 +143,8 @@ def masks_of_sequence(
         raise InputError(f"{sequence.masks} holds no mask of a frame that is processed")
     if sequence.first_mask_only:
         found = [_first_object(sequence, found, masks.values())]
-    return [GivenMask(frame, str(path), sha256(path), path=path) for frame, path in found]
+    folder = None if sequence.first_mask_only else sequence.masks
+    return [GivenMask(frame, str(path), sha256(path), path=path, folder=folder) for frame, path in found]
 
 
 def _first_object(

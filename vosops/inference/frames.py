@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     Image = npt.NDArray[np.uint8]
 
 DEFAULT_FPS = Fraction(24)
+ALL_FRAMES = range(sys.maxsize)
 _LONGEST_NUMBER = 18  # digits
 _BACKWARD_BYTES = 128 << 20  # decoded frames held at once while reading backward
 _MIN_CHUNK = 8
@@ -89,9 +91,15 @@ def frame_number(key: str) -> int | None:
 
 
 class ImageFolder(FrameSource):
-    """A folder of images in natural order; EXIF orientation is applied, hidden files are skipped."""
+    """A folder of images in natural order; EXIF orientation is applied, hidden files are skipped.
 
-    def __init__(self, folder: Path, fps: Fraction = DEFAULT_FPS) -> None:
+    Args:
+        folder: The folder.
+        fps: Frames a second.
+        wanted: Which frames may be asked for. The first of them decides the size; no other is looked at.
+    """
+
+    def __init__(self, folder: Path, fps: Fraction = DEFAULT_FPS, wanted: range = ALL_FRAMES) -> None:
         self.folder = folder
         self.title = str(folder)
         self.average_rate = fps
@@ -101,13 +109,13 @@ class ImageFolder(FrameSource):
             kinds = " ".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
             raise InputError(f"{folder} holds no image ({kinds}): give a video file or a folder of frames")
         self._numbers = {stem: index for index, stem in enumerate(found)}
-        self._bytes = [_size_of(path) for path in self.paths]
+        self._bytes = [_size_of(path, index in wanted) for index, path in enumerate(self.paths)]
         doubt = doubt_about_order(list(found))
         if doubt:
             warn(f"the order of the frames in {shown(folder)} is doubtful: {doubt}")
         self.count = len(self.paths)
         self.count_is_exact = True
-        height, width, _ = self._read(0).shape
+        height, width, _ = self._read(min(wanted[0], self.count - 1)).shape
         self.size = (height, width)
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
@@ -148,9 +156,14 @@ class ImageFolder(FrameSource):
 
 
 class ArraySource(FrameSource):
-    """Frames that are in memory already: a (T, H, W, 3) uint8 array or tensor, or a sequence of (H, W, 3)."""
+    """Frames that are in memory already: a (T, H, W, 3) uint8 array or tensor, or a sequence of (H, W, 3).
 
-    def __init__(self, frames: Sequence[Any], fps: Fraction = DEFAULT_FPS) -> None:
+    The first one ``wanted`` decides the size.
+    """
+
+    def __init__(
+        self, frames: Sequence[Any], fps: Fraction = DEFAULT_FPS, wanted: range = ALL_FRAMES
+    ) -> None:
         try:
             count = len(frames)
         except TypeError as error:  # an array or tensor of no dimension
@@ -164,7 +177,7 @@ class ArraySource(FrameSource):
         self.count = count
         self.count_is_exact = True
         self._frames = frames
-        height, width, _ = frame_of_array(frames[0], "frames").shape
+        height, width, _ = frame_of_array(frames[min(wanted[0], count - 1)], "frames").shape
         self.size = (height, width)
 
     def forward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
@@ -191,13 +204,13 @@ class ArraySource(FrameSource):
         raise VosopsError("frames in memory cannot be resumed")
 
 
-def _size_of(path: Path) -> int:
-    """Return the bytes of a frame's file, which must have some."""
+def _size_of(path: Path, wanted: bool) -> int:
+    """Return the bytes of a frame's file, which must have some if it is wanted."""
     try:
         size = path.stat().st_size
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): replace or remove it") from error
-    if not size:
+    if wanted and not size:
         raise InputError(f"{path} is an empty file: replace or remove it")
     return size
 

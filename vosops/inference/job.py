@@ -76,8 +76,8 @@ class Job:
 
     def video(self, path: str | Path, mask_specs: Sequence[str]) -> Summary:
         """Segment a video file or a folder of frames, with masks as ``--mask`` gives them."""
-        source = open_source(path, self.fps)
-        indices = self._indices(source)
+        source = open_source(path, self.fps, self._indices())
+        indices = self._indices(source.count if source.count_is_exact else None)
         masks = find_masks(mask_specs, source, indices)
         inputs = [
             local_path(path),
@@ -137,14 +137,15 @@ class Job:
             folder.remove_parts([""])
 
     def _sequence(self, sequence: VideoSequence, inputs: Sequence[Path]) -> Summary:
-        source = open_source(sequence.frames, self.fps)
-        indices = self._indices(source)
+        source = open_source(sequence.frames, self.fps, self._indices())
+        indices = self._indices(source.count if source.count_is_exact else None)
         masks = masks_of_sequence(sequence, source, indices)
         return self._run(self.out / sequence.name, source, indices, masks, inputs, only_new_objects=True)
 
-    def _indices(self, source: FrameSource) -> range:
+    def _indices(self, count: int | None = None) -> range:
+        """Return the frames to process of an input of so many frames; None: not known yet."""
         s = self.settings
-        return frame_range(s.start, s.end, s.step, source.count if source.count_is_exact else None)
+        return frame_range(s.start, s.end, s.step, count)
 
     def _run(
         self,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vosops.io.annotations import annotation_style, values_of
 from vosops.io.errors import InputError
 from vosops.io.labels import davis_palette, labels_of_array, read_labels
 from vosops.io.listing import few, label_maps
@@ -48,13 +50,17 @@ def write_labels(path: Path | OwnedFile, labels: Labels, palette: bytes | None) 
 
 @dataclass(frozen=True)
 class GivenMask:
-    """A mask that the user gave: where it lies, where it comes from, and its content's hash."""
+    """A mask that the user gave: where it lies, where it comes from, and its content's hash.
+
+    ``folder`` is set where it was not named itself, but the folder that it lies in.
+    """
 
     frame: int
     title: str
     digest: str
     path: Path | None = None
     array: Labels | None = None
+    folder: Path | None = None
 
     def read(self) -> tuple[Labels, bytes | None]:
         """Return its label map and palette."""
@@ -81,7 +87,8 @@ class MaskSet:
     """All masks given for one video, checked: their sizes, ids, style and palette.
 
     Masks whose only values are 0 and 255 (all of them) mean one object, which the tracker sees as 1 and
-    the output shows as 255 again; elsewhere 255 means "ignore". Holds no pixels of files: masks are read
+    the output shows as 255 again; elsewhere 255 means "ignore". Of a folder, its masks of frames that are not
+    processed count too, and those that show no object are left out. Holds no pixels of files: masks are read
     again when their frame comes.
 
     Args:
@@ -127,25 +134,21 @@ class MaskSet:
             _check_edges(labels, mask.title)
             all_ids |= set(areas[mask.frame])
             self._by_frame[mask.frame] = mask
-        self.binary = all_ids == {BINARY_OBJECT}
+        self.binary = all_ids == {BINARY_OBJECT} and not self._other_ids_in_folders()
         if not (self.binary or only_new_objects):
-            for frame, mask in self._by_frame.items():
-                if unknown := areas[frame].get(IGNORE):
-                    warn(
-                        f"mask {mask.title}: its {unknown} pixels of value 255 count as unknown, for other ids are "
-                        "given too: give an object another id"
-                    )
+            self._warn_of_unknown({frame: area[IGNORE] for frame, area in areas.items() if IGNORE in area})
         for frame in list(self._by_frame):
             ids_here = sorted(self._inside(i) for i in areas[frame] if self.binary or i != IGNORE)
             if only_new_objects:
                 ids_here = [i for i in ids_here if i not in seen]
             if not ids_here:
-                if only_new_objects and (seen or frame != max(self._by_frame)):
+                mask = self._by_frame[frame]
+                if (only_new_objects or mask.folder) and (seen or frame != max(self._by_frame)):
                     del self._by_frame[frame]
                     continue
-                raise InputError(
-                    f"mask {self._by_frame[frame].title} shows no object: paint one with an id above 0"
-                )
+                if mask.folder:
+                    raise InputError(f"no mask in {mask.folder} of a frame that is processed shows an object")
+                raise InputError(f"mask {mask.title} shows no object: paint one with an id above 0")
             self._new_ids[frame] = ids_here
             for inside in ids_here:
                 self.first_area.setdefault(self.outside(inside), areas[frame][self.outside(inside)])
@@ -154,6 +157,31 @@ class MaskSet:
             self.palette = None
         elif self.palette is None:
             self.palette = davis_palette()
+
+    def _other_ids_in_folders(self) -> bool:
+        """Whether masks that lie beside those given, and can be read, hold an id other than 255."""
+        given = {mask.path for mask in self._by_frame.values()}
+        folders = {mask.folder for mask in self._by_frame.values() if mask.folder is not None}
+
+        def others() -> Iterator[tuple[Path, set[int]]]:
+            for folder in folders:
+                for path in label_maps(folder).values():
+                    if path not in given:
+                        with suppress(InputError):
+                            yield path, values_of(read_labels(path)[0])
+
+        style = annotation_style(others())
+        return style.first is not None and not style.binary
+
+    def _warn_of_unknown(self, pixels: Mapping[int, int]) -> None:
+        """Say that pixels of 255 are no object, given how many each frame's mask has; of the first mask alone."""
+        for frame in sorted(pixels)[:1]:
+            others = len(pixels) - 1
+            more = f", like those of {others} other{'s' * (others > 1)}," if others else ""
+            warn(
+                f"mask {self._by_frame[frame].title}: its {pixels[frame]} pixels of value 255{more} count as unknown, "
+                "for other ids are given too: give an object another id"
+            )
 
     @property
     def frames(self) -> list[int]:
@@ -252,9 +280,9 @@ def _mask_file(path: Path, frame: int, indices: Sequence[int]) -> GivenMask:
     return _given(path, frame)
 
 
-def _given(path: Path, frame: int) -> GivenMask:
+def _given(path: Path, frame: int, folder: Path | None = None) -> GivenMask:
     try:
-        return GivenMask(frame, str(path), sha256(path), path=path)
+        return GivenMask(frame, str(path), sha256(path), path=path, folder=folder)
     except OSError as error:
         raise InputError(f"mask {path} cannot be opened ({error.strerror}): mend or remove it") from error
 
@@ -264,7 +292,11 @@ def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) 
     strangers = [path.name for path, frame in frames.items() if frame is None]
     if strangers:
         raise InputError(f"mask folder {folder}: no frame of {source.title} is named like {few(strangers)}")
-    found = [_given(path, frame) for path, frame in frames.items() if frame is not None and frame in indices]
+    found = [
+        _given(path, frame, folder)
+        for path, frame in frames.items()
+        if frame is not None and frame in indices
+    ]
     if not found:
         raise InputError(f"mask folder {folder} holds no PNG for a frame that is processed")
     return found

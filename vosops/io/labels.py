@@ -1,7 +1,7 @@
 """Label maps from files and arrays: the ids as stored, whatever a library makes of the samples.
 
 What has no one meaning is refused with what to do: colours of no known palette, transparency that disagrees with the
-ids, samples in floating point, formats whose compression blurs ids.
+ids, samples in floating point, formats whose compression blurs ids or whose writers renumber them.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[Labels, bytes | None]:
         if picture.format in _LOSSY or _is_lossy_webp(picture, path):
             kind = _LOSSY.get(picture.format or "", "a lossy WebP")
             raise InputError(f"{what} is {kind}, whose compression blurs the ids: save it as PNG")
+        if picture.format == "GIF":
+            raise InputError(f"{what} is a GIF, whose writers renumber the ids: save it as PNG")
         count = len(page_numbers(picture))
         if count > 1:
             raise InputError(f"{what} holds {count} pictures: save the one of the frame as PNG")
