@@ -264,6 +264,48 @@ class TestIterators:
             list(vosops.segment(frames, truth(BOXES[0]), model=ColourTracker(), size=48))
 
 
+class TestSharedMemory:
+    """The caller may reuse the arrays that it gives, and change those that it gets."""
+
+    @staticmethod
+    def labels(video, change=lambda frame: None, at=3, size=48):
+        found = {}
+        mask = truth(BOXES[at])
+        for frame in vosops.segment(video, {at: mask}, model=ColourTracker(), size=size):
+            found[frame.index] = frame.labels.clone()
+            mask[:] = 7
+            change(frame)
+        return found
+
+    @staticmethod
+    def reusing():
+        buffer = np.empty_like(FRAMES[0])
+        for frame in FRAMES:
+            buffer[:] = frame
+            yield buffer
+
+    def same(self, got):
+        expected = self.labels([frame.copy() for frame in FRAMES])
+        assert sorted(got) == sorted(expected)
+        assert all(torch.equal(got[i], expected[i]) for i in got)
+
+    def test_one_array_for_all_frames(self):
+        self.same(self.labels(self.reusing()))
+
+    @pytest.mark.parametrize("kind", ["array", "tensor", "read-only", "list", "iterator"])
+    def test_drawing_on_what_comes(self, kind, recwarn):
+        given = np.stack(FRAMES)
+        given.setflags(write=kind != "read-only")
+        video = {"tensor": torch.from_numpy(given.copy()), "list": list(given), "iterator": iter(given)}.get(
+            kind, given
+        )
+        self.same(self.labels(video, lambda frame: frame.image.zero_()))
+        np.testing.assert_array_equal(given, np.stack(FRAMES))
+        if kind == "tensor":
+            np.testing.assert_array_equal(video.numpy(), given)
+        assert not recwarn.list
+
+
 class TestOrder:
     @staticmethod
     def names(tmp_path, *stems):

@@ -94,6 +94,15 @@ def test_beyond_pillows_limit(tmp_path, monkeypatch):
 
 
 class TestArrays:
+    def test_a_frame_is_a_copy(self):
+        given = GREY_FRAME.copy()
+        given.setflags(write=False)
+        frame_of_array(given, "frame")[:] = 0
+        tensor = torch.from_numpy(GREY_FRAME.copy())
+        frame_of_array(tensor, "frame")[:] = 0
+        np.testing.assert_array_equal(given, GREY_FRAME)
+        np.testing.assert_array_equal(tensor.numpy(), GREY_FRAME)
+
     def test_uint8_and_uint16(self):
         np.testing.assert_array_equal(frame_of_array(GREY_FRAME, "frame"), GREY_FRAME)
         np.testing.assert_array_equal(frame_of_array(GREY_FRAME * np.uint16(257), "frame"), GREY_FRAME)

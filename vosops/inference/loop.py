@@ -109,10 +109,14 @@ def expected_frames(source: FrameSource, indices: range) -> int | None:
 def resized_frames(
     read: Iterator[RawFrame], size: tuple[int, int]
 ) -> Iterator[tuple[RawFrame, Tensor, Tensor]]:
-    """Yield each frame with its image (H,W,3) as a tensor and as (3,*size), at the size of the computation."""
+    """Yield each frame with its image (H,W,3) as a tensor and as (3,*size), at the size of the computation.
+
+    The second is a copy also at the image's own size: the caller of `segment` may draw on the first.
+    """
     for raw in read:
         image = torch.from_numpy(raw.image)
-        yield raw, image, resize_frame(image.permute(2, 0, 1), size)
+        frame = resize_frame(image.permute(2, 0, 1), size)
+        yield raw, image, frame.clone() if tuple(image.shape[:2]) == size else frame
 
 
 class TrackingLoop:

@@ -351,7 +351,7 @@ def _frame_of_name(name: str, source: FrameSource, what: str) -> int:
 
 
 def _mask_array(value: Any, frame: int) -> GivenMask:
-    labels = labels_of_array(value)
+    labels = labels_of_array(value).copy()  # the caller may go on to change it
     return GivenMask(
         frame, f"array of frame {frame}", hashlib.sha256(labels.tobytes()).hexdigest(), array=labels
     )

@@ -59,7 +59,8 @@ class FrameStream(FrameSource):
                     return
                 if self._next - 1 <= indices[0] and self._next - 1 in self._wanted:
                     self._kept[self._next - 1] = image
-            yield self._raw(target, self._kept[target] if image is None else image)
+            image = self._kept[target] if image is None else image
+            yield self._raw(target, image.copy() if target in self._kept else image)
 
     def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
         """Yield the frames of ``indices``, and forget them."""

@@ -144,7 +144,13 @@ def replace_result(path: Path, content: bytes, is_ours: Callable[[bytes], bool])
 
 def check_result(path: Path, is_ours: Callable[[bytes], bool]) -> None:
     """Raise an ``InputError`` where :func:`replace_result` would; for before the work."""
-    if _is_stream(path) or not path.is_file():
+    if _is_stream(path):
+        return
+    if path.is_symlink() and not path.exists():
+        target = Path(os.path.realpath(path))
+        if target.is_symlink() or not target.parent.is_dir():
+            raise InputError(f"{path} is a link to nothing: give another name, or remove it")
+    if not path.is_file():
         return
     if path.stat().st_size and not is_ours(path.read_bytes()):
         raise InputError(

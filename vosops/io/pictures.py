@@ -146,7 +146,9 @@ def _upper_byte(samples: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def frame_of_array(value: Any, what: str) -> Image:
-    """Return the frame that an array or tensor (H, W, 3) of RGB holds: uint8, or uint16 scaled as in files.
+    """Return a copy of the frame that an array or tensor (H, W, 3) of RGB holds: uint8, or uint16 scaled as in files.
+
+    Callers may fill one array with frame after frame, and draw on the frames that they get.
 
     Raises:
         InputError: For any other shape or dtype, with what to do.
@@ -172,7 +174,7 @@ def frame_of_array(value: Any, what: str) -> Image:
         if np.issubdtype(dtype, np.floating):
             found += ": scale values in [0, 1] by 255 and convert them to uint8"
         raise InputError(found)
-    return np.ascontiguousarray(array)
+    return np.array(array, order="C")
 
 
 def to_numpy(value: Any) -> npt.NDArray[Any]:
