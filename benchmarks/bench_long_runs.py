@@ -72,7 +72,7 @@ def write_weights(name: str, path: Path, checkout: Path) -> None:
 
 
 def resident_megabytes(process: int) -> float:
-    """Memory of the process that is in RAM now."""
+    """Return the memory of the process that is in RAM now."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096 / 1e6
 
 

@@ -56,7 +56,7 @@ class Encoder:
         )
 
     def __call__(self, frame: int) -> dict[str, Tensor]:
-        """Arguments of `add` and `read`."""
+        """Return the arguments of `add` and `read`."""
         height, width = SIZE
         mix = 0.5 - 0.5 * torch.cos(torch.tensor(frame / 200.0))
         x, y = frame * 2 % width, frame % height
@@ -74,7 +74,7 @@ class Encoder:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM now."""
+    """Return the memory of this process that is in RAM now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

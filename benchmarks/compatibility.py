@@ -42,18 +42,18 @@ KERNELS = {
 
 
 def has_cuda(op: str) -> bool:
-    """Whether a CUDA C++ kernel of the op is registered."""
+    """Return whether a CUDA C++ kernel of the op is registered."""
     wanted = f'm.impl("{KERNELS.get(op, op)}"'
     return any(wanted in path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
 def has_triton(op: str) -> bool:
-    """Whether a Triton kernel of the op is registered."""
+    """Return whether a Triton kernel of the op is registered."""
     return hasattr(torch.ops.vosops, f"{KERNELS.get(op, op)}_triton")
 
 
 def gpu_proof(op: str, backend: str, dtype: str, reports: Sequence[dict[str, Any]]) -> str | None:
-    """Card and date of the newest run in which an implementation was right in a dtype; None if there is none."""
+    """Return card and date of the newest run in which an implementation was right in a dtype; None if there is none."""
     modes = [name for name, mode in MODES.items() if mode.dtype == DTYPES[dtype]]
     for report in sorted(reports, key=lambda r: str(r["date"]), reverse=True):
         cells = report["steps"].get("times", {}).get("data", {}).get("cells", {}).values()

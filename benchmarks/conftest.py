@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def run_case(request, benchmark):
-    """Measures a case, shows it, keeps it among the op's results, and times vosops alone for pytest-benchmark."""
+    """Measure a case, shows it, keeps it among the op's results, and times vosops alone for pytest-benchmark."""
 
     def run(op: str, case: benchmarking.Case) -> benchmarking.Result:
         device, threads = request.config.getoption("--device"), request.config.getoption("--threads")

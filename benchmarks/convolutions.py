@@ -33,7 +33,7 @@ LABELS = {False: "PyTorch", True: "Winograd"}
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """CPU time of the process."""
+    """Return the CPU time of the process."""
     before = time.process_time()
     call()
     return time.process_time() - before

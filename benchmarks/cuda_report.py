@@ -128,7 +128,7 @@ def output_of(*command: str | Path) -> str:
 
 
 def resident_blocks(registers: int, threads: int, limits: Limits) -> int:
-    """How many blocks a multiprocessor holds as far as registers and threads go."""
+    """Return how many blocks a multiprocessor holds as far as registers and threads go."""
     warps = -(-threads // WARP)
     per_warp = -(-registers * WARP // REGISTER_GRANULE) * REGISTER_GRANULE
     warps_by_registers = limits.registers // per_warp // WARP_GRANULE * WARP_GRANULE
@@ -144,7 +144,7 @@ def shared_room(blocks: int, limits: Limits) -> int:
 
 
 def examine(cubin: Path, target: str) -> dict[str, dict[str, Any]]:
-    """Kernel name -> resources, occupancy and instruction counts."""
+    """Return kernel name -> resources, occupancy and instruction counts."""
     usage = output_of(tool("cuobjdump"), "--dump-resource-usage", cubin)
     assembly = output_of(tool("nvdisasm"), "-c", cubin)
     # A section for each kernel, with the block size that its launch bounds allow.
@@ -185,7 +185,7 @@ Table = dict[str, dict[str, dict[str, Any]]]
 
 
 def report(targets: list[str]) -> Table:
-    """Target -> kernel -> figures, for every kernel of the library."""
+    """Return target -> kernel -> figures, for every kernel of the library."""
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [(target, source) for target in targets for source in sources]
@@ -197,7 +197,7 @@ def report(targets: list[str]) -> Table:
 
 
 def to_markdown(table: Table) -> str:
-    """One row per target and kernel."""
+    """Return one row per target and kernel."""
     lines = ["| target | kernel | " + " | ".join(FIGURES) + " |", "|---" * (len(FIGURES) + 2) + "|"]
     for target, kernels in table.items():
         for name, row in sorted(kernels.items()):
@@ -268,13 +268,13 @@ def held_against(nvcc: str) -> str:
 
 
 def nvcc_version() -> str:
-    """Release of the compiler on the PATH."""
+    """Return the release of the compiler on the PATH."""
     found = re.search(r"release ([\d.]+)", output_of("nvcc", "--version"))
     return found[1] if found else "unknown"
 
 
 def differences(table: Table, committed: Table) -> list[str]:
-    """Where a table and the committed one disagree, in words, on the targets that both are to have."""
+    """Return where a table and the committed one disagree, in words, on the targets that both are to have."""
     found = []
     for target in table:
         if target in REPORT_ONLY:

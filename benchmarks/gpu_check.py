@@ -139,7 +139,7 @@ class Run:
         partial.replace(self.file)
 
     def is_done(self, step: str) -> bool:
-        """Whether a step needs no repeating: it ended, well or badly."""
+        """Return whether a step needs no repeating: it ended, well or badly."""
         return self.report["steps"].get(step, {}).get("status") in (PASSED, FAILED) and not self.unmeasured(
             step
         )
@@ -299,7 +299,7 @@ def tests(run: Run, seconds: float) -> Outcome:
 
 
 def read_junit(text: str) -> dict[str, Any]:
-    """How many tests passed, why others were skipped, and the failures with the first line of each."""
+    """Return how many tests passed, why others were skipped, and the failures with the first line of each."""
     passed, skipped, failures = 0, dict[str, int](), {}
     for case in ElementTree.fromstring(text).iter("testcase"):
         bad = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)

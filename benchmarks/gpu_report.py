@@ -65,7 +65,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits in the unit that suits."""
+    """Return three digits in the unit that suits."""
     return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
 
 
@@ -145,7 +145,7 @@ def goals(report: Report) -> str:
 
 
 def steps(report: Report) -> str:
-    """How each step ended."""
+    """Return how each step ended."""
     rows = []
     for name in SHARES:
         step = report["steps"].get(name, {"status": "not run", "reasons": [], "seconds": 0.0})

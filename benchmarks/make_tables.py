@@ -70,12 +70,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """Return three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def megabytes(peak: float | None) -> str:
-    """Bytes as MB."""
+    """Return bytes in MB."""
     return "?" if peak is None else number(peak / 1e6)
 
 
@@ -162,7 +162,7 @@ def everything(op: str) -> str:
 
 
 def headline(ops: str) -> str:
-    """One row for each op ("all", or one): its first case that was measured beside the code of the original."""
+    """Return one row for each op ("all", or one): its first case that was measured beside the code of the original."""
     names = list(BENCHMARKS) if ops == "all" else [ops]
     rows, machines = [], []
     for op in names:
@@ -249,7 +249,7 @@ def of_models(found: str) -> str:
 
 
 def parameters(entry: ModelEntry) -> str:
-    """How many a network has by default."""
+    """Return how many a network has by default."""
     if entry.kind == "tracker":
         return "-"
     with torch.device("meta"):

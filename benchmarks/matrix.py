@@ -75,7 +75,7 @@ def requirements(torch: str) -> list[str]:
 
 
 def counts(report: str) -> dict[str, int]:
-    """How many tests passed, failed and were skipped, from pytest's JUnit report."""
+    """Return how many tests passed, failed and were skipped, from pytest's JUnit report."""
     suites = list(ElementTree.fromstring(report).iter("testsuite"))
     total, failed, skipped = (
         sum(int(suite.get(name, "0")) for suite in suites for name in names)

@@ -590,7 +590,7 @@ def out_of_bounds(rows: list[Row]) -> list[str]:
 
 
 def differences(rows: list[Row], committed: list[Row], *, sampled: bool = False) -> list[str]:
-    """Where rows and a committed table disagree on the NVIDIA targets of the rows, in words.
+    """Return where rows and a committed table disagree on the NVIDIA targets of the rows, in words.
 
     A sample may lack what the table has.
     """

@@ -112,12 +112,12 @@ def refuse_forward_mode(op: str) -> None:
 
 
 def has_autocast(device_type: str) -> bool:
-    """Whether a type of device has autocast; Dynamo before torch 2.12 cannot ask PyTorch."""
+    """Return whether a type of device has autocast; Dynamo before torch 2.12 cannot ask PyTorch."""
     return device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
 
 
 def under_autocast(device_type: str) -> bool:
-    """Whether autocast is on for devices of this type, some of which have none."""
+    """Return whether autocast is on for devices of this type, some of which have none."""
     return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 

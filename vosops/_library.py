@@ -1,4 +1,4 @@
-"""Loads the compiled libraries that lie beside this file, and says why one is not there.
+"""Loads the compiled libraries next to this file, and reports why one is missing.
 
 Exactly one CPU library is loaded: the best that the processor runs, or the one that the environment variable
 VOSOPS_CPU_CAPABILITY names (baseline, avx2 or avx512). The CUDA library is loaded under a CUDA build of torch.
@@ -38,7 +38,7 @@ def _load_cpu() -> tuple[str | None, tuple[str, ...]]:
         if path.exists():
             torch.ops.load_library(str(path))
             return capability, ()
-    return None, ("no compiled CPU library lies beside the package (was it built?)",)
+    return None, ("there is no compiled CPU library next to the package (was it built?)",)
 
 
 def _load_cuda() -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def driver_version() -> int | None:
 
 
 def _driver_reasons() -> tuple[str, ...]:
-    """Why this machine's driver cannot run the loaded CUDA library; none if it can."""
+    """Return why this machine's driver cannot run the loaded CUDA library; none if it can."""
     compiled: int = torch.ops.vosops.cuda_version()
     driver = driver_version()
     if driver is None:

@@ -174,7 +174,7 @@ def choose(name: str, call: Call) -> Implementation:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Which implementation would serve `op(*args, **kwargs)`, and why not the ones before it.
+    """Return which implementation would serve `op(*args, **kwargs)`, and why not the ones before it.
 
     >>> import torch, vosops
     >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)

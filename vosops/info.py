@@ -42,7 +42,7 @@ WIDTH = 18
 
 
 def collect() -> dict[str, Any]:
-    """Everything as plain data: versions, build, cpu, gpus, environment, models, ops."""
+    """Return everything as plain data: versions, build, cpu, gpus, environment, models, ops."""
     return {
         "versions": _versions(),
         "optional": {package: _version(package) for package in OPTIONAL},
@@ -211,7 +211,7 @@ def _explain(op: str, device: str) -> str:
 
 
 def _sample(op: str, device: str) -> tuple[Tensor, ...]:
-    """Arguments of a small call: two frames of features, and what the op takes beside them."""
+    """Return the arguments of a small call: two frames of features, and what the op takes beside them."""
     frames = torch.empty(2, 1, 16, 8, 8, device=device)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

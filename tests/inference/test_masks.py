@@ -167,7 +167,7 @@ class TestMaskSet:
 
     def test_two_on_one_frame(self):
         given = [GivenMask(0, t, "", array=label_map(a=1)) for t in ("x", "y")]
-        with pytest.raises(InputError, match="x and y both lie on frame 0"):
+        with pytest.raises(InputError, match="x and y are both for frame 0"):
             MaskSet(given, SIZE)
 
 

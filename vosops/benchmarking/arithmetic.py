@@ -1,4 +1,4 @@
-"""The rate of multiply-adds that the machine can reach: the ceiling that contenders are held against."""
+"""The rate of multiply-adds that the machine can reach: the ceiling that contenders are compared with."""
 
 from __future__ import annotations
 

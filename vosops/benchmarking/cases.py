@@ -13,7 +13,7 @@ CHANNELS = 100
 """Channels of FEELVOS' and CFBI's embeddings."""
 
 EMBEDDING_RANGE = 0.25
-"""Embeddings lie in [0, this): distances then fall where tanh(d / 2) still tells them apart."""
+"""Embeddings are in [0, this), so that tanh(d / 2) still distinguishes distances."""
 
 
 BEST = "the best other"
@@ -107,7 +107,7 @@ class Case(Plan):
         return ", ".join([*parts, *self.run])
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Its tensors."""
+        """Return its tensors."""
         return Inputs.of(self, device)
 
     def small(self) -> Case:

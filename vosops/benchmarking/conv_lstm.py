@@ -31,7 +31,7 @@ HALF_OF_EAGER = 44.9 * MB
 
 @dataclass(frozen=True)
 class LstmCase(Plan):
-    """`steps` steps of a layer with as many hidden as input channels; one step goes on from a given state."""
+    """`steps` steps of a layer with as many hidden as input channels; one step starts from a given state."""
 
     name: str
     channels: int
@@ -47,7 +47,7 @@ class LstmCase(Plan):
         return ", ".join([*parts, *self.run])
 
     def inputs(self, device: torch.device) -> LstmInputs:
-        """Its tensors."""
+        """Return its tensors."""
         return LstmInputs.of(self, device)
 
     def small(self) -> LstmCase:
@@ -70,7 +70,7 @@ class LstmInputs:
 
     @staticmethod
     def of(case: LstmCase, device: torch.device) -> LstmInputs:
-        """Random numbers, the same on every machine."""
+        """Return random numbers, the same on every machine."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:

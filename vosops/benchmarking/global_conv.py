@@ -53,7 +53,7 @@ class ConvCase(Plan):
         return ", ".join([*parts, *self.run])
 
     def inputs(self, device: torch.device) -> ConvInputs:
-        """Its tensors."""
+        """Return its tensors."""
         return ConvInputs.of(self.size, self.dtype, device)
 
     def small(self) -> ConvCase:

@@ -1,6 +1,6 @@
 """Contenders and cases of global_matching.
 
-The formulations are written anew in the manner of the code that is in use: CFBI's chunks of the full distance
+The formulations are reimplementations of code in use: CFBI's chunks of the full distance
 matrix, the reference pixels of each object packed first, and exact nearest-neighbour packages. They take one
 frame (N = 1).
 """

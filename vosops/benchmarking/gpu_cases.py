@@ -48,7 +48,7 @@ class Mode:
 
     @property
     def tf32(self) -> bool:
-        """Whether other packages are told to use TF32."""
+        """Whether other packages may use TF32."""
         return self.precision == "tf32"
 
 
@@ -114,7 +114,7 @@ LSTM_TRAINING = LstmSize("128x30x54-4-frames", 128, 30, 54, frames=4)
 
 
 def _cells() -> tuple[Cell, ...]:
-    """Everything that is timed, the most telling first."""
+    """Return everything that is timed, the most telling first."""
 
     def modes(
         op: str,

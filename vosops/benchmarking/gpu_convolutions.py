@@ -90,7 +90,7 @@ class GlobalConvSize:
         return global_conv(x, l1, l2, r1, r2, l2_bias=bias, prepared=half)
 
     def work(self, itemsize: int, backward: bool) -> tuple[float, float]:
-        """Operations and bytes."""
+        """Return the operations and bytes."""
         pixels = self.batch * self.height * self.width
         weights = 2 * self.kernel * self.middle * (self.channels_read + self.outputs)
         moved = itemsize * (pixels * (self.channels_read + self.outputs) + weights)
@@ -148,7 +148,7 @@ class LstmSize:
         return conv_lstm_core(x, [weight], bias, hidden, cell, "convolution", 1.0)[0]
 
     def work(self, itemsize: int, backward: bool) -> tuple[float, float]:
-        """Operations and bytes."""
+        """Return the operations and bytes."""
         pixels, c = self.batch * self.frames * self.height * self.width, self.channels
         passes = 3 if backward else 1
         weights = 4 * c * 2 * c * 9
@@ -159,7 +159,7 @@ ConvolutionSize = GlobalConvSize | LstmSize
 
 
 def _normal(shape: Sequence[int], scale: float, seed: int) -> Tensor:
-    """Random numbers, the same on every machine."""
+    """Return random numbers, the same on every machine."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 

@@ -59,7 +59,7 @@ class Outcome:
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {"status": self.status, "reasons": self.reasons, "data": self.data}
 
 
@@ -81,7 +81,7 @@ def distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> list[floa
 
 
 def is_right(errors: Sequence[float], mode: str) -> bool:
-    """Whether an output, and the gradients that follow it, are as near to the oracle as they must be."""
+    """Return whether an output, and the gradients that follow it, are as near to the oracle as they must be."""
     output, *gradients = errors
     return output <= TOLERANCE[mode] and all(e <= GRADIENT_TOLERANCE[mode] for e in gradients)
 
@@ -226,7 +226,7 @@ def times(
     cells: Sequence[Cell] = CELLS,
     rounds: int = ROUNDS,
 ) -> Outcome:
-    """Measures the cells that the run does not have yet, until the time is over.
+    """Measure the cells that the run does not have yet, until the time is over.
 
     A cell is noted as begun before it runs, so that one which takes the process down is not tried again.
     """
@@ -384,7 +384,7 @@ def runtime(device: torch.device, seconds: float, cells: Sequence[Cell] = SMALL)
 
 
 def _check(check: str, cell: Cell, name: str, device: torch.device) -> str:
-    """How a check went: "passed", "failed: ..." or "cannot: ..."."""
+    """Return how a check went: "passed", "failed: ..." or "cannot: ..."."""
     problem = gpu_cases.problem(cell, device)
     call = problem.contenders[implementation(name)]
     try:

@@ -1,6 +1,6 @@
 """Contenders and cases of local_attention.
 
-The formulations are written anew in the manner of the code that is in use: every window of key and value unfolded, a
+The formulations are reimplementations of code in use: every window of key and value unfolded, a
 shift of whole maps for each offset, and AOT's map from every pixel to every other with all but the window masked. They
 take query, key, value (N,C,H,W), bias (heads,K), heads and radius, and give (N,C,H,W).
 """
@@ -79,7 +79,7 @@ class AttentionSize:
         return partial(formulation, heads=self.heads, radius=self.radius)
 
     def work(self, itemsize: int, backward: bool) -> tuple[float, float]:
-        """Operations and bytes without which it cannot be done; scores need not leave the chip."""
+        """Return the operations and bytes without which it cannot be done; scores need not leave the chip."""
         entries = self.batch * self.channels * self.height * self.width
         passes = 3 if backward else 1
         return 4.0 * entries * self.offsets * passes, 4.0 * entries * itemsize * (2 if backward else 1)
@@ -98,7 +98,7 @@ class AttentionCase(Plan):
         return ", ".join([self.size.title, *self.run])
 
     def inputs(self, device: torch.device) -> AttentionInputs:
-        """Its tensors."""
+        """Return its tensors."""
         query, key, value, bias = self.size.tensors(self.dtype, device)
         weight = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value)
         return AttentionInputs(query, key, value, bias, self.size, weight)
@@ -174,7 +174,7 @@ def _one_thread(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: 
 
 
 def attention_work(case: AttentionCase, inputs: AttentionInputs) -> tuple[float, float]:
-    """Operations and bytes of a case."""
+    """Return the operations and bytes of a case."""
     return case.size.work(inputs.query.itemsize, case.backward)
 
 

@@ -1,6 +1,6 @@
 """Contenders and cases of local_matching.
 
-The formulations are written anew in the manner of the code that is in use: a loop over the window's offsets
+The formulations are reimplementations of code in use: a loop over the window's offsets
 and an unfold as in CFBI, a running minimum, and a product of tiles with their surroundings. They take one
 frame (N = 1).
 """

@@ -39,7 +39,7 @@ class Clock:
         return self.device.type == "cuda"
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        """How long one call takes; its result is dropped after the clock has stopped."""
+        """Return how long one call takes; its result is dropped after the clock has stopped."""
         if self.on_gpu:
             return self._gpu_seconds(function)
         now = time.process_time if self.threads == 1 else time.perf_counter
@@ -151,7 +151,7 @@ class Ceilings:
 
 
 def bandwidth(clock: Clock) -> float:
-    """Bytes a second, read plus written, of a large copy; the best of five."""
+    """Return bytes a second, read plus written, of a large copy; the best of five."""
     source = torch.ones(COPY_BYTES // 4, device=clock.device)
     target = torch.zeros_like(source)
     seconds = min(clock.seconds(lambda: target.copy_(source)) for _ in range(5))

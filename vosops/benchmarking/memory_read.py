@@ -1,6 +1,6 @@
 """Contenders and cases of memory_read.
 
-The formulations are written anew in the manner of the code that is in use: STM's two products with a softmax between
+The formulations are reimplementations of code in use: STM's two products with a softmax between
 them, STCN's scatter of the best weights into a dense affinity, and attention kernels, which want the values of all
 objects side by side. They take query (N,Ck,P), key (N,Ck,M), value (N,O,Cv,M) and give (N,O,Cv,P).
 """
@@ -79,7 +79,7 @@ class MemoryCase(Plan):
         return NEAR_TIES if self.size.top_k else 0.0
 
     def inputs(self, device: torch.device) -> MemoryInputs:
-        """Its tensors."""
+        """Return its tensors."""
         return MemoryInputs.of(self.size, self.dtype, device)
 
     def small(self) -> MemoryCase:
@@ -270,7 +270,7 @@ def _by(read: Callable[[MemoryInputs], Tensor]) -> Callable[..., Tensor]:
 
 
 def memory_work(size: MemorySize, inputs: MemoryInputs, backward: bool) -> tuple[float, float]:
-    """Operations and bytes without which the read cannot be done: each tensor read or written once.
+    """Return the operations and bytes without which the read cannot be done: each tensor read or written once.
 
     Forward: two products, scores and values. Backward: the scores again and the gradients of both products.
     """

@@ -110,7 +110,7 @@ class Result:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "case": self.case.name,
             "title": self.case.title,

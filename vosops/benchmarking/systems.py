@@ -54,7 +54,7 @@ _FIRST_FILLER = 10**6  # number of the first frame of a memory that is filled wi
 
 @dataclass(frozen=True)
 class Case:
-    """A network on frames of a size: so many objects, and frames in the memory, if that grows.
+    """A network on frames of a size: the number of objects, and of frames in the memory, if that grows.
 
     default: whether it is measured without being asked for by name.
     """
@@ -87,7 +87,7 @@ class Measurement:
     failure: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {"name": self.case.name, **asdict(self)}
 
     @classmethod
@@ -116,7 +116,7 @@ FITS = {f"{case.network}-fits": case for case in CASES.values() if case.label ==
 
 
 def measure(case: Case, *, naive: bool, threads: int = 2, limit: int | None = LIMIT) -> Measurement:
-    """Measures one way of a case in a fresh process. limit: bytes beyond which it fails; None: no limit."""
+    """Measure one way of a case in a fresh process. limit: bytes beyond which it fails; None: no limit."""
     try:
         found = run_fresh(__name__, "_measure", case, naive, threads, limit)
     except RuntimeError as error:
@@ -272,7 +272,7 @@ def _frame(case: Case, number: int) -> Tensor:
 
 
 def _hold_to(limit: int | None) -> None:
-    """Let allocations fail beyond so many bytes; what is reserved at the start without being used does not count."""
+    """Let allocations fail beyond this many bytes; bytes reserved at the start without being used do not count."""
     if limit is None or sys.platform != "linux":
         return
     with open("/proc/self/status") as file:

@@ -51,7 +51,7 @@ def run_cases(
     file: Path | None = None,
     note: Callable[[str], None] = print,
 ) -> Iterator[Measurement]:
-    """Measures every way of every case, in turn.
+    """Measure every way of every case, in turn.
 
     Args:
         names: of `CASES` and `FITS`.

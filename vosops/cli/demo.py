@@ -159,7 +159,7 @@ def measure(frames: int, size: tuple[int, int], ops: str, device: str | None) ->
 
 
 def _seconds_of(items: Iterator[Any]) -> Iterator[float]:
-    """How long each item takes to come."""
+    """Return how long each item takes to come."""
     start = time.perf_counter()
     for _ in items:
         yield time.perf_counter() - start

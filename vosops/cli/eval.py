@@ -172,7 +172,7 @@ def write_rows(columns: list[str], rows: Sequence[Mapping[str, str | int | float
 
 
 def table(report: Report) -> Table:
-    """One row per object; a row of means under each sequence of several objects, and one under all."""
+    """Return one row per object; a row of means under each sequence of several objects, and one under all."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -199,7 +199,7 @@ def table(report: Report) -> Table:
 
 
 def problem_table(problems: Sequence[Problem]) -> Table:
-    """One row per sequence that cannot be scored, with the reason."""
+    """Return one row per sequence that cannot be scored, with the reason."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -213,7 +213,7 @@ def problem_table(problems: Sequence[Problem]) -> Table:
 
 
 def class_table(report: SemanticReport) -> Table:
-    """One row per class that occurs, the means over all, and those of each sequence where there are several."""
+    """Return one row per class that occurs, the means over all, and those of each sequence where there are several."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -143,7 +143,7 @@ class Job:
         return self._run(self.out / sequence.name, source, indices, masks, inputs, only_new_objects=True)
 
     def _indices(self, count: int | None = None) -> range:
-        """Return the frames to process of an input of so many frames; None: not known yet."""
+        """Return the frames to process of an input with this many frames; None: not known yet."""
         s = self.settings
         return frame_range(s.start, s.end, s.step, count)
 

@@ -40,7 +40,7 @@ class SegmentedFrame:
         object_ids: Ids of the objects known at this frame.
         areas: Pixels of each object.
         confidences: Mean probability of each object inside its own pixels; 0 where it has none.
-        given: Whether a given mask lies on this frame.
+        given: Whether a mask was given for this frame.
         probabilities: (O+1, H, W) float32, background first, then ``object_ids``; None unless asked for.
     """
 
@@ -218,7 +218,7 @@ class TrackingLoop:
             )
         if missed and self.problem is None:
             self.problem = (
-                f"mask {self.masks.title(missed[0])} lies on frame {missed[0]}, after the last frame"
+                f"mask {self.masks.title(missed[0])} is for frame {missed[0]}, after the last frame"
             )
         self.phase = "backward" if self.first > self.indices.start else "done"
         self.position = self.first

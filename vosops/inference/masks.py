@@ -1,4 +1,4 @@
-"""Label maps in and out: object ids, palettes, and which mask lies on which frame."""
+"""Reading and writing label maps: object ids, palettes, and the frames of masks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 IGNORE = 255
 BINARY_OBJECT = 255  # the id, to the outside, of the one object of 0/255 masks
 _INSIDE_BINARY = 1  # ... and the id that the tracker sees, for which 255 means "ignore"
-_SMOOTH_EDGES = 4  # so many ids along borders alone are no objects
+_SMOOTH_EDGES = 4  # this many ids that occur along borders only are not objects
 _IDS_SHOWN = 3
 
 
@@ -50,9 +50,9 @@ def write_labels(path: Path | OwnedFile, labels: Labels, palette: bytes | None) 
 
 @dataclass(frozen=True)
 class GivenMask:
-    """A mask that the user gave: where it lies, where it comes from, and its content's hash.
+    """A mask given by the user: its frame, its origin, and the hash of its content.
 
-    ``folder`` is set where it was not named itself, but the folder that it lies in.
+    ``folder`` is set if not the mask itself but its folder was named.
     """
 
     frame: int
@@ -118,7 +118,7 @@ class MaskSet:
             if mask.frame in self._by_frame:
                 other = self._by_frame[mask.frame].title
                 raise InputError(
-                    f"{other} and {mask.title} both lie on frame {mask.frame}: combine them into one"
+                    f"{other} and {mask.title} are both for frame {mask.frame}: combine them into one"
                 )
             labels, palette = mask.read()
             if labels.shape != size:
@@ -159,7 +159,7 @@ class MaskSet:
             self.palette = davis_palette()
 
     def _other_ids_in_folders(self) -> bool:
-        """Whether masks that lie beside those given, and can be read, hold an id other than 255."""
+        """Return whether readable masks next to those given contain an id other than 255."""
         given = {mask.path for mask in self._by_frame.values()}
         folders = {mask.folder for mask in self._by_frame.values() if mask.folder is not None}
 
@@ -241,7 +241,7 @@ def find_masks(specs: Sequence[str], source: FrameSource, indices: Sequence[int]
     """Return the masks that ``--mask`` options name.
 
     Args:
-        specs: Each a PNG (it lies on the first frame of ``indices``), ``FRAME=PNG``, or a folder of PNGs
+        specs: Each a PNG (for the first frame of ``indices``), ``FRAME=PNG``, or a folder of PNGs
             named by frame. FRAME is a frame's name, else its number in the input.
         source: Finds frames by name.
         indices: The frame numbers that will be processed. A folder may hold masks of other frames (they
@@ -274,7 +274,7 @@ def _mask_file(path: Path, frame: int, indices: Sequence[int]) -> GivenMask:
         raise InputError(f"mask {path} {absent}: --mask takes PNG, FRAME=PNG or a folder")
     if frame not in indices:
         raise InputError(
-            f"mask {path} lies on frame {frame}, which is not processed: "
+            f"mask {path} is for frame {frame}, which is not processed: "
             "change --start, --end, --step or the frame"
         )
     return _given(path, frame)

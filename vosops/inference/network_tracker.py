@@ -154,7 +154,7 @@ class NetworkTracker:
         return result
 
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
-        """Add the objects of labels, or corrects known ones, in the frame that was segmented last.
+        """Add the objects of labels, or correct known ones, in the frame that was segmented last.
 
         0 in labels is "none of the objects in labels": the other objects keep the pixels that they have there. The
         frame counts as labelled: it is kept for good.
@@ -210,11 +210,11 @@ class NetworkTracker:
             return self._maps(latest, self._object_ids).confidence()
 
     def memory_bytes(self) -> int:
-        """Bytes of what is remembered of the frames."""
+        """Return the bytes of what is remembered of the frames."""
         return sum(memory.memory_bytes() for memory in self._memories)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
+        """Return everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
         with self._running():
             return {
                 **self._options(),

@@ -1,4 +1,4 @@
-"""How a run tells the outside how it goes on."""
+"""Reporting the progress of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def never() -> bool:
 
 
 class Progress(Protocol):
-    """Is told of stages and of each frame done."""
+    """Receives the stages of a run and each finished frame."""
 
     def begin(self, what: str, total: int | None, done: int) -> None:
         """Start a stage of ``total`` frames (None: unknown), ``done`` of which an earlier run did."""

@@ -56,7 +56,7 @@ class VideoRun:
         out: The folder; made if it does not exist.
         source: The frames.
         masks: The given masks, or what is to be known of label maps without any.
-        loop: What makes the label maps.
+        loop: The loop that produces the label maps.
         arguments: Everything that changes the masks; a resumed run must have the same.
         inputs: Files and folders that are read, which must not lie where something is written.
         outputs: What else to write; may differ when resuming.
@@ -158,7 +158,7 @@ class VideoRun:
                 )
 
     def _frames_in(self, folder: Path) -> Iterator[str]:
-        """Names of this run's frames that have a PNG, or anything of that name, in a folder."""
+        """Return the names of this run's frames that have a PNG, or anything of that name, in a folder."""
         paths = getattr(self.source, "paths", None)
         try:
             names = os.listdir(folder)
@@ -171,7 +171,7 @@ class VideoRun:
                     yield stem
 
     def _open_folder(self, mode: Mode) -> bool:
-        """Prepare the folder and continue where a checkpoint says; return whether every mask is there."""
+        """Prepare the folder and continue where a checkpoint says; return whether every mask exists."""
         self.folder.remove_parts(("", CUTOUT_FOLDER, STATE_FOLDER))
         if mode != "resume" or not self.state.exists:
             self.folder.remove(self.folder.names())

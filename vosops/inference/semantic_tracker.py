@@ -25,7 +25,7 @@ class SemanticTracker:
     Args:
         model: a :class:`~vosops.models.SemanticNetwork`, such as LSTM-ICNet, whose device is where
             everything runs; it is put into eval mode.
-        window: without streaming each frame is the last of a clip of so many frames (fewer at a video's
+        window: without streaming each frame is the last of a clip of this many frames (fewer at a video's
             beginning), and the recurrent layers begin each clip with zeros: the original's way. What a frame
             gives alone is computed once and kept, so only the recurrent layers work `window` times. 1 for a
             network without such layers.
@@ -155,7 +155,7 @@ class SemanticTracker:
         return bands(logits, size, align_corners=self.model.align_corners, whole=self.naive)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, for ``torch.save`` and a weights-only load; copies."""
+        """Return everything that the next step depends on, for ``torch.save`` and a weights-only load; copies."""
         state = self._state or {}
         return {
             **self._settings(),

@@ -1,4 +1,4 @@
-"""Writing a video of overlays: H.264 where the encoder is there, else MPEG-4, with the input's own times."""
+"""Writing a video of overlays: H.264 if the encoder is available, else MPEG-4, with the input's own times."""
 
 from __future__ import annotations
 

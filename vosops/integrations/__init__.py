@@ -139,7 +139,7 @@ def _modules(target: Any) -> list[ModuleType]:
 
 
 def _is_inside(folder: Path, root: Path) -> bool:
-    """Whether a folder is a checkout's, and not of the packages installed in it."""
+    """Return whether a folder is a checkout's, and not of the packages installed in it."""
     if not folder.is_relative_to(root):
         return False
     return not any(part in _INSTALLED for part in folder.relative_to(root).parts)

@@ -401,14 +401,14 @@ def _with_dense(operation: str, arguments: Any) -> Any:
 
 
 def _writes(operation: str) -> bool:
-    """Whether an operation of this name changes its first argument: add_, __iadd__, __setitem__."""
+    """Return whether an operation of this name changes its first argument: add_, __iadd__, __setitem__."""
     name = operation.removeprefix("aten.").split(".")[0]
     in_place = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
     return name == "__setitem__" or in_place or (name.endswith("_") and not name.endswith("__"))
 
 
 def _accepts(answer: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation was called with arguments, and by the names, that its answer knows."""
+    """Return whether an operation was called with arguments, and by the names, that its answer knows."""
     try:
         inspect.signature(answer).bind(*args, **kwargs)
     except TypeError:
@@ -441,7 +441,7 @@ def _is_full(index: Any) -> bool:
 
 
 def _readable(value: Any, affinity: Affinity) -> bool:
-    """Whether value (...,M) can be read by the op."""
+    """Return whether value (...,M) can be read by the op."""
     return (
         isinstance(value, Tensor)
         and not isinstance(value, Handle)

@@ -32,7 +32,7 @@ _BUFFER_SHARE = 5  # of the long-term memory, at most 1/5 is freed at a time
 class MemoryPlan(NamedTuple):
     """How much a checkout's memory may hold, beside its permanent frames."""
 
-    work_frames: int  # at most; when there are so many, the older ones are condensed
+    work_frames: int  # at most; when there are this many, the older ones are condensed
     kept_frames: int  # that are not condensed then
     prototypes: int  # that they are condensed to
     long_tokens: int  # positions of long-term memory, at most
@@ -150,7 +150,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
         return probabilities if output == "probs" else most_probable(probabilities, self.object_ids)
 
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
-        """Add objects, or corrects known ones, in the frame that was segmented last; 0 says nothing of the others."""
+        """Add objects, or correct known ones, in the frame that was segmented last; 0 leaves the others unchanged."""
         if self._core is None:
             self.initialize(frame, labels)
             return
@@ -174,7 +174,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
             self._remove(object_id)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
+        """Return everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
         return {
             "model": self.name,
             "size": self.size,
@@ -196,7 +196,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
             self._load_core(state["core"])
 
     def memory_bytes(self) -> int:
-        """Bytes of the keys, values and usage that the memory holds."""
+        """Return the bytes of the keys, values and usage that the memory holds."""
         return 0 if self._core is None else sum(t.numel() * t.element_size() for t in self._memory_tensors())
 
     # What each checkout does its own way; self._core exists.
@@ -326,5 +326,5 @@ def without_pretraining(resnet: ModuleType) -> Iterator[None]:
 
 
 def token_bytes(channels: int, usage: bool = True) -> int:
-    """Bytes of so many float32 channels of a position, and of the two counts of its usage."""
+    """Return the bytes of this many float32 channels of a position, and of the two counts of its usage."""
     return _FLOAT * (channels + 2 * usage)

@@ -203,7 +203,7 @@ def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evict(store: Any, original: Callable[[int], None], max_size: int) -> None:
-    """XMem's removal of what is used least; with several groups of objects, which XMem does not do, exactly so many."""
+    """XMem's eviction of the least used; with several groups, which XMem does not support, exactly that many."""
     if store.k.shape[2] > max_size and len(store.v) > 1:
         _keep(store, _most_used(store, max_size))
     elif store.k.shape[2] > max_size:

@@ -234,7 +234,7 @@ def _labels_of_colours_with_alpha(colours: Labels, alpha: Labels, what: str) -> 
 
 
 def _opaque(alpha: Labels, what: str) -> npt.NDArray[np.bool_] | None:
-    """Where an image is opaque; None where its alpha says nothing."""
+    """Return where an image is opaque; None where its alpha says nothing."""
     least, greatest = int(alpha.min()), int(alpha.max())
     if not greatest:
         raise InputError(f"{what} is wholly transparent: save it without alpha")

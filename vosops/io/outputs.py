@@ -50,7 +50,7 @@ class OwnedFile:
         return self.folder.root / self.name
 
     def exists(self) -> bool:
-        """Whether it is there, or anything else in its place."""
+        """Return whether it exists, or anything else in its place."""
         return os.path.lexists(self.path)
 
 
@@ -159,7 +159,7 @@ def check_result(path: Path, is_ours: Callable[[bytes], bool]) -> None:
 
 
 def is_json_with(content: bytes, keys: set[str]) -> bool:
-    """Whether this is a JSON object that has these keys, by which files of results are known."""
+    """Return whether this is a JSON object that has these keys, by which files of results are known."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -168,7 +168,7 @@ def is_json_with(content: bytes, keys: set[str]) -> bool:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether a path is no regular file but there, or stands for an open file of this process."""
+    """Return whether a path is no regular file but there, or stands for an open file of this process."""
     opened = str(path.absolute()).startswith(("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/"))
     return opened or (path.exists() and not path.is_file())
 
@@ -222,7 +222,7 @@ class OwnedFolder:
         return list(self._files())
 
     def owns(self, name: str) -> bool:
-        """Whether a file has a content that was noted under its name; reads it where its size agrees."""
+        """Return whether a file has a content that was noted under its name; reads it where its size agrees."""
         path, known = self.root / name, self._files().get(name)
         if not known or path.is_symlink() or not path.is_file():
             return False
@@ -369,7 +369,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Raw(io.FileIO):
-    """A file that remembers what went wrong when it was written."""
+    """A file that remembers the error of a failed write."""
 
     error: OSError | None = None
 

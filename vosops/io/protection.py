@@ -16,7 +16,7 @@ Id = tuple[int, int]
 
 
 def protect_inputs(inputs: Iterable[Path], folders: Sequence[Path]) -> None:
-    """Raise an ``InputError`` where an input lies in a folder that is written to.
+    """Raise an ``InputError`` if an input is in a folder that is written to.
 
     Args:
         inputs: Files that are read, and folders of such files.
@@ -54,7 +54,7 @@ def protect_inputs(inputs: Iterable[Path], folders: Sequence[Path]) -> None:
 
 
 def _folders_of(path: Path) -> Iterator[str]:
-    """Yield the folders that a path lies in, from the path itself, where it is one, up to the root."""
+    """Yield the folders that contain a path, from the path itself, if it is one, up to the root."""
     place = (
         os.path.realpath(path)
         if os.path.isdir(path)
@@ -69,7 +69,7 @@ def _folders_of(path: Path) -> Iterator[str]:
 
 
 def _links(path: Path) -> list[str]:
-    """Which of a path and what lies directly in it are links."""
+    """Return which of a path and its direct entries are links."""
     found = [str(path)] if os.path.islink(path) else []
     try:
         with os.scandir(path) as entries:

@@ -61,11 +61,11 @@ class Arena:
         return self._bytes.numel()
 
     def capacity(self, table: str) -> int:
-        """How many rows the table has room for."""
+        """Return how many rows the table has room for."""
         return self._capacity.get(table, 0)
 
     def row_bytes(self, table: str) -> int:
-        """Bytes of one row of the table."""
+        """Return the bytes of one row of the table."""
         return sum(column.row_bytes for column in self._columns.values() if column.table == table)
 
     def columns(self, table: str) -> list[str]:
@@ -81,7 +81,7 @@ class Arena:
         return flat.view(column.dtype).view(rows, *column.shape)
 
     def has(self, table: str, name: str) -> bool:
-        """Whether there is such a column."""
+        """Return whether there is such a column."""
         return f"{table}.{name}" in self._columns
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class Arena:
         scratch: int,
         limit: int | None = None,
     ) -> None:
-        """Take these columns with so many rows for each table, and keep the first `used` rows of each table.
+        """Take these columns with this many rows for each table, and keep the first `used` rows of each table.
 
         Columns must keep their order; new ones are 0 in their used rows. limit: the most bytes to allocate; ValueError
         where the layout needs more.
@@ -185,7 +185,7 @@ def largest(fits: Callable[[int], bool], bound: int) -> int:
 def _layout(
     columns: Sequence[Column], capacity: Mapping[str, int], scratch: int
 ) -> tuple[dict[str, int], int]:
-    """Where each column starts, and where the last one ends."""
+    """Return where each column starts, and where the last one ends."""
     offsets, end = {}, scratch
     for column in columns:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT

@@ -75,7 +75,7 @@ class MemoryBank:
         self._last_frame: int | None = None
         self._has_temporary = False  # whether a place is kept for one
 
-    # ---- What is there.
+    # ---- Contents.
 
     @property
     def objects(self) -> list[int]:
@@ -124,7 +124,7 @@ class MemoryBank:
         return self._host_arena.size
 
     def due(self, frame: int) -> bool:
-        """Whether `mem_every` frames have passed since the last one that was added (and was not temporary)."""
+        """Return whether `mem_every` frames have passed since the last one that was added (and was not temporary)."""
         return self._last_frame is None or abs(frame - self._last_frame) >= self.settings.mem_every
 
     # ---- Adding and removing.
@@ -193,7 +193,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def remove_objects(self, objects: Iterable[int]) -> None:
-        """Forget these objects; frames and prototypes that no other object sees go too.
+        """Forget these objects, with the frames and prototypes that no other object sees.
 
         Raises ValueError for an id that is not there.
         """
@@ -220,7 +220,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def set_budget(self, budget: int | str | None) -> None:
-        """Change the budget; the oldest frames and the least used prototypes go where they no longer fit.
+        """Change the budget; the oldest frames and the least used prototypes are dropped if they no longer fit.
 
         Raises MemoryBudgetError when the permanent frames do not fit, and then changes nothing. Takes a copy of what is
         stored.
@@ -241,7 +241,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def clear(self, *, keep_permanent: bool = True) -> None:
-        """Drop what is not permanent, or everything, the storage included."""
+        """Drop all frames that are not permanent, or everything including the storage."""
         for store in (self._work, self._host):
             store.remove_if(i for i, slot in enumerate(store.slots) if not slot.permanent)
         self._elements, self._seen, self._last_frame = 0, {}, None
@@ -300,7 +300,7 @@ class MemoryBank:
         return outs
 
     def _views(self, groups: list[int]) -> list[View]:
-        """How these groups read: together where what each sees can be put behind what only others see."""
+        """Return how these groups read: together where what each sees can be put behind what only others see."""
         alone = [group for group in groups if self._seen.get(group, 0) not in (0, self._elements)]
         together = [group for group in groups if group not in alone]
         view = None
@@ -348,7 +348,7 @@ class MemoryBank:
     # ---- Saving.
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next read and add depend on, as tensors, numbers, texts and lists; copies."""
+        """Return everything that the next read and add depend on, copied, as tensors, numbers, strings and lists."""
         return {
             "settings": self.settings.state_dict(),
             "geometry": list(self._geometry) if self._geometry else [],
@@ -366,7 +366,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state of `state_dict`; what follows is the same to the bit (on the CPU).
+        """Restore a state of `state_dict`; the continuation is bit-identical (on the CPU).
 
         Raises ValueError for a state of a bank with other settings (but for the budgets), MemoryBudgetError where
         its frames exceed the budget.
@@ -430,7 +430,7 @@ class MemoryBank:
         )
 
     def _most_frames(self, plan: Plan, permanent: int) -> int:
-        """How many frames come together before "long_term" condenses them."""
+        """Return how many frames come together before "long_term" condenses them."""
         return min(
             self.settings.max_mid_term_frames - 1, max(plan.frames - permanent - self._has_temporary, 1)
         )
@@ -635,7 +635,7 @@ def _geometry_of(key: Tensor, value: Tensor, shrinkage: Tensor | None, selection
 
 
 def _usage_of(rows: Rows) -> Tensor:
-    """Usage per read since a row was stored; -1, the least, of rows that are NaN, which torch.sort would put first."""
+    """Return the usage per read since a row was stored; -1, the least, for NaN rows, which torch.sort puts first."""
     usage = rows.column("usage") / rows.column("life")
     return usage.masked_fill(~defined(rows, ("key", "shrinkage", "selection")) | usage.isnan(), -1)
 

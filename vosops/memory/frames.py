@@ -59,7 +59,7 @@ class Frames:
         return min(evictable, key=lambda i: self.slots[i].serial, default=None)
 
     def count(self, *, permanent: bool = False) -> int:
-        """How many frames are permanent, or neither permanent nor temporary."""
+        """Return how many frames are permanent, or neither permanent nor temporary."""
         if permanent:
             return sum(slot.permanent for slot in self.slots)
         return sum(not (slot.permanent or slot.temporary) for slot in self.slots)

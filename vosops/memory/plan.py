@@ -61,7 +61,7 @@ def make_plan(
     room: int,
     staged: bool,
 ) -> Plan:
-    """Return the plan for these groups and so many permanent frames; MemoryBudgetError if they do not fit.
+    """Return the plan for these groups and this many permanent frames; MemoryBudgetError if they do not fit.
 
     temporary: whether a temporary frame needs a place. frames: how many there are. room: how many there is room for,
     which grows only without a budget. staged: whether frames of the host must be copied to be read.

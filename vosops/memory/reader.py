@@ -1,4 +1,4 @@
-"""Reads over the tables of a bank: in place where they lie, in pieces where something must be staged first."""
+"""Reads over the tables of a bank: in place, or in pieces where something must be staged first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Rows:
         return self.arena.view(self.table, name)[self.start : self.stop]
 
     def has(self, name: str) -> bool:
-        """Whether the table has this column."""
+        """Return whether the table has this column."""
         return self.arena.has(self.table, name)
 
     def contents(self) -> dict[str, Tensor]:
@@ -90,11 +90,11 @@ class Reader:
         self.far_host = arena.device.type != "cpu"  # whether another arena's rows must be copied to be read
 
     def shares(self, has_host: bool, top_k: int | None) -> bool:
-        """Whether several groups can read in one pass: where nothing must be staged or dequantised for it."""
+        """Return whether several groups can read in one pass: where nothing must be staged or dequantised for it."""
         return not (self.far_host and has_host) and not (self.quantised and top_k is None)
 
     def full(self, query: Query, view: View, objects: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Each group's objects' values under the softmax over all rows it sees -> (1,O,Cv,*Q)."""
+        """Return each group's objects' values under the softmax over all rows it sees -> (1,O,Cv,*Q)."""
         if len(view.groups) > 1:
             values = [[self._values(part, some) for part in view.parts] for some in objects]
             reads: list[Tensor] = self._read(query, view.parts, None, values, groups=_ranges(view))
@@ -249,7 +249,7 @@ def _ranges(view: View) -> list[tuple[int, int]]:
 
 
 def _shifted(chosen: MemoryWeights, rows: int) -> MemoryWeights:
-    """Return the same rows, counted from so many rows further back."""
+    """Return the same rows, counted from `rows` further back."""
     if rows == 0:
         return chosen
     return chosen._replace(indices=torch.where(chosen.indices >= 0, chosen.indices + rows, -1))

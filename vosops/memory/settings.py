@@ -24,15 +24,15 @@ class MemorySettings:
         "every": keeps all frames (STM, STCN), under a budget the latest.
         "window": permanent frames and the latest max_mem_frames - 1 others (Cutie).
         "long_term": the latest frames as they are, older ones condensed to prototypes (XMem; Cutie's use_long_term).
-    mem_every: `MemoryBank.due` says yes so many frames after the last one that was added.
+    mem_every: `MemoryBank.due` is true this many frames after the last one that was added.
     max_mem_frames: of "window"; one of them is the first frame, as Cutie counts.
-    max_mid_term_frames, min_mid_term_frames: of "long_term". When so many frames have come together, all but the
+    max_mid_term_frames, min_mid_term_frames: of "long_term". When this many frames have accumulated, all but the
         permanent ones and the last min_mid_term_frames - 1 are condensed. The first frame counts as one of them.
     num_prototypes: positions of greatest usage (weight in reads, divided by the reads since it came) that are left
         of the frames that are condensed; their values are averages of the frames', weighted by similarity.
     max_long_term_elements: prototypes that are kept at most; those of least usage go first.
     buffer_tokens: how many more than needed go then (Cutie).
-    evict_ties: those that go take all of equal usage with them (XMem); False: exactly so many go (Cutie).
+    evict_ties: all prototypes of equal usage are evicted together (XMem); False: exactly as many as needed (Cutie).
     enable_long_term_count_usage: whether prototypes' usage is counted; without it the oldest go first.
     top_k: of the reads; None: softmax over everything.
     similarity, scale: of `vosops.memory_read`.
@@ -120,7 +120,7 @@ class MemorySettings:
 
     @classmethod
     def xmem(cls, config: Mapping[str, Any] | None = None, **options: Any) -> MemorySettings:
-        """XMem's settings from its configuration, where a name that is missing has XMem's default.
+        """Return XMem's settings from its configuration, where a name that is missing has XMem's default.
 
         Without `enable_long_term` every frame is kept. options: this class' own fields, such as budget.
         """
@@ -140,7 +140,7 @@ class MemorySettings:
 
     @classmethod
     def cutie(cls, config: Mapping[str, Any] | None = None, **options: Any) -> MemorySettings:
-        """Cutie's settings from its configuration (`eval_config.yaml`), with its defaults where a name is missing.
+        """Return Cutie's settings from its configuration (`eval_config.yaml`), with defaults for missing names.
 
         With `use_long_term` the names under `long_term` count. options: this class' own fields, such as budget.
         """

@@ -48,7 +48,7 @@ _FRAME_ENDING = "_leftImg8bit"
 
 
 def confusion_matrix(prediction: Mask, ground_truth: Mask, num_classes: int = len(CITYSCAPES)) -> Matrix:
-    """How many pixels of each true class were predicted as each class.
+    """Return how many pixels of each true class were predicted as each class.
 
     Cost: linear in the pixels; half a megabyte beside a copy of the maps in 64 bits.
 
@@ -95,7 +95,7 @@ def confusion_matrix(prediction: Mask, ground_truth: Mask, num_classes: int = le
 
 
 def class_iou(matrix: Matrix) -> NDArray[np.float64]:
-    """Intersection over union of each class, of a `confusion_matrix` or a sum of them.
+    """Return the intersection over union of each class, of a `confusion_matrix` or a sum of them.
 
     Args:
         matrix: (K, K+1), or (K, K) where every pixel was predicted as some class.
@@ -111,7 +111,7 @@ def class_iou(matrix: Matrix) -> NDArray[np.float64]:
 
 
 class Consistency:
-    """Video consistency VC of VSPW over windows of so many consecutive frames, a frame at a time.
+    """Video consistency VC of VSPW over windows of consecutive frames, updated one frame at a time.
 
     Of the pixels whose true class stays the same throughout a window, the share whose predicted class, right or
     wrong, stays the same too. Differs from VSPW's public code in two points: the last window counts, as in the
@@ -130,7 +130,7 @@ class Consistency:
         self.reset()
 
     def reset(self) -> None:
-        """Begins anew: the next frame follows none."""
+        """Start over: the next frame has no predecessor."""
         self._labels: tuple[Mask, Mask] | None = None
         self._runs: list[NDArray[np.uint16]] = []
         self._frames = 0
@@ -191,7 +191,7 @@ class SemanticReport:
         return _sum(self.sequences)
 
     def iou(self) -> dict[str, float]:
-        """Intersection over union of each class that occurs in the truth or the predictions, by its name."""
+        """Return the intersection over union of each class that occurs in the truth or the predictions, by its name."""
         return _present(self.class_names, class_iou(self.matrix))
 
     def summary(self, sequence: str | None = None) -> dict[str, float]:
@@ -213,7 +213,7 @@ class SemanticReport:
         return result
 
     def table(self) -> list[dict[str, str | int | float]]:
-        """One row per class that occurs: its number, name and IoU, and how many true pixels it has."""
+        """Return one row per class that occurs: its number, name and IoU, and how many true pixels it has."""
         iou, pixels = self.iou(), self.matrix.sum(1)
         return [
             {"class": i, "name": name, "IoU": iou[name], "pixels": int(pixels[i])}
@@ -222,7 +222,7 @@ class SemanticReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, confusion matrices included, as plain data for JSON."""
+        """Return everything, confusion matrices included, as plain data for JSON."""
         return {
             "protocol": self.protocol,
             "global": _without_nan(self.summary()),
@@ -250,7 +250,7 @@ def evaluate_semantic(
     consistency: int | None = None,
     jobs: int | None = None,
 ) -> SemanticReport:
-    """IoU of every class, mIoU and pixel accuracy over folders of label maps, as Cityscapes defines them.
+    """Score IoU of every class, mIoU and pixel accuracy over folders of label maps, as defined by Cityscapes.
 
     The truth may be given for some frames only, such as one of 30: it says which frames count, the first and the
     last among them. Pixels of 255 in it count nowhere, and a class that occurs neither in it nor in the
@@ -268,7 +268,7 @@ def evaluate_semantic(
         ids: "train" where the truth holds classes as the predictions do, "label" where it holds Cityscapes' label
             ids (0 to 33, of which 19 are classes and the others ignored). Default: what the files' names say, else
             "train".
-        consistency: also VSPW's video consistency VC over windows of so many frames; see `Consistency`. Frames are
+        consistency: also VSPW's video consistency VC over windows of this many frames; see `Consistency`. Frames are
             consecutive where both have a truth and no predicted frame lies between them.
         jobs: threads; default one per core.
 
@@ -420,7 +420,7 @@ def _train_ids(labels: Labels, file: Path) -> Labels:
 
 
 def _count(predicted: Mask, true: Mask) -> Matrix:
-    """How often each pair of a true (rows) and a predicted value (columns) occurs, (256, 256)."""
+    """Return how often each pair of a true (rows) and a predicted value (columns) occurs, (256, 256)."""
     pairs = true.astype(np.int64) * _VALUES + predicted
     return np.bincount(pairs.ravel(), minlength=_VALUES**2).reshape(_VALUES, _VALUES)
 

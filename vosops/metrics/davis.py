@@ -36,7 +36,7 @@ IGNORED = 255
 
 
 def region_similarity(prediction: Mask, ground_truth: Mask, void: Mask | None = None) -> float:
-    """J: the intersection over the union of two masks.
+    """Compute J, the intersection over the union of two masks.
 
     Args:
         prediction: (H, W), non-zero is foreground.
@@ -56,7 +56,7 @@ def region_similarity(prediction: Mask, ground_truth: Mask, void: Mask | None = 
 def boundary_accuracy(
     prediction: Mask, ground_truth: Mask, void: Mask | None = None, tolerance: float = BOUNDARY_TOLERANCE
 ) -> float:
-    """F: the harmonic mean of precision and recall of the boundary pixels of two masks.
+    """Compute F, the harmonic mean of precision and recall of the boundary pixels of two masks.
 
     A boundary pixel is matched where the other mask has one within a disk. Cost: linear in the area of the
     box that holds both masks, plus the length of the boundaries times the radius of the disk.
@@ -84,7 +84,7 @@ def boundary_radius(shape: Sequence[int], tolerance: float = BOUNDARY_TOLERANCE)
 
 
 def compare_masks(prediction: Mask, ground_truth: Mask, void: Mask | None = None) -> tuple[float, float]:
-    """J and F of one pair of masks (H, W); see `region_similarity` and `boundary_accuracy`."""
+    """Return J and F of one pair of masks (H, W); see `region_similarity` and `boundary_accuracy`."""
     predicted, true = _foreground(prediction, ground_truth, void)
     box = _bounding_box(predicted | true)
     if box is None:
@@ -120,7 +120,7 @@ class Statistics:
 
 
 def statistics(values: Sequence[float] | NDArray[np.float64]) -> Statistics:
-    """Mean, recall (share above 0.5) and decay (first quarter minus last quarter) of values over time.
+    """Return mean, recall (share above 0.5) and decay (first quarter minus last quarter) of values over time.
 
     Args:
         values: one value a frame, at least one.
@@ -181,7 +181,7 @@ def evaluate_sequence(
     name: str = "sequence",
     keep_ends: bool = False,
 ) -> list[ObjectScore]:
-    """Scores every object of one sequence held in memory.
+    """Score every object of one sequence held in memory.
 
     Args:
         predictions: T label maps (H, W), integer; 0 is background.
@@ -229,7 +229,7 @@ def scored_frames(frames: Sequence[Frame], keep_ends: bool) -> Sequence[Frame]:
 
 
 def _foreground(prediction: Mask, ground_truth: Mask, void: Mask | None) -> tuple[Boolean, Boolean]:
-    """Both masks as bool with the void pixels cleared; checks the shapes."""
+    """Return both masks as bool with the void pixels cleared; checks the shapes."""
     predicted, true = np.asarray(prediction).astype(bool), np.asarray(ground_truth).astype(bool)
     if true.ndim != 2:
         raise ValueError(f"ground_truth: expected a mask (H, W); got shape {true.shape}")
@@ -244,7 +244,7 @@ def _foreground(prediction: Mask, ground_truth: Mask, void: Mask | None) -> tupl
 
 
 def _bounding_box(mask: Boolean) -> tuple[slice, slice] | None:
-    """Where a mask is not zero, with one more row and column on every side inside the image.
+    """Return where a mask is not zero, with one more row and column on every side inside the image.
 
     That margin is what the boundary needs: the pixel left of or above the foreground is on the boundary, and
     an empty last row or column has none, so that boundary(mask[box]) is boundary(mask)[box].
@@ -275,7 +275,7 @@ def _boundary_f(predicted: Boolean, true: Boolean, radius: int) -> float:
 
 
 def count_within(points: Boolean, targets: Boolean, radius: int) -> int:
-    """How many True pixels of `points` have a True pixel of `targets` within Euclidean distance `radius`.
+    """Return how many True pixels of `points` have a True pixel of `targets` within Euclidean distance `radius`.
 
     Exact: the same as counting points in targets dilated by a disk. For each row of the disk the pixels of
     `targets` in reach are a difference of two running sums along the image row.

@@ -117,7 +117,7 @@ def _resolutions(root: Path) -> str:
 
 
 def _holds_masks(folder: Path) -> bool:
-    """Whether a folder is one of label maps, be they usable or not: whoever opens it says what is wrong."""
+    """Return whether a folder is one of label maps, be they usable or not: whoever opens it says what is wrong."""
     try:
         return bool(pngs(folder))
     except EvaluationError:
@@ -154,7 +154,7 @@ def read_pair(prediction: Path, ground_truth: Path) -> tuple[Labels, Labels]:
 
 
 def check_complete(folder: Path, predictions: Mapping[str, Path], frames: Iterable[str]) -> None:
-    """Refuses predictions that lack one of the frames."""
+    """Reject predictions that lack one of the frames."""
     wanted = list(frames)
     absent = [name for name in wanted if name not in predictions]
     if not predictions:

@@ -61,11 +61,11 @@ class Report:
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
     def table(self) -> list[dict[str, str | int | float]]:
-        """One row per object: sequence, object, and the columns of `summary`."""
+        """Return one row per object: sequence, object, and the columns of `summary`."""
         return [{"sequence": s.sequence, "object": s.object_id, **s.row()} for s in self.objects]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, values frame by frame included, as plain data for JSON."""
+        """Return everything, values frame by frame included, as plain data for JSON."""
         sequences = {
             name: {
                 **self.summary(name),
@@ -99,7 +99,7 @@ def evaluate(
     ignore_void: bool = False,
     jobs: int | None = None,
 ) -> Report:
-    """J and F of every object, by the semi-supervised protocol of DAVIS 2017.
+    """Return J and F of every object, by the semi-supervised protocol of DAVIS 2017.
 
     What labels mean is decided over a whole sequence: where the truth holds only 0 and 255, each of its values, and
     of the predictions', is the one object. Scoring starts with the first frame whose truth shows an object. A
@@ -201,7 +201,7 @@ class _Frame:
 
 
 def _score_frame(plan: _Plan, frame: str, ignore_void: bool) -> _Frame:
-    """J and F of each object of one frame; errors name the file."""
+    """Return J and F of each object of one frame; errors name the file."""
     predicted, true = read_pair(*plan.frames[frame])
     true_ids = values_of(true)
     void = None

@@ -27,7 +27,7 @@ def check_first(frame: Tensor, labels: Tensor) -> None:
 def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
     """Raise ValueError or TypeError unless frame is (3,H,W) uint8 or floating, of this size.
 
-    A first frame (size None) must hold values that can be meant to lie in [0, 1].
+    A first frame (size None) must hold values that can be meant to be in [0, 1].
     """
     if not isinstance(frame, Tensor):
         raise TypeError(f"frame must be a tensor (3,H,W), got a {type(frame).__name__}")

@@ -163,7 +163,7 @@ class FEELVOS(Network):
         return torch.stack(logits)
 
     def tensorflow_variables(self) -> dict[str, Variable]:
-        """Where the variables of the original's checkpoints go; needs its encoder and matching."""
+        """Return where the variables of the original's checkpoints go; needs its encoder and matching."""
         if isinstance(self.matching, NestedMatching):
             raise ValueError("matching must be 'feelvos' to load a checkpoint of the original, got 'cfbi'")
         return tensorflow_variables(self)
@@ -239,7 +239,7 @@ class FEELVOSMemory(Memory):
         self._seen = None
 
     def memory_bytes(self) -> int:
-        """Bytes of keys and labels."""
+        """Return the bytes of keys and labels."""
         return sum(tensor.nbytes for tensor in (getattr(self, f"_{name}") for name in _SAVED))
 
     def _keys_of(self, image: Tensor, frame: int) -> Tensor:
@@ -374,12 +374,12 @@ class Matching(nn.Module, ABC):
     ) -> Tensor:
         """query (1,C,h,w), the first frame (and others known for sure), the previous one -> (O+1,maps,h,w).
 
-        previous_mask: (O+1,h,w), what the head is told of the previous frame.
+        previous_mask: (O+1,h,w), the previous frame's mask as the head receives it.
         """
 
     @abstractmethod
     def resize_labels(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
-        """Labels (...,H,W) to the size of the keys, nearest."""
+        """Return labels (...,H,W) to the size of the keys, nearest."""
 
 
 class FirstAndPreviousMatching(Matching):
@@ -490,12 +490,12 @@ def _noisy_identity_(weight: Tensor) -> None:
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Labels (...,h,w) integer -> bool (classes,...,h,w); a label that is no class is in none."""
+    """Return labels (...,h,w) integer -> bool (classes,...,h,w); a label that is no class is in none."""
     return labels == torch.arange(classes, device=labels.device).view(-1, *(1,) * labels.dim())
 
 
 def subsample(masks: Tensor, most: int) -> Tensor:
-    """Of each mask (...,h,w) at most so many random pixels, bool."""
+    """Keep at most `most` random pixels of each mask (...,h,w), bool."""
     flat = masks.flatten(-2)
     if flat.shape[-1] <= most:
         return masks

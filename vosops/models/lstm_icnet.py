@@ -122,7 +122,7 @@ class LSTMICNet(ICNet, SemanticNetwork):
     def load_tensorflow(self, variables: Mapping[str, Any]) -> None:
         """Load the original's variables, arrays by their names, such as ``conv_sub4/weights`` (3,3,256,128).
 
-        Every one must be there, with its shape, and nothing else but what optimizers save. Kernels are
+        Every one must be present with its shape, and nothing else except optimizer state. Kernels are
         (h,w,in,out), gates in TensorFlow's order. Raises ValueError that names the first missing, unexpected
         and misshapen.
         """
@@ -140,7 +140,7 @@ class LSTMICNet(ICNet, SemanticNetwork):
         return model
 
     def freeze_branches(self) -> None:
-        """Excludes the branches' convolutions from training, as the original's ``freezeBranches`` variants do.
+        """Exclude the branches' convolutions from training, as the original's ``freezeBranches`` variants do.
 
         The fusions, the ConvLSTMs with what belongs to them, the last two classifiers and all batch norms go
         on learning.
@@ -269,7 +269,7 @@ def segmentation_loss(
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """Mean over the labelled pixels, after TensorFlow's nearest resize of the labels: src = floor(dst * in / out)."""
+    """Average over labelled pixels after TensorFlow's nearest resize of the labels: src = floor(dst * in / out)."""
     near = F.interpolate(labels[:, None].float(), size=logits.shape[-2:], mode="nearest")[:, 0].long()
     counted = (near != ignore) & (near < logits.shape[1])
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -48,7 +48,7 @@ class Masks(ABC):
 
 
 class TensorMasks(Masks):
-    """Masks that are there: probabilities (O+1,h,w), background first."""
+    """Masks that exist: probabilities (O+1,h,w), background first."""
 
     def __init__(self, probabilities: Tensor, object_ids: Sequence[int]) -> None:
         if len(probabilities) != 1 + len(object_ids):
@@ -104,7 +104,7 @@ class Memory(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that later frames depend on, for ``torch.save`` and a weights-only load; copies."""
+        """Return everything that later frames depend on, for ``torch.save`` and a weights-only load; copies."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ class Memory(ABC):
 
     @abstractmethod
     def memory_bytes(self) -> int:
-        """Bytes of what is remembered."""
+        """Return the bytes of what is remembered."""
 
 
 class Network(nn.Module, ABC):
@@ -125,7 +125,7 @@ class Network(nn.Module, ABC):
     """Both sides of an image are multiples of it."""
 
     channels_last: bool = False
-    """Whether it is run in that memory format unless told otherwise."""
+    """Whether it runs in channels-last format by default."""
 
     masks_cover_padding: bool = False
     """Whether masks that are fed back are those that were predicted in the padding, too (RGMP), or 0 there (STM)."""
@@ -167,7 +167,7 @@ class Network(nn.Module, ABC):
 
 
 def objects_together(image: Tensor) -> int:
-    """How many objects of an image (1,3,h,w) to compute in one batch; one on a CPU, where more only take memory."""
+    """Return how many objects of an image (1,3,h,w) to batch; one on a CPU, where more only take memory."""
     if image.device.type == "cpu":
         return 1
     return max(1, _BATCH_PIXELS // (image.shape[2] * image.shape[3]))

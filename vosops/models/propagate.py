@@ -53,14 +53,14 @@ RECENT_RATE = 0.1  # of the running mean over the recent frames
 CONFIDENT = 0.6  # cells with a less probable class teach the classifier nothing
 MEMORY_EVERY = 5  # frames from one that enters the memory to the next
 MEMORY_FRAMES = 6  # in the memory beside the permanent ones
-MEMORY_CELLS = 1024  # of a frame in the memory, half of them of the objects, if they have so many
+MEMORY_CELLS = 1024  # of a frame in the memory, half of them of the objects, if they have that many
 MEMORY_NEIGHBORS = 16  # of a cell, whose classes the memory read averages
 MEMORY_WEIGHT = 0.5  # of that average's logarithm, where the permanent frames do not explain a cell
 MEMORY_FLOOR = 0.02  # the least average that counts
 MEMORY_LEAST = 0.02  # of the choice for the recent frames: cells below it do not read the memory
 CLASSIFIER_WEIGHT = 1.0  # of the classifier's score (-1 to 1) beside similarity / TEMPERATURE
 SEARCH_RADIUS = 12  # cells farther than this from every object are background without a look
-SEARCH_PROBABILITY = 0.3  # what makes a cell part of an object, for the search
+SEARCH_PROBABILITY = 0.3  # from which a cell is part of an object, for the search
 FILTER_RADIUS = 4  # of the guided filter, in pixels of the computation
 FILTER_EPS = 1e-3
 CERTAIN = 0.005  # cells whose objects are less probable than this need no filter
@@ -193,7 +193,7 @@ class Propagate(KeepsConfidence):
 
     @torch.no_grad()
     def add_objects(self, frame: Tensor, labels: Tensor) -> None:
-        """Add the objects of labels, or corrects known ones, in the frame that was segmented last.
+        """Add the objects of labels, or correct known ones, in the frame that was segmented last.
 
         0 in labels is "none of the objects in labels": the other objects keep the pixels that they have there.
         """
@@ -218,7 +218,7 @@ class Propagate(KeepsConfidence):
         self._restart_memory()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
+        """Return everything that the next step depends on; loads with ``torch.load(..., weights_only=True)``."""
         return {
             "backbone": self.backbone_name,
             "size": self.size,
@@ -308,14 +308,14 @@ class Propagate(KeepsConfidence):
         self._restart_memory()
 
     def memory_bytes(self) -> int:
-        """Bytes of what is remembered of the frames."""
+        """Return the bytes of what is remembered of the frames."""
         lists = [getattr(self, f"_{name}") for name in _SAVED_LISTS]
         tensors = [*(x for saved in lists for x in saved), self._permanent_keys]
         stored: int = sum(x.numel() * x.element_size() for x in tensors)
         return stored + self._memory.bytes_reserved
 
     def _check_budget(self, features: Tensor, objects: int) -> None:
-        """Raise MemoryBudgetError unless one more permanent frame of these features and so many objects fits."""
+        """Raise MemoryBudgetError unless one more permanent frame of these features and this many objects fits."""
         if self.memory_budget is None:
             return
         frames = len(self._permanent_features) + 1
@@ -508,7 +508,7 @@ class Propagate(KeepsConfidence):
 
 
 def _around(cells: Tensor) -> Tensor:
-    """Bool (h,w): what lies within SEARCH_RADIUS of the cells."""
+    """Bool (h,w): the cells within SEARCH_RADIUS of the given ones."""
     near = cells[None].float()
     window = 2 * SEARCH_RADIUS + 1
     for kernel, padding in (((window, 1), (SEARCH_RADIUS, 0)), ((1, window), (0, SEARCH_RADIUS))):

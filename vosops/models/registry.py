@@ -129,7 +129,7 @@ class ModelEntry:
         return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
     def takes(self, option: str) -> bool:
-        """Whether it has an option of that name; imports it."""
+        """Return whether it has an option of that name; imports it."""
         return self.takes_any_option or option in self.options
 
     def check_options(self, options: Any) -> None:
@@ -267,7 +267,7 @@ def register_model(name: str, factory: Callable[..., Any] | str | None = None, *
 
     Args:
         name: Its name.
-        factory: What makes it, or ``"module:attribute"``, which is imported when the model is first made.
+        factory: A callable that creates it, or ``"module:attribute"``, which is imported on first use.
         **entry: The other attributes of :class:`vosops.models.ModelEntry`: ``kind`` and ``summary`` at least.
 
     Returns:

@@ -199,7 +199,7 @@ class _ReferenceMemory(Memory):
         self._masks = TensorMasks(masks, self.object_ids)
 
     def memory_bytes(self) -> int:
-        """Bytes of the references; the previous frame's masks are the tracker's."""
+        """Return the bytes of the references; the previous frame's masks are the tracker's."""
         kept = [*self._references.values(), *([] if self._union is None else [self._union])]
         return sum(x.numel() * x.element_size() for x in kept)
 

@@ -153,7 +153,7 @@ class FrameNetwork(SemanticNetwork):
     """The heights and widths that `forward` takes; what is smaller or between them is padded by `features`."""
 
     mean: tuple[float, ...] = (0.0,)
-    """Of the channels of frames in [0, 1], taken off before `forward`."""
+    """Mean of the channels of frames in [0, 1], subtracted before `forward`."""
 
     std: tuple[float, ...] = (1.0,)
     """What they are divided by then."""

@@ -105,7 +105,7 @@ class STM(Network):
         return torch.stack(logits, 1)
 
     def memorise(self, image: Tensor, masks: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (O,128,h/16,w/16) and values (O,512,h/16,w/16) of objects in a frame.
+        """Return keys (O,128,h/16,w/16) and values (O,512,h/16,w/16) of objects in a frame.
 
         image (1,3,h,w) or (O,3,h,w); masks and others (O,h,w): each object's and those of all others together.
         """
@@ -154,7 +154,7 @@ class _ObjectMemory(Memory):
         """Remembers an object's key and value (1,C,h,w) of a frame, as `add` says."""
 
     def _memorised(self, image: Tensor, masks: Masks, together: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Object id, key and value (1,C,h,w) of each object, so many encoded together."""
+        """Yield object id, key and value (1,C,h,w) of each object, encoded in groups."""
         ids = masks.object_ids
         total = torch.zeros(masks.size, device=image.device)
         for i in range(len(ids)):
@@ -233,7 +233,7 @@ class _BankMemory(_ObjectMemory):
         return None if self.budget is None else max(1, self.budget // max(1, objects))
 
     def _share(self, objects: int, new: Mapping[int, MemoryBank]) -> None:
-        """Divide the budget among so many objects; on a MemoryBudgetError as it was."""
+        """Divide the budget among this many objects; on a MemoryBudgetError nothing changes."""
         budget = self._budget_of_each(objects)
         before = [(bank, bank.settings.budget) for bank in self._banks.values()]
         try:

@@ -19,10 +19,10 @@ _SHOWN = 3  # names of each kind in an error
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a module's weights from a file; every parameter and buffer must be there, with its shape.
+    """Load a module's weights from a file; every parameter and buffer must be present with its shape.
 
     path: safetensors (by its suffix) or a checkpoint of ``torch.save``, read with ``weights_only=True``; for what may
-    be in it see :func:`read_weights`. A ``model.`` before every name is taken off too, unless the module's own names
+    be in it see :func:`read_weights`. A ``model.`` before every name is removed too, unless the module's own names
     have it, and names that begin as its ``unused_weights`` say are passed over. The values are brought to the module's
     dtypes and device. Raises ValueError that names the first keys missing, unexpected or misshapen, and then changes
     nothing; FileNotFoundError.
@@ -63,13 +63,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a file by their names, on the CPU.
 
     A dictionary of tensors, or one under "state_dict", "model_state" or "model"; a ``module.`` before every name is
-    taken off. Raises ValueError for what cannot be read or holds anything else, FileNotFoundError.
+    removed. Raises ValueError for what cannot be read or holds anything else, FileNotFoundError.
     """
     return _read(path, _PREFIXES[:1])
 
 
 def _read(path: str | Path, prefixes: Iterable[str], unused: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """See `read_weights`; without what begins with one of ``unused``, before or after prefixes are taken off."""
+    """See `read_weights`; without what begins with one of ``unused``, before or after prefixes are removed."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights must be a file, got {path}, which {_absence(path)}")

@@ -62,7 +62,7 @@ class Xception65(nn.Module):
 
 
 class _ConvNorm(nn.Module):
-    """Convolution, batch norm and, unless told otherwise, ReLU."""
+    """Convolution, batch norm and, by default, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, relu: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ConvLSTM as modules with parameters, in the manner of torch.nn.LSTM and torch.nn.LSTMCell."""
+"""ConvLSTM as modules with parameters, like torch.nn.LSTM and torch.nn.LSTMCell."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class ConvLSTMCell(nn.Module):
         )
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
-        """One step: x (N,C,H,W) and (h, c), each (N,hidden,H,W) or zeros -> the next (h, c)."""
+        """Run one step: x (N,C,H,W) and (h, c), each (N,hidden,H,W) or zeros -> the next (h, c)."""
         _checks.check_tensor("x", x, ("N", "C", "H", "W"))
         return self.run(x.unsqueeze(1), state)[1]
 
@@ -145,7 +145,7 @@ class ConvLSTMCell(nn.Module):
 
 
 class ConvLSTM(nn.Module):
-    """A convolutional LSTM of one or more layers over sequences: `output, (h, c)` in the manner of torch.nn.LSTM.
+    """A convolutional LSTM of one or more layers over sequences: `output, (h, c)` as in torch.nn.LSTM.
 
     Args:
         input_size: channels C of the input.
@@ -161,7 +161,7 @@ class ConvLSTM(nn.Module):
         >>> import torch, vosops.nn
         >>> lstm = vosops.nn.ConvLSTM(8, 16, num_layers=2)
         >>> output, state = lstm(torch.randn(1, 4, 8, 15, 27))
-        >>> output, state = lstm(torch.randn(1, 1, 8, 15, 27), state)  # goes on with the next frame
+        >>> output, state = lstm(torch.randn(1, 1, 8, 15, 27), state)  # the next frame
         >>> output.shape, state[0].shape
         (torch.Size([1, 1, 16, 15, 27]), torch.Size([2, 1, 16, 15, 27]))
     """

@@ -70,7 +70,7 @@ class GlobalConv2d(nn.Module):
         self.conv_r2 = line(mid_channels, out_channels, (height, 1))
 
     def forward(self, x: Tensor, prepared: Tensor | None = None) -> Tensor:
-        """(N,in,H,W) -> (N,out,H,W); with `prepared` x is the target, the first channels of the input."""
+        """Convolve (N,in,H,W) -> (N,out,H,W); with `prepared` x is the target, the first channels of the input."""
         return global_conv(
             x,
             self.conv_l1.weight,

@@ -61,7 +61,7 @@ class LocalMatching(nn.Module):
         num_objects: int | None = None,
         query_mask: Tensor | None = None,
     ) -> Tensor:
-        """Distances (N,O,H,W), or (N,O,R,H,W) for R radii; the arguments are those of `vosops.local_matching`."""
+        """Return distances (N,O,H,W), or (N,O,R,H,W) for R radii; arguments as in `vosops.local_matching`."""
         bias = None
         if self.background_bias is not None and self.object_bias is not None:
             objects = mask.shape[1] if num_objects is None else num_objects

@@ -20,7 +20,7 @@ class MemoryRead(nn.Module):
         value_channels: of the values.
         kernel_size: odd; of the four convolutions that make keys and values.
         similarity: "dot" (STM) or "l2" (STCN), as that of `vosops.memory_read`.
-        top_k: read only the so many best positions of the memory for each pixel; None: all.
+        top_k: read only this many best positions of the memory for each pixel; None: all.
         precision: as that of `vosops.memory_read`.
         device: of the parameters.
         dtype: of the parameters.
@@ -71,7 +71,7 @@ class MemoryRead(nn.Module):
         return self.read(query, key, value)
 
     def memorise(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (N,key_channels,T,H,W) and values (N,value_channels,T,H,W) of features (N,in_channels,T,H,W)."""
+        """Return keys (N,key_channels,T,H,W) and values (N,value_channels,T,H,W) of features (N,in_channels,T,H,W)."""
         _checks.check_tensor("memory", memory, ("N", self.in_channels, "T", "H", "W"))
         frames = memory.transpose(1, 2).flatten(0, 1)
         key, value = (
@@ -81,7 +81,7 @@ class MemoryRead(nn.Module):
         return key, value
 
     def read(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As `forward`, with keys and values of `memorise`, or of a part of many frames."""
+        """Read like `forward`, with keys and values from `memorise`, or from a part of many frames."""
         _checks.check_tensor("query", query, ("N", self.in_channels, "H", "W"))
         read = memory_read(
             self.get_submodule("query_key")(query),

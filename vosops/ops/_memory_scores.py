@@ -399,7 +399,7 @@ def _valid_range(valid: Valid | None, count: int, total: int) -> tuple[int, int,
 
 
 def _cut(sizes: list[int], ranges: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(segment, start, stop) of the pieces between the ranges' ends that lie in a range; an empty one if a range is."""
+    """(segment, start, stop) of the pieces between the ranges' ends within a range; an empty one if a range is."""
     total = sum(sizes)
     if total > 0 and all(start == 0 and stop == total for start, stop in ranges):
         return [(segment, 0, size) for segment, size in enumerate(sizes) if size > 0]

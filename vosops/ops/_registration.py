@@ -23,7 +23,7 @@ SUFFIXES = ("", "_triton")
 
 
 class Piece(NamedTuple):
-    """What PyTorch is told of a dispatcher op.
+    """Registration of a dispatcher op with PyTorch.
 
     `backward` and `vmap` make the derivative and the vmap rule for a library's suffix, whose other ops they may call;
     without `backward` there is no derivative, without `vmap` the new dim is folded into N. `schema` is that of the

@@ -1,7 +1,7 @@
 """3x3 convolutions on a CPU by Winograd's F(4x4,3x3): `torch.nn.functional.conv2d` for the reference networks.
 
 On a CPU most of the time of a frame goes into 3x3 convolutions of hundreds of channels. PyTorch's reach nearly the
-processor's peak; a quarter of the multiplications is what makes them faster, 2.4 times at 256 channels. Their rounding
+processor's peak; with a quarter of the multiplications they are 2.4 times as fast at 256 channels. Their rounding
 is some 6 times as large, 1e-6 to 2e-6 of the output's root mean square (benchmarks/convolutions.py). With gradients, in
 other dtypes, on other devices and under ``use_backend("reference")`` they are PyTorch's own. Not one of the public ops:
 it has no derivative and no GPU kernels.

@@ -544,7 +544,7 @@ def _winograd_gradients(
     return tuple(None if leaf is None else next(found) for leaf in leaves)
 
 
-# Weight -> (where it lies, its version), a sample of it, its transform.
+# Weight -> (its address, its version), a sample of it, its transform.
 _packed: Any = WeakTensorKeyDictionary()
 
 

@@ -260,7 +260,7 @@ def memory_read(
             torch.backends.cuda.matmul.allow_tf32 is on.
 
     A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
-    position reads 0, its lse is -inf. A query pixel that is NaN reads NaN and counts in no usage. What lies at
+    position reads 0, its lse is -inf. A query pixel that is NaN reads NaN and counts in no usage. The content of
     positions that `valid` leaves out has no influence; on a GPU a full read copies key and value where that is a mask.
     With top_k a position whose score is NaN is not chosen, and what is not chosen has no influence and no gradient. A
     full read multiplies NaN like any number.
@@ -323,7 +323,7 @@ def memory_read(
 
 
 class _Arguments(NamedTuple):
-    """The checked arguments of a read: groups that share their scores, what makes these, and the values of each."""
+    """The checked arguments of a read: groups that share their scores, the inputs of these, and the values of each."""
 
     call: backends.Call
     passes: list[tuple[list[int], Memory, list[Values]]]

@@ -29,7 +29,7 @@ def soft_aggregate(
     Args:
         probabilities: (...,O,H,W) in [0, 1], each object's against all else; any floating dtype. O may be 0.
         background: (...,H,W) in [0, 1], in place of the product (RGMP: one minus the probability of the union).
-        slots: divide as if there were so many classes, those that do not exist of probability 1e-7: STM has 11.
+        slots: divide as if there were this many classes, absent ones with probability 1e-7: STM has 11.
         return_logits: return the logarithms of the odds, before the softmax: for a loss, and for cross entropy.
 
     Returns:

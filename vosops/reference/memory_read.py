@@ -37,7 +37,7 @@ def memory_scores(
 def without_excluded(
     key: Tensor, shrinkage: Tensor | None, key_bias: Tensor | None, values: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """key, shrinkage and values (N,O,Cv,M) with zeros where key_bias is -inf: what lies there, NaN too, is not read."""
+    """key, shrinkage and values (N,O,Cv,M) with zeros where key_bias is -inf: content there, even NaN, is not read."""
     if key_bias is None:
         return key, shrinkage, list(values)
     excluded = key_bias.detach().isneginf()
@@ -134,7 +134,7 @@ def memory_usage_core(
     scale: float,
     lse: Tensor,
 ) -> Tensor:
-    """Sum over the queries of each memory position's weight exp(score - lse) -> (N,M)."""
+    """Return the sum over the queries of each memory position's weight exp(score - lse) -> (N,M)."""
     key, shrinkage, _ = without_excluded(key, shrinkage, key_bias)
     scores = memory_scores(query, key, shrinkage, query_bias, key_bias, scale)
     lse = torch.where(lse.isneginf(), torch.inf, lse)
@@ -165,7 +165,7 @@ def memory_select_core(
 
 
 def memory_gather_core(weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Sum over K of weight (N,K,P) times value (N,O,Cv,M) at index (N,K,P); -1 contributes nothing."""
+    """Return the sum over K of weight (N,K,P) times value (N,O,Cv,M) at index (N,K,P); -1 contributes nothing."""
     if value.shape[3] == 0:
         return value.new_zeros(*value.shape[:3], index.shape[2])
     positions = index.clamp(min=0).flatten(1)[:, None, None].expand(-1, *value.shape[1:3], -1)
@@ -287,7 +287,7 @@ def _excluded(valid: Tensor | tuple[int, int] | None, memory_key: Tensor) -> Ten
 
 
 def _has_nan(tensor: Tensor) -> Tensor:
-    """Which pixels (N,P) of a tensor (N,C,*P) have a NaN."""
+    """Return which pixels (N,P) of a tensor (N,C,*P) have a NaN."""
     return tensor.detach().isnan().any(1).flatten(1)
 
 

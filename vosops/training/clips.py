@@ -98,7 +98,7 @@ class ClipSampler:
         raise ValueError(f"no sequence has {self.frames} annotated frames from its first object on")
 
     def _style(self, pairs: Sequence[tuple[Path, Path]]) -> AnnotationStyle[int]:
-        """Where in a sequence the first object is, and how to read the labels."""
+        """Return where in a sequence the first object is, and how to read the labels."""
         values = ((place, values_of(read_labels(file)[0])) for place, (_, file) in enumerate(pairs))
         if self.binary is None:
             return annotation_style(values)
@@ -130,7 +130,7 @@ def _pairs(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
 
 @lru_cache(_CACHED)
 def _read(image: Path, annotation: Path) -> tuple[Tensor, Tensor]:
-    """Frame (3,H,W) uint8 and labels (H,W) int64."""
+    """Return frame (3,H,W) uint8 and labels (H,W) int64."""
     import numpy as np
 
     frame = torch.from_numpy(read_frame(image)).permute(2, 0, 1)

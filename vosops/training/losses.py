@@ -14,7 +14,7 @@ IGNORED = 255
 def bootstrapped_cross_entropy(
     logits: Tensor, labels: Tensor, *, share: float = 0.15, ignored: int = IGNORED
 ) -> Tensor:
-    """Cross entropy averaged over the hardest pixels alone (FEELVOS, CFBI, STCN, XMem).
+    """Average the cross entropy over the hardest pixels only (FEELVOS, CFBI, STCN, XMem).
 
     Args:
         logits: (N,K,H,W) floating, of K classes.
@@ -62,7 +62,7 @@ def annealed_share(step: int, end: int, share: float = 0.15) -> float:
 
 
 def aggregated_cross_entropy(probabilities: Tensor, labels: Tensor, *, ignored: int = IGNORED) -> Tensor:
-    """Cross entropy of objects that were segmented one by one and then fused (STM, RGMP, STCN, XMem).
+    """Compute the cross entropy of objects that were segmented separately and then fused (STM, RGMP, STCN, XMem).
 
     Args:
         probabilities: (N,O,H,W) in [0, 1]: of each object against all else.

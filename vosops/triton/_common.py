@@ -182,7 +182,7 @@ INTERPRETED = Target(9, 132)
 
 
 def target_of(tensor: Tensor) -> Target:
-    """Return the target that the tensor lies on."""
+    """Return the target of the tensor's device."""
     if not tensor.is_cuda:
         return INTERPRETED
     properties = torch.cuda.get_device_properties(tensor.device)
