@@ -3,7 +3,6 @@
 python tools/check_headers.py                       what `make check-headers` does
 python tools/check_headers.py --torch 2.12.0        another version
 python tools/check_headers.py --all --cxx clang++   every instruction set, with another compiler
-python tools/check_headers.py --all --cxx "python -m ziglang c++ -target aarch64-linux-gnu"
 
 The headers come out of PyPI's wheel for macOS, the smallest that holds them, and are kept below $XDG_CACHE_HOME.
 The CUDA sources need nvcc; where none is, they are left out by name.
