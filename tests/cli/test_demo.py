@@ -97,7 +97,7 @@ def test_what_somebody_else_put_there_is_left_alone(run, tmp_path):
     options = ("--out", tmp_path, "--frames", 3, "--size", 64, "--no-naive", "--device", "cpu")
     (tmp_path / "demo.json").write_text('{"mine": 1}')
     result = run(*options)
-    assert result.exit_code == 2 and "demo.json is there already" in result.stderr
+    assert result.exit_code == 2 and "demo.json already exists" in result.stderr
     (tmp_path / "demo.json").unlink()
     frame = tmp_path / "clip" / "JPEGImages" / "480p" / "demo" / "00001.jpg"
     frame.parent.mkdir(parents=True)

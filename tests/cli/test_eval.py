@@ -223,7 +223,7 @@ class TestTheFileOfJson:
         (folders / "link.json").symlink_to(folders / "true" / "clip" / "00002.png")
         before = {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}
         result = run(folders / "pred", folders / "true", "--json", folders / place)
-        assert result.exit_code == 2 and "is there already" in result.stderr
+        assert result.exit_code == 2 and "already exists" in result.stderr
         assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
 
     def test_is_no_link_to_nothing(self, run, folders):
@@ -231,7 +231,7 @@ class TestTheFileOfJson:
         (folders / "lost.json").symlink_to(folders / "nowhere" / "r.json")
         for name in ("loop.json", "lost.json"):
             result = run(folders / "pred", folders / "true", "--json", folders / name)
-            assert result.exit_code == 2 and f"{name} is a link to nothing" in result.stderr
+            assert result.exit_code == 2 and f"{name} is a broken link" in result.stderr
         assert not (folders / "nowhere").exists() and (folders / "loop.json").is_symlink()
 
     def test_may_be_a_link_or_a_device(self, run, folders):

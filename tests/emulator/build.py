@@ -72,7 +72,7 @@ def run(command: list[str]) -> None:
 
 
 def make(command: list[str], inputs: list[Path], suffix: str, stem: str) -> Path:
-    """Run `command OUTPUT` unless an output of the same command and inputs is there already."""
+    """Run `command OUTPUT` unless an output of the same command and inputs already exists."""
     digest = hashlib.sha256(" ".join(command).encode())
     for path in inputs:
         digest.update(path.read_bytes())

@@ -54,7 +54,7 @@ def test_a_network_is_run(network):
     tracker = create_tracker(network, memory_every=2)
     assert isinstance(tracker, NetworkTracker) and tracker.network is network and tracker.memory_every == 2
     assert create_tracker(network, device="cpu").device.type == "cpu"
-    with pytest.raises(ValueError, match="weights must be None with a model that was made before, got w.pth"):
+    with pytest.raises(ValueError, match="weights must be None with an existing model, got w.pth"):
         create_tracker(network, "w.pth")
 
 

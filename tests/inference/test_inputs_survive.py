@@ -172,7 +172,7 @@ class TestDatasets:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "report.json").write_text('{"mine": 1}')
         for mode in ("overwrite", "resume"):
-            match = "report.json is there already"
+            match = "report.json already exists"
             refuse(tmp_path, match, lambda m=mode: Job(tmp_path / "out", m, SETTINGS).dataset(root))
 
 

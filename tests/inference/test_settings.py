@@ -92,7 +92,7 @@ class TestTracker:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"model": "echoo"}, "--model echoo is not known: choose one of cutie, echo, "),
+            ({"model": "echoo"}, "--model echoo is unknown: choose one of cutie, echo, "),
             ({"model": "classes"}, "--model classes does not track objects, see vosops semantic: choose one"),
             (
                 {"options": {"slot": 3}},
@@ -104,7 +104,7 @@ class TestTracker:
             ({"weights": Path(".")}, "--weights . is a folder: give a file"),
             (
                 {"model": "stm"},
-                r"--model stm needs --weights FILE \(STM_weights.pth\): no weights come with it",
+                r"--model stm needs --weights FILE \(STM_weights.pth\): no weights are included",
             ),
             ({"memory_budget": "much"}, "--memory-budget much cannot be used: a size must be"),
             ({"scales": ()}, r"--scales must be positive numbers, got \(\)"),
@@ -123,7 +123,7 @@ class TestTracker:
     def test_what_the_factory_refuses_is_one_line(self, tmp_path):
         (tmp_path / "w.pth").write_text("no checkpoint")
         with pytest.raises(
-            VosopsError, match="^model echo cannot be made: weights must be a checkpoint"
+            VosopsError, match="^model echo cannot be created: weights must be a checkpoint"
         ) as error:
             make_tracker(ModelSettings("echo", tmp_path / "w.pth"))
         assert "\n" not in str(error.value)
@@ -205,7 +205,7 @@ def test_segment_in_python_gives_options_to_the_model():
         next(vosops.segment(clip, mask, model="echo", slot=7))
     with pytest.raises(TypeError, match="slots"):
         next(vosops.segment(clip, mask, model=Echo(), slots=7))
-    with pytest.raises(InputError, match="--model nothing is not known"):
+    with pytest.raises(InputError, match="--model nothing is unknown"):
         next(vosops.segment(clip, mask, model="nothing"))
 
 

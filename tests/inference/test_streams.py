@@ -147,7 +147,7 @@ class TestPipes:
         assert len(list(open_source("-").forward(EVERY))) == 8
 
     def test_nothing_and_rubbish(self, tmp_path):
-        with pytest.raises(InputError, match="empty: nothing came from it"):
+        with pytest.raises(InputError, match="empty: no data was received"):
             open_source(self.fed(tmp_path / "a", b""))
         with pytest.raises(InputError, match=r"b cannot be opened as a video"):
             open_source(self.fed(tmp_path / "b", b"rubbish" * 100))

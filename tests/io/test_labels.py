@@ -128,7 +128,7 @@ class TestTransparency:
         soft = WHITE.copy()
         soft[2, 1] = 128
         refused(tmp_path, with_alpha(np.full(SIZE, 255), soft), "threshold")
-        refused(tmp_path, with_alpha(IDS, np.zeros(SIZE)), "wholly transparent")
+        refused(tmp_path, with_alpha(IDS, np.zeros(SIZE)), "fully transparent")
 
     def palette_png(self, transparency):
         rows = [bytes(row) for row in IDS.tolist()]

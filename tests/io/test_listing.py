@@ -46,7 +46,7 @@ class TestPictures:
         folder = touch(tmp_path / "f", "0.png")
         (folder / "1.png").symlink_to("/nowhere.png")
         with pytest.raises(
-            InputError, match=r"1\.png is a link to /nowhere\.png, which cannot be opened: mend"
+            InputError, match=r"1\.png is a link to /nowhere\.png, which cannot be opened: fix"
         ):
             pictures(folder)
 
@@ -64,7 +64,7 @@ class TestPictures:
 
     def test_what_would_block_when_opened_is_named(self, tmp_path):
         os.mkfifo(touch(tmp_path / "f") / "0.png")
-        with pytest.raises(InputError, match="0.png is no file"):
+        with pytest.raises(InputError, match="0.png is not a regular file"):
             pictures(tmp_path / "f")
 
     def test_two_pictures_of_one_name(self, tmp_path):

@@ -53,7 +53,7 @@ def test_few_bits_are_brightness(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_samples_without_one_meaning_are_refused(tmp_path, dtype):
-    with pytest.raises(InputError, match=r"f.tif has .* samples, whose range has no one meaning"):
+    with pytest.raises(InputError, match=r"f.tif has .* samples, whose range is ambiguous"):
         read(tmp_path, Image.fromarray(BRIGHT.astype(dtype)), "f.tif")
 
 

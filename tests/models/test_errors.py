@@ -167,7 +167,7 @@ FRAME, LABELS = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(8, 8, dtype=
             FRAME.float() - 3,
             LABELS,
             ValueError,
-            r"in \[0, 1\], got values from -3 to -3: give it as it is shown",
+            r"in \[0, 1\], got values from -3 to -3: pass the image as displayed",
         ),
         (FRAME, LABELS.numpy(), TypeError, r"labels must be a tensor \(H,W\), got a ndarray"),
         (FRAME, LABELS[1:], ValueError, r"labels must be \(H,W\) = \(8, 8\), got \(7, 8\)"),

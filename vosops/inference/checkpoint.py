@@ -115,7 +115,7 @@ class RunState:
             ) from error
         if version != _VERSION:
             raise ResumeError(
-                f"{self._checkpoint} is of another version of vosops: start again with --overwrite"
+                f"{self._checkpoint} was written by another version of vosops: start again with --overwrite"
             )
         if self.record.size < state["record_bytes"]:
             raise ResumeError(f"{self.record.path} is damaged: start again with --overwrite")

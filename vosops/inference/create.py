@@ -55,7 +55,7 @@ def create_tracker(
     if isinstance(model, str):
         return _by_name(model, weights, "cpu" if device is None else device, options)
     if weights is not None:
-        raise ValueError(f"weights must be None with a model that was made before, got {weights}")
+        raise ValueError(f"weights must be None with an existing model, got {weights}")
     if isinstance(uncompiled(model), Network):
         return NetworkTracker(model if device is None else model.to(device), **options)  # type: ignore[union-attr, arg-type]
     missing = [name for name in _METHODS if not hasattr(model, name)]

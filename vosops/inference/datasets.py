@@ -67,7 +67,7 @@ def open_source(
             return PictureStack(found[0], fps, name)
         return ImageFolder(path, fps, wanted)
     if not path.is_file():
-        raise InputError(f"{name} is no file: give a video file, a folder of frames or a data set's root")
+        raise InputError(f"{name} is not a file: give a video file, a folder of frames or a data set's root")
     return _open_file(path, fps, name)
 
 

@@ -104,7 +104,7 @@ class DrawingPass:
                     if self.should_stop():
                         raise InterruptedRunError(
                             "stopped while drawing, all masks are written; "
-                            "run the same command with --resume to go on"
+                            "run the same command with --resume to continue"
                         )
         finally:
             self.progress.end()
@@ -146,9 +146,7 @@ class DrawingPass:
         path = self.out.root / f"{name}.png"
         labels = read_labels(path)[0]
         if labels.shape != self.source.size:
-            raise InputError(
-                f"{path} was changed, and is not of the frames' size any more: mend or remove it"
-            )
+            raise InputError(f"{path} was changed and no longer has the size of the frames: fix or remove it")
         return labels
 
 

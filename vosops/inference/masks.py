@@ -106,7 +106,7 @@ class MaskSet:
         import numpy as np
 
         if not masks:
-            raise InputError("no mask: say what to segment with --mask")
+            raise InputError("no mask given: mark the objects with --mask")
         self._by_frame: dict[int, GivenMask] = {}
         self.palette: bytes | None = None
         self.first_area: dict[int, int] = {}
@@ -284,7 +284,7 @@ def _given(path: Path, frame: int, folder: Path | None = None) -> GivenMask:
     try:
         return GivenMask(frame, str(path), sha256(path), path=path, folder=folder)
     except OSError as error:
-        raise InputError(f"mask {path} cannot be opened ({error.strerror}): mend or remove it") from error
+        raise InputError(f"mask {path} cannot be opened ({error.strerror}): fix or remove it") from error
 
 
 def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) -> list[GivenMask]:

@@ -562,12 +562,12 @@ def _check_network(model: Any) -> None:
         return
     if isinstance(uncompiled(model), Network):
         raise TypeError(
-            "model must be a Network, got one wrapped by torch.compile, whose parts would run as they are: compile "
+            "model must be a Network, got one wrapped by torch.compile, whose parts would run uncompiled: compile "
             "these, as in network.query = torch.compile(network.query)"
         )
     if hasattr(model, "initialize"):
         raise TypeError(
-            f"model must be a Network, got a {type(model).__name__}, which tracks by itself: use it as it is, or "
+            f"model must be a Network, got a {type(model).__name__}, which is a tracker already: use it directly, or "
             "let create_tracker(model) decide"
         )
     raise TypeError(f"model must be a Network, got {type(model).__name__}")

@@ -230,7 +230,7 @@ class VideoRun:
                     self._unsynced.clear()
                 if stop:
                     raise InterruptedRunError(
-                        f"stopped after {self._done} frames; run the same command with --resume to go on"
+                        f"stopped after {self._done} frames; run the same command with --resume to continue"
                     )
         except BaseException:
             self.state.forget_if_alone()

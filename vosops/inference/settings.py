@@ -120,7 +120,7 @@ def make_tracker(settings: ModelSettings) -> VideoTracker:
     if entry.kind == "mask network":
         options |= {"naive": settings.naive, "scales": settings.scales}
     elif tuple(settings.scales) != (1.0,):
-        raise InputError(f"--scales cannot be used with --model {entry.name}, which runs at --size alone")
+        raise InputError(f"--scales cannot be used with --model {entry.name}, which runs at --size only")
     with _one_line_errors(entry):
         return create_tracker(entry.name, settings.weights, device=settings.place, **options)
 
@@ -188,7 +188,7 @@ def _find_entry(name: str, *kinds: Kind) -> ModelEntry:
     try:
         entry = find_model(name)
     except ValueError as error:
-        raise InputError(f"--model {name} is not known: choose one of {', '.join(known)}") from error
+        raise InputError(f"--model {name} is unknown: choose one of {', '.join(known)}") from error
     if entry.kind not in kinds:
         what = "track objects" if "tracker" in kinds else "segment into classes"
         command = "segment" if entry.tracks_objects else "semantic"
@@ -213,7 +213,7 @@ def _check_weights(entry: ModelEntry, file: Path | None) -> None:
     if file is None:
         if entry.weights == "required":
             what = f" ({entry.checkpoint})" if entry.checkpoint else ""
-            raise InputError(f"--model {entry.name} needs --weights FILE{what}: no weights come with it")
+            raise InputError(f"--model {entry.name} needs --weights FILE{what}: no weights are included")
     elif not file.is_file():
         what = "is a folder: give a file" if file.is_dir() else "does not exist"
         raise InputError(f"--weights {file} {what}")
@@ -226,7 +226,7 @@ def _one_line_errors(entry: ModelEntry) -> Iterator[None]:
         yield
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise VosopsError(f"model {entry.name} cannot be made: {reason}") from error
+        raise VosopsError(f"model {entry.name} cannot be created: {reason}") from error
 
 
 def _recorded(option: str) -> str:

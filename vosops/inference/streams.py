@@ -116,7 +116,7 @@ class Spooled:
         with disk_errors(f"a copy of {shown(title)} in {tempfile.gettempdir()} (set TMPDIR)"):
             self._file.flush()
         if not self._file.tell():
-            raise InputError(f"{shown(title)} is empty: nothing came from it")
+            raise InputError(f"{shown(title)} is empty: no data was received")
 
 
 def is_url(text: str) -> bool:

@@ -69,14 +69,12 @@ def replacement_for(recipe: Recipe, original: Function) -> Function:
                 expected = original(*plain, **kwargs)
             except Exception as error:
                 raise ValueError(
-                    f"{title} cannot be tried on a small input ({error}): not replaced"
+                    f"{title} cannot be checked on a small input ({error}): not replaced"
                 ) from error
             got = replacement(*args, **kwargs)
             for a, b in zip(_tensors(expected), _tensors(got), strict=True):
                 if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=_PROBE_TOLERANCE):
-                    raise ValueError(
-                        f"{title} does not compute what vosops would put in its place: not replaced"
-                    )
+                    raise ValueError(f"{title} does not compute the same as its replacement: not replaced")
     return replacement
 
 

@@ -91,7 +91,7 @@ def _labels_of_picture(
         return _white_where(samples), None
     if mode == "L" or mode.startswith("I"):
         if mode == "L" and "I" in raw.partition(";")[2]:
-            raise InputError(f"{what} stores white as 0, so that its ids have no one meaning: {_ADVICE}")
+            raise InputError(f"{what} stores white as 0, so its ids are ambiguous: {_ADVICE}")
         stored = samples if scale == 1 else np.rint(samples / scale).astype(np.int64)
         labels = labels_of_samples(stored, what, sixteen)
         key = picture.info.get("transparency")
@@ -237,7 +237,7 @@ def _opaque(alpha: Labels, what: str) -> npt.NDArray[np.bool_] | None:
     """Return where an image is opaque; None where its alpha says nothing."""
     least, greatest = int(alpha.min()), int(alpha.max())
     if not greatest:
-        raise InputError(f"{what} is wholly transparent: save it without alpha")
+        raise InputError(f"{what} is fully transparent: save it without alpha")
     if least == greatest:
         return None
     inside: npt.NDArray[np.bool_] = alpha == WHITE

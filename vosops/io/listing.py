@@ -90,15 +90,19 @@ def pictures(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> dict[s
 
     Raises:
         InputError: The folder cannot be listed, two pictures differ in nothing but the suffix, or an entry that is
-            named like a picture is a link to nothing or a device.
+            named like a picture is a broken link or a device.
     """
     found: dict[str, Path] = {}
     for path, mode in _entries(folder):
         if path.suffix.lower() not in suffixes or path.name == CONTACT_SHEET or stat.S_ISDIR(mode):
             continue
         if not stat.S_ISREG(mode):
-            what = f"a link to {shown(os.readlink(path))}, which cannot be opened" if not mode else "no file"
-            raise InputError(f"{shown(path)} is {what}: mend or remove it")
+            what = (
+                f"a link to {shown(os.readlink(path))}, which cannot be opened"
+                if not mode
+                else "not a regular file"
+            )
+            raise InputError(f"{shown(path)} is {what}: fix or remove it")
         if path.stem in found:
             raise InputError(
                 f"{shown(folder)} has two pictures named {shown(path.stem)}, {shown(found[path.stem].name)} and "

@@ -149,12 +149,12 @@ def check_result(path: Path, is_ours: Callable[[bytes], bool]) -> None:
     if path.is_symlink() and not path.exists():
         target = Path(os.path.realpath(path))
         if target.is_symlink() or not target.parent.is_dir():
-            raise InputError(f"{path} is a link to nothing: give another name, or remove it")
+            raise InputError(f"{path} is a broken link: give another name, or remove it")
     if not path.is_file():
         return
     if path.stat().st_size and not is_ours(path.read_bytes()):
         raise InputError(
-            f"{path} is there already and was not written by this command: give another name, or remove it"
+            f"{path} already exists and was not written by this command: give another name, or remove it"
         )
 
 
@@ -412,7 +412,7 @@ def nearest_folder(path: Path) -> Path:
     for ancestor in (path, *path.absolute().parents):
         if os.path.lexists(ancestor):
             if not os.path.isdir(ancestor):
-                what = "is a file" if os.path.exists(ancestor) else "is a link to nothing"
+                what = "is a file" if os.path.exists(ancestor) else "is a broken link"
                 raise InputError(f"--out {path}: {ancestor} {what}, give a folder")
             return ancestor
     return path

@@ -1,7 +1,7 @@
 """Pictures through Pillow: opened the same way everywhere, samples as stored, one error for whatever is wrong.
 
 Frames are (H, W, 3) uint8 RGB, upright. Samples of 16 bits are scaled to 8 as the frames of a video are, to their upper
-byte; samples whose range has no one meaning (signed, 32 bits, floating point) are refused.
+byte; samples whose range is ambiguous (signed, 32 bits, floating point) are refused.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def frame_of_picture(picture: Picture, what: str) -> Image:
     if picture.mode in ("I", "F") and not sixteen:
         kind = "floating-point" if picture.mode == "F" else "signed or 32-bit"
         raise InputError(
-            f"{what} has {kind} samples, whose range has no one meaning: save it with 8 or 16 bits a sample"
+            f"{what} has {kind} samples, whose range is ambiguous: save it with 8 or 16 bits a sample"
         )
     upright = ImageOps.exif_transpose(picture)
     if sixteen:

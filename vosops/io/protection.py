@@ -36,7 +36,7 @@ def protect_inputs(inputs: Iterable[Path], folders: Sequence[Path]) -> None:
             hit = written.get(_id(place) or (-1, -1))
             if hit is not None:
                 raise InputError(
-                    f"{path} is read, and would be in danger in {hit}, which is written to: choose another --out"
+                    f"{path} is an input and could be overwritten in {hit}, which is written to: choose another --out"
                 )
             seen.add(place)
 
@@ -48,7 +48,7 @@ def protect_inputs(inputs: Iterable[Path], folders: Sequence[Path]) -> None:
             for file in (path, *_entries(path)):
                 if _id(file) in linked:
                     raise InputError(
-                        f"{file} is read, and would be in danger: a file in {folders[0]}, which is written to, is a "
+                        f"{file} is an input at risk: a file in {folders[0]}, which is written to, is a "
                         "hard link to it; choose another --out"
                     )
 

@@ -21,7 +21,7 @@ def check_first(frame: Tensor, labels: Tensor) -> None:
     check_frame(frame)
     check_labels(labels, frame)
     if not ids_of(labels):
-        raise ValueError("labels must hold at least one object, got background and unknown pixels alone")
+        raise ValueError("labels must hold at least one object, got only background and unknown pixels")
 
 
 def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
@@ -39,7 +39,7 @@ def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
     if size is None and frame.is_floating_point() and (frame.amax() > _MOST or frame.amin() < _LEAST):
         raise ValueError(
             "frame must be uint8 or floating in [0, 1], got values from "
-            f"{float(frame.amin()):.4g} to {float(frame.amax()):.4g}: give it as it is shown, not normalised"
+            f"{float(frame.amin()):.4g} to {float(frame.amax()):.4g}: pass the image as displayed, not normalised"
         )
     if size is not None and tuple(frame.shape[1:]) != size:
         raise ValueError(f"frame must have the first frame's size {size}, got {tuple(frame.shape[1:])}")

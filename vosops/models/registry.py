@@ -48,7 +48,7 @@ class ModelEntry:
         weights: Whether it is of use without a file of weights: "required", "optional", or "none" if it takes none.
         checkpoint: Which file that is.
         aliases: Other names.
-        package: A package that it cannot be made without, as it is imported, and in `install` how to get it.
+        package: A package that it cannot be created without, as it is imported, and in `install` how to get it.
         install: A command.
         page: Its page, relative to docs/models.
     """
