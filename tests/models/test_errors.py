@@ -183,7 +183,7 @@ FRAME, LABELS = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(8, 8, dtype=
             FRAME,
             0 * LABELS,
             ValueError,
-            "labels must hold at least one object, got background and unknown pixels",
+            "labels must hold at least one object, got only background and unknown pixels",
         ),
     ],
 )

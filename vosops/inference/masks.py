@@ -269,7 +269,7 @@ def _split(spec: str, source: FrameSource) -> tuple[str, str]:
 
 
 def _mask_file(path: Path, frame: int, indices: Sequence[int]) -> GivenMask:
-    absent = absence(path) or (None if os.path.isfile(path) else "is no file")
+    absent = absence(path) or (None if os.path.isfile(path) else "is not a file")
     if absent:
         raise InputError(f"mask {path} {absent}: --mask takes PNG, FRAME=PNG or a folder")
     if frame not in indices:
