@@ -240,7 +240,7 @@ def test_a_fork_with_other_maths_is_refused(core, monkeypatch):
     get_similarity.__module__ = "model.memory_util"
     monkeypatch.setattr(model.memory_util, "get_similarity", get_similarity)
     softmax = model.memory_util.do_softmax
-    with pytest.raises(ValueError, match="get_similarity does not compute what vosops"):
+    with pytest.raises(ValueError, match="get_similarity does not compute the same as"):
         accelerate(core)
     assert model.memory_util.do_softmax is softmax, "all or nothing"
 
