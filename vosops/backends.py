@@ -184,7 +184,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
       triton     not preferred; Triton compiles for GPUs, the tensors are on cpu
       reference  not preferred
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", op)
     entries = {function: entry for entry in _ops.values() for function in entry.resolve}
     if name not in entries:
         raise ValueError(f"op must be one of {', '.join(sorted(entries))}, got {name!r}")

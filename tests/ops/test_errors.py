@@ -145,6 +145,7 @@ MEMORY_READ = changed(
             "memory_key must have the channels of query_key (7), at least one, got 8",
         ),
         ({"memory_key": None}, T, "memory_key must be a tensor or a sequence of tensors, got NoneType"),
+        ({"valid": "all"}, T, "valid must be a tensor or a sequence of tensors, got str of length 3"),
         ({"memory_key": []}, T, "memory_key must be a tensor or a sequence of tensors, got list of length 0"),
         ({"similarity": "cosine"}, V, "similarity must be 'dot' or 'l2', got 'cosine'"),
         ({"scale": "large"}, T, "scale must be a number, got str"),
@@ -230,6 +231,7 @@ MEMORY_GATHER = changed(
 
 out, lse = zeros(1, 5, 4), zeros(1, 4)
 MERGE_READS = [
+    Case(partial(vosops.merge_reads, [out], 3), T, "lses must be a sequence of tensors, got int"),
     Case(
         partial(vosops.merge_reads, [out], []), V, "outs and lses must be as many, at least one, got 1 and 0"
     ),
@@ -434,6 +436,7 @@ def forced_by_a_wrong_name():
 FUNCTIONS = ", ".join(sorted(name for op in backends._ops.values() for name in op.resolve))
 CHOICE = [
     Case(forced_by_a_wrong_name, V, "backend must be one of cpp, triton, reference or None, got 'cuda'"),
+    Case(partial(vosops.explain, 3), V, f"op must be one of {FUNCTIONS}, got 3"),
     Case(partial(vosops.explain, "matching"), V, f"op must be one of {FUNCTIONS}, got 'matching'"),
     Case(
         forced_on_the_wrong_device,

@@ -327,7 +327,7 @@ def segments_of(name: str, value: Any, count: int | None = None) -> list[Any]:
         return [None] * count
     if isinstance(value, Tensor):
         values: list[Any] = [value]
-    elif isinstance(value, Sequence) and len(value) > 0:
+    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
         values = list(value)
     else:
         raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {described(value)}")

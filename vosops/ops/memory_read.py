@@ -388,6 +388,9 @@ def merge_reads(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
         >>> torch.allclose(out, vosops.memory_read(q, k, v), atol=1e-5)
         True
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, Sequence):
+            raise TypeError(f"{name} must be a sequence of tensors, got {type(parts).__name__}")
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be as many, at least one, got {len(outs)} and {len(lses)}")
     for out, part_lse in zip(outs, lses, strict=True):
