@@ -256,7 +256,7 @@ def cpp_reasons_not(call: backends.Call) -> tuple[str, ...]:
 def triton_reasons_not(call: backends.Call) -> tuple[str, ...]:
     """Why the Triton kernels cannot serve a call of any op."""
     reasons: tuple[str, ...] = ()
-    if call.device.type != "cuda" and not TRITON_INTERPRETED:
+    if call.device.type not in (("cuda", "cpu") if TRITON_INTERPRETED else ("cuda",)):
         reasons += (f"Triton compiles for GPUs, the tensors are on {call.device.type}",)
     if call.dtype == torch.float64:
         reasons += NO_FLOAT64
