@@ -18,9 +18,9 @@ from vosops.data.demo_clip import DemoClip, write_clip
 from vosops.inference.checkpoint import RunState
 from vosops.inference.drawing_pass import Outputs
 from vosops.inference.job import Job, Settings
-from vosops.inference.video_writer import VideoWriter
 from vosops.io.errors import InputError, VosopsError
 from vosops.io.outputs import PART_PREFIX, OwnedFolder, complete_or_absent, replace_result
+from vosops.io.video_writer import VideoWriter
 
 COUNT = 5
 BOXES = moving(COUNT, ids=(1, 2))

@@ -20,11 +20,10 @@ from tests.inference.clips import (
     write_mask,
     write_video,
 )
-from vosops.inference.datasets import find_sequences, masks_of_sequence, open_source
 from vosops.inference.drawing_pass import Outputs
 from vosops.inference.job import Job, Settings
-from vosops.inference.masks import MaskSet, davis_palette
 from vosops.inference.settings import make_tracker
+from vosops.io.datasets import find_sequences, masks_of_sequence, open_source
 from vosops.io.errors import (
     IncompleteInputError,
     InputError,
@@ -32,6 +31,7 @@ from vosops.io.errors import (
     ResumeError,
     VosopsError,
 )
+from vosops.io.masks import MaskSet, davis_palette
 
 COUNT = 23
 BOXES = moving(COUNT, ids=(1, 2))

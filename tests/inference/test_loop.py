@@ -8,11 +8,11 @@ import torch
 
 from tests.inference.clips import ColourTracker, cut, moving, picture, truth, write_video
 from vosops.inference import segment
-from vosops.inference.frames import ArraySource
 from vosops.inference.loop import TrackingLoop, frame_range
-from vosops.inference.masks import MaskSet, masks_from_python
-from vosops.inference.resize import computation_size, resize_frame, resize_labels, to_labels
 from vosops.io.errors import IncompleteInputError, InputError
+from vosops.io.frames import ArraySource
+from vosops.io.masks import MaskSet, masks_from_python
+from vosops.io.resize import computation_size, resize_frame, resize_labels, to_labels
 
 ONE = moving(12)
 TWO = moving(12, ids=(1, 2))

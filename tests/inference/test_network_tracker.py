@@ -17,8 +17,8 @@ from tests.inference.clips import ColourTracker, picture, truth
 from tests.models.tracker_contract import check_tracker
 from vosops import backends
 from vosops.inference import NetworkTracker, TrackingLoop, network_tracker
-from vosops.inference.frames import ArraySource
-from vosops.inference.masks import MaskSet, masks_from_python
+from vosops.io.frames import ArraySource
+from vosops.io.masks import MaskSet, masks_from_python
 from vosops.memory import MemoryBudgetError
 from vosops.models import create_model
 from vosops.models._tracking import most_probable

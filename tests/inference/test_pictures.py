@@ -1,16 +1,12 @@
-"""Overlays, cut-outs, the contact sheet, the overlay video, COCO JSON and the report."""
+"""Overlays, cut-outs, the contact sheet and the report."""
 
 import json
-from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.inference.clips import picture, read_png, read_video, truth
-from tests.inference.test_rle import decode
-from vosops.inference.coco import CocoFile
+from tests.inference.clips import picture, read_png, truth
 from vosops.inference.drawing import (
     ContactSheet,
     class_overlay,
@@ -20,7 +16,6 @@ from vosops.inference.drawing import (
     write_cutout,
 )
 from vosops.inference.report import Events, FrameRecord, Record, write_report
-from vosops.inference.video_writer import VideoWriter
 
 LABELS = truth({1: (4, 4, 20, 20), 2: (26, 30, 10, 30)})
 GREY = np.full((48, 64, 3), 100, np.uint8)
@@ -93,64 +88,10 @@ class TestContactSheet:
         assert reds[: image.height // 2].any() and reds[image.height // 2 :].any()
 
 
-class TestVideoWriter:
-    def write(self, path, times, size=(48, 64), base=Fraction(1, 1000)):
-        with VideoWriter(path, size, Fraction(10), base) as writer:
-            for t in times:
-                writer.write(np.full((*size, 3), 50, np.uint8), t)
-
-    def test_times_are_kept(self, tmp_path):
-        times = [Fraction(t, 1000) for t in (0, 33, 67, 500, 900)]
-        self.write(tmp_path / "o.mp4", times)
-        assert [t for t, _ in read_video(tmp_path / "o.mp4")] == times
-        assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
-
-    def test_odd_sizes_are_padded(self, tmp_path):
-        self.write(tmp_path / "o.mp4", [Fraction(0)], size=(47, 63))
-        assert read_video(tmp_path / "o.mp4")[0][1].shape == (48, 64, 3)
-
-    def test_mpeg4_where_there_is_no_h264(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
-        times = [Fraction(i, 24) for i in range(5)]
-        self.write(tmp_path / "o.mp4", times, base=Fraction(1, 90_000))
-        with av.open(str(tmp_path / "o.mp4")) as container:
-            assert container.streams.video[0].codec_context.name == "mpeg4"
-        got = [t for t, _ in read_video(tmp_path / "o.mp4")]
-        assert all(abs(a - b) < Fraction(1, 1000) for a, b in zip(got, times))
-
-    def test_nothing_is_left_when_it_fails(self, tmp_path):
-        def fail():
-            with VideoWriter(tmp_path / "o.mp4", (48, 64), Fraction(10), Fraction(1, 1000)) as writer:
-                writer.write(GREY, Fraction(0))
-                raise RuntimeError("stop")
-
-        with pytest.raises(RuntimeError, match="stop"):
-            fail()
-        assert list(tmp_path.iterdir()) == []
-
-
 def record(index, **areas):
     objects = {name[1:]: area for name, area in areas.items()}
     confidences = {i: 0.9 - index / 100 for i in objects}
     return FrameRecord(index, f"{index:05d}", index / 24, index == 0, objects, confidences)
-
-
-def test_coco(tmp_path):
-    CocoFile(tmp_path / "m.json", LABELS.shape, [2, 1]).write(
-        [(record(0, o1=400, o2=300), LABELS), (record(1, o1=0, o2=0), LABELS * 0)]
-    )
-    data = json.loads((tmp_path / "m.json").read_text())
-    assert [c["id"] for c in data["categories"]] == [1, 2]
-    assert [i["file_name"] for i in data["images"]] == ["00000.png", "00001.png"]
-    assert [(a["image_id"], a["category_id"], a["area"]) for a in data["annotations"]] == [
-        (0, 1, 400),
-        (0, 2, 300),
-    ]
-    for annotation in data["annotations"]:
-        mask = decode(annotation["segmentation"])
-        np.testing.assert_array_equal(mask, annotation["category_id"] == LABELS)
-    assert data["annotations"][1]["bbox"] == [30, 26, 30, 10]
-    assert data["annotations"][0]["score"] == 0.9
 
 
 class TestReport:

@@ -95,11 +95,11 @@ def segment(
 
     Writes one palette PNG per frame, contact_sheet.png and report.json to --out.
     """
-    from vosops.inference.datasets import is_dataset
     from vosops.inference.drawing_pass import Outputs
     from vosops.inference.job import Job, Settings
     from vosops.inference.settings import model_options
     from vosops.inference.usage import keep_freed_memory
+    from vosops.io.datasets import is_dataset
     from vosops.io.errors import InputError
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)

@@ -21,6 +21,14 @@ __all__ = [
     "segment",
 ]
 
+_deprecation.moved(
+    __name__,
+    "vosops.io",
+    (
+        *("coco", "datasets", "files", "frames", "masks", "picture_stack"),
+        *("resize", "rle", "streams", "video", "video_writer"),
+    ),
+)
 _RENAMED = {"Propagation": TrackingLoop, "Tracker": NetworkTracker}
 
 if not TYPE_CHECKING:  # so that type checkers still report names that do not exist

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vosops.io.datasets import open_source
 from vosops.io.errors import IncompleteInputError, InputError
+from vosops.io.frames import ArraySource, FrameSource
+from vosops.io.masks import MaskSet, masks_from_python
+from vosops.io.streams import FrameStream
 from vosops.models.network import Network
 from vosops.models.registry import find_model, list_models
 
 from .create import create_tracker
-from .datasets import open_source
-from .frames import ArraySource, FrameSource
 from .loop import SegmentedFrame, TrackingLoop, frame_range
-from .masks import MaskSet, masks_from_python
 from .settings import DEFAULT_MODEL, DEFAULT_SIZE, ModelSettings, find_device, find_dtype, make_tracker
-from .streams import FrameStream
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker

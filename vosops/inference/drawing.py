@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vosops.io.labels import davis_palette
+from vosops.io.masks import BINARY_OBJECT, IGNORE
 from vosops.io.outputs import OwnedFile, complete_or_absent
-
-from .masks import BINARY_OBJECT, IGNORE
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .frames import Image
-    from .masks import Labels
+    from vosops.io.frames import Image
+    from vosops.io.masks import Labels
 
 OPACITY = 0.5
 SHEET_FRAMES = 12

@@ -13,18 +13,18 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from vosops.io.coco import CocoFile
 from vosops.io.errors import InputError, InterruptedRunError
+from vosops.io.frames import FrameSource
 from vosops.io.labels import read_labels
 from vosops.io.listing import CONTACT_SHEET, shown
+from vosops.io.masks import LabelMaps
+from vosops.io.video import VideoFile
+from vosops.io.video_writer import VideoWriter
 
-from .coco import CocoFile
 from .drawing import ContactSheet, class_overlay, colour_table, overlay, write_cutout
-from .frames import FrameSource
-from .masks import LabelMaps
 from .progress import Progress
 from .report import FrameRecord, Record
-from .video import VideoFile
-from .video_writer import VideoWriter
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from vosops.io.frames import Image
+    from vosops.io.masks import Labels
     from vosops.io.outputs import OwnedFile, OwnedFolder
-
-    from .frames import Image
-    from .masks import Labels
 
 OVERLAY = "overlay.mp4"
 COCO = "masks.json"

@@ -10,21 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vosops.io.datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
 from vosops.io.errors import IncompleteInputError, InputError, disk_errors
+from vosops.io.frames import DEFAULT_FPS, FrameSource
+from vosops.io.masks import GivenMask, MaskSet, find_masks
 from vosops.io.outputs import OwnedFolder, check_result, is_json_with, nearest_folder, write_text
 from vosops.io.protection import protect_inputs
+from vosops.io.streams import local_path
 
 from .checkpoint import RunState
-from .datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
 from .drawing_pass import Outputs
-from .frames import DEFAULT_FPS, FrameSource
 from .loop import TrackingLoop, frame_range
-from .masks import GivenMask, MaskSet, find_masks
 from .progress import NoProgress, Progress, never
 from .report import REPORT, RESUME
 from .run import Mode, Summary, VideoRun, check_folder, written_folders
 from .settings import DEFAULT_SIZE, ModelSettings, find_dtype, make_tracker
-from .streams import local_path
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from vosops.backends import use_backend
 from vosops.io.errors import InputError, VosopsError
+from vosops.io.frames import FrameSource, RawFrame, read_ahead, with_last
+from vosops.io.masks import IGNORE, MaskSet
+from vosops.io.resize import bounded_size, resize_frame, resize_labels, resize_probability, to_labels
 from vosops.memory import MemoryBudgetError
-
-from .frames import FrameSource, RawFrame, read_ahead, with_last
-from .masks import IGNORE, MaskSet
-from .resize import bounded_size, resize_frame, resize_labels, resize_probability, to_labels
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -17,15 +17,15 @@ from vosops.io.errors import (
     disk_errors,
     require,
 )
+from vosops.io.frames import FrameSource
 from vosops.io.listing import CONTACT_SHEET
+from vosops.io.masks import LabelMaps, write_labels
 from vosops.io.outputs import STATE_FOLDER, OwnedFolder, is_json_with, nearest_folder
 from vosops.io.protection import protect_inputs
 
 from .checkpoint import CHECKPOINT_EVERY, RunState
 from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
-from .frames import FrameSource
 from .loop import FrameLoop
-from .masks import LabelMaps, write_labels
 from .progress import NoProgress, Progress, never
 from .report import REPORT, RESUME, FrameRecord, write_report
 from .usage import peak_memory

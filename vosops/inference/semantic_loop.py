@@ -11,11 +11,11 @@ from torch import Tensor
 
 from vosops.io.cityscapes import CITYSCAPES
 from vosops.io.errors import InputError
+from vosops.io.frames import FrameSource, RawFrame, read_ahead
 from vosops.io.labels import davis_palette
+from vosops.io.resize import bounded_size
 
-from .frames import FrameSource, RawFrame, read_ahead
 from .loop import SegmentedFrame, expected_frames, resized_frames
-from .resize import bounded_size
 from .semantic_tracker import SemanticTracker
 
 _PALETTE_BYTES = 768

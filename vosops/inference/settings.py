@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vosops.io.errors import InputError, VosopsError
+from vosops.io.files import sha256
 from vosops.memory import parse_bytes
 from vosops.models.create import create_model
 from vosops.models.registry import Kind, ModelEntry, find_model, list_models
 
 from .create import create_tracker
-from .files import sha256
 from .semantic_tracker import SemanticTracker
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vosops.inference.resize import resize_labels
 from vosops.io.annotations import AnnotationStyle, annotation_style, values_of
 from vosops.io.labels import read_labels
 from vosops.io.listing import label_maps, pictures, subfolders
 from vosops.io.pictures import read_frame
+from vosops.io.resize import resize_labels
 
 IGNORED = 255
 _TRIES = 10  # crops that are tried for one with an object in it

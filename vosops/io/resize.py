@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vosops.io.errors import InputError
-from vosops.io.notes import warn
+from .errors import InputError
+from .notes import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,11 +12,10 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vosops.io.errors import InputError, VosopsError, disk_errors
-from vosops.io.listing import shown
-from vosops.io.pictures import frame_of_array, reason
-
+from .errors import InputError, VosopsError, disk_errors
 from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number
+from .listing import shown
+from .pictures import frame_of_array, reason
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _STANDARD_INPUT = "-"

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from tests.inference.clips import picture, write_folder, write_mask, write_video
-from vosops.inference.frames import ImageFolder
-from vosops.inference.masks import (
+from vosops.io.errors import InputError
+from vosops.io.frames import ImageFolder
+from vosops.io.masks import (
     GivenMask,
     MaskSet,
     davis_palette,
@@ -18,9 +19,8 @@ from vosops.inference.masks import (
     read_labels,
     write_labels,
 )
-from vosops.inference.video import VideoFile
-from vosops.io.errors import InputError
 from vosops.io.notes import InputWarning
+from vosops.io.video import VideoFile
 
 SIZE = (6, 8)
 pytestmark = pytest.mark.filterwarnings("ignore:.*pixels of value 255")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from vosops.io.outputs import sha256
+from .outputs import sha256
 
 __all__ = ["quick_hash", "sha256"]
 

@@ -11,12 +11,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vosops.io.errors import InputError, require
-from vosops.io.names import file_url
-from vosops.io.pictures import reason
-
+from .errors import InputError, require
 from .files import quick_hash
 from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number, in_chunks
+from .names import file_url
+from .pictures import reason
 
 if TYPE_CHECKING:
     from av.container import InputContainer

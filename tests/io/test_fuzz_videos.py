@@ -7,9 +7,9 @@ import pytest
 
 from tests.fuzz import damaged, examples
 from tests.inference.clips import write_video
-from vosops.inference.datasets import find_sequences, open_source
-from vosops.inference.picture_stack import PictureStack
+from vosops.io.datasets import find_sequences, open_source
 from vosops.io.errors import InputError
+from vosops.io.picture_stack import PictureStack
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 FEW = 12

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vosops.io.outputs import OwnedFile, complete_or_absent, text_of
-
-from .report import FrameRecord
+from .outputs import OwnedFile, complete_or_absent, text_of
 from .rle import encode
 
 if TYPE_CHECKING:
@@ -17,6 +15,22 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .masks import Labels
+
+
+class CocoFrame(Protocol):
+    """What the file tells of a frame beside its masks."""
+
+    @property
+    def index(self) -> int:
+        """Its number in the input."""
+
+    @property
+    def name(self) -> str:
+        """Its name, to which the file adds ``.png``."""
+
+    @property
+    def confidences(self) -> Mapping[str, float]:
+        """Confidences by object id."""
 
 
 class CocoFile:
@@ -30,8 +44,8 @@ class CocoFile:
         self.size = size
         self.object_ids = sorted(object_ids)
 
-    def write(self, frames: Iterable[tuple[FrameRecord, Labels]]) -> None:
-        """Write the file from (record, (H, W) label map) pairs."""
+    def write(self, frames: Iterable[tuple[CocoFrame, Labels]]) -> None:
+        """Write the file from (frame, (H, W) label map) pairs."""
         height, width = self.size
         images = []
         count = 0
@@ -46,7 +60,7 @@ class CocoFile:
             categories = [{"id": i, "name": f"object {i}"} for i in self.object_ids]
             out.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
 
-    def _annotations(self, record: FrameRecord, labels: Labels) -> Iterable[dict[str, Any]]:
+    def _annotations(self, record: CocoFrame, labels: Labels) -> Iterable[dict[str, Any]]:
         for object_id in self.object_ids:
             mask = labels == object_id
             if mask.any():

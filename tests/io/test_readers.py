@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.inference.clips import cut, moving, picture, rotate_file, write_folder, write_video
-from vosops.inference.datasets import open_source
-from vosops.inference.frames import ArraySource, ImageFolder, read_ahead, with_last
-from vosops.inference.video import VideoFile, is_cut_off
-from vosops.inference.video_writer import VideoWriter
+from vosops.io.datasets import open_source
 from vosops.io.errors import InputError
+from vosops.io.frames import ArraySource, ImageFolder, read_ahead, with_last
+from vosops.io.video import VideoFile, is_cut_off
+from vosops.io.video_writer import VideoWriter
 
 FRAMES = [picture(boxes) for boxes in moving(30)]
 
@@ -48,7 +48,7 @@ class TestVideoFile:
 
     @pytest.mark.parametrize("bytes_held", [1, 48 * 64 * 3 * 12])
     def test_backward_gives_the_same_pictures(self, video, monkeypatch, bytes_held):
-        monkeypatch.setattr("vosops.inference.frames._BACKWARD_BYTES", bytes_held)
+        monkeypatch.setattr("vosops.io.frames._BACKWARD_BYTES", bytes_held)
         source = VideoFile(video)
         forward = list(source.forward(range(30)))
         backward = list(source.backward(range(25, -1, -1)))
@@ -58,8 +58,8 @@ class TestVideoFile:
             assert frame.time == forward[frame.index].time
 
     def test_backward_seeks(self, video, monkeypatch):
-        monkeypatch.setattr("vosops.inference.frames._MIN_CHUNK", 4)
-        monkeypatch.setattr("vosops.inference.frames._BACKWARD_BYTES", 1)
+        monkeypatch.setattr("vosops.io.frames._MIN_CHUNK", 4)
+        monkeypatch.setattr("vosops.io.frames._BACKWARD_BYTES", 1)
         source = VideoFile(video)
         read_from_start = []
         forward = source.forward

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from vosops.io.annotations import VOID, annotation_style, values_of
-from vosops.io.errors import InputError
-from vosops.io.labels import read_labels
-from vosops.io.listing import IMAGE_SUFFIXES, chosen_names, few, label_maps, pictures, subfolders
-from vosops.io.names import absence
-from vosops.io.pictures import opened, page_numbers
-
+from .annotations import VOID, annotation_style, values_of
+from .errors import InputError
 from .files import sha256
 from .frames import ALL_FRAMES, DEFAULT_FPS, FrameSource, ImageFolder
+from .labels import read_labels
+from .listing import IMAGE_SUFFIXES, chosen_names, few, label_maps, pictures, subfolders
 from .masks import GivenMask
+from .names import absence
 from .picture_stack import PictureStack
+from .pictures import opened, page_numbers
 from .streams import Spooled, local_copy
 from .video import VideoFile
 

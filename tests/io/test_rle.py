@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vosops.inference.rle import compress, counts, encode
+from vosops.io.rle import compress, counts, encode
 
 
 def decode(rle):

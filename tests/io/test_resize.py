@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 
-from vosops.inference.resize import NATIVE, bounded_size, computation_size
 from vosops.io.notes import InputWarning
+from vosops.io.resize import NATIVE, bounded_size, computation_size
 
 MOST = 4 << 20
 

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vosops.io.annotations import annotation_style, values_of
-from vosops.io.errors import InputError
-from vosops.io.labels import davis_palette, labels_of_array, read_labels
-from vosops.io.listing import few, label_maps
-from vosops.io.names import absence
-from vosops.io.notes import warn
-from vosops.io.outputs import OwnedFile, complete_or_absent
-from vosops.io.slivers import slivers
-
+from .annotations import annotation_style, values_of
+from .errors import InputError
 from .files import sha256
 from .frames import FrameSource, frame_number
+from .labels import davis_palette, labels_of_array, read_labels
+from .listing import few, label_maps
+from .names import absence
+from .notes import warn
+from .outputs import OwnedFile, complete_or_absent
+from .slivers import slivers
 
 if TYPE_CHECKING:
     import numpy as np

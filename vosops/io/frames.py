@@ -15,11 +15,11 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vosops.io.errors import InputError, VosopsError
-from vosops.io.listing import IMAGE_SUFFIXES, pictures, shown
-from vosops.io.notes import warn
-from vosops.io.order import doubt_about_order
-from vosops.io.pictures import frame_of_array, read_frame
+from .errors import InputError, VosopsError
+from .listing import IMAGE_SUFFIXES, pictures, shown
+from .notes import warn
+from .order import doubt_about_order
+from .pictures import frame_of_array, read_frame
 
 if TYPE_CHECKING:
     import numpy as np

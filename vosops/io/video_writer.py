@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from vosops.io.errors import VosopsError, require
-from vosops.io.outputs import OwnedFile, complete_or_absent
+from .errors import VosopsError, require
+from .outputs import OwnedFile, complete_or_absent
 
 if TYPE_CHECKING:
     from .frames import Image

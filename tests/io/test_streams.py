@@ -12,11 +12,11 @@ from PIL import Image
 
 import vosops
 from tests.inference.clips import ColourTracker, cut, moving, picture, truth, write_folder, write_video
-from vosops.inference.datasets import open_source
-from vosops.inference.picture_stack import PictureStack
-from vosops.inference.streams import FrameStream
+from vosops.io.datasets import open_source
 from vosops.io.errors import IncompleteInputError, InputError
 from vosops.io.notes import InputWarning
+from vosops.io.picture_stack import PictureStack
+from vosops.io.streams import FrameStream
 
 BOXES = moving(8)
 FRAMES = [picture(boxes) for boxes in BOXES]

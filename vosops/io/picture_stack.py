@@ -7,11 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vosops.io.errors import InputError
-from vosops.io.pictures import frame_of_picture, opened, page_numbers
-
+from .errors import InputError
 from .files import quick_hash
 from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number, in_chunks
+from .pictures import frame_of_picture, opened, page_numbers
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
