@@ -1,14 +1,17 @@
 """No command destroys what it was given, nor what no run of ours wrote."""
 
+import hashlib
+import json
 import os
 import subprocess
 
 import pytest
+import torch
 
 from tests.inference.clips import ColourTracker, moving, picture, truth, write_folder, write_mask, write_video
 from vosops.inference.drawing_pass import Outputs
 from vosops.inference.job import Job, Settings
-from vosops.io.errors import InputError, InterruptedRunError
+from vosops.io.errors import InputError, InterruptedRunError, ResumeError
 
 COUNT = 6
 BOXES = moving(COUNT, ids=(1, 2))
@@ -174,6 +177,50 @@ class TestDatasets:
         for mode in ("overwrite", "resume"):
             match = "report.json already exists"
             refuse(tmp_path, match, lambda m=mode: Job(tmp_path / "out", m, SETTINGS).dataset(root))
+
+
+class TestDamagedState:
+    """What --resume finds may be damaged, or come from somebody else."""
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            *(
+                (name, c)
+                for name in ("arguments.json", "complete.json")
+                for c in (b"", b"{", b"[]", b"\xff\xfe")
+            ),
+            ("complete.json", b"{}"),
+            *(("frames.jsonl", c) for c in (b"", b"x", b"[]\n", b"\xff\n", b'{"index": 0}\n')),
+        ],
+    )
+    def test_it_is_told_and_can_be_replaced(self, clip, mask, out, tmp_path, name, content):
+        (out / ".vosops" / name).write_bytes(content)
+        before = everything(tmp_path)
+        with pytest.raises(ResumeError, match=f"{name} is damaged: start again with --overwrite"):
+            Job(out, "resume", SETTINGS).video(clip, [str(mask)])
+        assert everything(tmp_path) == before
+        assert Job(out, "overwrite", SETTINGS).video(clip, [str(mask)]).frames == COUNT
+
+    def test_a_checkpoint_that_lacks_parts(self, clip, mask, out):
+        (out / ".vosops" / "complete.json").unlink()
+        torch.save({"version": 1}, out / ".vosops" / "checkpoint.pt")
+        with pytest.raises(ResumeError, match=r"checkpoint.pt cannot be read \(parts of it are missing\)"):
+            Job(out, "resume", SETTINGS).video(clip, [str(mask)])
+
+    def test_names_that_lead_out_of_the_folder_are_not_followed(self, clip, mask, out, tmp_path):
+        victim = tmp_path / "victim.txt"
+        victim.write_bytes(b"mine")
+        entry = {"size": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+        with (out / ".vosops" / "files.jsonl").open("a") as ledger:
+            for name in ("../victim.txt", str(victim), "cutout/../../victim.txt"):
+                ledger.write(json.dumps({"name": name, **entry}) + "\n")
+        Job(out, "overwrite", SETTINGS).video(clip, [str(mask)])
+        assert victim.read_bytes() == b"mine"
+        record = out / ".vosops" / "frames.jsonl"
+        record.write_bytes(record.read_bytes().replace(b'"00002"', b'"../00002"'))
+        with pytest.raises(ResumeError, match="frames.jsonl is damaged"):
+            Job(out, "resume", SETTINGS, ALL).video(clip, [str(mask)])
 
 
 class TestFilesOfSomebodyElse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,7 @@ class RunState:
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raise a ``ResumeError`` that lists how ``arguments`` differ from those of the run here."""
-        try:
-            before = json.loads(self._arguments.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ResumeError(f"{self._arguments} is damaged: start again with --overwrite") from error
+        before = _read_json(self._arguments)
         found = differences(before, json.loads(json.dumps(arguments)))
         if found:
             raise ResumeError(
@@ -107,7 +104,9 @@ class RunState:
             return None
         try:
             state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-            version = state.get("version")
+            version = state["version"]
+            if version == _VERSION and not {"propagation", "record_bytes", "done", "seconds"} <= set(state):
+                raise ValueError("parts of it are missing")
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ResumeError(
@@ -140,14 +139,27 @@ class RunState:
     def done(self) -> list[str]:
         """Return the names of the frames that a resumed run would not make again; changes nothing."""
         if self.is_complete:
-            return [frame.name for frame in self.record]
+            names = [frame.name for frame in self.record]
+            if len(names) != self.facts()["frames_done"]:
+                raise ResumeError(f"{self.record.path} is damaged: start again with --overwrite")
+            return names
         size = state["record_bytes"] if (state := self._read_checkpoint()) else 0
         return [frame.name for frame in self.record.up_to(size)]
 
     def facts(self) -> dict[str, Any]:
         """Return what :meth:`finish` kept."""
-        loaded: dict[str, Any] = json.loads(self._complete.read_text(encoding="utf-8"))
-        return loaded
+        return _read_json(self._complete, {"problem", "frames_done", "seconds"})
+
+
+def _read_json(path: Path, keys: Collection[str] = ()) -> dict[str, Any]:
+    """Return the JSON object of a file, which must have these keys; a ``ResumeError`` if it is another thing."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise ResumeError(f"{path} is damaged: start again with --overwrite")
+    return found
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

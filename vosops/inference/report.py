@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vosops.io.errors import disk_errors
+from vosops.io.errors import ResumeError, disk_errors
 from vosops.io.outputs import OwnedFile, append_line, complete_or_absent, text_of
 
 from .loop import SegmentedFrame
@@ -78,7 +78,7 @@ class Record:
                 size -= len(line)
                 if size < 0:
                     return
-                yield FrameRecord(**json.loads(line))
+                yield self._parsed(line)
 
     def in_order(self) -> Iterator[FrameRecord]:
         """Yield the frames in input order; holds two numbers a frame."""
@@ -88,11 +88,20 @@ class Record:
         with self.path.open("rb") as file:
             offset = 0
             for line in file:
-                offsets.append((json.loads(line)["index"], offset))
+                offsets.append((self._parsed(line).index, offset))
                 offset += len(line)
             for _, offset in sorted(offsets):
                 file.seek(offset)
-                yield FrameRecord(**json.loads(file.readline()))
+                yield self._parsed(file.readline())
+
+    def _parsed(self, line: bytes) -> FrameRecord:
+        try:
+            frame = FrameRecord(**json.loads(line))
+            if frame.name == os.path.basename(frame.name):  # else it leads to another folder
+                return frame
+            raise ValueError(frame.name)
+        except (TypeError, ValueError) as error:
+            raise ResumeError(f"{self.path} is damaged: start again with --overwrite") from error
 
     def names(self) -> list[tuple[int, str]]:
         """Return (index, name) of every frame, in input order."""

@@ -329,8 +329,14 @@ class OwnedFolder:
             self._known = {}
             for line in read_lines(self._ledger):
                 with suppress(KeyError, TypeError):
-                    self._known.setdefault(line["name"], set()).add((line["size"], line["sha256"]))
+                    if _is_inside(line["name"]):
+                        self._known.setdefault(line["name"], set()).add((line["size"], line["sha256"]))
         return self._known
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative name leads to no other folder: a list of files may come from anywhere."""
+    return not os.path.isabs(name) and os.pardir not in Path(name).parts
 
 
 def append_line(path: Path, line: str) -> None:
