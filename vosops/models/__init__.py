@@ -22,21 +22,32 @@ if TYPE_CHECKING:
     from vosops.models.lstm_segnet import RFCN, LSTMSegNet
     from vosops.models.propagate import Propagate
     from vosops.models.rgmp import RGMP
+    from vosops.models.segmentation.deconvnet import DeconvNet
+    from vosops.models.segmentation.gridnet import GridNet
+    from vosops.models.segmentation.icnn import ICNN
+    from vosops.models.segmentation.resunet import ResUNet, ResUNetPlusPlus
+    from vosops.models.segmentation.segnet import SegNet
     from vosops.models.segmentation.unet import UNet, UNetPlusPlus
     from vosops.models.stm import STM
 
 __all__ = [
     "FEELVOS",
+    "ICNN",
     "RFCN",
     "RGMP",
     "STM",
     "Cutie",
+    "DeconvNet",
     "FrameNetwork",
+    "GridNet",
     "LSTMICNet",
     "LSTMSegNet",
     "ModelEntry",
     "Network",
     "Propagate",
+    "ResUNet",
+    "ResUNetPlusPlus",
+    "SegNet",
     "SemanticNetwork",
     "UNet",
     "UNetPlusPlus",
@@ -59,6 +70,12 @@ _LAZY = {
     "LSTMICNet": "vosops.models.lstm_icnet",
     "LSTMSegNet": "vosops.models.lstm_segnet",
     "Propagate": "vosops.models.propagate",
+    "DeconvNet": "vosops.models.segmentation.deconvnet",
+    "GridNet": "vosops.models.segmentation.gridnet",
+    "ICNN": "vosops.models.segmentation.icnn",
+    "ResUNet": "vosops.models.segmentation.resunet",
+    "ResUNetPlusPlus": "vosops.models.segmentation.resunet",
+    "SegNet": "vosops.models.segmentation.segnet",
     "UNet": "vosops.models.segmentation.unet",
     "UNetPlusPlus": "vosops.models.segmentation.unet",
     "XMem": "vosops.integrations.xmem",

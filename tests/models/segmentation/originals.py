@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.conftest import SHARED
 from tests.scripts import load_script
-from vosops.models import find_model
+from vosops.models import create_model, find_model
 
 Case = dict[str, Any]
 
@@ -45,7 +46,7 @@ def with_weights_of(golden: Case, network: nn.Module) -> nn.Module:
 
 
 def weights_of(golden: Case, network: nn.Module) -> dict[str, Tensor]:
-    """The weights that the case was made with, for a network with the original's names, as its checkpoints have them."""
+    """The weights that the case was made with, for a network with the original's names: its state_dict."""
     recipe_array = recipe()
     names = {name for name, _ in network.named_parameters()}
     weights = {}
@@ -96,3 +97,52 @@ def assert_parameters(network: nn.Module, count: int, file: str) -> None:
     lines = (line.split("\t") for line in path.read_text().splitlines() if line)
     listed = {name: ast.literal_eval(shape) for name, shape, _ in lines}
     assert {name: tuple(x.shape) for name, x in network.state_dict().items()} == listed
+
+
+def assert_checkpoint_loads(
+    path: Path, model: str, stored: Callable[[dict[str, Tensor]], Any], **options: Any
+):
+    """A checkpoint with the original's names, wrapped as its code stores them, gives the model those weights."""
+    weights = {
+        name: torch.full(x.shape, n % 89 / 89).to(x.dtype)
+        for n, (name, x) in enumerate(empty(model, **options).state_dict().items())
+    }
+    torch.save(stored(weights), path)
+    network = create_model(model, path, **options)
+    assert not network.training
+    for name, x in network.state_dict().items():
+        assert torch.equal(x, weights[name]), name
+
+
+def assert_trains(network: nn.Module, size: tuple[int, int], unused: tuple[str, ...] = ()) -> None:
+    """Gradients reach every parameter but those whose names begin as `unused` say, from all that training returns."""
+    found = network.train()(torch.rand(2, 3, *size))
+    outputs = found if isinstance(found, (list, tuple)) else [found]
+    assert all(x.shape == (2, network.num_classes, *size) for x in outputs)
+    sum(x.square().mean() for x in outputs).backward()
+    for name, parameter in network.named_parameters():
+        if name.startswith(unused):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def assert_sees_its_input(network: nn.Module, size: tuple[int, int]) -> None:
+    """Each image of a batch gives its own logits, whatever it comes with, and another image gives others."""
+    images = torch.rand(2, 3, *size) * torch.tensor([1.0, 10.0]).view(2, 1, 1, 1)
+    with torch.no_grad():
+        both = network.eval()(images)
+        alone = network(images[1:])
+    assert both.shape == (2, network.num_classes, *size)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
+    assert (both[0] - both[1]).abs().max() > 1e-3 * both.abs().max()
+
+
+def assert_sizes(network: nn.Module, wrong: tuple[int, int], *messages: str) -> None:
+    """A size that the original does not take is refused with the nearest ones; `predict` takes it all the same."""
+    with pytest.raises(ValueError, match="images must have sides of") as error:
+        network(torch.rand(1, 3, *wrong))
+    for message in messages:
+        assert message in str(error.value)
+    if not next(network.parameters()).is_meta:
+        assert network.predict(torch.rand(3, *wrong)).shape == wrong

@@ -1,0 +1,123 @@
+"""GridNet: Fourure et al., "Residual Conv-Deconv Grid Network for Semantic Segmentation", BMVC 2017.
+
+As daigo0927/GridNet computes it, which differs from the authors' Torch7 code in more than details.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from vosops.models.semantic_network import FrameNetwork, Sides
+
+__all__ = ["GridNet"]
+
+
+def _two_convolutions(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.PReLU(),
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1),
+        nn.PReLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1),
+    ]
+
+
+class _Lateral(nn.Module):
+    """A residual block; the shortcut is a convolution where the channels change."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.f = nn.Sequential(*_two_convolutions(inputs, outputs))
+        if inputs != outputs:
+            self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.widens = inputs != outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.f(x)
+        return y + (self.conv(x) if self.widens else x)
+
+
+class _Down(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.f = nn.Sequential(*_two_convolutions(inputs, outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.f(x)
+        return y
+
+
+class _Up(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        enlarge = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        self.f = nn.Sequential(enlarge, *_two_convolutions(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.f(x)
+        return y
+
+
+class GridNet(FrameNetwork):
+    """A grid of rows (scales) and columns, down in the first half and up in the second: (N,C,H,W) -> logits (N,K,H,W).
+
+    Images lie in [0, 1]; their sides are multiples of two to the power of the rows but one: of 4 by default.
+
+    Args:
+        num_classes: K.
+        in_channels: C.
+        widths: Channels of each row, the finest first.
+
+    Source: daigo0927/GridNet, `GridNet`: parametric ReLUs and no batch norm, bilinear enlargement between pixel
+    centres, three columns down and three up. The authors' has five rows, batch norm, transposed convolutions and
+    dropped branches.
+
+    >>> import torch
+    >>> from vosops.models import create_model
+    >>> create_model("gridnet", num_classes=4, widths=(8, 16))(torch.rand(1, 3, 10, 14)).shape
+    torch.Size([1, 4, 10, 14])
+    """
+
+    COLUMNS = 6
+
+    def __init__(
+        self, num_classes: int = 19, *, in_channels: int = 3, widths: Sequence[int] = (32, 64, 96)
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"widths must be the channels of two rows or more, got {tuple(widths)}")
+        self.num_classes = num_classes
+        self.rows = len(widths)
+        scale: int = 2 ** (self.rows - 1)
+        self.sides = Sides(scale, least=scale)
+        self.lateral_init = _Lateral(in_channels, widths[0])
+        for row, width in enumerate(widths):
+            for column in range(self.COLUMNS - 1):
+                self.add_module(f"lateral_{row}_{column}", _Lateral(width, width))
+        for row, (fine, coarse) in enumerate(pairwise(widths)):
+            for column in range(self.COLUMNS // 2):
+                self.add_module(f"down_{row}_{column}", _Down(fine, coarse))
+                self.add_module(f"up_{row}_{column}", _Up(coarse, fine))
+        self.lateral_final = _Lateral(widths[0], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N,C,H,W) -> logits (N,K,H,W)."""
+        self.sides.check(images)
+        half = self.COLUMNS // 2
+        state: list[Tensor] = [self.lateral_init(images)]
+        for row in range(1, self.rows):
+            state.append(self.get_submodule(f"down_{row - 1}_0")(state[-1]))
+        for column in range(1, half):
+            state[0] = self.get_submodule(f"lateral_0_{column - 1}")(state[0])
+            for row in range(1, self.rows):
+                down = self.get_submodule(f"down_{row - 1}_{column}")(state[row - 1])
+                state[row] = down + self.get_submodule(f"lateral_{row}_{column - 1}")(state[row])
+        for column in range(half, self.COLUMNS):
+            state[-1] = self.get_submodule(f"lateral_{self.rows - 1}_{column - 1}")(state[-1])
+            for row in reversed(range(self.rows - 1)):
+                up = self.get_submodule(f"up_{row}_{column - half}")(state[row + 1])
+                state[row] = up + self.get_submodule(f"lateral_{row}_{column - 1}")(state[row])
+        logits: Tensor = self.lateral_final(state[0])
+        return logits
