@@ -31,8 +31,8 @@ def assert_loaded(found: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 
 class TestWhatIsTaken:
-    @pytest.mark.parametrize("nested", [None, "state_dict", "model"])
-    @pytest.mark.parametrize("prefix", ["", "module."])
+    @pytest.mark.parametrize("nested", [None, "state_dict", "model", "model_state"])
+    @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
     def test_checkpoints(self, tmp_path, weights, nested, prefix):
         stored = collections.OrderedDict((prefix + name, x) for name, x in weights.items())
         path = tmp_path / "w.pth"
@@ -40,6 +40,27 @@ class TestWhatIsTaken:
         found = module()
         load_weights(found, path)
         assert_loaded(found, weights)
+
+    def test_a_prefix_that_the_modules_own_names_have(self, tmp_path, weights):
+        found = nn.ModuleDict({"model": module()})
+        for prefix in ("model.", "module.model."):
+            torch.save({prefix + name: x for name, x in weights.items()}, tmp_path / "w.pth")
+            load_weights(found, tmp_path / "w.pth")
+            assert_loaded(found["model"], weights)
+
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    def test_what_the_module_does_not_need(self, tmp_path, weights, prefix):
+        """A loss beside the network, values that are no tensors, a part that is not run."""
+        stored = {f"{prefix}model.{name}": x for name, x in weights.items()}
+        stored |= {f"{prefix}loss.weight": torch.zeros(2), f"{prefix}model.fc.bias": torch.zeros(3)}
+        torch.save({"state_dict": stored | {"grey_values": [0, 1]}}, tmp_path / "w.pth")
+        found = module()
+        found.unused_weights = ("loss.", "fc.", "grey_values")
+        load_weights(found, tmp_path / "w.pth")
+        assert_loaded(found, weights)
+        found.unused_weights = ("loss.", "grey_values")
+        with pytest.raises(ValueError, match=r"1 unexpected \(fc\.bias\)"):
+            load_weights(found, tmp_path / "w.pth")
 
     def test_the_old_file_format(self, tmp_path, weights):
         path = tmp_path / "w.pth"
