@@ -31,7 +31,7 @@ from vosops.benchmarking.conv_lstm import EAGER, EXACT
 from vosops.benchmarking.measure import Clock, interleave
 from vosops.data import DemoClip
 from vosops.data.demo_clip import COLOURS
-from vosops.inference.drawing import overlay
+from vosops.runs.drawing import overlay
 from vosops.models.features import create_backbone
 
 matplotlib.use("Agg")

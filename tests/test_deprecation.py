@@ -9,6 +9,7 @@ import vosops.inference
 
 MOVED = {
     "io": "coco datasets files frames masks picture_stack resize rle streams video video_writer",
+    "runs": "checkpoint drawing drawing_pass job progress report run",
 }
 
 

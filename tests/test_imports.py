@@ -17,7 +17,7 @@ LAYERS = [
     ["models"],
     ["io", "metrics", "data"],
     ["inference", "training"],
-    ["integrations"],
+    ["runs", "integrations"],
     ["benchmarking", "info"],
     ["cli"],
 ]
@@ -82,13 +82,14 @@ def test_contributing_states_the_chain():
 @pytest.mark.parametrize(
     ("file", "source", "found"),
     [
-        ("models/some.py", "from vosops.inference.job import Job", True),
+        ("models/some.py", "from vosops.runs.job import Job", True),
         ("models/some.py", "def f():\n    import vosops.cli.segment", True),
         ("models/some.py", "from vosops import inference", True),
         ("metrics/some.py", "from ..inference import job", True),
         ("models/some.py", "if TYPE_CHECKING:\n    from vosops.inference import Job", False),
         ("models/some.py", "from vosops import ops, memory_read\nfrom . import other\nimport torch", False),
-        ("inference/some.py", "from .job import Job\nfrom vosops.models import Network", False),
+        ("inference/some.py", "from vosops.runs.job import Job", True),
+        ("inference/some.py", "from .loop import TrackingLoop\nfrom vosops.models import Network", False),
     ],
 )
 def test_the_check_itself(file, source, found):

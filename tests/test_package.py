@@ -52,7 +52,18 @@ def test_import_brings_neither_models_nor_commands():
     assert not [m for m in modules if re.match(r"vosops\.(models|inference|cli|metrics|data)", m)]
 
 
-SUBMODULES = ["data", "inference", "integrations", "io", "memory", "metrics", "models", "nn", "training"]
+SUBMODULES = [
+    "data",
+    "inference",
+    "integrations",
+    "io",
+    "memory",
+    "metrics",
+    "models",
+    "nn",
+    "runs",
+    "training",
+]
 
 
 def test_submodules_come_with_the_package_on_first_use():

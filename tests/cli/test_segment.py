@@ -39,7 +39,7 @@ def mask(tmp_path):
 @pytest.fixture
 def vosops(monkeypatch, capsys):
     """Runs the command in this process with a small model; returns (exit code, what it printed)."""
-    monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: ColourTracker())
+    monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: ColourTracker())
     return _runner(monkeypatch, capsys)
 
 
@@ -99,7 +99,7 @@ def test_the_memory_budget_reaches_the_model_and_an_excess_is_one_line(monkeypat
         given.append(settings.memory_budget)
         return Propagate(pretrained=False, memory_budget=settings.memory_budget)
 
-    monkeypatch.setattr("vosops.inference.job.make_tracker", make_tracker)
+    monkeypatch.setattr("vosops.runs.job.make_tracker", make_tracker)
     vosops = _runner(monkeypatch, capsys)
     arguments = (clip, "--mask", mask, "--end", 3, "--size", 48)
     assert vosops(*arguments, "--out", out, "--memory-budget", "20MB")[0] == 0
@@ -289,7 +289,7 @@ def test_a_data_set(vosops, tmp_path, out):
 SLOW_RUN = """
 import sys, time
 from tests.inference.clips import ColourTracker
-import vosops.inference.job as job
+import vosops.runs.job as job
 from vosops import cli
 
 class Slow(ColourTracker):

@@ -12,8 +12,6 @@ import vosops
 from tests.inference.clips import picture, truth
 from tests.inference.test_network_tracker import Echo
 from vosops.inference import NetworkTracker
-from vosops.inference.checkpoint import differences
-from vosops.inference.job import Settings
 from vosops.inference.settings import (
     ModelSettings,
     find_device,
@@ -24,6 +22,8 @@ from vosops.inference.settings import (
 )
 from vosops.io.errors import InputError, VosopsError
 from vosops.models import FrameNetwork, ModelEntry, registry
+from vosops.runs.checkpoint import differences
+from vosops.runs.job import Settings
 
 
 class Echoing(Echo):

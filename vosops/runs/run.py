@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vosops.inference.loop import FrameLoop
+from vosops.inference.usage import peak_memory
 from vosops.io.errors import (
     IncompleteInputError,
     InputError,
@@ -25,10 +27,8 @@ from vosops.io.protection import protect_inputs
 
 from .checkpoint import CHECKPOINT_EVERY, RunState
 from .drawing_pass import COCO, CUTOUT_FOLDER, OVERLAY, DrawingPass, Outputs
-from .loop import FrameLoop
 from .progress import NoProgress, Progress, never
 from .report import REPORT, RESUME, FrameRecord, write_report
-from .usage import peak_memory
 
 _MIB = 1 << 20
 _CLOCK_SLACK = 1.0  # seconds between a mask of an old version and the line that records it, at most
