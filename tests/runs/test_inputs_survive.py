@@ -69,10 +69,10 @@ class TestInputsInTheOutput:
     def test_masks_corrected_in_place(self, clip, out, tmp_path, mode):
         write_mask(out / "00003.png", truth(BOXES[4]))
         specs = [f"0={out}/00000.png", f"3={out}/00003.png"]
-        refuse(tmp_path, "00000.png is read", lambda: Job(out, mode, SETTINGS).video(clip, specs))
+        refuse(tmp_path, "00000.png is an input", lambda: Job(out, mode, SETTINGS).video(clip, specs))
 
     def test_the_folder_of_the_masks(self, clip, out, tmp_path, mode):
-        refuse(tmp_path, "is read", lambda: Job(out, mode, SETTINGS).video(clip, [str(out)]))
+        refuse(tmp_path, "is an input", lambda: Job(out, mode, SETTINGS).video(clip, [str(out)]))
 
     @pytest.mark.parametrize("spelling", ["same", "dots", "relative", "link", "parent", "linked parent"])
     def test_frames(self, clip, mask, tmp_path, monkeypatch, mode, spelling):
@@ -87,7 +87,7 @@ class TestInputsInTheOutput:
             "parent": tmp_path,
             "linked parent": tmp_path / "up",
         }[spelling]
-        refuse(tmp_path, "is read", lambda: Job(out, mode, SETTINGS).video(clip, [str(mask)]))
+        refuse(tmp_path, "is an input", lambda: Job(out, mode, SETTINGS).video(clip, [str(mask)]))
 
     def test_frames_that_are_links(self, clip, mask, out, tmp_path, mode):
         frames = tmp_path / "linked"
@@ -96,14 +96,14 @@ class TestInputsInTheOutput:
         for path in clip.iterdir():
             path.rename(out / "raw" / path.name)
             (frames / path.name).symlink_to(out / "raw" / path.name)
-        refuse(tmp_path, "is read", lambda: Job(out, mode, SETTINGS).video(frames, [str(mask)]))
+        refuse(tmp_path, "is an input", lambda: Job(out, mode, SETTINGS).video(frames, [str(mask)]))
 
     def test_the_output_has_links_to_the_inputs(self, clip, mask, out, tmp_path, mode):
         for name in os.listdir(out / "cutout"):
             (out / "cutout" / name).unlink()
         (out / "cutout").rmdir()
         (out / "cutout").symlink_to(clip)
-        refuse(tmp_path, "is read", lambda: Job(out, mode, SETTINGS, ALL).video(clip, [str(mask)]))
+        refuse(tmp_path, "is an input", lambda: Job(out, mode, SETTINGS, ALL).video(clip, [str(mask)]))
 
     def test_hard_links(self, clip, out, tmp_path, mode):
         os.link(out / "00003.png", tmp_path / "mine.png")
@@ -116,20 +116,20 @@ class TestInputsInTheOutput:
         if subprocess.run(["mount", "--bind", clip, elsewhere], capture_output=True).returncode:
             pytest.skip("mounting is not allowed here")
         try:
-            refuse(tmp_path, "is read", lambda: Job(elsewhere, mode, SETTINGS).video(clip, [str(mask)]))
+            refuse(tmp_path, "is an input", lambda: Job(elsewhere, mode, SETTINGS).video(clip, [str(mask)]))
         finally:
             subprocess.run(["umount", elsewhere], check=True)
 
     def test_the_video(self, mask, out, tmp_path, mode):
         video = write_video(out / "v.mp4", [picture(b) for b in BOXES])
-        refuse(tmp_path, "v.mp4 is read", lambda: Job(out, mode, SETTINGS).video(video, [str(mask)]))
+        refuse(tmp_path, "v.mp4 is an input", lambda: Job(out, mode, SETTINGS).video(video, [str(mask)]))
 
     def test_weights_and_checkout(self, clip, mask, out, tmp_path, mode):
         (out / "w.pth").write_bytes(b"weights")
         (out / "checkout").mkdir()
         for more in ({"weights": out / "w.pth"}, {"options": {"checkout": out / "checkout"}}):
             settings = Settings(device="cpu", size=32, **more)
-            refuse(tmp_path, "is read", lambda s=settings: Job(out, mode, s).video(clip, [str(mask)]))
+            refuse(tmp_path, "is an input", lambda s=settings: Job(out, mode, s).video(clip, [str(mask)]))
 
 
 class TestDatasets:
@@ -146,13 +146,13 @@ class TestDatasets:
     )
     def test_the_output_coincides(self, tmp_path, mode, inside):
         root = self.davis(tmp_path / "d")
-        refuse(tmp_path, "is read", lambda: Job(root / inside, mode, SETTINGS).dataset(root))
+        refuse(tmp_path, "is an input", lambda: Job(root / inside, mode, SETTINGS).dataset(root))
 
     def test_a_sequence_of_the_output_is_a_link(self, tmp_path):
         root = self.davis(tmp_path / "d")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "cow").symlink_to(root / "Annotations" / "480p" / "cow")
-        refuse(tmp_path, "is read", lambda: Job(tmp_path / "out", "overwrite", SETTINGS).dataset(root))
+        refuse(tmp_path, "is an input", lambda: Job(tmp_path / "out", "overwrite", SETTINGS).dataset(root))
 
     def test_a_list_in_the_output(self, tmp_path):
         root = self.davis(tmp_path / "d")
@@ -160,7 +160,7 @@ class TestDatasets:
         out.mkdir()
         (out / "list.txt").write_text("cow\n")
         job = Job(out, "overwrite", SETTINGS)
-        refuse(tmp_path, "list.txt is read", lambda: job.dataset(root, [str(out / "list.txt")]))
+        refuse(tmp_path, "list.txt is an input", lambda: job.dataset(root, [str(out / "list.txt")]))
 
     def test_results_beside_the_data_are_fine(self, tmp_path):
         root = self.davis(tmp_path / "d")
