@@ -31,8 +31,8 @@ from vosops.benchmarking.conv_lstm import EAGER, EXACT
 from vosops.benchmarking.measure import Clock, interleave
 from vosops.data import DemoClip
 from vosops.data.demo_clip import COLOURS
-from vosops.runs.drawing import overlay
 from vosops.models.features import create_backbone
+from vosops.runs.drawing import overlay
 
 matplotlib.use("Agg")
 

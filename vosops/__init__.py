@@ -46,7 +46,18 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBMODULES = ("data", "inference", "integrations", "io", "memory", "metrics", "models", "nn", "runs", "training")
+_SUBMODULES = (
+    "data",
+    "inference",
+    "integrations",
+    "io",
+    "memory",
+    "metrics",
+    "models",
+    "nn",
+    "runs",
+    "training",
+)
 
 
 def __dir__() -> list[str]:

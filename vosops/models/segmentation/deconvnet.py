@@ -81,12 +81,13 @@ class DeconvNet(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
-        x = images
+        x: Tensor = images
         places = []
         for stage in range(1, len(_STAGES) + 1):
             x, place = functional.max_pool2d(self.get_submodule(f"conv{stage}")(x), 2, return_indices=True)
             places.append(place)
         x = self.deconv67(self.conv67(x))
         for stage in range(len(_STAGES), 0, -1):
-            x = self.get_submodule(f"deconv{stage}")(functional.max_unpool2d(x, places.pop(), 2))
+            unpooled = functional.max_unpool2d(x, places.pop(), [2, 2])
+            x = self.get_submodule(f"deconv{stage}")(unpooled)
         return x

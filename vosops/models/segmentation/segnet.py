@@ -73,7 +73,7 @@ class SegNet(FrameNetwork):
             pooled.append((places, size))
         for stage in range(len(_STAGES), 0, -1):
             places, size = pooled.pop()
-            x = functional.max_unpool2d(x, places, 2, output_size=size)
+            x = functional.max_unpool2d(x, places, [2, 2], output_size=size)
             for n in range(len(_STAGES[stage - 1]), 1, -1):
                 x = self._layer("De", stage, n, x)
             if stage > 1:
