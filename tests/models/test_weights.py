@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import os
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -88,6 +90,23 @@ class TestWhatIsTaken:
         found = module().double()
         load_weights(found, tmp_path / "w.pth")
         assert found[0].weight.dtype == torch.float64
+
+    @pytest.mark.parametrize("module_name", ["numpy._core.multiarray", "numpy.core.multiarray"])
+    def test_a_score_of_numpy_may_lie_beside_the_weights(self, tmp_path, weights, module_name):
+        torch.save(
+            {"state_dict": weights, "best": np.float64(0.7), "step": np.int64(3)}, tmp_path / "new.pth"
+        )
+        with (
+            zipfile.ZipFile(tmp_path / "new.pth") as new,
+            zipfile.ZipFile(tmp_path / "w.pth", "w") as named,
+        ):
+            for entry in new.infolist():
+                named.writestr(
+                    entry, new.read(entry).replace(b"numpy._core.multiarray", module_name.encode())
+                )
+        found = module()
+        load_weights(found, tmp_path / "w.pth")
+        assert_loaded(found, weights)
 
 
 class TestWhatIsRefused:

@@ -15,6 +15,7 @@ __all__ = ["load_weights", "read_weights"]
 _NESTED = ("state_dict", "model_state", "model")  # where training scripts put the weights
 _PREFIXES = ("module.", "model.")  # before every name: DataParallel's, and of networks saved with their loss
 _COUNTER = "num_batches_tracked"  # of batch norm: older checkpoints lack it, and nothing depends on it
+_NUMPY_CODES = "?bhilqBHILQefd"  # of bool, integers and floating-point numbers
 _SHOWN = 3  # names of each kind in an error
 
 
@@ -107,11 +108,27 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_checkpoint(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numbers_of_numpy()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what the file is
         raise ValueError(
             f"weights must be a checkpoint of tensors, got {path}: {_first_line(error)}"
         ) from error
+
+
+def _numbers_of_numpy() -> list[Any]:
+    """Return what makes NumPy's numbers, such as the best score that training scripts put beside the weights."""
+    try:
+        import numpy
+    except ImportError:
+        return []
+    scalar = numpy.float64(0).__reduce__()[0]
+    modules = (
+        "numpy.core.multiarray",
+        "numpy._core.multiarray",
+    )  # of NumPy before version 2, and from then on
+    dtypes = {type(numpy.dtype(code)) for code in _NUMPY_CODES}
+    return [numpy.dtype, *dtypes, *((scalar, f"{module}.scalar") for module in modules)]
 
 
 def _first_line(error: Exception) -> str:
