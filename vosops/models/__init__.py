@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from vosops.models.lstm_segnet import RFCN, LSTMSegNet
     from vosops.models.propagate import Propagate
     from vosops.models.rgmp import RGMP
+    from vosops.models.segmentation.danet import DANet
     from vosops.models.segmentation.deconvnet import DeconvNet
+    from vosops.models.segmentation.deeplabv3plus import DeepLabV3Plus
     from vosops.models.segmentation.gridnet import GridNet
+    from vosops.models.segmentation.hrnet import HRNetW18, HRNetW32, HRNetW48, HRNetW48OCR
+    from vosops.models.segmentation.icnet import ICNet
     from vosops.models.segmentation.icnn import ICNN
+    from vosops.models.segmentation.pspnet import PSPNet
     from vosops.models.segmentation.resunet import ResUNet, ResUNetPlusPlus
     from vosops.models.segmentation.segnet import SegNet
     from vosops.models.segmentation.unet import UNet, UNetPlusPlus
@@ -37,13 +42,21 @@ __all__ = [
     "RGMP",
     "STM",
     "Cutie",
+    "DANet",
     "DeconvNet",
+    "DeepLabV3Plus",
     "FrameNetwork",
     "GridNet",
+    "HRNetW18",
+    "HRNetW32",
+    "HRNetW48",
+    "HRNetW48OCR",
+    "ICNet",
     "LSTMICNet",
     "LSTMSegNet",
     "ModelEntry",
     "Network",
+    "PSPNet",
     "Propagate",
     "ResUNet",
     "ResUNetPlusPlus",
@@ -67,8 +80,16 @@ _LAZY = {
     "RGMP": "vosops.models.rgmp",
     "STM": "vosops.models.stm",
     "Cutie": "vosops.integrations.cutie",
+    "DANet": "vosops.models.segmentation.danet",
+    "DeepLabV3Plus": "vosops.models.segmentation.deeplabv3plus",
+    "HRNetW18": "vosops.models.segmentation.hrnet",
+    "HRNetW32": "vosops.models.segmentation.hrnet",
+    "HRNetW48": "vosops.models.segmentation.hrnet",
+    "HRNetW48OCR": "vosops.models.segmentation.hrnet",
+    "ICNet": "vosops.models.segmentation.icnet",
     "LSTMICNet": "vosops.models.lstm_icnet",
     "LSTMSegNet": "vosops.models.lstm_segnet",
+    "PSPNet": "vosops.models.segmentation.pspnet",
     "Propagate": "vosops.models.propagate",
     "DeconvNet": "vosops.models.segmentation.deconvnet",
     "GridNet": "vosops.models.segmentation.gridnet",

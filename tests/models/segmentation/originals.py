@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.conftest import SHARED
 from tests.scripts import load_script
-from vosops.models import create_model, find_model
+from vosops.models import create_model, find_model, load_weights
 
 Case = dict[str, Any]
 
@@ -146,3 +146,76 @@ def assert_sizes(network: nn.Module, wrong: tuple[int, int], *messages: str) -> 
         assert message in str(error.value)
     if not next(network.parameters()).is_meta:
         assert network.predict(torch.rand(3, *wrong)).shape == wrong
+
+
+def with_auxiliary_heads(network: nn.Module) -> nn.Module:
+    """The network in training mode with batch norms and dropouts in eval mode, as the originals' heads were run."""
+    for module in network.train().modules():
+        if isinstance(module, nn.BatchNorm2d | nn.modules.dropout._DropoutNd):
+            module.eval()
+    return network
+
+
+def assert_loads(network: nn.Module, path: Path, *, layout: Callable[[dict[str, Tensor]], Any]) -> None:
+    """A file of the network's tensors, laid out as the original's, loads; one with a wrong name or shape says which."""
+    names = {name: x.shape for name, x in network.state_dict().items()}
+    counter = torch.ones((), dtype=torch.int64)
+    stored = {
+        name: counter
+        if name.endswith("num_batches_tracked")
+        else torch.full((), 0.5).expand(shape)  # a small file
+        for name, shape in names.items()
+    }
+    torch.save(layout(dict(stored)), path)
+    network.to_empty(device="cpu")
+    load_weights(network, path)
+    assert all((x == (1 if x.ndim == 0 else 0.5)).all() for x in network.state_dict().values())
+    first, *_, last = names
+    torch.save(layout({**stored, last + "s": stored[last], first: torch.ones(7)}), path)
+    with pytest.raises(ValueError) as error:
+        load_weights(network, path)
+    assert f"1 unexpected ({last}s)" in str(error.value)
+    assert f"1 misshapen ({first} is (7,) and must be {tuple(names[first])})" in str(error.value)
+
+
+def assert_learns(network: nn.Module, images: Tensor, unused: tuple[str, ...] = ()) -> None:
+    """Every kernel of the network in training mode gets a gradient from its outputs, but the unused ones."""
+    outputs = network.train()(images)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    sum(x.square().mean() for x in outputs).backward()
+    for name, parameter in network.named_parameters():
+        if name.startswith(unused):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert parameter.ndim == 1 or parameter.grad.any(), name
+
+
+def draw(network: nn.Module) -> nn.Module:
+    """The network with random weights that keep a gradient's size: kernels by He et al., norms that do nothing yet."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+            elif not isinstance(module, nn.BatchNorm2d):
+                nn.init.zeros_(parameter)
+    return network
+
+
+def assert_module(module: nn.Module, given: list[Tensor], golden: Case, key: str, *names: str) -> None:
+    """A part of an original gives the same output within rounding, and in float64 the same gradients."""
+    with torch.no_grad():
+        difference = (module(*given).double() - golden[f"{key}64"]).abs().max()
+    assert difference <= CPU_FACTOR * golden["err64"]
+    module, inputs = module.double(), [x.double().requires_grad_() for x in given]
+    module(*inputs).backward(golden["grad_out"].double())
+    wanted = {name: golden[f"grad_{name}"] for name in names}
+    found = dict(zip(names, (x.grad for x in inputs), strict=True))
+    wanted |= golden["grad_params"]
+    found |= {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert set(found) == set(wanted)
+    for name, gradient in wanted.items():
+        same = found[name].to(gradient.dtype)
+        torch.testing.assert_close(same, gradient, rtol=2 * torch.finfo(same.dtype).eps, atol=1e-9, msg=name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,8 +25,8 @@ def conv_bn_relu(
     ]
 
 
-def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
+def resize(x: Tensor, size: Sequence[int], *, align_corners: bool) -> Tensor:
     """Return a map resized bilinearly; itself if it has the size."""
-    if x.shape[2:] == size:
+    if tuple(x.shape[2:]) == tuple(size):
         return x
-    return functional.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    return functional.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)

@@ -1,0 +1,141 @@
+"""DANet (Fu et al., CVPR 2019): attention over positions and over channels, on a dilated ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vosops import _checks
+from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._resnet import BLOCKS, ResNet, check_backbone
+from vosops.models.semantic_network import FrameNetwork
+from vosops.ops.memory_read import memory_read
+
+__all__ = ["ChannelAttention", "DANet", "PositionAttention"]
+
+_CHANNELS = 2048  # of the backbone's last map
+_NARROWING = 4  # from it to what attention sees
+_KEY_NARROWING = 8  # from that to queries and keys
+_DROPOUT = 0.1
+_BLOCKS_OF_THE_LAST_STAGE = 3
+_OUTPUT_STRIDE = 8
+
+
+class PositionAttention(nn.Module):
+    """Every position reads all positions: gamma * sum over q of softmax(query[p] . key[q]) value[q] + x[p].
+
+    (N,C,H,W) -> the same. The affinity is never held: :func:`vosops.memory_read` with a scale of 1.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query_conv = nn.Conv2d(channels, channels // _KEY_NARROWING, 1)
+        self.key_conv = nn.Conv2d(channels, channels // _KEY_NARROWING, 1)
+        self.value_conv = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N,C,H,W) -> (N,C,H,W)."""
+        read = memory_read(self.query_conv(x), self.key_conv(x), self.value_conv(x), scale=1.0)
+        return self.gamma * read + x
+
+
+class ChannelAttention(nn.Module):
+    """Every channel reads all channels, the least similar ones most: gamma * softmax(-x x^T) x + x.
+
+    (N,C,H,W) -> the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N,C,H,W) -> (N,C,H,W)."""
+        flat = x.flatten(2)
+        weights = torch.softmax(-torch.bmm(flat, flat.mT), dim=-1)
+        return self.gamma * torch.bmm(weights, flat).view_as(x) + x
+
+
+class _Head(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        inner = _CHANNELS // _NARROWING
+        self.conv5a = nn.Sequential(*conv_bn_relu(_CHANNELS, inner, 3))
+        self.conv5c = nn.Sequential(*conv_bn_relu(_CHANNELS, inner, 3))
+        self.sa = PositionAttention(inner)
+        self.sc = ChannelAttention()
+        self.conv51 = nn.Sequential(*conv_bn_relu(inner, inner, 3))
+        self.conv52 = nn.Sequential(*conv_bn_relu(inner, inner, 3))
+        self.conv6, self.conv7, self.conv8 = (
+            nn.Sequential(nn.Dropout2d(_DROPOUT), nn.Conv2d(inner, num_classes, 1)) for _ in range(3)
+        )
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the position attention and the channel attention lead to."""
+        return self.conv51(self.sa(self.conv5a(x))), self.conv52(self.sc(self.conv5c(x)))
+
+
+class DANet(FrameNetwork):
+    """Dual attention on a ResNet of stride 8.
+
+    Args:
+        num_classes: K.
+        in_channels: Of the images.
+        backbone: "resnet50", "resnet101" or "resnet152".
+        deep_stem: Whether three 3x3 convolutions begin the backbone, as in the code's latest version; False for the
+            7x7 of the published DANet101.pth.tar.
+        multi_grid: Dilations of the last stage's three blocks; (4, 8, 16) for the published DANet101.pth.tar, None for
+            (2, 4, 4).
+
+    `forward` gives logits (N,K,H,W) of images (N,C,H,W) of any size; in training mode those of the sum, of the position
+    attention and of the channel attention, of which the loss is the sum of three. Parameters are named as in
+    PyTorch-Encoding (``pretrained.*``, ``head.*``). Raises ValueError for an option that cannot be.
+
+    Source: Fu et al., Dual attention network for scene segmentation, CVPR 2019.
+
+    Example:
+        >>> import torch
+        >>> from vosops.models import DANet
+        >>> DANet(num_classes=5).eval()(torch.rand(1, 3, 32, 48)).shape
+        torch.Size([1, 5, 32, 48])
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    align_corners = True
+    unused_weights = ("pretrained.fc.",)  # of older versions of the code
+
+    def __init__(
+        self,
+        num_classes: int = 19,
+        *,
+        in_channels: int = 3,
+        backbone: str = "resnet50",
+        deep_stem: bool = True,
+        multi_grid: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = _checks.check_positive_int("num_classes", num_classes)
+        _checks.check_positive_int("in_channels", in_channels)
+        check_backbone(backbone, list(BLOCKS))
+        if multi_grid is not None:
+            if len(multi_grid) != _BLOCKS_OF_THE_LAST_STAGE:
+                raise ValueError(f"multi_grid must be None or three dilations, got {multi_grid}")
+            multi_grid = [_checks.check_positive_int("multi_grid", dilation) for dilation in multi_grid]
+        self.pretrained = ResNet(
+            backbone, in_channels, output_stride=_OUTPUT_STRIDE, deep=deep_stem, multi_grid=multi_grid
+        )
+        self.head = _Head(num_classes)
+
+    def forward(self, images: Tensor) -> Any:
+        """Images (N,C,H,W) -> logits (N,K,H,W), in training mode of the sum, of positions and of channels."""
+        self.sides.check(images)
+        positions, channels = self.head.features(self.pretrained.maps(images)[-1])
+        logits = [self.head.conv8(positions + channels)]
+        if self.training:
+            logits += [self.head.conv6(positions), self.head.conv7(channels)]
+        enlarged = tuple(resize(x, images.shape[2:], align_corners=True) for x in logits)
+        return enlarged if self.training else enlarged[0]

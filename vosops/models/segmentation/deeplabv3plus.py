@@ -1,0 +1,124 @@
+"""DeepLabV3+ (Chen et al., ECCV 2018): parallel dilated convolutions, and a decoder that sees a finer map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vosops import _checks
+from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._mobilenet import MobileNetV2
+from vosops.models.segmentation._resnet import ResNet, check_backbone
+from vosops.models.segmentation._xception import Xception
+from vosops.models.semantic_network import FrameNetwork, Sides
+
+__all__ = ["DeepLabV3Plus"]
+
+_BACKBONES = ("resnet50", "resnet101", "mobilenet_v2", "xception")
+_RATES = {8: (12, 24, 36), 16: (6, 12, 18)}  # for each output stride
+_CHANNELS, _LOW_CHANNELS = 256, 48  # of what the decoder sees of the coarse and of the fine map
+_DROPOUT = 0.1
+
+
+class _ResNetMaps(ResNet):
+    """Of the maps of a ResNet the first and the last."""
+
+    low_channels, channels, least = 256, 2048, 1
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        low, *_, high = self.maps(images)
+        return low, high
+
+
+class _ASPP(nn.Module):
+    """A 1x1, three dilated 3x3 and the mean of the map, concatenated and reduced."""
+
+    def __init__(self, channels: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [
+                nn.Sequential(*conv_bn_relu(channels, _CHANNELS, 1)),
+                *(nn.Sequential(*conv_bn_relu(channels, _CHANNELS, 3, dilation=rate)) for rate in rates),
+                nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(channels, _CHANNELS, 1)),
+            ]
+        )
+        branches = len(self.convs)
+        self.project = nn.Sequential(*conv_bn_relu(branches * _CHANNELS, _CHANNELS, 1), nn.Dropout(_DROPOUT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [resize(branch(x), x.shape[2:], align_corners=False) for branch in self.convs]
+        y: Tensor = self.project(torch.cat(found, 1))
+        return y
+
+
+class _Head(nn.Module):
+    def __init__(self, low_channels: int, channels: int, rates: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.project = nn.Sequential(*conv_bn_relu(low_channels, _LOW_CHANNELS, 1))
+        self.aspp = _ASPP(channels, rates)
+        self.classifier = nn.Sequential(
+            *conv_bn_relu(_LOW_CHANNELS + _CHANNELS, _CHANNELS, 3), nn.Conv2d(_CHANNELS, num_classes, 1)
+        )
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        low = self.project(low)
+        high = resize(self.aspp(high), low.shape[2:], align_corners=False)
+        logits: Tensor = self.classifier(torch.cat([low, high], 1))
+        return logits
+
+
+class DeepLabV3Plus(FrameNetwork):
+    """Atrous spatial pyramid pooling and a decoder, as in VainF's widespread PyTorch code.
+
+    Args:
+        num_classes: K.
+        in_channels: Of the images.
+        backbone: "resnet50", "resnet101", "mobilenet_v2" or "xception".
+        output_stride: Of the backbone's last map: 16, or 8 for a finer one that costs more.
+
+    `forward` gives logits (N,K,H,W) of images (N,C,H,W). They may have any size, with "xception" sides of at least 71,
+    or 103 where output_stride is 8, and of at least 3 with "mobilenet_v2". Parameters are named as in
+    DeepLabV3Plus-Pytorch (``backbone``, ``classifier``). Raises ValueError for an option or a size that cannot be.
+
+    Source: Chen et al., Encoder-decoder with atrous separable convolution for semantic image segmentation, ECCV 2018.
+
+    Example:
+        >>> import torch
+        >>> from vosops.models import DeepLabV3Plus
+        >>> DeepLabV3Plus(num_classes=5, backbone="mobilenet_v2").eval()(torch.rand(1, 3, 32, 48)).shape
+        torch.Size([1, 5, 32, 48])
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        *,
+        in_channels: int = 3,
+        backbone: str = "resnet50",
+        output_stride: int = 16,
+    ) -> None:
+        super().__init__()
+        self.num_classes = _checks.check_positive_int("num_classes", num_classes)
+        _checks.check_positive_int("in_channels", in_channels)
+        check_backbone(backbone, _BACKBONES)
+        if output_stride not in _RATES:
+            raise ValueError(f"output_stride must be 8 or 16, got {output_stride}")
+        self.backbone: _ResNetMaps | MobileNetV2 | Xception
+        if backbone == "mobilenet_v2":
+            self.backbone = MobileNetV2(in_channels, output_stride)
+        elif backbone == "xception":
+            self.backbone = Xception(in_channels, output_stride)
+        else:
+            self.backbone = _ResNetMaps(backbone, in_channels, output_stride=output_stride, deep=False)
+        self.sides = Sides(least=self.backbone.least)
+        self.classifier = _Head(
+            self.backbone.low_channels, self.backbone.channels, _RATES[output_stride], num_classes
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N,C,H,W) -> logits (N,K,H,W)."""
+        self.sides.check(images)
+        logits = self.classifier(*self.backbone(images))
+        return resize(logits, images.shape[2:], align_corners=False)

@@ -1,0 +1,304 @@
+"""HRNet (Wang et al., PAMI 2020) and object-contextual representations on it (OCR, Yuan et al., ECCV 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vosops import _checks
+from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._resnet import EXPANSION, bottlenecks
+from vosops.models.semantic_network import FrameNetwork
+
+__all__ = ["HRNetW18", "HRNetW32", "HRNetW48", "HRNetW48OCR", "ObjectAttention", "SpatialGather"]
+
+_STEM = 64  # channels of the first two convolutions, and of the middle of the bottlenecks
+_FIRST_BLOCKS = (1, 1, 1, 1)  # dilations of the bottlenecks
+_BRANCHES = 4
+_BLOCKS = 4  # of each branch of a module
+_MODULES = {2: 1, 3: 4, 4: 3}  # of the stages; as many branches as the stage's number
+_KERNEL_STD = 0.001  # of random weights
+_OCR_CHANNELS, _KEY_CHANNELS = 512, 256
+_OCR_DROPOUT = 0.05
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3, and the input added."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += x
+        return functional.relu(y, inplace=True)
+
+
+class _Module(nn.Module):
+    """Blocks in each branch, then to each branch the sum of all, brought to its size."""
+
+    def __init__(self, widths: Sequence[int], align_corners: bool) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(_BasicBlock(width) for _ in range(_BLOCKS))) for width in widths
+        )
+        self.fuse_layers = nn.ModuleList(
+            nn.ModuleList(_fuse_layer(widths, j, i) for j in range(len(widths))) for i in range(len(widths))
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
+        found = []
+        for own, layers in zip(maps, self.fuse_layers, strict=True):
+            brought = (
+                resize(layer(x), own.shape[2:], align_corners=self.align_corners)
+                for layer, x in zip(layers.children(), maps, strict=True)
+            )
+            total = next(brought)
+            for x in brought:
+                total = total + x
+            found.append(functional.relu(total))
+        return found
+
+
+def _fuse_layer(widths: Sequence[int], source: int, target: int) -> nn.Module:
+    """Bring one branch's map to another's channels, and down to its size."""
+    if source == target:
+        return nn.Identity()
+    if source > target:
+        return nn.Sequential(*conv_bn_relu(widths[source], widths[target], 1)[:-1])
+    steps = target - source
+    outputs = [widths[source]] * (steps - 1) + [widths[target]]
+    return nn.Sequential(
+        *(
+            nn.Sequential(*conv_bn_relu(widths[source], n, 3, stride=2)[: 3 if step < steps else 2])
+            for step, n in enumerate(outputs, start=1)
+        )
+    )
+
+
+class _HRNet(FrameNetwork):
+    """Four branches at 1/4, 1/8, 1/16 and 1/32 of the image that exchange what they find, seven times."""
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    unused_weights = ("loss.",)  # of checkpoints that were saved with it
+
+    def __init__(self, width: int, num_classes: int, in_channels: int, align_corners: bool) -> None:
+        super().__init__()
+        self.num_classes = _checks.check_positive_int("num_classes", num_classes)
+        _checks.check_positive_int("in_channels", in_channels)
+        self.align_corners = align_corners
+        self.conv1 = nn.Conv2d(in_channels, _STEM, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(_STEM)
+        self.conv2 = nn.Conv2d(_STEM, _STEM, 3, 2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(_STEM)
+        self.layer1 = bottlenecks(_STEM, _STEM, _FIRST_BLOCKS)
+        widths = [width << n for n in range(_BRANCHES)]
+        self.channels = sum(widths)
+        before = [_STEM * EXPANSION]
+        for stage, modules in _MODULES.items():
+            self.add_module(f"transition{stage - 1}", _transition(before, widths[:stage]))
+            before = widths[:stage]
+            made = (_Module(before, align_corners) for _ in range(modules))
+            self.add_module(f"stage{stage}", nn.Sequential(*made))
+
+    def draw(self) -> None:
+        """Give every convolution the random kernels that the original begins with."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=_KERNEL_STD)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Images (N,C,H,W) -> the maps of the four branches, the finest first."""
+        self.sides.check(images)
+        x = functional.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = functional.relu(self.bn2(self.conv2(x)), inplace=True)
+        maps = [self.layer1(x)]
+        for stage in _MODULES:
+            layers = self.get_submodule(f"transition{stage - 1}").children()
+            new = [layer(maps[min(n, len(maps) - 1)]) for n, layer in enumerate(layers)]
+            maps = self.get_submodule(f"stage{stage}")(new)
+        return maps
+
+    def joined(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return the maps of the branches, enlarged to the finest, in one."""
+        size = maps[0].shape[2:]
+        return torch.cat([resize(x, size, align_corners=self.align_corners) for x in maps], 1)
+
+
+def _transition(before: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
+    """Bring the branches to the next stage's widths, and begin a new one from the last."""
+    layers: list[nn.Module] = []
+    for n, width in enumerate(widths):
+        if n >= len(before):
+            layers.append(nn.Sequential(nn.Sequential(*conv_bn_relu(before[-1], width, 3, stride=2))))
+        elif before[n] != width:
+            layers.append(nn.Sequential(*conv_bn_relu(before[n], width, 3)))
+        else:
+            layers.append(nn.Identity())
+    return nn.ModuleList(layers)
+
+
+def _pixel_head(channels: int, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(*conv_bn_relu(channels, channels, 1, bias=True), nn.Conv2d(channels, num_classes, 1))
+
+
+class _PlainHRNet(_HRNet):
+    def __init__(self, width: int, num_classes: int, in_channels: int, align_corners: bool) -> None:
+        super().__init__(width, num_classes, in_channels, align_corners)
+        self.last_layer = _pixel_head(self.channels, num_classes)
+        self.draw()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N,C,H,W) -> logits (N,K,h,w) at a quarter of the size, rounded up."""
+        logits: Tensor = self.last_layer(self.joined(self.maps(images)))
+        return logits
+
+
+class HRNetW48(_PlainHRNet):
+    """HRNetV2 with 48 channels in its finest branch.
+
+    Args:
+        num_classes: K.
+        in_channels: Of the images.
+        align_corners: How maps are enlarged, and logits by whoever enlarges them. True for the checkpoints of the
+            branch HRNet-OCR for COCO-Stuff and ADE20K; False for those of pytorch-v1.1 and of Cityscapes, LIP and
+            PASCAL-Context.
+
+    `forward` gives logits (N,K,h,w) of images (N,C,H,W) of any size, at a quarter of it, rounded up. Parameters are
+    named as in HRNet-Semantic-Segmentation. Raises ValueError for an option that cannot be.
+
+    Source: Wang et al., Deep high-resolution representation learning for visual recognition, PAMI 2020.
+
+    Example:
+        >>> import torch
+        >>> from vosops.models import HRNetW48
+        >>> HRNetW48(num_classes=5).eval()(torch.rand(1, 3, 32, 48)).shape
+        torch.Size([1, 5, 8, 12])
+    """
+
+    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
+        super().__init__(48, num_classes, in_channels, align_corners)
+
+
+class HRNetW32(_PlainHRNet):
+    """HRNetV2 with 32 channels in its finest branch; otherwise :class:`HRNetW48`."""
+
+    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
+        super().__init__(32, num_classes, in_channels, align_corners)
+
+
+class HRNetW18(_PlainHRNet):
+    """HRNetV2 with 18 channels in its finest branch; otherwise :class:`HRNetW48`."""
+
+    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
+        super().__init__(18, num_classes, in_channels, align_corners)
+
+
+class SpatialGather(nn.Module):
+    """What each class looks like: the sum over pixels of softmax(logits[k]) features.
+
+    Features (N,C,H,W) and logits (N,K,H,W) -> (N,C,K,1).
+    """
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Features (N,C,H,W), logits (N,K,H,W) -> (N,C,K,1)."""
+        weights = torch.softmax(logits.flatten(2), dim=-1)
+        return torch.bmm(features.flatten(2), weights.mT)[..., None]
+
+
+class ObjectAttention(nn.Module):
+    """Every pixel reads what the classes look like, by its similarity to each.
+
+    Pixels (N,C,H,W) and objects (N,C,K,1) -> (N,C,H,W).
+    """
+
+    def __init__(self, channels: int, key_channels: int) -> None:
+        super().__init__()
+        self.key_channels = key_channels
+        self.f_pixel = _layers(channels, key_channels, key_channels)
+        self.f_object = _layers(channels, key_channels, key_channels)
+        self.f_down = _layers(channels, key_channels)
+        self.f_up = _layers(key_channels, channels)
+
+    def forward(self, x: Tensor, objects: Tensor) -> Tensor:
+        """Pixels (N,C,H,W), objects (N,C,K,1) -> (N,C,H,W)."""
+        query = self.f_pixel(x).flatten(2)
+        key, value = self.f_object(objects).flatten(2), self.f_down(objects).flatten(2)
+        similarity = torch.bmm(query.mT, key) * self.key_channels**-0.5
+        read = torch.bmm(value, torch.softmax(similarity, dim=-1).mT)
+        y: Tensor = self.f_up(read.unflatten(2, x.shape[2:]))
+        return y
+
+
+def _layers(*channels: int) -> nn.Sequential:
+    """1x1 convolutions through the given channels, each followed by a module of batch norm and ReLU."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(channels):
+        convolution, *norm_relu = conv_bn_relu(inputs, outputs, 1)
+        layers += [convolution, nn.Sequential(*norm_relu)]
+    return nn.Sequential(*layers)
+
+
+class _OCRHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.object_context_block = ObjectAttention(_OCR_CHANNELS, _KEY_CHANNELS)
+        self.conv_bn_dropout = nn.Sequential(
+            *_layers(2 * _OCR_CHANNELS, _OCR_CHANNELS), nn.Dropout2d(_OCR_DROPOUT)
+        )
+
+    def forward(self, features: Tensor, objects: Tensor) -> Tensor:
+        context = self.object_context_block(features, objects)
+        y: Tensor = self.conv_bn_dropout(torch.cat([context, features], 1))
+        return y
+
+
+class HRNetW48OCR(_HRNet):
+    """HRNetV2-W48 whose pixels read a representation of each class that is made of a first guess.
+
+    Args:
+        num_classes: K.
+        in_channels: Of the images.
+        align_corners: How maps are enlarged, and logits by whoever enlarges them; True for all published checkpoints.
+
+    `forward` gives logits (N,K,h,w) of images (N,C,H,W) of any size, at a quarter of it, rounded up; in training mode
+    those of the first guess, of which the loss takes 0.4 times, and the logits. Parameters are named as in
+    HRNet-Semantic-Segmentation. Raises ValueError for an option that cannot be.
+
+    Source: Yuan et al., Object-contextual representations for semantic segmentation, ECCV 2020.
+
+    Example:
+        >>> import torch
+        >>> from vosops.models import HRNetW48OCR
+        >>> HRNetW48OCR(num_classes=5).eval()(torch.rand(1, 3, 32, 48)).shape
+        torch.Size([1, 5, 8, 12])
+    """
+
+    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
+        super().__init__(48, num_classes, in_channels, align_corners)
+        self.conv3x3_ocr = nn.Sequential(*conv_bn_relu(self.channels, _OCR_CHANNELS, 3, bias=True))
+        self.ocr_gather_head = SpatialGather()
+        self.ocr_distri_head = _OCRHead()
+        self.cls_head = nn.Conv2d(_OCR_CHANNELS, num_classes, 1)
+        self.aux_head = _pixel_head(self.channels, num_classes)
+        self.draw()
+
+    def forward(self, images: Tensor) -> Any:
+        """Images (N,C,H,W) -> logits (N,K,h,w) at a quarter of the size; in training mode (first guess, logits)."""
+        joined = self.joined(self.maps(images))
+        guess = self.aux_head(joined)
+        features = self.conv3x3_ocr(joined)
+        logits = self.cls_head(self.ocr_distri_head(features, self.ocr_gather_head(features, guess)))
+        return (guess, logits) if self.training else logits

@@ -1,0 +1,132 @@
+"""ICNet (Zhao et al., ECCV 2018): a deep branch on a quarter of the image, shallow ones on the half and the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vosops import _checks
+from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._resnet import ResNet
+from vosops.models.semantic_network import FrameNetwork, Sides
+
+__all__ = ["ICNet"]
+
+_IMAGENET_CLASSES = 1000
+_CHANNELS = 128  # of fused maps
+_MEDIUM_CHANNELS, _LOW_CHANNELS = 512, 2048  # of the backbone's second and last map
+_FULL = (32, 32, 64)  # channels of the convolutions that see the whole image
+_BINS = (1, 2, 3, 6)
+_OUTPUT_STRIDE = 8
+_MEDIUM_STAGES, _LOW_STAGES = 2, 4  # of the backbone, for the half and for the quarter of the image
+_QUARTER = 4  # the logits at this part of the sides are enlarged by as much
+
+
+class _ConvNorm(nn.Module):
+    """A 3x3 convolution of stride 2, batch norm and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = conv_bn_relu(inputs, outputs, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu(self.bn(self.conv(x)))
+        return y
+
+
+class _CascadeFusion(nn.Module):
+    """A coarse map, enlarged, and a fine one -> their sum, and logits of the coarse one at the fine one's size."""
+
+    def __init__(self, low: int, high: int, num_classes: int) -> None:
+        super().__init__()
+        dilated = nn.Conv2d(low, _CHANNELS, 3, padding=2, dilation=2, bias=False)
+        self.conv_low = nn.Sequential(dilated, nn.BatchNorm2d(_CHANNELS))
+        self.conv_high = nn.Sequential(nn.Conv2d(high, _CHANNELS, 1, bias=False), nn.BatchNorm2d(_CHANNELS))
+        self.conv_low_cls = nn.Conv2d(_CHANNELS, num_classes, 1, bias=False)
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        low = self.conv_low(resize(low, high.shape[2:], align_corners=True))
+        logits = self.conv_low_cls(low) if self.training else None
+        return functional.relu(low + self.conv_high(high)), logits
+
+
+class _Head(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.cff_12 = _CascadeFusion(_CHANNELS, _FULL[-1], num_classes)
+        self.cff_24 = _CascadeFusion(_LOW_CHANNELS, _MEDIUM_CHANNELS, num_classes)
+        self.conv_cls = nn.Conv2d(_CHANNELS, num_classes, 1, bias=False)
+
+
+class ICNet(FrameNetwork):
+    """The image cascade network with one unpruned ResNet-50 for two of its three branches.
+
+    Args:
+        num_classes: K.
+        in_channels: Of the images.
+
+    `forward` gives logits (N,K,h,w) of images (N,C,H,W) with sides of 4 pixels or more; h is the height rounded up to
+    a multiple of 8, so for other sizes the logits are larger than the image. In training mode it gives four: these,
+    the same at a quarter of the size, and of the coarser branches at an eighth and a sixteenth. The loss weighs the
+    last three by 1, 0.4 and 0.4. Parameters are named as in ICNet-pytorch (``pretrained``, ``conv_sub1``, ``head``),
+    with the ``pretrained.fc`` that nothing uses. What the original computes of the half-size image and throws away, the
+    backbone's last two stages, is left out: in training their batch norms see the quarter-size image alone. Raises
+    ValueError for an option or a size that cannot be.
+
+    Source: Zhao et al., ICNet for real-time semantic segmentation on high-resolution images, ECCV 2018.
+
+    Example:
+        >>> import torch
+        >>> from vosops.models import ICNet
+        >>> ICNet(num_classes=5).eval()(torch.rand(1, 3, 64, 96)).shape
+        torch.Size([1, 5, 64, 96])
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    align_corners = True
+    sides = Sides(least=_QUARTER)
+
+    def __init__(self, num_classes: int = 19, *, in_channels: int = 3) -> None:
+        super().__init__()
+        self.num_classes = _checks.check_positive_int("num_classes", num_classes)
+        _checks.check_positive_int("in_channels", in_channels)
+        self.pretrained = ResNet("resnet50", in_channels, output_stride=_OUTPUT_STRIDE, deep=True)
+        self.pretrained.fc = nn.Linear(_LOW_CHANNELS, _IMAGENET_CLASSES)
+        self.conv_sub1 = nn.Sequential(
+            *(
+                _ConvNorm(inputs, outputs)
+                for inputs, outputs in zip((in_channels, *_FULL), _FULL, strict=False)
+            )
+        )
+        self.head = _Head(num_classes)
+
+    def forward(self, images: Tensor) -> Any:
+        """Images (N,C,H,W) -> logits (N,K,h,w); in training mode at full size, 1/4, 1/8 and 1/16."""
+        self.sides.check(images)
+        high = self.conv_sub1(images)
+        medium = self.pretrained.maps(_scaled(images, 2), _MEDIUM_STAGES)[-1]
+        low = _with_pyramid(self.pretrained.maps(_scaled(images, _QUARTER), _LOW_STAGES)[-1])
+        medium, logits_16 = self.head.cff_24(low, medium)
+        high, logits_8 = self.head.cff_12(medium, high)
+        logits_4 = self.head.conv_cls(_enlarged(high, 2))
+        logits = _enlarged(logits_4, _QUARTER)
+        return (logits, logits_4, logits_8, logits_16) if self.training else logits
+
+
+def _scaled(images: Tensor, divisor: int) -> Tensor:
+    """Return the images with sides divided, rounded down."""
+    return resize(images, [side // divisor for side in images.shape[2:]], align_corners=True)
+
+
+def _enlarged(x: Tensor, factor: int) -> Tensor:
+    return resize(x, [factor * side for side in x.shape[2:]], align_corners=True)
+
+
+def _with_pyramid(x: Tensor) -> Tensor:
+    """Return x, with its means over n x n parts for each n of the bins, enlarged and added."""
+    total = x
+    for n in _BINS:
+        total = total + resize(functional.adaptive_avg_pool2d(x, n), x.shape[2:], align_corners=True)
+    return total
