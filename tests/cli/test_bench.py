@@ -88,9 +88,9 @@ def test_a_contender_that_computes_something_else_stops_the_run(run, monkeypatch
         (("local_matching", "--device", "tpu"), "--device: expected cpu or cuda"),
         (("local_matching", "--json", "absent/r.json"), "--json absent/r.json: folder"),
         (("local_matching", "--plot", "p.xyz"), "--plot: p.xyz: expected a name that ends with"),
-        (("local_matching", "--network", "stm"), "--network cannot be used with local_matching"),
-        (("systems", "--quick"), "--quick cannot be used with systems"),
-        (("systems", "--device", "cuda"), "--device cannot be used with systems"),
+        (("local_matching", "--network", "stm"), "--network cannot be combined with local_matching"),
+        (("systems", "--quick"), "--quick cannot be combined with systems"),
+        (("systems", "--device", "cuda"), "--device cannot be combined with systems"),
         (
             ("systems", "--network", "alexnet"),
             "--network: expected one of stm, rgmp, feelvos, lstm_icnet; got 'alexnet'",
