@@ -48,7 +48,9 @@ _ASPECT, _MULTIPLE = 16 / 9, 16  # of the sizes that are tried for the largest t
 _PROBES = (240, 480)  # heights that are measured first
 _STRIDE = 1.6  # times the largest height that is known to fit: as far as a line is trusted
 _NEAR = 0.95  # of the goal: near enough
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc")  # what allocators say
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "bad_alloc", "failed to map segment")
+"""What allocators say, and the loader of libraries that are imported late."""
+
 _FIRST_FILLER = 10**6  # number of the first frame of a memory that is filled without being computed
 
 
@@ -226,7 +228,7 @@ def _measure(case: Case, naive: bool, threads: int, limit: int | None) -> dict[s
             tracker.step(_frame(case, number), output=output)
         last = _frame(case, case.frames)
         seconds = Clock(threads=threads).seconds(lambda: tracker.step(last, output=output))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         if limit is None or not (isinstance(error, MemoryError) or any(x in str(error) for x in _NO_MEMORY)):
             raise
         return {"failure": f"more than {limit / 1e9:g} GB"}

@@ -117,7 +117,7 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _numbers_of_numpy() -> list[Any]:
-    """Return the constructors of NumPy's numbers, such as the best score that training scripts put beside the weights."""
+    """Return the constructors of NumPy's numbers, such as the best score that training scripts store with the weights."""
     try:
         import numpy
     except ImportError:
