@@ -117,7 +117,7 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _numbers_of_numpy() -> list[Any]:
-    """Return the constructors of NumPy's numbers, such as the best score that training scripts store with the weights."""
+    """Return the constructors of numbers of NumPy, such as the best score that training scripts store."""
     try:
         import numpy
     except ImportError:
