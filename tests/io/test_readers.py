@@ -12,7 +12,8 @@ from tests.inference.clips import cut, moving, picture, rotate_file, write_folde
 from vosops.io.datasets import open_source
 from vosops.io.errors import InputError
 from vosops.io.frames import ArraySource, ImageFolder, read_ahead, with_last
-from vosops.io.video import VideoFile, is_cut_off
+from vosops.io.containers import is_cut_off
+from vosops.io.video import VideoFile
 from vosops.io.video_writer import VideoWriter
 
 FRAMES = [picture(boxes) for boxes in moving(30)]
@@ -89,6 +90,26 @@ class TestVideoFile:
         frames = list(VideoFile(path).forward(range(100)))
         assert [f.index for f in frames] == list(range(6))
         assert [f.time for f in frames] == [Fraction(p, 1000) for p in pts]
+
+    @pytest.mark.parametrize(("suffix", "codec"), [("flv", "flv1"), ("wmv", "wmv2"), ("asf", "wmv2")])
+    def test_a_file_that_ends_between_two_packets(self, tmp_path, suffix, codec):
+        path = write_video(tmp_path / f"clip.{suffix}", noise(30), codec=codec, lossless=False, rate=25)
+        assert not is_cut_off(path)
+        content = path.read_bytes()
+        assert len(list(VideoFile(path).forward(range(1000)))) == 30
+        for length in range(len(content) - 1, len(content) // 2, -997):
+            path.write_bytes(content[:length])
+            assert is_cut_off(path), length
+        source = VideoFile(path)
+        assert 5 < len(list(source.forward(range(1000)))) < 30
+        assert "truncated" in source.problem
+
+    @pytest.mark.parametrize("length", [3, 12, 13, 60, 4000])
+    @pytest.mark.parametrize("start", [b"FLV", b"FLV\x00\x08filesize\x00\x7f\xf0" + bytes(6)])
+    def test_no_length_is_no_problem(self, tmp_path, start, length):
+        path = tmp_path / "clip.flv"
+        path.write_bytes((start + bytes(4000))[:length])
+        assert not is_cut_off(path)
 
     @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
     def test_a_truncated_file_gives_what_can_be_decoded_and_says_so(self, tmp_path, suffix):

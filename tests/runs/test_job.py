@@ -210,6 +210,26 @@ class TestResume:
             assert difference in text
         assert "--dtype" not in text and "\n" not in text
 
+    def test_a_frame_that_was_replaced_by_one_of_the_same_size_is_noticed(self, clip, mask, tmp_path):
+        out = tmp_path / "out"
+        with pytest.raises(InterruptedRunError):
+            Job(out, settings=SETTINGS, should_stop=stop_after(3)).video(clip, [str(mask)])
+        frame = sorted(clip.iterdir())[5]
+        content = frame.read_bytes()
+        frame.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ResumeError, match="the input content changed"):
+            Job(out, "resume", SETTINGS).video(clip, [str(mask)])
+
+    def test_a_run_of_an_older_version_that_looked_at_names_and_sizes_only(self, clip, mask, tmp_path):
+        out = tmp_path / "out"
+        with pytest.raises(InterruptedRunError):
+            Job(out, settings=SETTINGS, should_stop=stop_after(3)).video(clip, [str(mask)])
+        (arguments,) = out.rglob("arguments.json")
+        content = json.loads(arguments.read_text())
+        content["input content"] = content["input content"].partition("+")[0]
+        arguments.write_text(json.dumps(content))
+        assert Job(out, "resume", SETTINGS).video(clip, [str(mask)]).frames == COUNT
+
     def test_missing_masks_are_noticed(self, clip, mask, tmp_path):
         out = tmp_path / "out"
         with pytest.raises(InterruptedRunError):

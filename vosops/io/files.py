@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from .errors import InputError
 from .outputs import sha256
 
-__all__ = ["quick_hash", "sha256"]
+__all__ = ["quick_hash", "sample", "sha256"]
 
 _HASH_CHUNK = 1 << 20
+_SAMPLE = 4096
 
 
 def quick_hash(path: Path) -> str:
@@ -21,3 +23,22 @@ def quick_hash(path: Path) -> str:
         file.seek(max(0, size - _HASH_CHUNK))
         digest.update(file.read(_HASH_CHUNK))
     return digest.hexdigest()
+
+
+def sample(path: Path, size: int) -> bytes:
+    """Return 4 KiB from the start, the middle and the end of a file of ``size`` bytes.
+
+    A compressed picture that changed differs in most of its bytes behind the change, so that its end tells.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            parts = []
+            for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+                file.seek(max(0, start))
+                parts.append(file.read(_SAMPLE))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): replace or remove it") from error
+    return b"".join(parts)

@@ -16,6 +16,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError, VosopsError
+from .files import sample
 from .listing import IMAGE_SUFFIXES, pictures, shown
 from .notes import warn
 from .order import doubt_about_order
@@ -108,6 +109,7 @@ class ImageFolder(FrameSource):
         if not self.paths:
             kinds = " ".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
             raise InputError(f"{folder} holds no image ({kinds}): give a video file or a folder of frames")
+        self._wanted = wanted
         self._numbers = {stem: index for index, stem in enumerate(found)}
         self._bytes = [_size_of(path, index in wanted) for index, path in enumerate(self.paths)]
         doubt = doubt_about_order(list(found))
@@ -145,11 +147,16 @@ class ImageFolder(FrameSource):
         return self._numbers.get(key, self._numbers.get(stem))
 
     def fingerprint(self) -> str:
-        """Return a hash of the names and sizes of all frame files."""
-        digest = hashlib.sha256()
-        for path, size in zip(self.paths, self._bytes, strict=True):
-            digest.update(os.fsencode(f"{path.name} {size}\n"))
-        return digest.hexdigest()
+        """Return a hash of the names and sizes of all frame files, and one of parts of those that may be asked for.
+
+        Older versions made the first one only (:func:`vosops.runs.checkpoint.differences` knows that).
+        """
+        listing, samples = hashlib.sha256(), hashlib.sha256()
+        for index, (path, size) in enumerate(zip(self.paths, self._bytes, strict=True)):
+            listing.update(os.fsencode(f"{path.name} {size}\n"))
+            if index in self._wanted:
+                samples.update(sample(path, size))
+        return f"{listing.hexdigest()}+{samples.hexdigest()}"
 
     def _read(self, index: int) -> Image:
         return read_frame(self.paths[index])

@@ -7,10 +7,10 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .containers import is_cut_off
 from .errors import InputError, require
 from .files import quick_hash
 from .frames import DEFAULT_FPS, FrameSource, RawFrame, frame_number, in_chunks
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from .frames import Image
 
 _LOCAL_FILES = {"protocol_whitelist": "file"}  # a playlist must not make FFmpeg open other things
-_RIFF_HEADER = 8
-_EBML_MAGIC = b"\x1a\x45\xdf\xa3"
-_EBML_SEGMENT = b"\x18\x53\x80\x67"
-_ISO_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot"})
 
 
 class VideoFile(FrameSource):
@@ -220,66 +216,3 @@ def _upright(frame: VideoFrame) -> Image:
         rows_reversed, columns_reversed = d < 0, a < 0
     image = image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
     return np.ascontiguousarray(image)
-
-
-def is_cut_off(path: Path) -> bool:
-    """Say whether a container (MP4/MOV, Matroska/WebM, AVI) states more bytes than the file has."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] == b"RIFF":
-            return int.from_bytes(head[4:8], "little") + _RIFF_HEADER > size
-        file.seek(0)
-        if head[:4] == _EBML_MAGIC:
-            return _ebml_cut_off(file, size)
-        if head[4:8] in _ISO_BOXES:
-            return _iso_cut_off(file, size)
-    return False
-
-
-def _iso_cut_off(file: Any, size: int) -> bool:
-    position = 0
-    while position < size:
-        file.seek(position)
-        header = file.read(16)
-        if len(header) < 8:
-            return True
-        length = int.from_bytes(header[:4], "big")
-        if length == 0:  # the last box, up to the end of the file
-            return False
-        if length == 1:
-            length = int.from_bytes(header[8:16], "big")
-        if length < 8:
-            return False  # not a box: padding after the last one
-        position += length
-    return position > size
-
-
-def _ebml_cut_off(file: Any, size: int) -> bool:
-    header = _ebml_element(file)
-    if header is None or header[1] is None:
-        return False
-    file.seek(header[1], 1)
-    segment = _ebml_element(file)
-    if segment is None or segment[0] != _EBML_SEGMENT or segment[1] is None:
-        return False
-    return bool(file.tell() + segment[1] > size)
-
-
-def _ebml_element(file: Any) -> tuple[bytes, int | None] | None:
-    """Return (id, length or None when unknown) of the element at the file's position, and step past both."""
-    identifier = _ebml_number(file)
-    length = _ebml_number(file)
-    if identifier is None or length is None:
-        return None
-    bits = 7 * len(length)
-    value = int.from_bytes(length, "big") & ((1 << bits) - 1)
-    return identifier, None if value == (1 << bits) - 1 else value
-
-
-def _ebml_number(file: Any) -> bytes | None:
-    first = file.read(1)
-    if not first or not first[0]:
-        return None
-    rest = file.read(8 - first[0].bit_length())
-    return bytes(chain(first, rest))
