@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.inference.clips import cut, moving, picture, rotate_file, write_folder, write_video
+from vosops.io.containers import is_cut_off
 from vosops.io.datasets import open_source
 from vosops.io.errors import InputError
 from vosops.io.frames import ArraySource, ImageFolder, read_ahead, with_last
-from vosops.io.containers import is_cut_off
 from vosops.io.video import VideoFile
 from vosops.io.video_writer import VideoWriter
 
