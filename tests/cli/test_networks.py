@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.cli.commands import error_line, run_command, stop_after
-from tests.inference.clips import cut, moving, picture, read_png, truth, write_folder, write_mask, write_video
+from tests.clips import cut, moving, picture, read_png, truth, write_folder, write_mask, write_video
 from vosops.models import create_model
 
 BOXES = moving(4, ids=(1, 2))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.cli.commands import error_line, run_command
-from tests.inference.clips import (
+from tests.clips import (
     ColourTracker,
     cut,
     moving,
@@ -288,7 +288,7 @@ def test_a_data_set(vosops, tmp_path, out):
 
 SLOW_RUN = """
 import sys, time
-from tests.inference.clips import ColourTracker
+from tests.clips import ColourTracker
 import vosops.runs.job as job
 from vosops import cli
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.cli.commands import error_line, run_command, stop_after
-from tests.inference.clips import moving, picture, read_png, read_video, write_folder
+from tests.clips import moving, picture, read_png, read_video, write_folder
 from vosops import cli
 from vosops.inference import SemanticTracker
 from vosops.io.cityscapes import CITYSCAPES

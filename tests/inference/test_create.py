@@ -8,7 +8,7 @@ from torch import nn
 
 import vosops.inference
 import vosops.models
-from tests.inference.clips import ColourTracker
+from tests.clips import ColourTracker
 from tests.inference.test_network_tracker import Echo
 from vosops.inference import NetworkTracker, TrackingLoop, create_tracker
 from vosops.models import ModelEntry, Propagate, registry

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.inference.clips import ColourTracker, cut, moving, picture, truth, write_video
+from tests.clips import ColourTracker, cut, moving, picture, truth, write_video
 from vosops.inference import segment
 from vosops.inference.loop import TrackingLoop, frame_range
 from vosops.io.errors import IncompleteInputError, InputError

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vosops
-from tests.inference.clips import ColourTracker, picture, truth
+from tests.clips import ColourTracker, picture, truth
 from tests.models.tracker_contract import check_tracker
 from vosops import backends
 from vosops.inference import NetworkTracker, TrackingLoop, network_tracker

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vosops
-from tests.inference.clips import picture, truth
+from tests.clips import picture, truth
 from tests.inference.test_network_tracker import Echo
 from vosops.inference import NetworkTracker
 from vosops.inference.settings import (

@@ -253,7 +253,7 @@ def test_weights_of_another_model_are_refused(cutie_weights, tmp_path):
 def segment(xmem, checkout, tmp_path, monkeypatch, capsys):
     """Runs `vosops segment` with XMem from the checkout; returns (exit code, what it printed, masks by name)."""
     pytest.importorskip("typer")
-    clips = pytest.importorskip("tests.inference.clips")
+    clips = pytest.importorskip("tests.clips")
     from vosops import cli
 
     boxes = clips.moving(24, ids=(1, 2))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.inference.clips import truth
+from tests.clips import truth
 from tests.io.test_rle import decode
 from vosops.io.coco import CocoFile
 

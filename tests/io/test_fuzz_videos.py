@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 
+from tests.clips import write_video
 from tests.fuzz import damaged, examples
-from tests.inference.clips import write_video
 from vosops.io.datasets import find_sequences, open_source
 from vosops.io.errors import InputError
 from vosops.io.picture_stack import PictureStack

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.inference.clips import picture, write_folder, write_mask, write_video
+from tests.clips import picture, write_folder, write_mask, write_video
 from vosops.io.errors import InputError
 from vosops.io.frames import ImageFolder
 from vosops.io.masks import (

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.inference.clips import cut, moving, picture, rotate_file, write_folder, write_video
+from tests.clips import cut, moving, picture, rotate_file, write_folder, write_video
 from vosops.io.containers import is_cut_off
 from vosops.io.datasets import open_source
 from vosops.io.errors import InputError

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vosops
-from tests.inference.clips import ColourTracker, cut, moving, picture, truth, write_folder, write_video
+from tests.clips import ColourTracker, cut, moving, picture, truth, write_folder, write_video
 from vosops.io.datasets import open_source
 from vosops.io.errors import IncompleteInputError, InputError
 from vosops.io.notes import InputWarning

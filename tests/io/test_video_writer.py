@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.inference.clips import read_video
+from tests.clips import read_video
 from vosops.io.video_writer import VideoWriter
 
 GREY = np.full((48, 64, 3), 100, np.uint8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.inference.clips import ColourTracker
+from tests.clips import ColourTracker
 from vosops import models
 from vosops.models import (
     FrameNetwork,

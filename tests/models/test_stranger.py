@@ -13,7 +13,7 @@ import torch
 
 import vosops
 from tests.cli.commands import error_line, run_command
-from tests.inference.clips import moving, picture, read_png, truth, write_folder, write_mask
+from tests.clips import moving, picture, read_png, truth, write_folder, write_mask
 from tests.scripts import load_script
 from vosops import info
 from vosops.inference import NetworkTracker

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.inference.clips import picture, read_png, truth
+from tests.clips import picture, read_png, truth
 from vosops.runs.drawing import (
     ContactSheet,
     class_overlay,

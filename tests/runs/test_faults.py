@@ -1,7 +1,6 @@
 """Runs that are killed, and disks that are full, lose nothing: no broken file, and resuming gives the same."""
 
 import io
-import json
 import os
 import re
 import resource
@@ -12,31 +11,18 @@ import pytest
 import torch
 
 from tests.cli.test_eval import write as write_pair
-from tests.inference.clips import ColourTracker, moving, picture, read_video, truth, write_folder, write_mask
+from tests.clips import ColourTracker, moving, truth, write_mask
 from tests.runs.faults import mounted, nearly_full, run_and_die, sample
+from tests.runs.outputs import ALL, SETTINGS, contents, parts
 from vosops.data.demo_clip import DemoClip, write_clip
 from vosops.io.errors import InputError, VosopsError
-from vosops.io.outputs import PART_PREFIX, OwnedFolder, complete_or_absent, replace_result
+from vosops.io.outputs import OwnedFolder, complete_or_absent, replace_result
 from vosops.io.video_writer import VideoWriter
 from vosops.runs.checkpoint import RunState
-from vosops.runs.drawing_pass import Outputs
 from vosops.runs.job import Job, Settings
 
 COUNT = 5
 BOXES = moving(COUNT, ids=(1, 2))
-ALL = Outputs(overlay=True, cutout=True, coco=True)
-SETTINGS = Settings(device="cpu", size=32)
-
-
-@pytest.fixture(autouse=True)
-def fake_model(monkeypatch):
-    monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: ColourTracker())
-    monkeypatch.setattr("vosops.runs.run.CHECKPOINT_EVERY", 2)
-
-
-@pytest.fixture
-def clip(tmp_path):
-    return write_folder(tmp_path / "frames", [picture(b) for b in BOXES])
 
 
 @pytest.fixture
@@ -52,27 +38,6 @@ def whole(clip, masks, tmp_path):
     """What an undisturbed run gives."""
     Job(tmp_path / "whole", settings=SETTINGS, outputs=ALL).video(clip, masks)
     return contents(tmp_path / "whole")
-
-
-def contents(out):
-    """{name: content} of what a user sees; pictures and times of the overlay, the report without its times."""
-    found = {}
-    for path in sorted(out.rglob("*")):
-        if path.is_file() and ".vosops" not in path.parts and not path.name.startswith(PART_PREFIX):
-            content = path.read_bytes()
-            if path.name == "report.json":
-                content = json.loads(content)
-                for key in ("seconds", "peak_memory_mib"):
-                    content.pop(key)
-            if path.name == "overlay.mp4":
-                content = [(time, picture.tobytes()) for time, picture in read_video(path)]
-            found[str(path.relative_to(out))] = content
-    return found
-
-
-def parts(folder):
-    """Temporary files that were left behind."""
-    return [path for path in folder.rglob(f"{PART_PREFIX}*")]
 
 
 def is_whole_so_far(out, whole):

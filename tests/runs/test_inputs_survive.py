@@ -8,26 +8,13 @@ import subprocess
 import pytest
 import torch
 
-from tests.inference.clips import ColourTracker, moving, picture, truth, write_folder, write_mask, write_video
+from tests.clips import ColourTracker, moving, picture, truth, write_folder, write_mask, write_video
+from tests.runs.outputs import ALL, SETTINGS
 from vosops.io.errors import InputError, InterruptedRunError, ResumeError
-from vosops.runs.drawing_pass import Outputs
 from vosops.runs.job import Job, Settings
 
 COUNT = 6
 BOXES = moving(COUNT, ids=(1, 2))
-ALL = Outputs(overlay=True, cutout=True, coco=True)
-SETTINGS = Settings(device="cpu", size=32)
-
-
-@pytest.fixture(autouse=True)
-def fake_model(monkeypatch):
-    monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: ColourTracker())
-    monkeypatch.setattr("vosops.runs.run.CHECKPOINT_EVERY", 2)
-
-
-@pytest.fixture
-def clip(tmp_path):
-    return write_folder(tmp_path / "frames", [picture(b) for b in BOXES])
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.inference.clips import (
+from tests.clips import (
     ColourTracker,
     cut,
     moving,
@@ -22,6 +22,7 @@ from tests.inference.clips import (
     write_mask,
     write_video,
 )
+from tests.runs.outputs import ALL, SETTINGS, contents
 from vosops.inference.settings import make_tracker
 from vosops.io.datasets import find_sequences, masks_of_sequence, open_source
 from vosops.io.errors import (
@@ -32,24 +33,11 @@ from vosops.io.errors import (
     VosopsError,
 )
 from vosops.io.masks import MaskSet, davis_palette
-from vosops.runs.drawing_pass import Outputs
 from vosops.runs.job import Job, Settings
 
 COUNT = 23
 BOXES = moving(COUNT, ids=(1, 2))
-ALL = Outputs(overlay=True, cutout=True, coco=True)
-SETTINGS = Settings(device="cpu", size=32)
-
-
-@pytest.fixture(autouse=True)
-def fake_model(monkeypatch):
-    monkeypatch.setattr("vosops.runs.job.make_tracker", lambda *args, **options: ColourTracker())
-    monkeypatch.setattr("vosops.runs.run.CHECKPOINT_EVERY", 5)
-
-
-@pytest.fixture
-def clip(tmp_path):
-    return write_folder(tmp_path / "frames", [picture(b) for b in BOXES])
+CHECKPOINT_EVERY = 5
 
 
 @pytest.fixture
@@ -69,26 +57,6 @@ def stop_after(frames):
     return lambda: calls.append(0) or len(calls) >= frames
 
 
-def files(folder):
-    """{relative path: content} of everything a user sees, to compare runs by.
-
-    The report goes without its times; of the overlay only the times of its frames count, because the H.264
-    encoder does not always give the same bytes for the same pictures.
-    """
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and ".vosops" not in path.parts:
-            content = path.read_bytes()
-            if path.name == "report.json":
-                content = json.loads(content)
-                for key in ("seconds", "peak_memory_mib"):
-                    content.pop(key)
-            if path.name == "overlay.mp4":
-                content = [time for time, _ in read_video(path)]
-            found[str(path.relative_to(folder))] = content
-    return found
-
-
 class TestOutput:
     def test_a_folder_of_frames(self, clip, mask, tmp_path):
         summary = Job(tmp_path / "out", settings=SETTINGS, outputs=ALL).video(clip, [str(mask)])
@@ -101,7 +69,12 @@ class TestOutput:
             assert image.size == (64, 48)
         np.testing.assert_array_equal(read_png(out / "00000.png"), truth(BOXES[0]))
         expected = {f"{i:05d}.png" for i in range(COUNT)} | {f"cutout/{i:05d}.png" for i in range(COUNT)}
-        assert set(files(out)) == expected | {"overlay.mp4", "contact_sheet.png", "masks.json", "report.json"}
+        assert set(contents(out)) == expected | {
+            "overlay.mp4",
+            "contact_sheet.png",
+            "masks.json",
+            "report.json",
+        }
         assert len(read_video(out / "overlay.mp4")) == COUNT
 
     def test_a_video_keeps_its_times_in_the_overlay(self, mask, tmp_path):
@@ -109,7 +82,7 @@ class TestOutput:
         frames = [picture(b) for b in BOXES[:6]]
         video = write_video(tmp_path / "v.mkv", frames, pts=pts, time_base=Fraction(1, 1000))
         Job(tmp_path / "out", settings=SETTINGS, outputs=ALL).video(video, [str(mask)])
-        assert {f"{i:07d}.png" for i in range(6)} < set(files(tmp_path / "out"))
+        assert {f"{i:07d}.png" for i in range(6)} < set(contents(tmp_path / "out"))
         times = [t for t, _ in read_video(tmp_path / "out" / "overlay.mp4")]
         assert times == [Fraction(p, 1000) for p in pts]
 
@@ -141,7 +114,7 @@ class TestResume:
         assert not (out / "report.json").exists()
         summary = Job(out, "resume", SETTINGS, ALL).video(source, later_masks)
         assert summary.frames == COUNT
-        assert files(out) == files(tmp_path / "whole")
+        assert contents(out) == contents(tmp_path / "whole")
 
     def test_a_killed_run_goes_on_from_its_last_checkpoint(self, clip, mask, tmp_path, monkeypatch):
         Job(tmp_path / "whole", settings=SETTINGS).video(clip, [str(mask)])
@@ -160,7 +133,7 @@ class TestResume:
             Job(out, settings=SETTINGS).video(clip, [str(mask)])
         steps_before = len(made)
         Job(out, "resume", SETTINGS).video(clip, [str(mask)])
-        assert files(out) == files(tmp_path / "whole")
+        assert contents(out) == contents(tmp_path / "whole")
         assert len(made) - steps_before == COUNT - 10, "ten frames were in the last checkpoint"
 
     def test_a_checkpoint_names_no_module_of_ours(self, clip, mask, tmp_path):
@@ -181,7 +154,7 @@ class TestResume:
             )
         assert not (out / "overlay.mp4").exists()
         assert Job(out, "resume", SETTINGS, ALL).video(clip, [str(mask)]).already_complete
-        assert files(out) == files(tmp_path / "whole")
+        assert contents(out) == contents(tmp_path / "whole")
 
     def test_a_complete_run_is_left_alone_but_may_get_more_outputs(self, clip, mask, tmp_path, monkeypatch):
         out = tmp_path / "out"
@@ -252,7 +225,7 @@ class TestResume:
             with pytest.raises(InterruptedRunError):
                 Job(out, mode, SETTINGS, should_stop=stop_after(stopped)).video(clip, later_masks)
         Job(out, "resume", SETTINGS).video(clip, later_masks)
-        assert files(out) == files(tmp_path / "whole")
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 class TestFolder:
@@ -263,7 +236,7 @@ class TestFolder:
             Job(tmp_path / "out", settings=SETTINGS).video(clip, [str(mask)])
         with pytest.raises(InputError, match="holds no run to resume"):
             Job(tmp_path / "out", "resume", SETTINGS).video(clip, [str(mask)])
-        assert files(tmp_path / "out") == {"letter.txt": b"dear"}
+        assert contents(tmp_path / "out") == {"letter.txt": b"dear"}
 
     def test_overwrite_removes_what_the_earlier_run_wrote_and_nothing_else(self, clip, mask, tmp_path):
         out = tmp_path / "out"
@@ -271,7 +244,7 @@ class TestFolder:
         (out / "letter.txt").write_text("dear")
         short = Settings(device="cpu", size=32, end=3)
         Job(out, "overwrite", short).video(clip, [str(mask)])
-        assert set(files(out)) == {
+        assert set(contents(out)) == {
             "00000.png",
             "00001.png",
             "00002.png",
@@ -303,7 +276,7 @@ class TestTrouble:
             job.video(cut(video, 0.6), [str(mask)])
         report = json.loads((tmp_path / "out" / "report.json").read_text())
         assert report["complete"] is False and "truncated" in report["problem"]
-        masks = {name for name in files(tmp_path / "out") if name.startswith("000")}
+        masks = {name for name in contents(tmp_path / "out") if name.startswith("000")}
         assert len(masks) == report["frames_done"] == len(report["frames"]) > 5
         assert len(read_video(tmp_path / "out" / "overlay.mp4")) == len(masks)
 
@@ -321,10 +294,10 @@ class TestTrouble:
         monkeypatch.setattr(Image.Image, "save", fill)
         with pytest.raises(VosopsError, match="00008.png: the disk is full.*--resume"):
             Job(tmp_path / "out", settings=SETTINGS).video(clip, [str(mask)])
-        assert set(files(tmp_path / "out")) == {f"{i:05d}.png" for i in range(8)}
+        assert set(contents(tmp_path / "out")) == {f"{i:05d}.png" for i in range(8)}
         Job(tmp_path / "out", "resume", SETTINGS).video(clip, [str(mask)])
         Job(tmp_path / "whole", settings=SETTINGS).video(clip, [str(mask)])
-        assert files(tmp_path / "out") == files(tmp_path / "whole")
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 class TestDatasets:
@@ -390,7 +363,7 @@ class TestDatasets:
         done = Job(out, "resume", SETTINGS).dataset(root)
         assert [s.already_complete for s in done] == [True, False]
         for name in ("bear", "cow"):
-            assert files(out / name) == files(tmp_path / "whole" / name)
+            assert contents(out / name) == contents(tmp_path / "whole" / name)
 
     def masks_of(self, root, frames):
         """What the masks of `frames` give to the model, by frame number: their ids inside and outside."""
