@@ -3,7 +3,8 @@ pybind11 module. What was compiled is written to vosops/build_info.json.
 
 Environment: VOSOPS_CUDA=0 leaves the CUDA library out, VOSOPS_CPU_ONLY=avx2 builds that one CPU library only,
 VOSOPS_SANITIZE=1 adds AddressSanitizer and UBSan to the CPU libraries, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in
-PyTorch.
+PyTorch. A compiler for another processor (CXX=aarch64-linux-gnu-g++) builds for that one: VOSOPS_TARGET_TORCH is
+then the folder of a torch package for it, with include/ and lib/.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-ign
 # A 64-bit size or index must not become a 32-bit one unsaid, except in PyTorch's headers.
 WARNINGS += ["-Werror=conversion", "-Wno-sign-conversion", "-Wno-float-conversion"]
 WARNINGS += ["-Wno-implicit-float-conversion"]  # clang's name
-WARNINGS += [f"-isystem{path}" for path in cpp_extension.include_paths()]
 COMMON = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
 X86_CAPABILITIES = {
@@ -47,6 +47,10 @@ X86_CAPABILITIES = {
         "-mprefer-vector-width=512",
     ],
 }
+# Any 64-bit Arm: what needs bfloat16 instructions asks the processor for them.
+ARM_CAPABILITIES = {"neon": ["-march=armv8-a"]}
+ARM_BF16 = "-march=armv8-a+bf16"
+MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}  # other names of the same
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
@@ -84,6 +88,34 @@ def supports(flag: str) -> bool:
         return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode == 0
     except OSError:
         return False
+
+
+def target_machine() -> str:
+    """Return the processor that the C++ compiler compiles for: x86_64, aarch64 ..."""
+    try:
+        result = subprocess.run([*compiler(), "-dumpmachine"], capture_output=True, text=True)
+        machine = result.stdout.partition("-")[0] if result.returncode == 0 else ""
+    except OSError:
+        machine = ""
+    machine = machine or platform.machine()
+    return MACHINES.get(machine, machine)
+
+
+def target_torch() -> Path:
+    """Return the folder of the torch package for the processor that is compiled for, which is not this one."""
+    folder = Path(os.environ.get("VOSOPS_TARGET_TORCH", ""))
+    if not (folder / "lib/libtorch_cpu.so").exists():
+        sys.exit(
+            f"vosops: {compiler()[0]} compiles for {TARGET}; VOSOPS_TARGET_TORCH must be the folder of a torch "
+            f"package for it, with include/ and lib/, got {os.environ.get('VOSOPS_TARGET_TORCH')!r}"
+        )
+    return folder.resolve()
+
+
+def torch_headers() -> list[str]:
+    """Return the options that find PyTorch's headers, without warnings from them."""
+    folders = [str(target_torch() / "include")] if CROSS else cpp_extension.include_paths()
+    return [f"-isystem{folder}" for folder in folders]
 
 
 class Build(BuildExtension):
@@ -125,7 +157,7 @@ class Wheel(bdist_wheel):
     """One wheel for every Python: nothing in it was compiled against one."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", f"linux_{TARGET}" if CROSS else super().get_tag()[2]
 
 
 class PlatformDistribution(Distribution):
@@ -150,30 +182,46 @@ def build_info() -> dict[str, str]:
 
 def cpu_libraries() -> list[Extension]:
     """One library per instruction set; exactly one is loaded, see vosops/_library.py."""
-    capabilities = {"baseline": []}
-    if platform.machine() in ("x86_64", "AMD64"):
+    capabilities: dict[str, list[str]] = {"baseline": []}
+    if TARGET == "x86_64":
         capabilities = {name: list(flags) for name, flags in X86_CAPABILITIES.items()}
         if supports("-mavx512bf16"):
             capabilities["avx512"].append("-mavx512bf16")
+    elif TARGET == "aarch64":
+        capabilities = {name: list(flags) for name, flags in ARM_CAPABILITIES.items()}
+        if supports(ARM_BF16):
+            capabilities["neon"] = [ARM_BF16]
     only = os.environ.get("VOSOPS_CPU_ONLY")
     if only:
         if only not in capabilities:
             sys.exit(f"VOSOPS_CPU_ONLY must be one of {', '.join(capabilities)}, got {only!r}")
         capabilities = {only: capabilities[only]}
     extra = SANITIZE if os.environ.get("VOSOPS_SANITIZE") == "1" else []
-    return [
+    libraries = [
         CppExtension(
             f"vosops.libvosops_cpu_{name}",
             sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={
-                "cxx": [*COMMON, *STABLE_ABI, *flags, *extra, f'-DVOSOPS_CAPABILITY="{name}"']
+                "cxx": [
+                    *COMMON,
+                    *torch_headers(),
+                    *STABLE_ABI,
+                    *flags,
+                    *extra,
+                    f'-DVOSOPS_CAPABILITY="{name}"',
+                ]
             },
             extra_link_args=extra,
             py_limited_api=True,
         )
         for name, flags in capabilities.items()
     ]
+    if CROSS:  # CppExtension adds the torch of this machine
+        for library in libraries:
+            library.include_dirs = [str(ROOT / "csrc")]
+            library.library_dirs = [str(target_torch() / "lib")]
+    return libraries
 
 
 def cuda_library(cuda: str) -> Extension:
@@ -198,7 +246,7 @@ def cuda_library(cuda: str) -> Extension:
         library_dirs=[f"{cuda}/lib64", f"{cuda}/lib"],
         libraries=["cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
-            "cxx": [*COMMON, *STABLE_ABI, "-DUSE_CUDA"],
+            "cxx": [*COMMON, *torch_headers(), *STABLE_ABI, "-DUSE_CUDA"],
             "nvcc": [*nvcc, *(f"-Xcompiler={flag}" for flag in host)],
         },
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
@@ -222,21 +270,25 @@ def python_module(summary: str, architectures: str) -> Extension:
     )
 
 
+TARGET = target_machine()
+CROSS = MACHINES.get(platform.machine(), platform.machine()) != TARGET
 extensions: list[Extension] = []
 names: list[str] = []
 architectures = ""
 if platform.system() == "Linux":
     extensions = cpu_libraries()
     names = [extension.name.removeprefix("vosops.libvosops_") for extension in extensions]
-    CUDA = find_cuda()
+    CUDA = None if CROSS else find_cuda()
     if CUDA:
         extensions.append(cuda_library(CUDA))
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
         SUMMARY = f"built {', '.join(names)} and cuda ({architectures})"
     else:
         reason = "VOSOPS_CUDA=0" if os.environ.get("VOSOPS_CUDA") == "0" else "no CUDA compiler found"
+        reason = f"compiled for {TARGET}" if CROSS else reason
         SUMMARY = f"built {', '.join(names)}; left out cuda ({reason}; Triton serves the GPU)"
-    extensions.append(python_module(SUMMARY, architectures))
+    if not CROSS:  # there is no Python of the other processor to compile against
+        extensions.append(python_module(SUMMARY, architectures))
 else:
     SUMMARY = (
         f"built no library, for they are for Linux and this is {platform.system()}; "

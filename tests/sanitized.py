@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitized"
 LIBRARY = BUILD / "lib"
-CAPABILITIES = {"AVX512": ("baseline", "avx2", "avx512"), "AVX2": ("baseline", "avx2")}
+CAPABILITIES = {"AVX512": ("baseline", "avx2", "avx512"), "AVX2": ("baseline", "avx2"), "aarch64": ("neon",)}
 """What PyTorch calls the processor -> the instruction sets that it runs."""
 
 SLOW_ELSEWHERE = "not compile and not export and not opcheck and not second"
@@ -94,7 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=CAPABILITIES["AVX512"], help="one instruction set")
+    names = sorted(set().union(*CAPABILITIES.values()))
+    parser.add_argument("--only", choices=names, help="one instruction set")
     parser.add_argument("--quick", action="store_true", help="the tests of the core ops alone")
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -102,7 +103,8 @@ def main() -> None:
     print(f"built in {time.monotonic() - start:.0f} s", flush=True)
     import torch
 
-    usable = CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
+    processor = torch.backends.cpu.get_cpu_capability()
+    usable = CAPABILITIES.get(platform.machine(), CAPABILITIES.get(processor, ("baseline",)))
     for capability in usable if arguments.only is None else (arguments.only,):
         if capability not in usable:
             sys.exit(f"this processor does not run {capability}, only {', '.join(usable)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -20,6 +21,7 @@ from vosops.models import list_models
 
 FOLDER = Path(vosops.__file__).parent
 LIBRARIES = sorted(FOLDER.glob("libvosops_*.so"))
+ON_ARM = platform.machine() in ("aarch64", "arm64")
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -123,17 +125,17 @@ assert torch.ops.vosops.cpu_capability()
 
 def test_one_cpu_library_is_loaded():
     assert torch.ops.vosops.cpu_capability() == _library.CPU_CAPABILITY
-    assert {f"libvosops_cpu_{name}.so" for name in ("baseline",)} <= {path.name for path in LIBRARIES}
+    for_everyone = "neon" if ON_ARM else "baseline"
+    assert f"libvosops_cpu_{for_everyone}.so" in {path.name for path in LIBRARIES}
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "neon"])
 def test_capability_can_be_chosen(capability):
     if not (FOLDER / f"libvosops_cpu_{capability}.so").exists():
         pytest.skip(f"this build has no {capability} library")
-    supported = torch.backends.cpu.get_cpu_capability()
-    if capability not in {"AVX512": "baseline avx2 avx512", "AVX2": "baseline avx2"}.get(
-        supported, "baseline"
-    ):
+    supported = "neon" if ON_ARM else torch.backends.cpu.get_cpu_capability()
+    runs = {"AVX512": "baseline avx2 avx512", "AVX2": "baseline avx2", "neon": "neon"}
+    if capability not in runs.get(supported, "baseline").split():
         pytest.skip(f"the processor ({supported}) does not run {capability}")
     code = "import vosops, torch; print(torch.ops.vosops.cpu_capability())"
     assert run(code, VOSOPS_CPU_CAPABILITY=capability).stdout.strip() == capability
@@ -141,7 +143,22 @@ def test_capability_can_be_chosen(capability):
 
 def test_unknown_capability_is_refused():
     result = run("import vosops", VOSOPS_CPU_CAPABILITY="sse9")
-    assert "VOSOPS_CPU_CAPABILITY must be one of avx512, avx2, baseline, got 'sse9'" in result.stderr
+    assert "VOSOPS_CPU_CAPABILITY must be one of avx512, avx2, neon, baseline, got 'sse9'" in result.stderr
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+def test_on_arm_neon_serves(machine, monkeypatch):
+    monkeypatch.delenv("VOSOPS_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert _library._usable_capabilities() == ("neon", "baseline")
+
+
+def test_a_capability_that_was_not_built_leaves_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "FOLDER", tmp_path)
+    monkeypatch.setenv("VOSOPS_CPU_CAPABILITY", "neon")
+    capability, reasons = _library._load_cpu()
+    assert capability is None
+    assert "no compiled CPU library next to the package" in reasons[0]
 
 
 def test_cuda_library_loads_where_torch_has_cuda():

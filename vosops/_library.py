@@ -1,19 +1,21 @@
 """Loads the compiled libraries next to this file, and reports why one is missing.
 
 Exactly one CPU library is loaded: the best that the processor runs, or the one that the environment variable
-VOSOPS_CPU_CAPABILITY names (baseline, avx2 or avx512). The CUDA library is loaded under a CUDA build of torch.
+VOSOPS_CPU_CAPABILITY names (baseline, avx2, avx512 or, on 64-bit Arm, neon). The CUDA library is loaded under a
+CUDA build of torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
-CPU_CAPABILITIES = ("avx512", "avx2", "baseline")  # best first
+CPU_CAPABILITIES = ("avx512", "avx2", "neon", "baseline")  # best first
 
 
 def _usable_capabilities() -> tuple[str, ...]:
@@ -25,10 +27,12 @@ def _usable_capabilities() -> tuple[str, ...]:
                 f"VOSOPS_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}"
             )
         return (asked,)
+    if platform.machine() in ("aarch64", "arm64"):
+        return ("neon", "baseline")
     processor = torch.backends.cpu.get_cpu_capability()
     if processor.startswith("AVX512"):
-        return CPU_CAPABILITIES
-    return CPU_CAPABILITIES[1:] if processor == "AVX2" else CPU_CAPABILITIES[2:]
+        return ("avx512", "avx2", "baseline")
+    return ("avx2", "baseline") if processor == "AVX2" else ("baseline",)
 
 
 def _load_cpu() -> tuple[str | None, tuple[str, ...]]:

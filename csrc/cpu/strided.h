@@ -19,6 +19,15 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The compiler's own half, whose conversions are vector instructions; g++ 12 knows only this name on Arm.
+#if defined(__aarch64__)
+using NativeHalf = __fp16;
+#define VOSOPS_NATIVE_HALF
+#elif defined(__FLT16_MANT_DIG__)
+using NativeHalf = _Float16;
+#define VOSOPS_NATIVE_HALF
+#endif
+
 // float64 accumulates in itself, everything else in float32.
 template <class S>
 using Accumulator = std::conditional_t<std::is_same_v<S, double>, double, float>;
@@ -30,9 +39,9 @@ inline Accumulator<S> widen(S value) {
     float wide;
     std::memcpy(&wide, &bits, sizeof wide);
     return wide;
-#if defined(__FLT16_MANT_DIG__)
+#if defined(VOSOPS_NATIVE_HALF)
   } else if constexpr (std::is_same_v<S, Half>) {
-    _Float16 half;
+    NativeHalf half;
     std::memcpy(&half, &value, sizeof half);
     return static_cast<float>(half);
 #endif

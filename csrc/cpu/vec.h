@@ -9,6 +9,13 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 namespace vosops::cpu {
@@ -38,6 +45,8 @@ struct Vec {
     if constexpr (kBytes <= 64) asm("" : "+v"(r));
 #elif defined(__AVX2__)
     if constexpr (kBytes <= 32) asm("" : "+x"(r));
+#elif defined(__ARM_NEON)
+    if constexpr (kBytes <= 16) asm("" : "+w"(r));
 #endif
   }
 

@@ -57,6 +57,20 @@ def test_without_a_compiler_one_line_names_it(tree):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("folder", [None, "no-torch-here"])
+def test_a_compiler_for_another_processor_needs_a_torch_for_it(tree, folder):
+    compiler = tree / "s390x-linux-gnu-g++"
+    compiler.write_text("#!/bin/sh\necho s390x-linux-gnu\n")
+    compiler.chmod(0o755)
+    environment = {} if folder is None else {"VOSOPS_TARGET_TORCH": folder}
+    result = run(tree, BUILD.format(systems=("Linux",)), CXX=str(compiler), **environment)
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"vosops: {compiler} compiles for s390x; VOSOPS_TARGET_TORCH must be the folder")
+    assert line.endswith(f"got {folder!r}")
+    assert "Traceback" not in result.stderr
+
+
 def test_without_torch_one_line_says_what_to_install(tree):
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build_ext']; "
     code += "runpy.run_path('setup.py', run_name='__main__')"
