@@ -6,10 +6,6 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -33,6 +29,11 @@ uint32_t lanes_at_least(typename V::Reg a, typename V::Reg b) {
   if constexpr (sizeof a == 16) {
     if constexpr (is_float) return _mm_movemask_ps((__m128)(a >= b));
     if constexpr (!is_float) return _mm_movemask_pd((__m128d)(a >= b));
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof a == 16 && is_float) {
+    const uint32x4_t bit = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32((uint32x4_t)(a >= b), bit));
   }
 #endif
   uint32_t bits = 0;

@@ -14,6 +14,7 @@ template <class V>
 struct FloatElement {
   using Lanes = V;
   static constexpr int kChannels = 1;  // channels in one element
+  static constexpr int kRun = 1;       // elements of one pixel side by side in a panel
   static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
     return V::fma(q, k, sum);
   }
@@ -21,12 +22,13 @@ struct FloatElement {
   static void clear(typename V::T& element, int64_t) { element = 0; }  // its only channel
 };
 
-#if defined(__AVX512BF16__)
+#if defined(VOSOPS_BF16_DOT)
 // An element is two bfloat16 channels side by side in 32 bits.
 template <class V>
 struct Bf16PairElement {
   using Lanes = V;
   static constexpr int kChannels = 2;
+  static constexpr int kRun = 1;
   static typename V::Reg dot(typename V::Reg q, typename V::Reg k, typename V::Reg sum) {
     return bf16_dot(q, k, sum);
   }
@@ -69,15 +71,33 @@ struct Bf16PairElement {
     return f;
   }
 };
+
+// What the products of matrices multiply bfloat16 as.
+#if defined(VOSOPS_BF16_MATRIX)
+// Two such pairs, four channels of one pixel, lie side by side.
+struct Bf16Element : Bf16PairElement<Vec<float, kRegisterBytes>> {
+  static constexpr int kRun = 2;
+};
+#else
+using Bf16Element = Bf16PairElement<Vec<float, kRegisterBytes>>;
+#endif
 #endif
 
+// How many elements hold so many channels: whole runs.
 template <class E>
 constexpr int64_t elements_of(int64_t channels) {
-  return (channels + E::kChannels - 1) / E::kChannels;
+  constexpr int64_t kRunChannels = E::kRun * E::kChannels;
+  return (channels + kRunChannels - 1) / kRunChannels * E::kRun;
 }
 
-// Packs element `element` of `count` pixels to out[0 .. count) and adds its square to norm[0 .. count).
-// Pixel x lies at base + offset(x).
+// Where an element of pixel or key i lies in a panel of `width` of them.
+template <class E>
+constexpr int64_t panel_at(int64_t element, int64_t i, int64_t width) {
+  return (element / E::kRun * width + i) * E::kRun + element % E::kRun;
+}
+
+// Packs element `element` of `count` pixels to every kRun-th place of out and adds its square to
+// norm[0 .. count). Pixel x lies at base + offset(x).
 template <class E, class S, class Offset>
 void pack_element(const S* base, const Offset& offset, int64_t channel_stride, int64_t channels,
                   int64_t element, int64_t count, typename E::Lanes::T* out, typename E::Lanes::T* norm) {
@@ -91,11 +111,11 @@ void pack_element(const S* base, const Offset& offset, int64_t channel_stride, i
     }
   } else {
     const S* source = base + 2 * element * channel_stride;
-    const bool has_second = 2 * element + 1 < channels;
+    const bool has_first = E::kRun == 1 || 2 * element < channels, has_second = 2 * element + 1 < channels;
     for (int64_t x = 0; x < count; ++x) {
-      const S low = source[offset(x)];
+      const S low = has_first ? source[offset(x)] : S(0.f);
       const S high = has_second ? source[offset(x) + channel_stride] : S(0.f);
-      out[x] = E::pair(low, high);
+      out[x * E::kRun] = E::pair(low, high);
       norm[x] += widen(low) * widen(low) + widen(high) * widen(high);
     }
   }

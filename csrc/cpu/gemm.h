@@ -27,6 +27,54 @@ constexpr int kLanePanel = kTileRegisters * V::kLanes;  // pixels in a lane pane
 template <class E, int kColumns = kTileRegisters>
 using TileSums = typename E::Lanes::Reg[kKeyPanel][kColumns];
 
+#if defined(VOSOPS_BF16_MATRIX)
+// multiply() by the instruction for matrices of bfloat16. A register of sums is of two keys and two pixels:
+// the first key's lie in its lower half.
+template <class E, class Start, class Finish>
+[[gnu::always_inline]] inline void multiply_matrices(const float* lanes, const float* keys, int64_t elements,
+                                                     const Start& start, const Finish& finish) {
+  using V = typename E::Lanes;
+  using Reg = typename V::Reg;
+  constexpr int kPixelPairs = kLanePanel<V> / 2, kKeyPairs = kKeyPanel / 2;
+  static_assert(V::kLanes == 4 && kPixelPairs == 2 * kTileRegisters);
+  const auto lower = [](Reg a, Reg b) -> Reg { return __builtin_shufflevector(a, b, 0, 1, 4, 5); };
+  const auto upper = [](Reg a, Reg b) -> Reg { return __builtin_shufflevector(a, b, 2, 3, 6, 7); };
+  Reg blocks[kKeyPairs][kPixelPairs];
+#pragma GCC unroll 16
+  for (int j = 0; j < kKeyPairs; ++j) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRegisters; ++r) {
+      const Reg first = start(2 * j, r), second = start(2 * j + 1, r);
+      blocks[j][2 * r] = lower(first, second);
+      blocks[j][2 * r + 1] = upper(first, second);
+    }
+  }
+  for (int64_t e = 0; e < elements; e += E::kRun) {
+    Reg q[kPixelPairs];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixelPairs; ++p) q[p] = V::load(lanes + p * V::kLanes);
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeyPairs; ++j) {
+      const Reg key = V::load(keys + j * V::kLanes);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixelPairs; ++p) blocks[j][p] = bf16_matrix(key, q[p], blocks[j][p]);
+    }
+    lanes += kPixelPairs * V::kLanes;
+    keys += kKeyPairs * V::kLanes;
+  }
+  TileSums<E> sums;
+#pragma GCC unroll 16
+  for (int j = 0; j < kKeyPairs; ++j) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRegisters; ++r) {
+      sums[2 * j][r] = lower(blocks[j][2 * r], blocks[j][2 * r + 1]);
+      sums[2 * j + 1][r] = upper(blocks[j][2 * r], blocks[j][2 * r + 1]);
+    }
+  }
+  finish(sums);
+}
+#endif
+
 // sums[j][r] = start(j, r) + sum over elements of lanes[e][r] * keys[e][j]; then finish(sums). The lanes of
 // successive elements are lane_stride apart and their keys key_stride. A panel at the end of a row may be
 // kColumns < kTileRegisters wide.
@@ -37,6 +85,9 @@ template <class E, int kColumns = kTileRegisters, class Start, class Finish>
                                             int64_t lane_stride = kColumns * E::Lanes::kLanes,
                                             int64_t key_stride = kKeyPanel) {
   using V = typename E::Lanes;
+#if defined(VOSOPS_BF16_MATRIX)
+  if constexpr (E::kRun == 2) return multiply_matrices<E>(lanes, keys, elements, start, finish);
+#endif
   TileSums<E, kColumns> sums;
 #pragma GCC unroll 16
   for (int j = 0; j < kKeyPanel; ++j) {
@@ -47,12 +98,24 @@ template <class E, int kColumns = kTileRegisters, class Start, class Finish>
     typename V::Reg q[kColumns];
 #pragma GCC unroll 16
     for (int r = 0; r < kColumns; ++r) q[r] = V::load(lanes + r * V::kLanes);
+    if constexpr (kMultipliesByLane) {
 #pragma GCC unroll 16
-    for (int j = 0; j < kKeyPanel; ++j) {
-      typename V::Reg key = V::set1(keys[j]);
-      V::pin(key);
+      for (int j = 0; j < kKeyPanel; j += V::kLanes) {
+        typename V::Reg key = V::load(keys + j);
+        V::pin(key);
 #pragma GCC unroll 16
-      for (int r = 0; r < kColumns; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
+        for (int i = 0; i < V::kLanes; ++i)
+#pragma GCC unroll 16
+          for (int r = 0; r < kColumns; ++r) sums[j + i][r] = E::dot(q[r], V::set1(key[i]), sums[j + i][r]);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int j = 0; j < kKeyPanel; ++j) {
+        typename V::Reg key = V::set1(keys[j]);
+        V::pin(key);
+#pragma GCC unroll 16
+        for (int r = 0; r < kColumns; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
+      }
     }
     lanes += lane_stride;
     keys += key_stride;
@@ -73,8 +136,9 @@ template <class E, class Finish>
     for (int r = 0; r < kTileRegisters; ++r) q[r] = V::load(lanes + r * V::kLanes);
 #pragma GCC unroll 16
     for (int j = 0; j < kKeyPanel; ++j) {
-      typename V::Reg key = V::set1(rows[j][e]);
+      typename V::Reg key = kMultipliesByLane ? V::first(rows[j][e]) : V::set1(rows[j][e]);
       V::pin(key);
+      if constexpr (kMultipliesByLane) key = V::set1(key[0]);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
     }
@@ -91,10 +155,10 @@ void pack_panel(const S* base, const int64_t* offsets, int64_t count, int64_t ch
   using T = typename E::Lanes::T;
   std::fill_n(norm, stride, T{0});
   for (int64_t e = 0; e < elements_of<E>(channels); ++e) {
+    T* out = panel + panel_at<E>(e, 0, stride);
     pack_element<E>(
-        base, [offsets](int64_t x) { return offsets[x]; }, channel_stride, channels, e, count, panel, norm);
-    std::fill(panel + count, panel + stride, T{0});
-    panel += stride;
+        base, [offsets](int64_t x) { return offsets[x]; }, channel_stride, channels, e, count, out, norm);
+    for (int64_t i = count; i < stride; ++i) out[i * E::kRun] = T{0};
   }
 }
 
@@ -139,17 +203,20 @@ void pack_pixels(const StridedMatrix& matrix, int64_t begin, int64_t count, type
     if (E::kChannels == 1 && count == kWidth) {
       return copy_panel<kWidth>(base, matrix.channels, matrix.channel_stride, matrix.pixel_stride, panel);
     }
-    for (int64_t e = 0; e < elements_of<E>(matrix.channels); ++e, panel += kWidth) {
+    for (int64_t e = 0; e < elements_of<E>(matrix.channels); ++e) {
       const S* source = base + e * E::kChannels * matrix.channel_stride;
+      T* out = panel + panel_at<E>(e, 0, kWidth);
       for (int64_t i = 0; i < count; ++i, source += matrix.pixel_stride) {
         if constexpr (E::kChannels == 1) {
-          panel[i] = static_cast<T>(widen(*source));
+          out[i] = static_cast<T>(widen(*source));
         } else {
-          const bool has_second = 2 * e + 1 < matrix.channels;
-          panel[i] = E::pair(source[0], has_second ? source[matrix.channel_stride] : S(0.f));
+          const bool has_first = E::kRun == 1 || 2 * e < matrix.channels,
+                     has_second = 2 * e + 1 < matrix.channels;
+          out[i * E::kRun] =
+              E::pair(has_first ? source[0] : S(0.f), has_second ? source[matrix.channel_stride] : S(0.f));
         }
       }
-      std::fill(panel + count, panel + kWidth, T{0});
+      for (int64_t i = count; i < kWidth; ++i) out[i * E::kRun] = T{0};
     }
   };
   if constexpr (E::kChannels == 2) {

@@ -144,7 +144,7 @@ struct PackedKeys {
           const bool usable = j < source.count && std::isfinite(norm[j]);
           panel.start[j] = usable ? norm[j] / -2 : -std::numeric_limits<T>::infinity();
           if (!usable)
-            for (int64_t e = 0; e < elements; ++e) keys(i)[e * kKeyPanel + j] = 0;
+            for (int64_t e = 0; e < elements; ++e) keys(i)[panel_at<E>(e, j, kKeyPanel)] = 0;
         }
       }
     });
@@ -152,8 +152,8 @@ struct PackedKeys {
 
   T* keys(int64_t panel) { return data.data() + panel * elements * kKeyPanel; }
 
-  // The key of pixel m; its elements lie kKeyPanel apart.
-  const T* key(int64_t m) { return keys(slots[m] / kKeyPanel) + slots[m] % kKeyPanel; }
+  // The key of pixel m; its element e lies at panel_at<E>(e, 0, kKeyPanel).
+  const T* key(int64_t m) { return keys(slots[m] / kKeyPanel) + slots[m] % kKeyPanel * E::kRun; }
 
  private:
   static size_t count_panels(const std::vector<KeyGroup>& groups) {
@@ -294,10 +294,11 @@ class QueryPanel {
         keys[i] = p_.keys.key(found[i] == BestLists<T>::kNoIndex ? p_.keys.panels[0].pixels[0] : found[i]);
       }
       T distances[kStreams] = {};
-      const T* query = lanes_.data() + first;
       for (int64_t e = 0; e < p_.keys.elements; ++e) {
+        const T* query = lanes_.data() + panel_at<E>(e, first, kLanes);
+        const int64_t at = panel_at<E>(e, 0, kKeyPanel);
         for (int i = 0; i < kStreams; ++i)
-          distances[i] += E::squared_difference(query[e * kLanes + i], keys[i][e * kKeyPanel]);
+          distances[i] += E::squared_difference(query[i * E::kRun], keys[i][at]);
       }
       for (int i = 0; i < kStreams; ++i) {
         if (found[i] != BestLists<T>::kNoIndex && distances[i] < kAbsent)
@@ -399,9 +400,9 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
   };
   dispatch_floating(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
-#if defined(__AVX512BF16__)
+#if defined(VOSOPS_BF16_DOT)
     if constexpr (std::is_same_v<S, BFloat16>) {
-      if (has_bf16_dot()) return match_batch(Bf16PairElement<Vec<float, 64>>{}, sample);
+      if (has_bf16_dot()) return match_batch(Bf16Element{}, sample);
     }
 #endif
     match_batch(FloatElement<Vec<Accumulator<S>, kRegisterBytes>>{}, sample);

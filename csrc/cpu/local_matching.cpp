@@ -652,11 +652,12 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
   dispatch_floating(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
     constexpr int kHalfBytes = kRegisterBytes > 16 ? kRegisterBytes / 2 : kRegisterBytes;
-#if defined(__AVX512BF16__)
+#if defined(VOSOPS_BF16_DOT)
     if constexpr (std::is_same_v<S, BFloat16>) {
       if (has_bf16_dot()) {
-        return match_batch<Bf16PairElement<Vec<float, 64>>, Bf16PairElement<Vec<float, 32>>, S>(
-            query, key, mask, query_mask, radii, dilation, distance, index);
+        return match_batch<Bf16PairElement<Vec<float, kRegisterBytes>>,
+                           Bf16PairElement<Vec<float, kHalfBytes>>, S>(query, key, mask, query_mask, radii,
+                                                                       dilation, distance, index);
       }
     }
 #endif

@@ -74,8 +74,8 @@ void clear_excluded(const OptionalRow<T>& bias, int64_t begin, int64_t count, T*
   if (bias.data == nullptr) return;
   for (int64_t m = 0; m < count; ++m) {
     if (bias[begin + m] != -std::numeric_limits<T>::infinity()) continue;
-    T* element = panel + m / F::kChannels * kKeyPanel;
-    for (int64_t j = 0; j < kKeyPanel; ++j) F::clear(element[j], m % F::kChannels);
+    T* element = panel + panel_at<F>(m / F::kChannels, 0, kKeyPanel);
+    for (int64_t j = 0; j < kKeyPanel; ++j) F::clear(element[j * F::kRun], m % F::kChannels);
   }
 }
 
@@ -162,10 +162,22 @@ class Reader {
     if constexpr (F::kChannels == 1) {
       return tile_.data();
     } else {
-      for (int64_t m = 0; m < rows; m += 2) {
-        for (int i = 0; i < kLanes; i += V::kLanes) {
-          const T* low = tile_.data() + m * kLanes + i;
-          V::store(pairs_.data() + m / 2 * kLanes + i, F::round_pair(V::load(low), V::load(low + kLanes)));
+      constexpr int kRows = F::kRun * 2;
+      static_assert(kKeyPanel % kRows == 0);
+      for (int64_t m = 0; m < rows; m += kRows) {
+        T* run = pairs_.data() + m / 2 * kLanes;
+        for (int i = 0; i < kLanes; i += V::kLanes, run += F::kRun * V::kLanes) {
+          Reg pair[F::kRun];
+          for (int k = 0; k < F::kRun; ++k) {
+            const T* low = tile_.data() + (m + 2 * k) * kLanes + i;
+            pair[k] = F::round_pair(V::load(low), V::load(low + kLanes));
+          }
+          if constexpr (F::kRun == 1) {
+            V::store(run, pair[0]);
+          } else {
+            V::store(run, interleave<V::kLanes, false>(pair[0], pair[1]));
+            V::store(run + V::kLanes, interleave<V::kLanes, true>(pair[0], pair[1]));
+          }
         }
       }
       return pairs_.data();
@@ -250,10 +262,9 @@ void read_element(const ScoreInputs& in, const Values& value, int64_t n, Tensor&
 template <class Function>
 void with_elements(const ScoreInputs& in, ScalarType value, const Function& f) {
   with_score_element(in, [&]<class E>(E element) {
-#if defined(__AVX512BF16__)
+#if defined(VOSOPS_BF16_DOT)
     if constexpr (std::is_same_v<typename E::Lanes::T, float>) {
-      if (value == ScalarType::BFloat16 && has_bf16_dot())
-        return f(element, Bf16PairElement<Vec<float, 64>>{});
+      if (value == ScalarType::BFloat16 && has_bf16_dot()) return f(element, Bf16Element{});
     }
 #endif
     f(element, FloatElement<typename E::Lanes>{});

@@ -134,7 +134,7 @@ struct PackedMemory {
       factor[first + j] = shrinkage[first + j] * static_cast<T>(in.scale);
       shift[first + j] = is_used ? biases[m] * unit : -std::numeric_limits<T>::infinity();
       if (j < used && !is_used)  // an excluded position may hold anything
-        for (int64_t e = 0; e < elements_of<E>(channels); ++e) keys(i)[e * kKeyPanel + j] = T{0};
+        for (int64_t e = 0; e < elements_of<E>(channels); ++e) keys(i)[panel_at<E>(e, j, kKeyPanel)] = T{0};
     }
     if (in.squares()) {
       const T* plain = keys(i);
@@ -172,10 +172,10 @@ struct PackedMemory {
 template <class Function>
 void with_score_element(const ScoreInputs& in, const Function& f) {
   if (in.key.scalar_type() == ScalarType::Double) return f(FloatElement<Vec<double, kRegisterBytes>>{});
-#if defined(__AVX512BF16__)
+#if defined(VOSOPS_BF16_DOT)
   const bool pairs = in.key.scalar_type() == ScalarType::BFloat16 &&
                      in.query.scalar_type() == ScalarType::BFloat16 && !in.squares();
-  if (pairs && has_bf16_dot()) return f(Bf16PairElement<Vec<float, 64>>{});
+  if (pairs && has_bf16_dot()) return f(Bf16Element{});
 #endif
   f(FloatElement<Vec<float, kRegisterBytes>>{});
 }

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -36,6 +36,7 @@ struct Vec {
     return r;
   }
   static void store(T* p, Reg r) { std::memcpy(p, &r, kBytes); }
+  static Reg first(T value) { return Reg{value}; }  // in lane 0, and zeros
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
 
   // Keeps a loaded register out of the following instructions' memory operands: folding one unaligned load
@@ -127,9 +128,17 @@ constexpr int kRegisterBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 
-// Two bfloat16 side by side in 32 bits, as the dot-product instruction takes them.
+// Arm multiplies by one lane of a register; x86 broadcasts from memory at no cost.
+#if defined(__ARM_NEON)
+constexpr bool kMultipliesByLane = true;
+#else
+constexpr bool kMultipliesByLane = false;
+#endif
+
+// Two bfloat16 side by side in 32 bits, as the dot-product instruction takes them. VOSOPS_BF16_DOT: it was
+// compiled; has_bf16_dot(): the processor has it. VOSOPS_BF16_MATRIX: so is the one that multiplies matrices.
 #if defined(__AVX512BF16__)
-constexpr bool kCompiledBf16Dot = true;
+#define VOSOPS_BF16_DOT
 inline bool has_bf16_dot() {
   return __builtin_cpu_supports("avx512bf16");
 }
@@ -139,10 +148,32 @@ inline Vec<float, 64>::Reg bf16_dot(Vec<float, 64>::Reg a, Vec<float, 64>::Reg b
 inline Vec<float, 32>::Reg bf16_dot(Vec<float, 32>::Reg a, Vec<float, 32>::Reg b, Vec<float, 32>::Reg sum) {
   return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
 }
-#else
-constexpr bool kCompiledBf16Dot = false;
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define VOSOPS_BF16_DOT
+#define VOSOPS_BF16_MATRIX
 inline bool has_bf16_dot() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which old headers do not name
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
   return false;
+#endif
+}
+// The sums are rounded to odd and denormals are 0, unlike those of fma(). The intrinsics of g++ would have
+// the whole library compiled for Armv8.2.
+inline Vec<float, 16>::Reg bf16_dot(Vec<float, 16>::Reg a, Vec<float, 16>::Reg b, Vec<float, 16>::Reg sum) {
+  asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(a), "w"(b));
+  return sum;
+}
+// a and b hold two rows of four bfloat16: adds row i of a times row j of b to lane 2 i + j.
+inline Vec<float, 16>::Reg bf16_matrix(Vec<float, 16>::Reg a, Vec<float, 16>::Reg b,
+                                       Vec<float, 16>::Reg sum) {
+  asm("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(a), "w"(b));
+  return sum;
 }
 #endif
 
