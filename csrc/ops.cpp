@@ -71,6 +71,10 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "conv_lstm_pointwise_backward(Tensor grad_hidden, Tensor grad_cell, Tensor saved, Tensor cell, Tensor "
       "new_cell) -> (Tensor grad_gates, Tensor grad_previous_cell)");
   m.def("conv3x3_winograd(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, bool relu) -> Tensor");
+  m.def(
+      "conv3x3_winograd_rows(Tensor[] maps, Tensor weight, Tensor? bias, Tensor? addend, Tensor(a!) out, "
+      "float "
+      "slope, int above) -> ()");
   m.def("conv_lstm_winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_lstm_winograd_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? hidden, Tensor? cell, float "

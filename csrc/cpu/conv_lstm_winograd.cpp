@@ -110,9 +110,11 @@ Filters gate_filters(const float* weight, int64_t hidden, int64_t columns, int64
 // [x of a step; h], or x alone where h is zero.
 Source source_of(const Problem& problem, const States& x, int64_t step, const States& hidden,
                  int64_t before) {
-  const Maps input{x.at(0, step), x.image_stride, problem.inputs};
-  if (!hidden) return {problem.plane, {input, {nullptr, 0, 0}}};
-  return {problem.plane, {input, {hidden.at(0, before), hidden.image_stride, problem.hidden}}};
+  const Plane& plane = problem.plane;
+  const Maps input{x.at(0, step), x.image_stride, plane.size(), problem.inputs, Rows::of(plane)};
+  if (!hidden) return {plane, {input}};
+  const Maps state{hidden.at(0, before), hidden.image_stride, plane.size(), problem.hidden, Rows::of(plane)};
+  return {plane, {input, state}};
 }
 
 // Calls visit(channel, gates before activation, entry, count) for every register of the states that a block
@@ -311,7 +313,7 @@ class WeightGradient {
         for (int64_t i = 0; i < kRows; ++i) {
           const float* from = plane(band.image, t, i);
           if (from) {
-            transform(from, band, rows + i * row_floats());
+            transform({from, Rows::of(problem_.plane)}, band, rows + i * row_floats());
           } else {
             std::fill_n(rows + i * row_floats(), row_floats(), 0.f);
           }
@@ -474,9 +476,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_winograd_backward(
                nullptr, kGates, finish_gates);
       Filters filters = backwards;
       if (t == 0 && !initial) filters.keys = problem.inputs;  // nobody asks for the gradient of h
-      const Source from_gates{
-          problem.plane,
-          {Maps{dz.at(0, t - first), dz.image_stride, kGates * hidden_channels}, {nullptr, 0, 0}}};
+      const Source from_gates{problem.plane,
+                              {Maps{dz.at(0, t - first), dz.image_stride, size, kGates * hidden_channels,
+                                    Rows::of(problem.plane)}}};
       convolve(from_gates, problem.images, filters, nullptr, 1,
                [&](Block& block, const Band& band, int64_t first_key, int64_t keys) {
                  for (int64_t key = 0; key < keys; ++key) {

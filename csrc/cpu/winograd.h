@@ -15,7 +15,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -163,20 +162,37 @@ inline std::vector<Band> cut_into_bands(const Plane& plane, int64_t images) {
   return bands;
 }
 
-// Channels of an image, one dense plane after the other; a convolution may read two such maps as one.
+// Where the rows of a channel lie that a convolution reads: output row 0 is centred on row `above`.
+struct Rows {
+  int64_t height, stride, above;
+  static Rows of(const Plane& plane) { return {plane.height, plane.width, 0}; }
+};
+
+// Channels of an image; a convolution may read several such maps as one.
 struct Maps {
   const float* data;
-  int64_t image_stride, channels;
+  int64_t image_stride, channel_stride, channels;
+  Rows rows;
+};
+
+struct Channel {
+  const float* data;
+  Rows rows;
 };
 
 struct Source {
-  Plane plane;
-  std::array<Maps, 2> maps;  // the second may have no channels
-  int64_t channels() const { return maps[0].channels + maps[1].channels; }
-  const float* channel(int64_t image, int64_t c) const {
-    const bool second = c >= maps[0].channels;
-    const Maps& map = maps[second];
-    return map.data + image * map.image_stride + (second ? c - maps[0].channels : c) * plane.size();
+  Plane plane;  // of the output
+  std::vector<Maps> maps;
+  int64_t channels() const {
+    int64_t sum = 0;
+    for (const Maps& map : maps) sum += map.channels;
+    return sum;
+  }
+  Channel channel(int64_t image, int64_t c) const {
+    size_t i = 0;
+    for (; c >= maps[i].channels; ++i) c -= maps[i].channels;
+    const Maps& map = maps[i];
+    return {map.data + image * map.image_stride + c * map.channel_stride, map.rows};
   }
 };
 
@@ -194,7 +210,7 @@ class BandTransform {
 
   int64_t stride() const { return stride_; }
 
-  void operator()(const float* channel, const Band& band, float* tiles) {
+  void operator()(const Channel& channel, const Band& band, float* tiles) {
     split_phases(channel, band);
     const int64_t columns = plane_.tile_columns();
     for (int64_t row = 0; row < band.rows; ++row) {
@@ -220,15 +236,15 @@ class BandTransform {
 
  private:
   // Pixel (y, 4 k + q - halo) of the band, zero outside of the plane, becomes entry k of phase q of its row.
-  void split_phases(const float* channel, const Band& band) {
+  void split_phases(const Channel& channel, const Band& band) {
     for (int64_t row = 0; row < kTile * band.rows + 2 * halo_; ++row) {
-      const int64_t y = kTile * band.first_row + row - halo_;
+      const int64_t y = kTile * band.first_row + row - halo_ + channel.rows.above;
       float* phases = phases_.data() + row * kTile * pitch_;
-      if (y < 0 || y >= plane_.height) {
+      if (y < 0 || y >= channel.rows.height) {
         std::fill_n(phases, kTile * pitch_, 0.f);
         continue;
       }
-      const float* pixels = channel + y * plane_.width;
+      const float* pixels = channel.data + y * channel.rows.stride;
       for (int64_t q = 0; q < kTile; ++q) {
         float* phase = phases + q * pitch_;
         int64_t k = 0, x = q - halo_;

@@ -460,7 +460,7 @@ def test_the_naive_way_gives_the_same(streaming):
 @pytest.mark.parametrize("tile_rows", [1, 7, 1000])
 def test_labels_are_the_most_probable_classes_in_any_tiling(tile_rows, monkeypatch):
     size = (61, 50)
-    monkeypatch.setattr("vosops.models.semantic_network._BAND_BYTES", tile_rows * 4 * size[1] * 19)
+    monkeypatch.setattr("vosops.models.rows._BAND_BYTES", {"cpu": tile_rows * 4 * size[1] * 19})
     model = LSTMICNet(version="v3").eval()
     frame = clip_of(1)[0, 0]
     probabilities = SemanticTracker(model).step(frame, size=size)

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 import vosops
 from vosops.models.convolution import Conv3x3, conv_norm
-from vosops.ops.conv3x3 import HAS_WINOGRAD, conv2d
+from vosops.ops.conv3x3 import HAS_ROWS, HAS_WINOGRAD, conv2d, conv2d_rows
 
 TOLERANCE = 3e-6  # of the output's root mean square; PyTorch's own: 3e-7
 SIZES = {  # N, C, M, H, W
@@ -106,6 +106,66 @@ def test_wrong_sizes_are_refused(wrong):
         wrong = "weight"  # whose channels must be those of x
     with pytest.raises(RuntimeError, match=wrong):
         torch.ops.vosops.conv3x3_winograd(*arguments.values(), False)
+
+
+# ---- Some rows of several maps.
+
+
+@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+@pytest.mark.parametrize("slope", [1.0, 0.0, 0.25])
+@pytest.mark.parametrize(("start", "stop"), [(0, 23), (0, 6), (5, 14), (9, 23), (22, 23)])
+def test_rows_of_several_maps(start, stop, slope):
+    n, height, width, counts = 2, 23, 37, (5, 1, 30)
+    maps = [torch.randn(n, c, height, width) for c in counts]
+    weight, bias = torch.randn(50, sum(counts), 3, 3) / 18, torch.randn(50)
+    addend = torch.randn(n, 50, height, width)
+    want = functional.leaky_relu(exact(torch.cat(maps, 1), weight, bias, addend), slope)[:, :, start:stop]
+    low, high = max(start - 1, 0), min(stop + 1, height)
+    whole = torch.full((n, 60, height, width), torch.nan)
+    out = whole[:, 4:54, start:stop]
+    parts = [x[:, :, low:high] for x in maps]
+    conv2d_rows(parts, weight, bias, out, above=start - low, addend=addend[:, :, start:stop], slope=slope)
+    assert_near(out, want)
+    assert int(whole.isnan().sum()) == whole.numel() - out.numel(), "nothing else is written"
+
+
+@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+def test_rows_of_maps_of_another_layout():
+    x, weight, bias, addend = problem(*SIZES["odd sizes"])
+    want = exact(x, weight, bias, addend)
+    out = torch.empty_like(addend)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, addend)]
+    conv2d_rows([last[0]], weight, bias, out, addend=last[1])
+    assert_near(out, want)
+
+
+@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+@pytest.mark.parametrize("wrong", ["maps", "weight", "bias", "addend", "none"])
+def test_wrong_rows_are_refused(wrong):
+    x, weight, bias, addend = problem(*SIZES["odd sizes"])
+    given = {
+        "maps": [x, x[:, :1]],
+        "weight": torch.cat([weight, weight[:, :1]], 1),
+        "bias": bias,
+        "addend": addend,
+    }
+    out = torch.empty_like(addend)
+    torch.ops.vosops.conv3x3_winograd_rows(*given.values(), out, 1.0, 0)
+    if wrong == "maps":
+        given["maps"][1] = x[:, :1, 1:]
+    elif wrong == "none":
+        given["maps"], wrong = [], "maps"
+    else:
+        given[wrong] = given[wrong][:, 1:] if wrong == "weight" else given[wrong][1:]
+    with pytest.raises(RuntimeError, match=wrong):
+        torch.ops.vosops.conv3x3_winograd_rows(*given.values(), out, 1.0, 0)
+
+
+@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+def test_rows_are_registered_as_pytorch_wants():
+    x, weight, bias, addend = problem(*SIZES["odd sizes"])
+    arguments = ([x], weight, bias, addend, torch.empty_like(addend), 0.0, 0)
+    torch.library.opcheck(torch.ops.vosops.conv3x3_winograd_rows.default, arguments)
 
 
 # ---- When the networks use it.

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops import backends
 from vosops.models._tracking import check_frame
-from vosops.models.network import resize_rows
+from vosops.models.rows import Cropped, Enlarged, Held, Mapped, Rows
 
 __all__ = ["FrameNetwork", "SemanticNetwork", "Sides", "State", "bands"]
 
 State = dict[str, tuple[Tensor, Tensor]]
 """Hidden and cell (N,C,h,w) of each recurrent layer, by its name."""
 
-_BAND_BYTES = 16 << 20  # of the full-size logits that are made at a time
-_FLOAT = 4  # bytes
 _BYTE_VALUES = 256
 
 
@@ -68,21 +67,17 @@ class Sides:
 
 
 def bands(
-    logits: Tensor, size: tuple[int, int], *, align_corners: bool = False, whole: bool = False
+    logits: Tensor | Rows, size: tuple[int, int], *, align_corners: bool = False, whole: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Enlarge logits (K,h,w) to a size, a few rows at a time: where they are in the whole, and (K,rows,W) float32.
+    """Enlarge logits (K,h,w), or rows (1,K,h,w), to a size, a few rows at a time.
 
-    One class alone comes as two, the background with logits of 0 and it. ``whole``: all rows at once.
+    Where they are in the whole, and (K,rows,W) float32. One class alone comes as two, the background with logits of 0
+    and it. ``whole``: all rows at once.
     """
-    height, width = size
-    classes = max(2, len(logits))
-    step = height if whole else max(1, _BAND_BYTES // (_FLOAT * width * classes))
-    for start in range(0, height, step):
-        rows = range(start, min(start + step, height))
-        band = resize_rows(logits, size, rows, align_corners=align_corners)
-        if len(band) == 1:
-            band = torch.cat([torch.zeros_like(band), band])
-        yield slice(rows.start, rows.stop), band
+    source = Mapped(logits if isinstance(logits, Rows) else Held(logits[None]), Tensor.float)
+    enlarged = Enlarged(source, size, align_corners=align_corners)
+    for rows, (band,) in enlarged.bands(whole=whole):
+        yield rows, torch.cat([torch.zeros_like(band), band]) if len(band) == 1 else band
 
 
 def labels_dtype(classes: int) -> torch.dtype:
@@ -162,12 +157,56 @@ class FrameNetwork(SemanticNetwork):
     def forward(self, images: Tensor) -> Any:
         """Images (N,3,H,W), as `prepare` gives them -> logits (N,K,h,w), in eval mode; they may be smaller."""
 
+    def rows(self, images: Tensor) -> Rows:
+        """Images -> the logits of `forward`, in eval mode without gradients, as rows that are made when asked for.
+
+        What a network overrides to need less memory than `forward`, which calls it where :attr:`streams` is true.
+        """
+        logits: Tensor = self(images)
+        return Held(logits)
+
+    @property
+    def streams(self) -> bool:
+        """Whether `forward` computes by rows: in eval mode without gradients.
+
+        Not under ``use_backend("reference")``, where it computes as the original does, not while it is compiled or
+        exported, and not where a module has a hook, which would not be called.
+        """
+        return not (
+            self.training
+            or torch.is_grad_enabled()
+            or self.naive
+            or torch.compiler.is_compiling()
+            or any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        )
+
+    @property
+    def naive(self) -> bool:
+        """Whether everything is to be computed as the original does, what it discards too."""
+        return backends.forced() == "reference"
+
     def prepare(self, frames: Tensor) -> Tensor:
-        """See :class:`SemanticNetwork`."""
+        """See :class:`SemanticNetwork`; frames of other than three channels are not normalised."""
         dtype = next(self.parameters()).dtype
         images = frames.to(dtype) / 255 if frames.dtype == torch.uint8 else frames.to(dtype)
+        if len(self.mean) not in (1, images.shape[-3]):
+            return images
         mean, std = (images.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
         return (images - mean) / std
+
+    def logit_rows(self, images: Tensor, size: tuple[int, int] | None = None) -> Rows:
+        """Images (N,C,H,W) of any size -> logits (N,K,*size) as rows, size being that of the images unless given.
+
+        Images are padded to sides that `forward` takes, by repeating the last row and column.
+        """
+        height, width = images.shape[2:]
+        padded = self.sides.at_least(height), self.sides.at_least(width)
+        if padded != (height, width):
+            images = functional.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
+        logits = self.rows(images) if self.streams else Held(self(images))
+        if padded != (height, width):
+            logits = Cropped(Enlarged(logits, padded, align_corners=self.align_corners), (height, width))
+        return Enlarged(logits, size or (height, width), align_corners=self.align_corners)
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """See :class:`SemanticNetwork`: the logits, of images that are padded to sides that `forward` takes."""
@@ -193,8 +232,9 @@ class FrameNetwork(SemanticNetwork):
         """Find the class of every pixel of an image of any size: (3,H,W) uint8 or in [0, 1] -> (H,W) uint8.
 
         int64 for more than 256 classes; a network with one class gives 1 where its logit is positive, and 0 elsewhere.
-        The image is padded to a size that `forward` takes, and full-size logits of a smaller map are made a few rows
-        at a time. Raises ValueError in training mode and for another image, TypeError.
+        The image is padded to a size that `forward` takes. Where :attr:`streams` is true memory is that of the maps
+        that :meth:`rows` holds, and full-size logits are made a few rows at a time. Raises ValueError in training mode,
+        and ValueError or TypeError for another image.
 
         >>> import torch
         >>> from vosops.models import create_model
@@ -206,8 +246,8 @@ class FrameNetwork(SemanticNetwork):
         check_frame(image)
         size = (image.shape[1], image.shape[2])
         device = next(self.parameters()).device
-        (logits,) = self.features(self.prepare(image[None].to(device)))
-        labels = torch.empty(size, dtype=labels_dtype(len(logits[0])), device=device)
-        for rows, band in bands(logits[0], size, align_corners=self.align_corners):
+        logits = self.logit_rows(self.prepare(image[None].to(device)))
+        labels = torch.empty(size, dtype=labels_dtype(logits.size[1]), device=device)
+        for rows, band in bands(logits, size, whole=self.naive):
             labels[rows] = band.argmax(0)
         return labels

@@ -20,7 +20,7 @@ def test_logits_of_all_heads_are_the_originals(name, options):
     with torch.no_grad():
         logits = network(images)
         outputs = originals.with_auxiliary_heads(network)(images)
-    assert torch.equal(outputs[0], logits)
+    originals.assert_equals(golden, "logits", logits)
     for key, found in zip(("logits", "sa_logits", "sc_logits"), outputs, strict=True):
         originals.assert_equals(golden, key, found)
 

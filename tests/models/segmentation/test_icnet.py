@@ -16,7 +16,7 @@ def test_logits_of_all_branches_are_the_originals(name):
     with torch.no_grad():
         logits = network(images)
         outputs = originals.with_auxiliary_heads(network)(images)
-    assert torch.equal(outputs[0], logits)
+    originals.assert_equals(golden, "logits", logits)
     for key, found in zip(("logits", "logits_s4", "aux_s8", "aux_s16"), outputs, strict=True):
         originals.assert_equals(golden, key, found)
 

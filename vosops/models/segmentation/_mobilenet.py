@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from vosops.models.rows import Held, Padded, Rows
+from vosops.models.segmentation._layers import chain
 
 __all__ = ["MobileNetV2"]
 
@@ -51,6 +55,11 @@ class _InvertedResidual(nn.Module):
         self.padding = dilation
         self.residual = stride == 1 and inputs == outputs
 
+    def rows(self, x: Rows) -> Rows:
+        sides = [side + 2 * self.padding for side in x.size[2:]]
+        padded = Padded(x, sides, left=self.padding, above=self.padding)
+        return chain(padded, self.conv, addend=x if self.residual else None)
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(functional.pad(x, [self.padding] * 4))
         return x + y if self.residual else y
@@ -88,6 +97,18 @@ class MobileNetV2(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def streamed_pair(self, images: Rows) -> Iterator[Tensor]:
+        """Yield the map of 24 channels, computed by rows, and then that of 320."""
+        x = images
+        for modules in (self.low_level_features, self.high_level_features):
+            for module in modules:
+                x = (
+                    Held(module.rows(x).whole())
+                    if isinstance(module, _InvertedResidual)
+                    else chain(x, module)
+                )
+            yield x.whole()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         low = self.low_level_features(images)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.rows import Held, Rows
 from vosops.models.segmentation._common import conv_bn_relu
+from vosops.models.segmentation._layers import chain
 
 __all__ = [
     "BLOCKS",
@@ -19,6 +21,7 @@ __all__ = [
     "check_backbone",
     "deep_stem",
     "draw_kernels",
+    "stages_whole",
 ]
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
@@ -60,6 +63,14 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
 
+    def whole(self, x: Rows) -> Tensor:
+        """Return its map, computed by rows; without a downsample in place of a map that is held."""
+        relu = nn.ReLU()
+        shortcut = x if self.downsample is None else chain(x, self.downsample)
+        layers = [self.conv1, self.bn1, relu, self.conv2, self.bn2, relu, self.conv3, self.bn3]
+        y = chain(x, *layers, addend=shortcut, slope=0.0)
+        return y.whole(into=x.x if isinstance(x, Held) and self.downsample is None else None)
+
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         y = functional.relu(self.bn2(self.conv2(y)), inplace=True)
@@ -78,6 +89,20 @@ def bottlenecks(inputs: int, middle: int, dilations: Sequence[int], stride: int 
             for n, dilation in enumerate(dilations)
         )
     )
+
+
+def stages_whole(stages: Sequence[nn.Module], source: list[Rows]) -> Tensor:
+    """Return the map of stages after each other, computed by rows.
+
+    A stage's first block makes a new map, which the others change in place; that of the stage before is then given up.
+    source: one map, which is taken out of the list, so that nobody holds on to it.
+    """
+    x = source.pop()
+    for stage in stages:
+        for block in stage.children():
+            assert isinstance(block, Bottleneck)
+            x = Held(block.whole(x))
+    return x.whole()
 
 
 def deep_stem(in_channels: int) -> list[nn.Module]:
@@ -129,6 +154,18 @@ class ResNet(nn.Module):
             self.add_module(f"layer{n}", bottlenecks(inputs, middle, dilations, stride))
             inputs = middle * EXPANSION
         draw_kernels(self)
+
+    def whole(self, images: Rows, last: int = 4) -> Tensor:
+        """Return the map of one of the stages, computed by rows."""
+        return self.further_whole([self.stem(images)], 1, last)
+
+    def stem(self, images: Rows) -> Rows:
+        """Return what the first stage reads."""
+        return chain(images, self.conv1, self.bn1, nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+
+    def further_whole(self, source: list[Rows], first: int, last: int = 4) -> Tensor:
+        """Return the map of the last of some stages; see `stages_whole`."""
+        return stages_whole([self.get_submodule(f"layer{n}") for n in range(first, last + 1)], source)
 
     def maps(self, images: Tensor, last: int = 4) -> list[Tensor]:
         """Return the maps of the first stages, up to the last that is asked for."""

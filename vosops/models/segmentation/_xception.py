@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.rows import Added, Held, Rows
+from vosops.models.segmentation._layers import chain
 from vosops.models.segmentation._resnet import draw_kernels
 
 __all__ = ["Xception"]
@@ -51,6 +54,15 @@ class _Block(nn.Module):
             self.skip = nn.Conv2d(channels[0], channels[-1], 1, stride, bias=False)
             self.skipbn = nn.BatchNorm2d(channels[-1])
 
+    def rows(self, x: Rows) -> Rows:
+        shortcut = x if self.skip is None else chain(x, self.skip, self.skipbn)
+        layers: list[nn.Module] = []
+        for layer in self.rep:
+            layers += layer.children() if isinstance(layer, _Separable) else [layer]
+        if isinstance(layers[-1], nn.MaxPool2d):
+            return Added([chain(x, *layers), shortcut])
+        return chain(x, *layers, addend=shortcut)
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.rep(x)
         y += x if self.skip is None else self.skipbn(self.skip(x))
@@ -85,6 +97,19 @@ class Xception(nn.Module):
         self.bn3 = nn.BatchNorm2d(1536)
         self.conv4 = _Separable(1536, 2048, padding=1, dilation=last)
         draw_kernels(self)
+
+    def streamed_pair(self, images: Rows) -> Iterator[Tensor]:
+        """Yield the map of 128 channels, computed by rows, and then that of 2048."""
+        relu = nn.ReLU()
+        stem = chain(images, self.conv1, self.bn1, relu, self.conv2, self.bn2, relu)
+        x = Held(self.block1.rows(stem).whole())
+        del stem
+        yield x.x
+        for n in range(2, 13):
+            block = self.get_submodule(f"block{n}")
+            assert isinstance(block, _Block)
+            x = Held(block.rows(x).whole())
+        yield chain(x, *self.conv3.children(), self.bn3, relu, *self.conv4.children()).whole()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = functional.relu(self.bn1(self.conv1(images)), inplace=True)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vosops import _checks
+from vosops.models.rows import Added, Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._layers import chain
 from vosops.models.segmentation._resnet import BLOCKS, ResNet, check_backbone
 from vosops.models.semantic_network import FrameNetwork
 from vosops.ops.memory_read import memory_read
@@ -37,6 +39,11 @@ class PositionAttention(nn.Module):
         self.value_conv = nn.Conv2d(channels, channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the same, with one map more than x at a time."""
+        read = memory_read(self.query_conv(x), self.key_conv(x), self.value_conv(x), scale=1.0)
+        return read.mul_(self.gamma).add_(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (N,C,H,W) -> (N,C,H,W)."""
         read = memory_read(self.query_conv(x), self.key_conv(x), self.value_conv(x), scale=1.0)
@@ -52,6 +59,12 @@ class ChannelAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the same, with one map more than x at a time."""
+        flat = x.flatten(2)
+        weights = torch.softmax(-torch.bmm(flat, flat.mT), dim=-1).mul_(self.gamma)
+        return torch.baddbmm(flat, weights, flat).view_as(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N,C,H,W) -> (N,C,H,W)."""
@@ -73,6 +86,15 @@ class _Head(nn.Module):
         self.conv6, self.conv7, self.conv8 = (
             nn.Sequential(nn.Dropout2d(_DROPOUT), nn.Conv2d(inner, num_classes, 1)) for _ in range(3)
         )
+
+    def rows(self, x: Tensor) -> Rows:
+        """Return the logits of the sum; what each attention sees alone is classified in training only."""
+        positions, channels = (chain(Held(x), conv).whole() for conv in (self.conv5a, self.conv5c))
+        del x
+        attended = [Held(self.sa.whole(positions)), Held(self.sc.whole(channels))]
+        del positions, channels
+        both = (chain(y, conv) for y, conv in zip(attended, (self.conv51, self.conv52), strict=True))
+        return chain(Added(list(both)), self.conv8)
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the position attention and the channel attention lead to."""
@@ -130,12 +152,19 @@ class DANet(FrameNetwork):
         )
         self.head = _Head(num_classes)
 
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held is the backbone's last map, and then what attention reads of it."""
+        logits = self.head.rows(self.pretrained.whole(Held(images))).whole()
+        return Enlarged(Held(logits), images.shape[2:], align_corners=True)
+
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,H,W), in training mode of the sum, of positions and of channels."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         positions, channels = self.head.features(self.pretrained.maps(images)[-1])
         logits = [self.head.conv8(positions + channels)]
-        if self.training:
+        if self.training or self.naive:
             logits += [self.head.conv6(positions), self.head.conv7(channels)]
         enlarged = tuple(resize(x, images.shape[2:], align_corners=True) for x in logits)
         return enlarged if self.training else enlarged[0]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.rows import Held, Rows, Unpooled, pool_with_places
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu
+from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
 
 __all__ = ["DeconvNet"]
@@ -81,6 +83,8 @@ class DeconvNet(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         x: Tensor = images
         places = []
         for stage in range(1, len(_STAGES) + 1):
@@ -91,3 +95,18 @@ class DeconvNet(FrameNetwork):
             unpooled = functional.max_unpool2d(x, places.pop(), [2, 2])
             x = self.get_submodule(f"deconv{stage}")(unpooled)
         return x
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held is a pooled map, and two bits for each value of those before it."""
+        x = images
+        pooled = []
+        for stage in range(1, len(_STAGES) + 1):
+            x, places = pool_with_places(chain(Held(x), self.get_submodule(f"conv{stage}")))
+            pooled.append(places)
+        x = self.deconv67(self.conv67(x))
+        for stage in range(len(_STAGES), 0, -1):
+            up = Unpooled(Held(x), pooled.pop(), [2 * side for side in x.shape[2:]])
+            y = chain(up, self.get_submodule(f"deconv{stage}"))
+            if stage > 1:
+                x = y.whole()
+        return y

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from vosops import _checks
+from vosops.models.rows import Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._layers import chain
 from vosops.models.segmentation._mobilenet import MobileNetV2
 from vosops.models.segmentation._resnet import ResNet, check_backbone
 from vosops.models.segmentation._xception import Xception
@@ -29,6 +33,12 @@ class _ResNetMaps(ResNet):
         low, *_, high = self.maps(images)
         return low, high
 
+    def streamed_pair(self, images: Rows) -> Iterator[Tensor]:
+        """Yield the first map, computed by rows, and then the last."""
+        held: list[Rows] = [Held(self.whole(images, last=1))]
+        yield held[0].whole()
+        yield self.further_whole(held, first=2)
+
 
 class _ASPP(nn.Module):
     """A 1x1, three dilated 3x3 and the mean of the map, concatenated and reduced."""
@@ -44,6 +54,13 @@ class _ASPP(nn.Module):
         )
         branches = len(self.convs)
         self.project = nn.Sequential(*conv_bn_relu(branches * _CHANNELS, _CHANNELS, 1), nn.Dropout(_DROPOUT))
+
+    def rows(self, x: Tensor) -> Rows:
+        *convs, of_mean = self.convs
+        pool, *layers = of_mean.children()
+        mean = chain(Held(pool(x)), *layers).whole()
+        everywhere = mean.expand(-1, -1, *x.shape[2:])
+        return chain([*(chain(Held(x), conv) for conv in convs), Held(everywhere)], self.project)
 
     def forward(self, x: Tensor) -> Tensor:
         found = [resize(branch(x), x.shape[2:], align_corners=False) for branch in self.convs]
@@ -117,8 +134,19 @@ class DeepLabV3Plus(FrameNetwork):
             self.backbone.low_channels, self.backbone.channels, _RATES[output_stride], num_classes
         )
 
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held is the backbone's map, and 48 channels of the fine one."""
+        maps = self.backbone.streamed_pair(Held(images))
+        low = chain(Held(next(maps)), self.classifier.project).whole()
+        coarse = Held(self.classifier.aspp.rows(next(maps)).whole())
+        joined = [Held(low), Enlarged(coarse, low.shape[2:], align_corners=False)]
+        logits = chain(joined, self.classifier.classifier).whole()
+        return Enlarged(Held(logits), images.shape[2:], align_corners=False)
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         logits = self.classifier(*self.backbone(images))
         return resize(logits, images.shape[2:], align_corners=False)

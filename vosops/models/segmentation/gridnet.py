@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
+from vosops.models.rows import Added, Held, Rows
+from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
 
 __all__ = ["GridNet"]
@@ -33,6 +36,14 @@ class _Lateral(nn.Module):
         if inputs != outputs:
             self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.widens = inputs != outputs
+
+    def rows(self, x: Rows) -> Rows:
+        return chain(x, self.f, addend=chain(x, self.conv) if self.widens else x)
+
+    def add_to(self, x: Tensor, other: Rows | None = None) -> Tensor:
+        """Return its map, computed in place of x, and another one's added."""
+        own = self.rows(Held(x))
+        return (own if other is None else Added([other, own])).whole(into=x)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.f(x)
@@ -89,8 +100,8 @@ class GridNet(FrameNetwork):
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths must be the channels of two rows or more, got {tuple(widths)}")
         self.num_classes = num_classes
-        self.rows = len(widths)
-        scale: int = 2 ** (self.rows - 1)
+        self.scales = len(widths)
+        scale: int = 2 ** (self.scales - 1)
         self.sides = Sides(scale, least=scale)
         self.lateral_init = _Lateral(in_channels, widths[0])
         for row, width in enumerate(widths):
@@ -105,19 +116,42 @@ class GridNet(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         half = self.COLUMNS // 2
         state: list[Tensor] = [self.lateral_init(images)]
-        for row in range(1, self.rows):
+        for row in range(1, self.scales):
             state.append(self.get_submodule(f"down_{row - 1}_0")(state[-1]))
         for column in range(1, half):
             state[0] = self.get_submodule(f"lateral_0_{column - 1}")(state[0])
-            for row in range(1, self.rows):
+            for row in range(1, self.scales):
                 down = self.get_submodule(f"down_{row - 1}_{column}")(state[row - 1])
                 state[row] = down + self.get_submodule(f"lateral_{row}_{column - 1}")(state[row])
         for column in range(half, self.COLUMNS):
-            state[-1] = self.get_submodule(f"lateral_{self.rows - 1}_{column - 1}")(state[-1])
-            for row in reversed(range(self.rows - 1)):
+            state[-1] = self.get_submodule(f"lateral_{self.scales - 1}_{column - 1}")(state[-1])
+            for row in reversed(range(self.scales - 1)):
                 up = self.get_submodule(f"up_{row}_{column - half}")(state[row + 1])
                 state[row] = up + self.get_submodule(f"lateral_{row}_{column - 1}")(state[row])
         logits: Tensor = self.lateral_final(state[0])
         return logits
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held is a map of each row, which columns change in place."""
+        half = self.COLUMNS // 2
+        state = [self.lateral_init.rows(Held(images)).whole()]
+        for row in range(1, self.scales):
+            state.append(chain(Held(state[-1]), self._part("down", row - 1, 0).f).whole())
+        for column in range(1, half):
+            for row in range(self.scales):
+                above = chain(Held(state[row - 1]), self._part("down", row - 1, column).f) if row else None
+                self._part("lateral", row, column - 1).add_to(state[row], above)
+        for column in range(half, self.COLUMNS):
+            for row in reversed(range(self.scales)):
+                below = None
+                if row + 1 < self.scales:
+                    below = chain(Held(state[row + 1]), self._part("up", row, column - half).f)
+                self._part("lateral", row, column - 1).add_to(state[row], below)
+        return self.lateral_final.rows(Held(state[0]))
+
+    def _part(self, kind: str, row: int, column: int) -> Any:
+        return self.get_submodule(f"{kind}_{row}_{column}")

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops import _checks
+from vosops.models.rows import Added, Convolved, Enlarged, Held, Mapped, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
-from vosops.models.segmentation._resnet import EXPANSION, bottlenecks
+from vosops.models.segmentation._layers import chain, folded
+from vosops.models.segmentation._resnet import EXPANSION, bottlenecks, stages_whole
 from vosops.models.semantic_network import FrameNetwork
+from vosops.ops.memory_read import memory_read
 
 __all__ = ["HRNetW18", "HRNetW32", "HRNetW48", "HRNetW48OCR", "ObjectAttention", "SpatialGather"]
 
@@ -37,6 +40,11 @@ class _BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
 
+    def change(self, x: Tensor) -> None:
+        """Compute it by rows, in place of x."""
+        layers = [self.conv1, self.bn1, nn.ReLU(), self.conv2, self.bn2]
+        chain(Held(x), *layers, addend=Held(x), slope=0.0).whole(into=x)
+
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
@@ -56,6 +64,22 @@ class _Module(nn.Module):
         self.fuse_layers = nn.ModuleList(
             nn.ModuleList(_fuse_layer(widths, j, i) for j in range(len(widths))) for i in range(len(widths))
         )
+
+    def whole(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return its maps, computed by rows; those given are changed."""
+        for branch, x in zip(self.branches, maps, strict=True):
+            for block in branch.children():
+                assert isinstance(block, _BasicBlock)
+                block.change(x)
+        held = [Held(x) for x in maps]
+        found = []
+        for own, layers in zip(maps, self.fuse_layers, strict=True):
+            brought = (chain(x, layer) for layer, x in zip(layers.children(), held, strict=True))
+            size, corners = own.shape[2:], self.align_corners
+            found.append(
+                Added([Enlarged(x, size, align_corners=corners) for x in brought], slope=0.0).whole()
+            )
+        return found
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
@@ -119,9 +143,34 @@ class _HRNet(FrameNetwork):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=_KERNEL_STD)
 
+    def streamed(self, images: Tensor) -> list[Tensor]:
+        """Images (N,C,H,W) -> the maps of the four branches, computed by rows."""
+        relu = nn.ReLU()
+        stem = chain(Held(images), self.conv1, self.bn1, relu, self.conv2, self.bn2, relu)
+        maps = [stages_whole([self.layer1], [Held(stem.whole())])]
+        del stem
+        for stage in _MODULES:
+            layers = self.get_submodule(f"transition{stage - 1}").children()
+            maps = [chain(Held(maps[min(n, len(maps) - 1)]), layer).whole() for n, layer in enumerate(layers)]
+            for module in self.get_submodule(f"stage{stage}").children():
+                assert isinstance(module, _Module)
+                maps = module.whole(maps)
+        return maps
+
+    def head_rows(self, maps: Sequence[Tensor], head: nn.Sequential) -> Rows:
+        """Return what a head makes of the maps joined; its first 1x1 convolution sees each at its own size."""
+        first, norm, _, last = head
+        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        weight, bias = folded(first, norm)
+        weights = weight.split([x.shape[1] for x in maps], 1)
+        size, corners = maps[0].shape[2:], self.align_corners
+        parts = [Convolved([Held(maps[0])], weights[0], bias)]
+        parts += [Convolved([Held(x)], part) for x, part in zip(maps[1:], weights[1:], strict=True)]
+        total = Added([Enlarged(x, size, align_corners=corners) for x in parts], slope=0.0)
+        return chain(total, last)
+
     def maps(self, images: Tensor) -> list[Tensor]:
         """Images (N,C,H,W) -> the maps of the four branches, the finest first."""
-        self.sides.check(images)
         x = functional.relu(self.bn1(self.conv1(images)), inplace=True)
         x = functional.relu(self.bn2(self.conv2(x)), inplace=True)
         maps = [self.layer1(x)]
@@ -162,8 +211,15 @@ class _PlainHRNet(_HRNet):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,h,w) at a quarter of the size, rounded up."""
+        self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         logits: Tensor = self.last_layer(self.joined(self.maps(images)))
         return logits
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held are the maps of the four branches."""
+        return Held(self.head_rows(self.streamed(images), self.last_layer).whole())
 
 
 class HRNetW48(_PlainHRNet):
@@ -212,6 +268,11 @@ class SpatialGather(nn.Module):
     Features (N,C,H,W) and logits (N,K,H,W) -> (N,C,K,1).
     """
 
+    def read(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Return the same; each class reads the memory of all pixels, whose scores are its logits."""
+        classes = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)[None]
+        return memory_read(classes, logits.flatten(2), features.flatten(2), scale=1.0)[..., None]
+
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         """Features (N,C,H,W), logits (N,K,H,W) -> (N,C,K,1)."""
         weights = torch.softmax(logits.flatten(2), dim=-1)
@@ -231,6 +292,13 @@ class ObjectAttention(nn.Module):
         self.f_object = _layers(channels, key_channels, key_channels)
         self.f_down = _layers(channels, key_channels)
         self.f_up = _layers(key_channels, channels)
+
+    def rows(self, x: Rows, objects: Tensor) -> Rows:
+        """Return the same of pixels as rows."""
+        key, value = self.f_object(objects).flatten(2), self.f_down(objects).flatten(2)
+        scale = self.key_channels**-0.5
+        read = Mapped(chain(x, self.f_pixel), lambda query: memory_read(query, key, value, scale=scale))
+        return chain(read, self.f_up)
 
     def forward(self, x: Tensor, objects: Tensor) -> Tensor:
         """Pixels (N,C,H,W), objects (N,C,K,1) -> (N,C,H,W)."""
@@ -258,6 +326,9 @@ class _OCRHead(nn.Module):
         self.conv_bn_dropout = nn.Sequential(
             *_layers(2 * _OCR_CHANNELS, _OCR_CHANNELS), nn.Dropout2d(_OCR_DROPOUT)
         )
+
+    def rows(self, features: Rows, objects: Tensor) -> Rows:
+        return chain([self.object_context_block.rows(features, objects), features], self.conv_bn_dropout)
 
     def forward(self, features: Tensor, objects: Tensor) -> Tensor:
         context = self.object_context_block(features, objects)
@@ -297,8 +368,22 @@ class HRNetW48OCR(_HRNet):
 
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,h,w) at a quarter of the size; in training mode (first guess, logits)."""
+        self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         joined = self.joined(self.maps(images))
         guess = self.aux_head(joined)
         features = self.conv3x3_ocr(joined)
         logits = self.cls_head(self.ocr_distri_head(features, self.ocr_gather_head(features, guess)))
         return (guess, logits) if self.training else logits
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held are the maps of the four branches, and then 512 channels."""
+        maps = self.streamed(images)
+        guess = self.head_rows(maps, self.aux_head).whole()
+        size, corners = maps[0].shape[2:], self.align_corners
+        joined = [Enlarged(Held(x), size, align_corners=corners) for x in maps]
+        features = chain(joined, self.conv3x3_ocr).whole()
+        del joined, maps
+        objects = self.ocr_gather_head.read(features, guess)
+        return Held(chain(self.ocr_distri_head.rows(Held(features), objects), self.cls_head).whole())

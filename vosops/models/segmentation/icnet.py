@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops import _checks
+from vosops.models.rows import Added, Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._layers import chain
 from vosops.models.segmentation._resnet import ResNet
 from vosops.models.semantic_network import FrameNetwork, Sides
 
@@ -45,6 +47,10 @@ class _CascadeFusion(nn.Module):
         self.conv_low = nn.Sequential(dilated, nn.BatchNorm2d(_CHANNELS))
         self.conv_high = nn.Sequential(nn.Conv2d(high, _CHANNELS, 1, bias=False), nn.BatchNorm2d(_CHANNELS))
         self.conv_low_cls = nn.Conv2d(_CHANNELS, num_classes, 1, bias=False)
+
+    def rows(self, low: Rows, high: Rows) -> Rows:
+        enlarged = Enlarged(low, high.size[2:], align_corners=True)
+        return chain(enlarged, self.conv_low, addend=chain(high, self.conv_high), slope=0.0)
 
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         low = self.conv_low(resize(low, high.shape[2:], align_corners=True))
@@ -102,11 +108,39 @@ class ICNet(FrameNetwork):
         )
         self.head = _Head(num_classes)
 
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held is the last map of each branch, at most."""
+        image = Held(images)
+        scaled = (
+            Enlarged(image, [side // n for side in images.shape[2:]], align_corners=True)
+            for n in (_QUARTER, 2)
+        )
+        low = self.pretrained.whole(next(scaled), last=_LOW_STAGES)
+        x: Rows = Held(low)
+        means = (
+            Enlarged(Held(functional.adaptive_avg_pool2d(low, n)), low.shape[2:], align_corners=True)
+            for n in _BINS
+        )
+        Added([x, *means]).whole(into=low)
+        medium = self.pretrained.whole(next(scaled), last=_MEDIUM_STAGES)
+        fused = Held(self.head.cff_24.rows(x, Held(medium)).whole())
+        del low, medium, x
+        high = chain(image, *(layer for convolution in self.conv_sub1 for layer in convolution.children()))
+        logits = self.head.cff_12.rows(fused, high)
+        # A 1x1 convolution without bias of an enlarged map is the enlarged convolution.
+        x = Held(chain(logits, self.head.conv_cls).whole())
+        for factor in (2, 2 * _QUARTER):
+            x = Enlarged(x, [factor * side for side in logits.size[2:]], align_corners=True)
+        return x
+
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,h,w); in training mode at full size, 1/4, 1/8 and 1/16."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         high = self.conv_sub1(images)
-        medium = self.pretrained.maps(_scaled(images, 2), _MEDIUM_STAGES)[-1]
+        stages = _LOW_STAGES if self.naive else _MEDIUM_STAGES  # the original computes all, and uses two
+        medium = self.pretrained.maps(_scaled(images, 2), stages)[_MEDIUM_STAGES - 1]
         low = _with_pyramid(self.pretrained.maps(_scaled(images, _QUARTER), _LOW_STAGES)[-1])
         medium, logits_16 = self.head.cff_24(low, medium)
         high, logits_8 = self.head.cff_12(medium, high)

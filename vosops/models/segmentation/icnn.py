@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.rows import Held, Pooled, Repeated, Rows
+from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork
 
 __all__ = ["ICNN"]
@@ -46,6 +48,11 @@ class _Node(nn.Module):
         self.output_conv_node = _conv5(own + (coarser or own), own)
         self.output_conv_node_batchnorm = nn.BatchNorm2d(own)
 
+    def rows(self, sources: list[Rows]) -> Rows:
+        relu = nn.ReLU()
+        layers = [self.inter_conv_node, self.inter_conv_node_batchnorm, relu]
+        return chain(sources, *layers, self.conv_node, self.conv_node_batchnorm, relu)
+
     def forward(self, sources: list[Tensor]) -> Tensor:
         x = functional.relu(self.inter_conv_node_batchnorm(self.inter_conv_node(torch.cat(sources, 1))))
         return functional.relu(self.conv_node_batchnorm(self.conv_node(x)))
@@ -71,6 +78,30 @@ class _Cell(nn.Module):
                 sources.append(_enlarge(maps[row + 1], maps[row]))
             found.append(node(sources))
         return found
+
+    def whole(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return its maps, computed by rows."""
+        found = []
+        for row, node in enumerate(self.iCNN_Nodelist):
+            assert isinstance(node, _Node)
+            sources: list[Rows] = [Held(maps[row])]
+            if row:
+                sources.insert(0, Pooled(Held(maps[row - 1]), 3, padding=1))
+            if row + 1 < len(maps):
+                sources.append(Repeated(Held(maps[row + 1]), maps[row].shape[2:]))
+            found.append(node.rows(sources).whole())
+        return found
+
+    def integrate_rows(self, maps: list[Tensor]) -> Rows:
+        x: Rows = Held(maps.pop())
+        while maps:
+            node = self.iCNN_Nodelist[len(maps) - 1]
+            assert isinstance(node, _Node)
+            own = maps.pop()
+            sources = [Held(own), Repeated(x, own.shape[2:])]
+            x = chain(sources, node.output_conv_node, node.output_conv_node_batchnorm, nn.Tanh())
+            x = Held(x.whole()) if maps else x
+        return x
 
     def integrate(self, maps: list[Tensor]) -> Tensor:
         x = maps[-1]
@@ -116,6 +147,8 @@ class ICNN(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         maps = []
         for row, (conv, norm) in enumerate(zip(self.input_conv, self.input_bnm, strict=True)):
             images = _halve(images) if row else images
@@ -127,3 +160,17 @@ class ICNN(FrameNetwork):
         x = torch.tanh(self.last_con1_bnm(self.last_conv1(last.integrate(maps))))
         logits: Tensor = self.last_conv3(self.last_conv2(x))
         return logits
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held are the maps of a cell, and those of the next."""
+        maps = []
+        for row, (conv, norm) in enumerate(zip(self.input_conv, self.input_bnm, strict=True)):
+            images = _halve(images) if row else images
+            maps.append(chain(Held(images), conv, norm, nn.Tanh()).whole())
+        for cell in self.interlink_layers:
+            assert isinstance(cell, _Cell)
+            maps = cell.whole(maps)
+        last = self.interlink_layers[-1]
+        assert isinstance(last, _Cell)
+        x = last.integrate_rows(maps)
+        return chain(x, self.last_conv1, self.last_con1_bnm, nn.Tanh(), self.last_conv2, self.last_conv3)

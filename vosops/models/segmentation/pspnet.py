@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vosops import _checks
+from vosops.models.rows import Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
+from vosops.models.segmentation._layers import chain
 from vosops.models.segmentation._resnet import (
     BLOCKS,
     EXPANSION,
@@ -18,6 +20,7 @@ from vosops.models.segmentation._resnet import (
     check_backbone,
     deep_stem,
     draw_kernels,
+    stages_whole,
 )
 from vosops.models.semantic_network import FrameNetwork, Sides
 
@@ -41,6 +44,13 @@ class _PyramidPooling(nn.Module):
         self.features = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(n), *conv_bn_relu(channels, reduced, 1)) for n in bins
         )
+
+    def sources(self, x: Tensor) -> list[Rows]:
+        """Return the maps that `forward` concatenates."""
+        return [
+            Held(x),
+            *(Enlarged(Held(pool(x)), x.shape[2:], align_corners=True) for pool in self.features),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
@@ -112,18 +122,28 @@ class PSPNet(FrameNetwork):
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,h,w); in training mode (logits, logits of the auxiliary head)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         x = self.layer0(images)
         for n in range(1, len(MIDDLES) + 1):
             middle, x = x, self.get_submodule(f"layer{n}")(x)
         logits = self.enlarged(self.cls(self.ppm(x) if hasattr(self, "ppm") else x), images)
         return (logits, self.enlarged(self.aux(middle), images)) if self.training else logits
 
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held is the backbone's last map, and the means of its parts."""
+        stages = [self.get_submodule(f"layer{n}") for n in range(1, len(MIDDLES) + 1)]
+        x = stages_whole(stages, [chain(Held(images), self.layer0)])
+        sources = self.ppm.sources(x) if hasattr(self, "ppm") else [Held(x)]
+        logits = chain(sources, self.cls).whole()
+        return Enlarged(Held(logits), self._size(images), align_corners=True)
+
+    def _size(self, images: Tensor) -> list[int]:
+        return [(side - 1) // _STRIDE * self.zoom_factor + 1 for side in images.shape[2:]]
+
     def enlarged(self, logits: Tensor, images: Tensor) -> Tensor:
         """Return logits at the size that zoom_factor makes of the images'."""
-        if self.zoom_factor == 1:
-            return logits
-        size = [(side - 1) // _STRIDE * self.zoom_factor + 1 for side in images.shape[2:]]
-        return resize(logits, size, align_corners=True)
+        return resize(logits, self._size(images), align_corners=True)
 
 
 def _head(inputs: int, inner: int, num_classes: int) -> nn.Sequential:

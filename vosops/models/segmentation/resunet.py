@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.rows import Added, Held, Repeated, Rows
+from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
 
 __all__ = ["ResUNet", "ResUNetPlusPlus"]
@@ -42,6 +44,9 @@ class _ResidualConv(nn.Module):
         self.conv_skip = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs)
         )
+
+    def rows(self, sources: Rows | Sequence[Rows]) -> Rows:
+        return chain(sources, self.conv_block, addend=chain(sources, self.conv_skip))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv_block(x) + self.conv_skip(x)
@@ -107,6 +112,8 @@ class ResUNet(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         first = self.input_layer(images) + self.input_skip(images)
         second = self.residual_conv_1(first)
         third = self.residual_conv_2(second)
@@ -116,6 +123,22 @@ class ResUNet(FrameNetwork):
         x = self.up_residual_conv3(torch.cat([self.upsample_3(x), first], 1))
         logits: Tensor = self.output_layer(x)
         return logits
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held are the skips, and the map that the next stage enlarges."""
+        image = Held(images)
+        skips = [chain(image, self.input_layer, addend=chain(image, self.input_skip)).whole()]
+        for block in (self.residual_conv_1, self.residual_conv_2, self.bridge):
+            skips.append(block.rows(Held(skips[-1])).whole())
+        x: Rows = Held(skips.pop())
+        for upsample, block in (
+            (self.upsample_1, self.up_residual_conv1),
+            (self.upsample_2, self.up_residual_conv2),
+            (self.upsample_3, self.up_residual_conv3),
+        ):
+            x = block.rows([chain(x, upsample.upsample), Held(skips.pop())])
+            x = Held(x.whole()) if skips else x
+        return chain(x, self.output_layer)
 
 
 class _SqueezeExcitation(nn.Module):
@@ -134,6 +157,11 @@ class _SqueezeExcitation(nn.Module):
         share: Tensor = self.net(x.mean((2, 3)))
         return x * share[:, :, None, None]
 
+    def scale_(self, x: Tensor) -> Tensor:
+        """Return the same, computed in place."""
+        share: Tensor = self.net(x.mean((2, 3)))
+        return x.mul_(share[:, :, None, None])
+
 
 class _SqueezedResidual(nn.Module):
     """A residual block whose sum passes squeeze and excitation."""
@@ -148,6 +176,10 @@ class _SqueezedResidual(nn.Module):
             )
         self.c2 = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
         self.attn = _SqueezeExcitation(outputs)
+
+    def whole(self, sources: Rows | Sequence[Rows]) -> Tensor:
+        """Return its map, computed by rows."""
+        return self.attn.scale_(chain(sources, self.c1, addend=chain(sources, self.c2)).whole())
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.attn(self.c1(x) + self.c2(x))
@@ -166,6 +198,10 @@ class _SummedPyramid(nn.Module):
             self.add_module(f"c{n}", nn.Sequential(conv, nn.BatchNorm2d(outputs)))
         self.c5 = nn.Conv2d(outputs, outputs, 1)
 
+    def rows(self, x: Rows) -> Rows:
+        branches = [chain(x, self.get_submodule(f"c{n}")) for n in range(1, len(self.RATES) + 1)]
+        return chain(Added(branches), self.c5)
+
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor = self.get_submodule("c1")(x)
         for n in range(2, len(self.RATES) + 1):
@@ -183,6 +219,11 @@ class _Attention(nn.Module):
         self.x_conv = nn.Sequential(*_pre_activated(deeper, deeper))
         self.gc_conv = nn.Sequential(*_pre_activated(deeper, deeper))
 
+    def whole(self, skip: Tensor, deeper: Tensor) -> Tensor:
+        """Return its map, computed by rows."""
+        both = Added([chain(Held(skip), self.g_conv), chain(Held(deeper), self.x_conv)])
+        return chain(both, self.gc_conv).whole().mul_(deeper)
+
     def forward(self, skip: Tensor, deeper: Tensor) -> Tensor:
         y: Tensor = self.gc_conv(self.g_conv(skip) + self.x_conv(deeper))
         return y * deeper
@@ -193,6 +234,11 @@ class _Decoder(nn.Module):
         super().__init__()
         self.a1 = _Attention(skip, deeper)
         self.r1 = _SqueezedResidual(deeper + skip, outputs)
+
+    def whole(self, skip: Tensor, deeper: Tensor) -> Tensor:
+        """Return its map, computed by rows."""
+        up = Repeated(Held(self.a1.whole(skip, deeper)), skip.shape[2:])
+        return self.r1.whole([up, Held(skip)])
 
     def forward(self, skip: Tensor, deeper: Tensor) -> Tensor:
         up = functional.interpolate(self.a1(skip, deeper), scale_factor=2, mode="nearest")
@@ -238,6 +284,8 @@ class ResUNetPlusPlus(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         first = self.c1(images)
         second = self.c2(first)
         third = self.c3(second)
@@ -246,3 +294,13 @@ class ResUNetPlusPlus(FrameNetwork):
             x = decoder(skip, x)
         logits: Tensor = self.output(self.aspp(x))
         return logits
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held are the maps that are squeezed, and that attention weighs."""
+        skips = [self.c1.whole(Held(images))]
+        for block in (self.c2, self.c3):
+            skips.append(block.whole(Held(skips[-1])))
+        x = self.b1.rows(Held(self.c4.whole(Held(skips[-1])))).whole()
+        for decoder in (self.d1, self.d2, self.d3):
+            x = decoder.whole(skips.pop(), x)
+        return chain(self.aspp.rows(Held(x)), self.output)

@@ -5,15 +5,20 @@ As vinceecws/SegNet_PyTorch computes it, whose convolutions and widths are those
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.rows import Held, Rows, Unpooled, pool_with_places
+from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
 
 __all__ = ["SegNet"]
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _MOMENTUM = 0.5  # of batch norm
+_LAST = "De11"  # of the convolutions, without batch norm and ReLU
 
 
 class SegNet(FrameNetwork):
@@ -63,6 +68,8 @@ class SegNet(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         x = images
         pooled = []  # by stage: where each value was found, and the size of the map it was found in
         for stage, widths in enumerate(_STAGES, 1):
@@ -80,3 +87,29 @@ class SegNet(FrameNetwork):
                 x = self._layer("De", stage, 1, x)
         logits: Tensor = self.get_submodule("ConvDe11")(x)
         return logits
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held is a pooled map, and two bits for each value of those before it."""
+        x = images
+        pooled = []
+        for stage, widths in enumerate(_STAGES, 1):
+            full = chain(Held(x), *self._stage("En", stage, range(1, len(widths) + 1)))
+            size = full.size[2:]
+            x, places = pool_with_places(full)
+            pooled.append((places, size))
+        for stage in range(len(_STAGES), 0, -1):
+            places, size = pooled.pop()
+            up = Unpooled(Held(x), places, size)
+            y = chain(up, *self._stage("De", stage, range(len(_STAGES[stage - 1]), 0, -1)))
+            if stage > 1:
+                x = y.whole()
+        return y
+
+    def _stage(self, half: str, stage: int, numbers: Iterable[int]) -> list[nn.Module]:
+        layers: list[nn.Module] = []
+        for n in numbers:
+            name = f"{half}{stage}{n}"
+            layers.append(self.get_submodule(f"Conv{name}"))
+            if name != _LAST:
+                layers += [self.get_submodule(f"BN{name}"), nn.ReLU()]
+        return layers

@@ -7,11 +7,15 @@ Segmentation", DLMIA 2018, as 4uiiurz1/pytorch-nested-unet computes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.rows import Enlarged, Held, Padded, Pooled, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu
+from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
 
 __all__ = ["UNet", "UNetPlusPlus"]
@@ -33,6 +37,11 @@ class _Down(nn.Module):
         super().__init__()
         self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), _DoubleConv(inputs, outputs))
 
+    def rows(self, x: Rows) -> Rows:
+        pool, convolutions = self.maxpool_conv
+        assert isinstance(convolutions, _DoubleConv)
+        return chain(x, pool, convolutions.double_conv)
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.maxpool_conv(x)
         return y
@@ -50,6 +59,13 @@ class _Up(nn.Module):
         else:
             self.up = nn.ConvTranspose2d(inputs, inputs // 2, 2, stride=2)
             self.conv = _DoubleConv(inputs, outputs)
+
+    def rows(self, deeper: Rows, skip: Rows) -> Rows:
+        up = chain(deeper, self.up)
+        rows, columns = skip.size[2] - up.size[2], skip.size[3] - up.size[3]
+        if rows or columns:
+            up = Padded(up, skip.size[2:], left=columns // 2, above=rows // 2)
+        return chain([skip, up], self.conv.double_conv)
 
     def forward(self, deeper: Tensor, skip: Tensor) -> Tensor:
         x: Tensor = self.up(deeper)
@@ -110,6 +126,8 @@ class UNet(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         skips = [self.inc(images)]
         for down in (self.down1, self.down2, self.down3, self.down4):
             skips.append(down(skips[-1]))
@@ -119,6 +137,16 @@ class UNet(FrameNetwork):
         logits: Tensor = self.outc(x)
         return logits
 
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held are the skips, and the map that the next stage enlarges."""
+        skips = [chain(Held(images), self.inc.double_conv).whole()]
+        for down in (self.down1, self.down2, self.down3, self.down4):
+            skips.append(down.rows(Held(skips[-1])).whole())
+        x = Held(skips.pop())
+        for up in (self.up1, self.up2, self.up3):
+            x = Held(up.rows(x, Held(skips.pop())).whole())
+        return chain(self.up4.rows(x, Held(skips.pop())), self.outc.conv)
+
 
 class _NestedBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -127,6 +155,10 @@ class _NestedBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(outputs)
+
+    def rows(self, sources: Sequence[Rows]) -> Rows:
+        relu = nn.ReLU()
+        return chain(sources, self.conv1, self.bn1, relu, self.conv2, self.bn2, relu)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -177,6 +209,8 @@ class UNetPlusPlus(FrameNetwork):
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """Images (N,C,H,W) -> logits (N,K,H,W); in training mode with deep supervision a list of four."""
         self.sides.check(images)
+        if self.streams:
+            return self.rows(images).whole()
         maps: list[list[Tensor]] = []  # by row, each as many as there are columns so far
         for row in range(self.depth):
             x = functional.max_pool2d(maps[-1][0], 2) if row else images
@@ -189,6 +223,37 @@ class UNetPlusPlus(FrameNetwork):
                 maps[above].append(self.get_submodule(f"conv{above}_{column}")(x))
         if self.deep_supervision and self.training:
             return [self.get_submodule(f"final{n}")(x) for n, x in enumerate(maps[0][1:], 1)]
-        last = f"final{self.depth - 1}" if self.deep_supervision else "final"
-        logits: Tensor = self.get_submodule(last)(maps[0][-1])
+        logits: Tensor = self._last(maps[0][-1])
         return logits
+
+    @property
+    def _last(self) -> nn.Module:
+        return self.get_submodule(f"final{self.depth - 1}" if self.deep_supervision else "final")
+
+    def rows(self, images: Tensor) -> Rows:
+        """See :class:`FrameNetwork`: what is held are the maps that skips lead on from; the last is not."""
+        maps: list[list[Tensor]] = []
+        for row in range(self.depth):
+            pooled = Pooled(Held(maps[-1][0])) if row else Held(images)
+            maps.append([self._node(row, 0).rows([pooled]).whole()])
+            del pooled
+            for column, above in enumerate(reversed(range(row)), 1):
+                below = maps[above + 1][column - 1]
+                if row == self.depth - 1:  # nothing more of that row is made of it
+                    maps[above + 1].clear()
+                size = [2 * side for side in below.shape[2:]]
+                sources: list[Rows] = [Held(x) for x in maps[above]]
+                sources.append(Enlarged(Held(below), size, align_corners=True))
+                del below
+                node = self._node(above, column).rows(sources)
+                del sources
+                if above == 0 and row == self.depth - 1:
+                    return chain(node, self._last)
+                maps[above].append(node.whole())
+                del node
+        raise AssertionError("the last row ends at the finest map")
+
+    def _node(self, row: int, column: int) -> _NestedBlock:
+        node = self.get_submodule(f"conv{row}_{column}")
+        assert isinstance(node, _NestedBlock)
+        return node
