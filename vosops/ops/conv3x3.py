@@ -47,7 +47,10 @@ def conv2d(
 
 
 def takes_rows(pixels: int, weight: Tensor, like: Tensor) -> bool:
-    """Return whether `conv2d_rows` computes a 3x3 convolution with this weight, of a number of pixels of maps like this."""
+    """Return whether `conv2d_rows` computes a 3x3 convolution with this weight of maps like this one.
+
+    pixels: of the whole output.
+    """
     return (
         HAS_ROWS and _runs(weight, like) and min(weight.shape[:2]) >= _MIN_CHANNELS and pixels >= _MIN_PIXELS
     )
