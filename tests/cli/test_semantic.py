@@ -116,6 +116,56 @@ def test_stopped_and_resumed_it_is_the_same(vosops, clip, tmp_path, out, streami
     assert "--step was 1, is 2" in error_line(printed)
 
 
+@pytest.fixture
+def gridnet(monkeypatch, capsys, tmp_path):
+    """Runs the command with a network that segments each frame alone."""
+    path = tmp_path / "gridnet.pth"
+    options = {"widths": (8, 8, 8), "num_classes": 4}
+    torch.save(create_model("gridnet", **options).state_dict(), path)
+
+    def run(*arguments):
+        given = ["--model", "gridnet", "--weights", path, "--classes", 4, "--option", "widths=(8,8,8)"]
+        return run_command(monkeypatch, capsys, "semantic", *arguments, *given, "--device", "cpu")
+
+    return run
+
+
+def test_tiles_give_what_predict_gives(gridnet, clip, tmp_path, out):
+    assert gridnet(clip, "--out", out, "--tile", 64, "--tile-overlap", 16, "--end", 2)[0] == 0
+    network = create_model("gridnet", tmp_path / "gridnet.pth", widths=(8, 8, 8), num_classes=4)
+    for t, frame in enumerate(FRAMES[:2]):
+        expected = network.predict(torch.from_numpy(frame).permute(2, 0, 1), tile=64, overlap=16)
+        np.testing.assert_array_equal(read_png(out / f"{t:05d}.png"), expected.numpy())
+    code, printed = gridnet(clip, "--out", out, "--resume", "--tile", 32, "--end", 2)
+    assert code == 2
+    assert "--tile was 64, is 32" in error_line(printed)
+    assert gridnet(clip, "--out", tmp_path / "other", "--end", 1)[0] == 0
+    code, printed = gridnet(clip, "--out", tmp_path / "other", "--resume", "--tile", 32, "--end", 1)
+    assert code == 2
+    assert "--tile" in error_line(printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tile", 0], "--tile 0 cannot be used: tile must be at least 1, got 0"),
+        (["--tile", 32, "--tile-overlap", 30], "overlap must be at most 28 with tiles of 32, got 30"),
+        (["--tile-overlap", 8], "--tile-overlap requires --tile"),
+        (["--tile", 64, "--size", 48], "--tile segments frames at their own size: leave out --size"),
+    ],
+)
+def test_wrong_tiles(gridnet, clip, out, arguments, message):
+    code, printed = gridnet(clip, "--out", out, *arguments)
+    assert code == 2
+    assert message in error_line(printed)
+
+
+def test_no_tiles_for_a_recurrent_network(vosops, clip, out):
+    code, printed = vosops(clip, "--out", out, "--tile", 64)
+    assert code == 2
+    assert "--tile cannot be used with --model lstm_icnet, which is recurrent" in error_line(printed)
+
+
 def test_a_folder_that_breaks_off(vosops, clip, out):
     (clip / "00003.png").write_bytes(b"not a picture")
     code, printed = vosops(clip, "--out", out)

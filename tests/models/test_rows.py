@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.live_bytes import LiveBytes
+from vosops.benchmarking.live_bytes import LiveBytes
 from vosops.models import rows
 from vosops.models.rows import (
     Added,

@@ -8,8 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from vosops.inference import SemanticTracker
-from vosops.models import FrameNetwork
+from vosops.models import FrameNetwork, create_model
 from vosops.models.semantic_network import Sides, bands
+from vosops.models.tiles import cut_into_tiles
 
 
 class Picky(FrameNetwork):
@@ -92,9 +93,106 @@ class TestPredict:
         with pytest.raises(ValueError, match="frame must be"):
             Picky().eval().predict(image)
 
+    def test_other_numbers_of_channels_are_not_normalised(self):
+        network = Picky(num_classes=5).eval()
+        network.in_channels = 5
+        network.mean, network.std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)
+        image = torch.rand(5, 9, 13)
+        assert torch.equal(network.predict(image), image.argmax(0).to(torch.uint8))
+        with pytest.raises(ValueError, match=r"frame must be \(5,H,W\), got \(3, 9, 13\)"):
+            network.predict(image[:3])
+
+    @pytest.mark.parametrize("model", ["unet", "deeplabv3plus", "icnn", "gridnet"])
+    def test_two_channels(self, model):
+        network = create_model(model, num_classes=3, in_channels=2)
+        assert network.predict(torch.rand(2, 33, 40)).shape == (33, 40)
+
     def test_not_while_it_trains(self):
         with pytest.raises(ValueError, match=r"in eval mode to predict: call network\.eval\(\)"):
             Picky().predict(torch.rand(3, 9, 9))
+
+
+class TestTiles:
+    @pytest.mark.parametrize("size", [(50, 100), (64, 64), (65, 31), (1, 1), (200, 129)])
+    @pytest.mark.parametrize(
+        ("tile", "overlap", "stride"), [(64, 16, 1), (64, 17, 8), (40, 0, 1), (16, 8, 8)]
+    )
+    def test_every_pixel_counts_once_and_within_its_tile(self, size, tile, overlap, stride):
+        count = torch.zeros(size, dtype=torch.int64)
+        for part in cut_into_tiles(size, tile, overlap, stride):
+            count[
+                part.kept_rows.start : part.kept_rows.stop, part.kept_columns.start : part.kept_columns.stop
+            ] += 1
+            for read, kept, side in ((part.rows, part.kept_rows, 0), (part.columns, part.kept_columns, 1)):
+                assert read.start % stride == 0 and len(read) <= tile
+                assert kept.start - read.start >= overlap // 2 or kept.start == read.start == 0
+                assert read.stop - kept.stop >= overlap // 2 or kept.stop == read.stop == size[side]
+        assert (count == 1).all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"tile": 0}, "tile must be at least 1, got 0"),
+            ({"tile": 64, "overlap": -1}, "overlap must be 0 or more, got -1"),
+            ({"tile": 64, "overlap": 64}, "overlap must be at most 63 with tiles of 64, got 64"),
+        ],
+    )
+    def test_wrong_tiles(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            Picky().eval().predict(torch.rand(3, 9, 9), **arguments)
+        with pytest.raises(ValueError, match=message):
+            SemanticTracker(Picky(), **arguments)
+
+    def test_the_default_overlap_is_what_it_takes(self):
+        network = create_model("unet")
+        assert network.tiles((2000, 600), 600)[1].columns == range(0, 600)
+        first, second = network.tiles((900, 600), 600)
+        assert (first.rows, second.rows) == (range(0, 600), range(368, 900))  # 2 x 108, rounded up
+        assert network.tiles((400, 10), 200)[1].rows.start == 144  # too small for that: a quarter
+
+    @pytest.mark.parametrize(
+        ("model", "options", "size", "tile"),
+        [
+            ("gridnet", {"widths": (8, 8, 8)}, (150, 301), 280),
+            ("resunet", {"filters": (8, 8, 8, 8)}, (200, 96), 184),
+            ("icnn", {}, (40, 700), 600),
+            ("unet", {}, (33, 500), 448),
+            ("segnet", {}, (64, 960), 896),
+        ],
+    )
+    def test_labels_are_those_of_the_whole_image(self, model, options, size, tile):
+        network = create_model(model, num_classes=4, **options).double()
+        image = torch.rand(3, *size, dtype=torch.float64)
+        assert len(network.tiles(size, tile)) == 2
+        with torch.no_grad():
+            logits = torch.cat([band for _, _, band in network.pieces(network.prepare(image[None]))], 1)
+            for overlap in (None, 0):
+                found = torch.full_like(logits, torch.nan)
+                for rows, columns, band in network.pieces(
+                    network.prepare(image[None]), tile=tile, overlap=overlap
+                ):
+                    found[:, rows, columns] = band
+                far = (found - logits).abs().max() / logits.std()
+                assert far < 1e-5 if overlap is None else far > 1e-3
+
+    def test_the_tracker_puts_them_together(self):
+        network, frame = create_model("gridnet", num_classes=4, widths=(8, 8, 8)), torch.rand(3, 60, 90)
+        tracker = SemanticTracker(network, tile=32, overlap=8)
+        labels = network.predict(frame, tile=32, overlap=8)
+        assert torch.equal(tracker.step(frame, output="labels"), labels)
+        probabilities = tracker.step(frame)
+        assert torch.equal(probabilities.argmax(0), labels.long())
+        assert_close(probabilities.sum(0), torch.ones(60, 90))
+        with pytest.raises(
+            ValueError, match=r"size must be the frame's \(60, 90\) with tiles, got \(30, 45\)"
+        ):
+            tracker.step(frame, size=(30, 45))
+
+    def test_not_for_a_recurrent_network(self):
+        with pytest.raises(ValueError, match="tile must be None for LSTMICNet, which is recurrent, got 64"):
+            SemanticTracker(create_model("lstm_icnet"), tile=64)
+        with pytest.raises(ValueError, match="overlap must be None without tile, got 8"):
+            SemanticTracker(Picky(), overlap=8)
 
 
 class TestOneLogit:

@@ -127,6 +127,11 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
     return max(0, _resident("VmHWM") - before)
 
 
+def resident_bytes() -> int:
+    """Return the memory of this process that is in RAM now (Linux only)."""
+    return _resident("VmRSS")
+
+
 def _resident(field: str) -> int:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))

@@ -42,6 +42,19 @@ def semantic(
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Carry the state instead of running four frames per frame.")
     ] = False,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            help="Segment each frame in tiles of that many rows and columns, one after the other, to need less memory."
+        ),
+    ] = None,
+    tile_overlap: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels that neighbouring tiles share; default: as many as make the result that of the whole frame, "
+            "where a tile is four times as large and the model sees only so far, else a quarter of a tile."
+        ),
+    ] = None,
     naive: Annotated[
         bool,
         typer.Option("--naive", help="Compute as the original code does, a whole clip for each frame."),
@@ -87,7 +100,7 @@ def semantic(
     )
     source = open_source(input, rate, frame_range(start, end, step, None))
     indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
-    tracker = make_semantic_tracker(settings, streaming=streaming)
+    tracker = make_semantic_tracker(settings, streaming=streaming, tile=tile, overlap=tile_overlap)
     with Console() as console, StopSignals(console.note) as signals:
         summary = VideoRun(
             out=out,
@@ -99,6 +112,7 @@ def semantic(
                 "input content": source.fingerprint(),
                 **settings.semantic_arguments(),
                 "streaming": streaming,
+                **({} if tile is None else {"tile": tile, "tile-overlap": tile_overlap}),
                 "size": size,
                 "start": start,
                 "end": end,

@@ -62,6 +62,8 @@ class SemanticLoop:
         if min(self.compute_size) < least:
             height, width = self.compute_size
             raise InputError(f"frames of {width}x{height} are too small: give --size {least} or more")
+        if tracker.tile is not None and tuple(self.compute_size) != tuple(source.size):
+            raise InputError("--tile segments frames at their own size: leave out --size")
         self.device = tracker.device
         self.problem: str | None = None
         self.position = indices.start

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vosops import _checks, backends
 from vosops.models._tracking import check_frame, check_output
-from vosops.models.semantic_network import SemanticNetwork, State, bands, labels_dtype
+from vosops.models.semantic_network import FrameNetwork, SemanticNetwork, State, bands, labels_dtype
 
 __all__ = ["SemanticTracker"]
 
@@ -35,6 +35,8 @@ class SemanticTracker:
         channels_last: keep the network's weights and maps in that memory format.
         naive: as the original code computes: reference ops, whole clips from their frames, full-size
             probabilities.
+        tile, overlap: segment tiles of that many rows and columns of a frame one after the other; see
+            :meth:`vosops.models.FrameNetwork.predict`. For a network that is not recurrent.
 
     Memory beside the network: with a window, ``window`` times the features of a frame (LSTM-ICNet: 12 bytes a
     pixel); streaming, the state, twice the maps of the recurrent layers. Not differentiable.
@@ -57,6 +59,8 @@ class SemanticTracker:
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
         naive: bool = False,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> None:
         if not isinstance(model, SemanticNetwork):
             raise TypeError(f"model must be a SemanticNetwork, got {type(model).__name__}")
@@ -68,6 +72,13 @@ class SemanticTracker:
         self.streaming = streaming
         self.dtype = dtype
         self.naive = naive
+        if tile is not None and not self._frames_alone:
+            raise ValueError(f"tile must be None for {type(model).__name__}, which is recurrent, got {tile}")
+        if tile is None and overlap is not None:
+            raise ValueError(f"overlap must be None without tile, got {overlap}")
+        if tile is not None and isinstance(model, FrameNetwork):
+            model.tiles((1, 1), tile, overlap)  # raises what is wrong with them
+        self.tile, self.overlap = tile, overlap
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -83,53 +94,71 @@ class SemanticTracker:
         """K; 2, background and foreground, of a network with one logit."""
         return max(2, self.model.num_classes)
 
+    @property
+    def _frames_alone(self) -> bool:
+        """Whether the model segments each frame alone, a piece at a time."""
+        return isinstance(self.model, FrameNetwork) and not self.model.recurrent
+
     def reset(self) -> None:
         """Forgets the video."""
         self._size: tuple[int, int] | None = None
         self._recent: deque[tuple[Tensor, ...]] = deque(maxlen=self.window)
         self._state: State | None = None
 
+    @torch.inference_mode()
     def step(self, frame: Tensor, *, output: str = "probs", size: tuple[int, int] | None = None) -> Tensor:
         """Segments the next frame.
 
         frame: (3,h,w) RGB, uint8 or floating in [0, 1], of the model's least size or more; all frames of a
-        video have one size. size: (H,W) of the result, the frame's by default. output: "probs": (K,H,W)
+        video have one size. size: (H,W) of the result, the frame's by default and with tiles. output: "probs": (K,H,W)
         float32; "labels": (H,W) uint8 (int64 for more than 256 classes), the most probable class, without ever
         holding the full-size probabilities. Raises ValueError or TypeError for another frame.
         """
         check_output(output)
         if output == "labels":
             return self.labels(frame, size=size)[0]
-        logits, size = self._segment(frame, size)
-        result = torch.empty(max(2, len(logits)), *size, device=logits.device)
-        for rows, band in self._bands(logits, size):
-            torch.softmax(band, 0, out=result[:, rows])
+        size = self._size_of_result(frame, size)
+        result = torch.empty(self.num_classes, *size, device=self.device)
+        for rows, columns, logits in self._segment(frame, size):
+            result[:, rows, columns] = torch.softmax(logits, 0)
         return result
 
+    @torch.inference_mode()
     def labels(self, frame: Tensor, *, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """Segments the next frame: (H,W) labels as `step` gives, and (H,W) float32, the probability of each one."""
-        logits, size = self._segment(frame, size)
-        labels = torch.empty(size, dtype=labels_dtype(len(logits)), device=logits.device)
-        best = torch.empty(size, device=logits.device)
-        for rows, band in self._bands(logits, size):
-            highest, labels[rows] = band.max(0)
-            best[rows] = (highest - band.logsumexp(0)).exp_()
+        size = self._size_of_result(frame, size)
+        labels = torch.empty(size, dtype=labels_dtype(self.model.num_classes), device=self.device)
+        best = torch.empty(size, device=self.device)
+        for rows, columns, logits in self._segment(frame, size):
+            highest, labels[rows, columns] = logits.max(0)
+            best[rows, columns] = (highest - logits.logsumexp(0)).exp_()
         return labels, best
 
-    @torch.inference_mode()
-    def _segment(self, frame: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
-        """(K,h,w) logits of the next frame, and the size of the result."""
+    def _size_of_result(self, frame: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Check the next frame and the size that is asked for."""
         check_frame(frame, self._size)
         if min(frame.shape[1:]) < self.model.min_side:
             raise ValueError(
                 f"frame must have sides of at least {self.model.min_side}, got {tuple(frame.shape)}"
             )
         own = (frame.shape[1], frame.shape[2])
-        images = self.model.prepare(frame[None].to(self.device))
+        if self.tile is not None and size not in (None, own):
+            raise ValueError(f"size must be the frame's {own} with tiles, got {size}")
+        return own if size is None else size
+
+    def _segment(self, frame: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Compute the logits of the next frame a piece at a time: where it is in the result, and (K,rows,columns)."""
+        images = self.model.prepare(frame[None].to(self.device)).to(memory_format=self.memory_format)
         with self._computing():
-            logits = self._logits(images.to(memory_format=self.memory_format))
-        self._size = own
-        return logits[0], own if size is None else size
+            if self._frames_alone:
+                assert isinstance(self.model, FrameNetwork)
+                yield from self.model.pieces(images, size, tile=self.tile, overlap=self.overlap)
+            else:
+                logits = self._logits(images)[0]
+        self._size = (frame.shape[1], frame.shape[2])
+        if not self._frames_alone:
+            for rows, band in self._bands(logits, size):
+                yield rows, slice(None), band
 
     def _logits(self, images: Tensor) -> Tensor:
         """(1,K,h,w) of the newest frame."""

@@ -125,7 +125,13 @@ def make_tracker(settings: ModelSettings) -> VideoTracker:
         return create_tracker(entry.name, settings.weights, device=settings.place, **options)
 
 
-def make_semantic_tracker(settings: ModelSettings, *, streaming: bool = False) -> SemanticTracker:
+def make_semantic_tracker(
+    settings: ModelSettings,
+    *,
+    streaming: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
+) -> SemanticTracker:
     """Return what segments into classes with these settings; errors are one line."""
     entry = _find_entry(settings.model, "semantic network")
     _check_options(entry, settings.options)
@@ -140,7 +146,16 @@ def make_semantic_tracker(settings: ModelSettings, *, streaming: bool = False) -
         raise InputError(
             f"--model {entry.name} has {network.num_classes} classes: {MOST_CLASSES} can be written"
         )
-    return SemanticTracker(network, streaming=streaming, dtype=dtype, naive=settings.naive)
+    if tile is None and overlap is not None:
+        raise InputError("--tile-overlap requires --tile")
+    if tile is not None and network.recurrent:
+        raise InputError(f"--tile cannot be used with --model {entry.name}, which is recurrent")
+    try:
+        return SemanticTracker(
+            network, streaming=streaming, dtype=dtype, naive=settings.naive, tile=tile, overlap=overlap
+        )
+    except ValueError as error:
+        raise InputError(f"--tile {tile} cannot be used: {error}") from error
 
 
 def model_options(texts: Iterable[str] = (), **short: Any) -> dict[str, Any]:

@@ -24,15 +24,15 @@ def check_first(frame: Tensor, labels: Tensor) -> None:
         raise ValueError("labels must hold at least one object, got only background and unknown pixels")
 
 
-def check_frame(frame: Tensor, size: tuple[int, int] | None = None) -> None:
-    """Raise ValueError or TypeError unless frame is (3,H,W) uint8 or floating, of this size.
+def check_frame(frame: Tensor, size: tuple[int, int] | None = None, channels: int = 3) -> None:
+    """Raise ValueError or TypeError unless frame is (channels,H,W) uint8 or floating, of this size.
 
     A first frame (size None) must hold values that can be meant to be in [0, 1].
     """
     if not isinstance(frame, Tensor):
-        raise TypeError(f"frame must be a tensor (3,H,W), got a {type(frame).__name__}")
-    if frame.ndim != 3 or frame.shape[0] != 3 or 0 in frame.shape:
-        raise ValueError(f"frame must be (3,H,W), got {tuple(frame.shape)}")
+        raise TypeError(f"frame must be a tensor ({channels},H,W), got a {type(frame).__name__}")
+    if frame.ndim != 3 or frame.shape[0] != channels or 0 in frame.shape:
+        raise ValueError(f"frame must be ({channels},H,W), got {tuple(frame.shape)}")
     if frame.dtype != torch.uint8 and not frame.is_floating_point():
         scale = ": divide by 65535 for [0, 1]" if frame.dtype == torch.uint16 else ""
         raise TypeError(f"frame must be uint8 or floating in [0, 1], got {frame.dtype}{scale}")

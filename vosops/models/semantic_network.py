@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vosops import backends
+from vosops import _checks, backends
 from vosops.models._tracking import check_frame
 from vosops.models.rows import Cropped, Enlarged, Held, Mapped, Rows
+from vosops.models.tiles import Tile, cut_into_tiles
 
 __all__ = ["FrameNetwork", "SemanticNetwork", "Sides", "State", "bands"]
 
@@ -147,6 +149,15 @@ class FrameNetwork(SemanticNetwork):
     sides: Sides = Sides()
     """The heights and widths that `forward` takes; what is smaller or between them is padded by `features`."""
 
+    stride: int = 1
+    """Tiles begin at multiples of it, so that they are pooled as the whole image is."""
+
+    reach: int | None = None
+    """How many rows or columns from a pixel others lie, at most, that its logits depend on; None: the whole image."""
+
+    in_channels: int = 3
+    """Channels of images."""
+
     mean: tuple[float, ...] = (0.0,)
     """Mean of the channels of frames in [0, 1], subtracted before `forward`."""
 
@@ -227,14 +238,69 @@ class FrameNetwork(SemanticNetwork):
         (logits,) = features
         return (logits[length - 1 :: length] if last else logits), {}
 
+    def pieces(
+        self,
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Compute the logits of an image (1,C,H,W) of any size a piece at a time, as `predict` does.
+
+        Where it is in the whole, rows and columns, and (K,rows,columns) float32; one class alone comes as two, see
+        `bands`. size: (height, width) of the whole, the image's unless given; with tiles it is the image's.
+        """
+        own = (images.shape[2], images.shape[3])
+        if tile is None:
+            for rows, band in bands(self.logit_rows(images, size), size or own, whole=self.naive):
+                yield rows, slice(None), band
+            return
+        for part in self.tiles(own, tile, overlap):
+            rows, columns = (slice(x.start, x.stop) for x in (part.rows, part.columns))
+            logits = self.logit_rows(images[:, :, rows, columns])
+            inside = slice(part.kept_columns.start - columns.start, part.kept_columns.stop - columns.start)
+            for made, band in bands(logits, logits.size[2:], whole=self.naive):
+                top = max(made.start + rows.start, part.kept_rows.start)
+                bottom = min(made.stop + rows.start, part.kept_rows.stop)
+                if top < bottom:
+                    first = made.start + rows.start
+                    yield (
+                        slice(top, bottom),
+                        slice(part.kept_columns.start, part.kept_columns.stop),
+                        band[:, top - first : bottom - first, inside],
+                    )
+
+    def tiles(self, size: tuple[int, int], tile: int, overlap: int | None = None) -> list[Tile]:
+        """Cut an image of (height, width) into the tiles that `predict` takes; ValueError for what cannot be."""
+        _checks.check_positive_int("tile", tile)
+        if overlap is None:
+            wanted = tile if self.reach is None else -(-2 * self.reach // self.stride) * self.stride
+            overlap = wanted if wanted <= tile // 2 else tile // 4
+        return cut_into_tiles(size, tile, overlap, self.stride)
+
     @torch.inference_mode()
-    def predict(self, image: Tensor) -> Tensor:
-        """Find the class of every pixel of an image of any size: (3,H,W) uint8 or in [0, 1] -> (H,W) uint8.
+    def predict(
+        self, image: Tensor, *, tile: int | None = None, overlap: int | None = None, naive: bool = False
+    ) -> Tensor:
+        """Find the class of every pixel of an image of any size: (C,H,W) uint8 or in [0, 1] -> (H,W) uint8.
 
         int64 for more than 256 classes; a network with one class gives 1 where its logit is positive, and 0 elsewhere.
         The image is padded to a size that `forward` takes. Where :attr:`streams` is true memory is that of the maps
-        that :meth:`rows` holds, and full-size logits are made a few rows at a time. Raises ValueError in training mode,
-        and ValueError or TypeError for another image.
+        that :meth:`rows` holds, and full-size logits are made a few rows at a time.
+
+        Args:
+            image: C is the network's `in_channels`; three channels are RGB.
+            tile: Segment tiles of at most that many rows and columns one after the other, for images that would need
+                too much memory at once.
+            overlap: Pixels that neighbouring tiles share; half of them count in each. The labels are those of the whole
+                image if that half is :attr:`reach` or more, as by default where tiles are four times as large. Where
+                `reach` is None a pixel's class depends on the whole image, and that of a tile is another; a quarter of
+                a tile by default.
+            naive: Compute as the original code does, at its memory.
+
+        Raises:
+            ValueError, TypeError: In training mode; for another image, tile or overlap.
 
         >>> import torch
         >>> from vosops.models import create_model
@@ -243,11 +309,11 @@ class FrameNetwork(SemanticNetwork):
         """
         if self.training:
             raise ValueError("the network must be in eval mode to predict: call network.eval()")
-        check_frame(image)
-        size = (image.shape[1], image.shape[2])
+        check_frame(image, channels=self.in_channels)
         device = next(self.parameters()).device
-        logits = self.logit_rows(self.prepare(image[None].to(device)))
-        labels = torch.empty(size, dtype=labels_dtype(logits.size[1]), device=device)
-        for rows, band in bands(logits, size, whole=self.naive):
-            labels[rows] = band.argmax(0)
+        labels = torch.empty(image.shape[1:], dtype=labels_dtype(self.num_classes), device=device)
+        with backends.use_backend("reference") if naive else nullcontext():
+            images = self.prepare(image[None].to(device))
+            for rows, columns, logits in self.pieces(images, tile=tile, overlap=overlap):
+                labels[rows, columns] = logits.argmax(0)
         return labels

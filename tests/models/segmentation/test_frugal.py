@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import vosops
-from tests.live_bytes import LiveBytes
 from tests.models.segmentation import originals
+from vosops.benchmarking.live_bytes import LiveBytes
 from vosops.models import rows
 from vosops.models.segmentation import deconvnet
 

@@ -128,6 +128,7 @@ class DANet(FrameNetwork):
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     align_corners = True
+    stride = _OUTPUT_STRIDE
     unused_weights = ("pretrained.fc.",)  # of older versions of the code
 
     def __init__(
@@ -141,7 +142,7 @@ class DANet(FrameNetwork):
     ) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
-        _checks.check_positive_int("in_channels", in_channels)
+        self.in_channels = _checks.check_positive_int("in_channels", in_channels)
         check_backbone(backbone, list(BLOCKS))
         if multi_grid is not None:
             if len(multi_grid) != _BLOCKS_OF_THE_LAST_STAGE:

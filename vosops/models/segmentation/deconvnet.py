@@ -50,12 +50,14 @@ class DeconvNet(FrameNetwork):
     """
 
     sides = Sides(32, least=224)
+    stride = 32
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
     def __init__(self, num_classes: int = 21, *, in_channels: int = 3) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.in_channels = in_channels
         inputs = in_channels
         for stage, widths in enumerate(_STAGES, 1):
             layers = []

@@ -118,7 +118,7 @@ class DeepLabV3Plus(FrameNetwork):
     ) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
-        _checks.check_positive_int("in_channels", in_channels)
+        self.in_channels = _checks.check_positive_int("in_channels", in_channels)
         check_backbone(backbone, _BACKBONES)
         if output_stride not in _RATES:
             raise ValueError(f"output_stride must be 8 or 16, got {output_stride}")
@@ -130,6 +130,7 @@ class DeepLabV3Plus(FrameNetwork):
         else:
             self.backbone = _ResNetMaps(backbone, in_channels, output_stride=output_stride, deep=False)
         self.sides = Sides(least=self.backbone.least)
+        self.stride = output_stride
         self.classifier = _Head(
             self.backbone.low_channels, self.backbone.channels, _RATES[output_stride], num_classes
         )

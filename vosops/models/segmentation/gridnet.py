@@ -18,6 +18,9 @@ from vosops.models.semantic_network import FrameNetwork, Sides
 __all__ = ["GridNet"]
 
 
+_REACH = {3: 65}  # by the number of rows
+
+
 def _two_convolutions(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
     return [
         nn.PReLU(),
@@ -100,9 +103,12 @@ class GridNet(FrameNetwork):
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths must be the channels of two rows or more, got {tuple(widths)}")
         self.num_classes = num_classes
+        self.in_channels = in_channels
         self.scales = len(widths)
         scale: int = 2 ** (self.scales - 1)
         self.sides = Sides(scale, least=scale)
+        self.stride = scale
+        self.reach = _REACH.get(self.scales)
         self.lateral_init = _Lateral(in_channels, widths[0])
         for row, width in enumerate(widths):
             for column in range(self.COLUMNS - 1):

@@ -117,11 +117,12 @@ class _HRNet(FrameNetwork):
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     unused_weights = ("loss.",)  # of checkpoints that were saved with it
+    stride = 32
 
     def __init__(self, width: int, num_classes: int, in_channels: int, align_corners: bool) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
-        _checks.check_positive_int("in_channels", in_channels)
+        self.in_channels = _checks.check_positive_int("in_channels", in_channels)
         self.align_corners = align_corners
         self.conv1 = nn.Conv2d(in_channels, _STEM, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(_STEM)

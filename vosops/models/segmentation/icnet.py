@@ -93,11 +93,12 @@ class ICNet(FrameNetwork):
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     align_corners = True
     sides = Sides(least=_QUARTER)
+    stride = 32
 
     def __init__(self, num_classes: int = 19, *, in_channels: int = 3) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
-        _checks.check_positive_int("in_channels", in_channels)
+        self.in_channels = _checks.check_positive_int("in_channels", in_channels)
         self.pretrained = ResNet("resnet50", in_channels, output_stride=_OUTPUT_STRIDE, deep=True)
         self.pretrained.fc = nn.Linear(_LOW_CHANNELS, _IMAGENET_CLASSES)
         self.conv_sub1 = nn.Sequential(

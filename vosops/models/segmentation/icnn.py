@@ -129,9 +129,12 @@ class ICNN(FrameNetwork):
     torch.Size([1, 4, 33, 40])
     """
 
+    stride, reach = 8, 148
+
     def __init__(self, num_classes: int | None = None, *, in_channels: int = 3, part: bool = False) -> None:
         super().__init__()
         self.num_classes = (2 if part else 9) if num_classes is None else num_classes
+        self.in_channels = in_channels
         self.input_conv = nn.ModuleList(_conv5(in_channels, width) for width in _WIDTHS)
         self.input_bnm = nn.ModuleList(nn.BatchNorm2d(width) for width in _WIDTHS)
         self.interlink_layers = nn.ModuleList(_Cell() for _ in range(_CELLS))

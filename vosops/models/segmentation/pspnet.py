@@ -84,6 +84,7 @@ class PSPNet(FrameNetwork):
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     align_corners = True
     sides = Sides(_STRIDE, 1)
+    stride = _STRIDE
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class PSPNet(FrameNetwork):
     ) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
-        _checks.check_positive_int("in_channels", in_channels)
+        self.in_channels = _checks.check_positive_int("in_channels", in_channels)
         check_backbone(backbone, list(BLOCKS))
         bins = [_checks.check_positive_int("bins", n) for n in bins]
         if zoom_factor not in _ZOOM_FACTORS:

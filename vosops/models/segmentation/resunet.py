@@ -83,6 +83,7 @@ class ResUNet(FrameNetwork):
     """
 
     sides = _SIDES
+    stride, reach = 8, 44
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class ResUNet(FrameNetwork):
         if len(filters) != 4:
             raise ValueError(f"filters must be four numbers of channels, got {tuple(filters)}")
         self.num_classes = num_classes
+        self.in_channels = in_channels
         first, second, third, bridge = filters
         self.input_layer = _stem(in_channels, first)
         self.input_skip = nn.Sequential(nn.Conv2d(in_channels, first, 3, padding=1))
@@ -266,10 +268,12 @@ class ResUNetPlusPlus(FrameNetwork):
     """
 
     sides = _SIDES
+    stride = 8
 
     def __init__(self, num_classes: int = 1, *, in_channels: int = 3) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.in_channels = in_channels
         self.c1 = _SqueezedResidual(in_channels, 16, first=True)
         self.c2 = _SqueezedResidual(16, 32, 2)
         self.c3 = _SqueezedResidual(32, 64, 2)

@@ -40,10 +40,12 @@ class SegNet(FrameNetwork):
     """
 
     sides = Sides(2, least=32)
+    stride, reach = 32, 214
 
     def __init__(self, num_classes: int = 12, *, in_channels: int = 3) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.in_channels = in_channels
         inputs = in_channels
         for stage, widths in enumerate(_STAGES, 1):
             for n, outputs in enumerate(widths, 1):

@@ -21,6 +21,9 @@ from vosops.models.semantic_network import FrameNetwork, Sides
 __all__ = ["UNet", "UNetPlusPlus"]
 
 
+_REACH = 108  # of U-Net with transposed convolutions
+
+
 class _DoubleConv(nn.Module):
     def __init__(self, inputs: int, outputs: int, middle: int | None = None) -> None:
         super().__init__()
@@ -106,11 +109,14 @@ class UNet(FrameNetwork):
     """
 
     sides = Sides(least=16)
+    stride = 16
     unused_weights = ("mask_values",)
 
     def __init__(self, num_classes: int = 2, *, in_channels: int = 3, bilinear: bool = False) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.reach = None if bilinear else _REACH  # corners are corners of the whole image
         share = 2 if bilinear else 1
         self.inc = _DoubleConv(in_channels, 64)
         self.down1 = _Down(64, 128)
@@ -187,12 +193,14 @@ class UNetPlusPlus(FrameNetwork):
     WIDTHS = (32, 64, 128, 256, 512)
 
     sides = Sides(16, least=16)
+    stride = 16
     mean = IMAGENET_MEAN
     std = tuple(255 * x for x in IMAGENET_STD)
 
     def __init__(self, num_classes: int = 1, *, in_channels: int = 3, deep_supervision: bool = False) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.in_channels = in_channels
         self.deep_supervision = deep_supervision
         widths = self.WIDTHS
         self.depth = len(widths)

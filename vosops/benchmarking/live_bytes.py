@@ -1,4 +1,4 @@
-"""The bytes of all tensors that live at the same time while code runs, for tests of memory."""
+"""The bytes of all tensors that live at the same time while code runs, also of those without data (device "meta")."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages that operators make: `now`, and `peak`. What exists before does not count."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
