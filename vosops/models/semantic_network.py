@@ -82,6 +82,37 @@ def bands(
         yield rows, torch.cat([torch.zeros_like(band), band]) if len(band) == 1 else band
 
 
+_LAYERS = frozenset(
+    {
+        nn.AdaptiveAvgPool2d,
+        nn.BatchNorm2d,
+        nn.Conv2d,
+        nn.ConvTranspose2d,
+        nn.Dropout,
+        nn.Dropout2d,
+        nn.Identity,
+        nn.Linear,
+        nn.MaxPool2d,
+        nn.PReLU,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.Sigmoid,
+        nn.SyncBatchNorm,
+        nn.Tanh,
+        nn.Upsample,
+    }
+)
+"""PyTorch's modules that networks here are made of."""
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether a module has hooks, or is neither one of `_LAYERS` nor made of others or of this package."""
+    own = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return own not in _LAYERS and not module._modules and not own.__module__.startswith("vosops.")
+
+
 def labels_dtype(classes: int) -> torch.dtype:
     """Return the dtype of label maps: uint8, or int64 for more than 256 classes."""
     return torch.uint8 if classes <= _BYTE_VALUES else torch.int64
@@ -180,15 +211,18 @@ class FrameNetwork(SemanticNetwork):
     def streams(self) -> bool:
         """Whether `forward` computes by rows: in eval mode without gradients.
 
-        Not under ``use_backend("reference")``, where it computes as the original does, not while it is compiled or
-        exported, and not where a module has a hook, which would not be called.
+        Not under ``use_backend("reference")``, where it computes as the original does; not while it is compiled,
+        exported, traced or mapped (``torch.vmap``); and not where a module has a hook, which would not be called, or
+        has been replaced by one of another class.
         """
         return not (
             self.training
             or torch.is_grad_enabled()
             or self.naive
             or torch.compiler.is_compiling()
-            or any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+            or torch._C._get_tracing_state() is not None
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or any(_is_changed(module) for module in self.modules())
         )
 
     @property

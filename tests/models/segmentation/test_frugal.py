@@ -166,6 +166,43 @@ def test_it_streams_only_where_it_may():
         assert network.streams
 
 
+def test_it_maps_without_bands():
+    network = made("gridnet")
+    images = torch.rand(2, 1, 3, 16, 20)
+    with torch.no_grad():
+        wanted = torch.stack([network(x) for x in images])
+        torch.testing.assert_close(torch.vmap(network)(images), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_replaced_layer_is_run():
+    network = made("gridnet")
+    images = torch.rand(1, 3, 16, 20)
+
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    conv = network.lateral_final.f[3]
+    network.lateral_final.f[3] = Doubled(conv.in_channels, conv.out_channels, 3, padding=1)
+    network.lateral_final.f[3].load_state_dict(conv.state_dict())
+    with torch.no_grad():
+        assert not network.streams
+        found = network(images)
+    network.lateral_final.f[3] = conv
+    with torch.no_grad():
+        assert network.streams
+        assert (network(images) - found).abs().max() > 0.1 * found.abs().max()
+
+
+def test_synchronised_batch_norm_streams():
+    network, images = made("hrnet"), torch.rand(1, 3, 32, 48)
+    with torch.no_grad():
+        wanted = network(images)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        assert network.streams
+        torch.testing.assert_close(network(images), wanted)
+
+
 def test_it_compiles_and_exports_without_bands():
     network = made("gridnet")
     images = torch.rand(1, 3, 16, 20)

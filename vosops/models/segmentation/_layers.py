@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm as _Norm
 
 from vosops.models.rows import Convolved, Doubled, Enlarged, Mapped, Pooled, Rows, Slope
 
@@ -34,8 +35,8 @@ def chain(
     while rest:
         module = rest.pop(0)
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            norm: nn.BatchNorm2d | None = None
-            if rest and isinstance(rest[0], nn.BatchNorm2d):
+            norm: _Norm | None = None
+            if rest and isinstance(rest[0], _Norm):
                 norm = rest[0]
                 rest = rest[1:]
             bend = _slope(rest.pop(0)) if rest and isinstance(rest[0], nn.ReLU | nn.PReLU) else _NO_BEND
@@ -45,7 +46,7 @@ def chain(
                     maps, module, norm, slope=slope if not rest and bend is _NO_BEND else bend, **last
                 )
             ]
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, _Norm):
             relu = bool(rest) and isinstance(rest[0], nn.ReLU)
             rest = rest[relu:]
             maps = _normalised(maps, module, relu)
@@ -65,7 +66,7 @@ def chain(
 def convolution(
     sources: Sequence[Rows],
     conv: nn.Conv2d | nn.ConvTranspose2d,
-    norm: nn.BatchNorm2d | None = None,
+    norm: _Norm | None = None,
     *,
     slope: Slope = 1.0,
     addend: Rows | None = None,
@@ -96,7 +97,7 @@ def convolution(
     )
 
 
-def folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+def folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: _Norm | None) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of a convolution followed by a batch norm in eval mode."""
     if norm is None:
         return conv.weight, conv.bias
@@ -116,7 +117,7 @@ def _flat(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
             yield module
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _affine(norm: _Norm) -> tuple[Tensor, Tensor]:
     """Return the factor and the summand of a batch norm in eval mode."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -127,7 +128,7 @@ def _slope(module: nn.Module) -> Slope:
     return module.weight if isinstance(module, nn.PReLU) else 0.0
 
 
-def _normalised(maps: Sequence[Rows], norm: nn.BatchNorm2d, relu: bool) -> list[Rows]:
+def _normalised(maps: Sequence[Rows], norm: _Norm, relu: bool) -> list[Rows]:
     """Return the maps after a batch norm over the channels of all, and a ReLU if asked for."""
     channels = [x.size[1] for x in maps]
     scale, shift = _affine(norm)

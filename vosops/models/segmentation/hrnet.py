@@ -161,7 +161,7 @@ class _HRNet(FrameNetwork):
     def head_rows(self, maps: Sequence[Tensor], head: nn.Sequential) -> Rows:
         """Return what a head makes of the maps joined; its first 1x1 convolution sees each at its own size."""
         first, norm, _, last = head
-        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
         weight, bias = folded(first, norm)
         weights = weight.split([x.shape[1] for x in maps], 1)
         size, corners = maps[0].shape[2:], self.align_corners

@@ -239,27 +239,26 @@ class UNetPlusPlus(FrameNetwork):
         return self.get_submodule(f"final{self.depth - 1}" if self.deep_supervision else "final")
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the maps that skips lead on from; the last is not."""
-        maps: list[list[Tensor]] = []
+        """See :class:`FrameNetwork`: what is held are the maps that skips lead on from; the last two are not."""
+        maps: list[list[Rows]] = []
+        last = self.depth - 1
         for row in range(self.depth):
-            pooled = Pooled(Held(maps[-1][0])) if row else Held(images)
-            maps.append([self._node(row, 0).rows([pooled]).whole()])
-            del pooled
+            source = Pooled(maps[-1][0]) if row else Held(images)
+            maps.append([Held(self._node(row, 0).rows([source]).whole())])
+            del source
             for column, above in enumerate(reversed(range(row)), 1):
                 below = maps[above + 1][column - 1]
-                if row == self.depth - 1:  # nothing more of that row is made of it
+                if row == last:  # nothing more is made of that row
                     maps[above + 1].clear()
-                size = [2 * side for side in below.shape[2:]]
-                sources: list[Rows] = [Held(x) for x in maps[above]]
-                sources.append(Enlarged(Held(below), size, align_corners=True))
+                size = [2 * side for side in below.size[2:]]
+                node = self._node(above, column).rows(
+                    [*maps[above], Enlarged(below, size, align_corners=True)]
+                )
                 del below
-                node = self._node(above, column).rows(sources)
-                del sources
-                if above == 0 and row == self.depth - 1:
-                    return chain(node, self._last)
-                maps[above].append(node.whole())
+                # The finest map before the last is seen by that one alone.
+                maps[above].append(node if above == 0 and column >= last - 1 else Held(node.whole()))
                 del node
-        raise AssertionError("the last row ends at the finest map")
+        return chain(maps[0][-1], self._last)
 
     def _node(self, row: int, column: int) -> _NestedBlock:
         node = self.get_submodule(f"conv{row}_{column}")
