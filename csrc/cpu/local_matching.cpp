@@ -100,8 +100,9 @@ template <class E, int R, int D>
       best[r] = V::load(best_of + at[r]);
       code[r] = V::load_code(code_of + at[r]);
     }
+    typename V::CodeReg candidate = minima.first_code - typename V::CodeReg{};
 #pragma GCC unroll 16
-    for (int d = 0; d < D; ++d) {
+    for (int d = 0; d < D; ++d, candidate += 1) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         if (d > 0 && minima.ring[r * D + d] != minima.ring[r * D + d - 1]) {
@@ -111,7 +112,7 @@ template <class E, int R, int D>
           best[r] = V::load(best_of + at[r]);
           code[r] = V::load_code(code_of + at[r]);
         }
-        V::take_less(best[r], code[r], sum[d][r], object.lanes[d], minima.first_code + d);
+        V::take_less(best[r], code[r], sum[d][r], object.lanes[d], candidate);
       }
     }
 #pragma GCC unroll 16
@@ -187,10 +188,8 @@ class MaskBits {
     }
   }
 
-  // `count` (at most 32) bits of object `o` in row `y` from padded column `x`.
-  uint32_t lanes(int64_t o, int64_t y, int64_t x, int count) const {
-    return static_cast<uint32_t>(word_at(&bits_[row_of(o, y)], x) & ((uint64_t{1} << count) - 1));
-  }
+  // 64 bits of object `o` in row `y` from padded column `x`.
+  uint64_t word(int64_t o, int64_t y, int64_t x) const { return word_at(&bits_[row_of(o, y)], x); }
 
   // The first and last column in [begin, end) of row y that any object needs; false where there is none.
   bool needed(int64_t y, int64_t begin, int64_t end, int64_t& first, int64_t& last) const {
@@ -364,14 +363,20 @@ class Tile {
   // Displacements s .. s + count across.
   void match_displacements(int64_t key_y, int64_t j, int first, int rows, int64_t s, int count) {
     const Window& w = p_.window;
-    const int64_t x = x0_ + s * w.dilation;
+    const int64_t x = x0_ + s * w.dilation, span = (count - 1) * w.dilation + kLanes;
     int64_t unused_first, unused_last;
-    if (!p_.masks.needed(key_y, x, x + (count - 1) * w.dilation + kLanes, unused_first, unused_last)) return;
+    if (!p_.masks.needed(key_y, x, x + span, unused_first, unused_last)) return;
+    constexpr uint64_t kAllLanes = (uint64_t{1} << kLanes) - 1;
     typename Minima<V>::Object* present = present_.data();
     for (int64_t o = 0; o < p_.objects; ++o) {
-      uint32_t any = 0;
-      for (int d = 0; d < count; ++d)
-        any |= present->lanes[d] = p_.masks.lanes(o, key_y, x + d * w.dilation, kLanes);
+      uint64_t any = 0;
+      const uint64_t word = p_.masks.word(o, key_y, x);  // often the lanes of every displacement
+      for (int d = 0; d < count; ++d) {
+        const int64_t shift = d * w.dilation;
+        const uint64_t lanes = (span <= 64 ? word >> shift : p_.masks.word(o, key_y, x + shift)) & kAllLanes;
+        any |= lanes;
+        present->lanes[d] = static_cast<uint32_t>(lanes);
+      }
       if (any == 0) continue;
       present->slot = o * w.rings * kTileRows * kLanes;
       ++present;
@@ -543,10 +548,14 @@ class Band {
       for (int r = 0; r < rows; ++r) {
         pack_columns<E>(base + (y0 + r * p_.window.dilation) * stride_y, stride_c, stride_x, channels, e,
                         columns, row, norm_ + r * kColumns);
+        // Whole registers: std::copy_n becomes `rep movs`, which starts slowly for so few bytes.
         for (int64_t x = 0; x < columns; x += kLanes) {
-          const int64_t lanes = columns - x <= kHalf ? kHalf : kLanes;
           T* tile = packed_.data() + x * p_.key.elements * kTileRows;
-          std::copy_n(row + x, lanes, tile + (e * kTileRows + r) * lanes);
+          if (columns - x <= kHalf) {
+            H::Lanes::store(tile + (e * kTileRows + r) * kHalf, H::Lanes::load(row + x));
+          } else {
+            E::Lanes::store(tile + (e * kTileRows + r) * kLanes, E::Lanes::load(row + x));
+          }
         }
       }
     }

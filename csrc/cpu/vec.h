@@ -60,17 +60,17 @@ struct Vec {
 
   // In every lane whose bit is set in `lanes` and whose value is below best: best = value, code = candidate.
   // A NaN is below nothing.
-  static void take_less(Reg& best, CodeReg& code, Reg value, uint32_t lanes, Code candidate) {
+  static void take_less(Reg& best, CodeReg& code, Reg value, uint32_t lanes, CodeReg candidate) {
 #if defined(__AVX512VL__)
     if constexpr (sizeof(T) == 4 && kBytes == 64) {
       const __mmask16 less = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(lanes), value, best, _CMP_LT_OQ);
       best = _mm512_mask_mov_ps(best, less, value);
-      code = (CodeReg)_mm512_mask_set1_epi32((__m512i)code, less, candidate);
+      code = (CodeReg)_mm512_mask_mov_epi32((__m512i)code, less, (__m512i)candidate);
       return;
     } else if constexpr (sizeof(T) == 4 && kBytes == 32) {
       const __mmask8 less = _mm256_mask_cmp_ps_mask(static_cast<__mmask8>(lanes), value, best, _CMP_LT_OQ);
       best = _mm256_mask_mov_ps(best, less, value);
-      code = (CodeReg)_mm256_mask_set1_epi32((__m256i)code, less, candidate);
+      code = (CodeReg)_mm256_mask_mov_epi32((__m256i)code, less, (__m256i)candidate);
       return;
     }
 #endif
@@ -78,7 +78,7 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) bit[i] = Code{1} << i;
     const CodeReg less = (((static_cast<Code>(lanes) - CodeReg{}) & bit) != 0) & (value < best);
     best = less ? value : best;
-    code = less ? (candidate - CodeReg{}) : code;
+    code = less ? candidate : code;
   }
 };
 

@@ -97,7 +97,7 @@ void check_register() {
   const uint32_t lanes = random_bits() & ((1u << kLanes) - 1);
   typename V::Reg best = va;
   typename V::CodeReg code{};
-  V::take_less(best, code, vb, lanes, Code{42});
+  V::take_less(best, code, vb, lanes, Code{42} - typename V::CodeReg{});
   for (int i = 0; i < kLanes; ++i) {
     const bool taken = (lanes >> i & 1) != 0 && b[i] < a[i];
     expect_same<T>("take_less, value", best[i], taken ? b[i] : a[i]);

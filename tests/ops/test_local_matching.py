@@ -32,6 +32,7 @@ class TestLocalMatching(MatchingTester):
         "nested radii": ((1, 8, 11, 21), (11, 21), 2, ([1, 3, 6], 1)),
         "dilation": ((1, 7, 17, 20), (17, 20), 2, ([6], 3)),
         "nested radii and dilation": ((1, 4, 13, 18), (13, 18), 1, ([2, 4, 7], 2)),
+        "dilation beyond a word of mask": ((1, 3, 3, 70), (3, 70), 2, ([66], 33)),
         "radius below the dilation": ((1, 4, 7, 9), (7, 9), 1, ([1], 4)),
         "radius zero": ((1, 3, 6, 17), (6, 17), 1, ([0], 1)),
         "window larger than the frame": ((1, 6, 5, 7), (5, 7), 2, ([40], 1)),
