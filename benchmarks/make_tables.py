@@ -6,7 +6,8 @@
 
 A region begins with `<!-- table: KIND NAME -->` and ends with `<!-- end of table -->`. KIND is goals or all (NAME: an
 op), headline (NAME: an op, or "all"), segmentation (NAME: a model, whose page in docs/models has the table), systems
-(NAME: a network, or "all", of benchmarks/bench_systems.py) or models (NAME: objects or classes, that the models of the
+(NAME: a network, or "all", of benchmarks/bench_systems.py), networks (NAME: a page of docs/models, or "all", of
+benchmarks/bench_networks.py) or models (NAME: objects or classes, that the models of the
 registry find).
 """
 
@@ -46,6 +47,8 @@ ORIGINALS = {
 """Op -> whose code came first, and the contenders written in its manner."""
 COMMON_OPTIONS = ("memory_budget",)
 """Options that the text beside the table of models tells of."""
+IMAGES = {"1024p": "2048 x 1024", "4K": "3840 x 2160"}
+"""Of benchmarks/bench_networks.py."""
 BUSY_LOAD = 1.5
 """A load average above this is told: other programs were at work."""
 
@@ -224,6 +227,43 @@ def of_systems(network: str) -> str:
     )
 
 
+def of_networks(page: str) -> str:
+    """Return what segmentation networks cost at high resolution: those of a page of docs/models, or all."""
+    report = load("networks")
+    rows = []
+    own: dict[tuple[str, str], dict[bool, Report]] = {}
+    for result in report["results"]:
+        model, _, _ = result["network"].partition(",")
+        if page in ("all", find_model(model).page.partition(".")[0]):
+            own.setdefault((result["network"], result["size"]), {})[result["naive"]] = result
+    command = "`python benchmarks/bench_networks.py`"
+    if not own:
+        return f"{MISSING.capitalize()} yet. Command: {command}"
+    for (network, size), ways in own.items():
+        model, _, option = network.partition(",")
+        frugal, naive = (ways.get(way) for way in (False, True))
+        cells = [f"`{model}`{',' * bool(option)}{option}", IMAGES[size]]
+        for value in (in_seconds, in_gigabytes):
+            cells += ["" if way is None else value(way) for way in (frugal, naive)]
+        rows.append([*cells, f"{frugal['before'] / 1e9:.2f} GB" if frugal else ""])
+    header = ["network", "image", "time", "naive", "memory", "naive", "process before"]
+    facts, loads = report["machine"], [way["load"] for ways in own.values() for way in ways.values()]
+    busy = f" The load average was up to {max(loads):.1f}." if max(loads) > BUSY_LOAD else ""
+    return f"{table(header, rows)}\n\n{machine_facts(facts)}, one thread, float32.{busy} Command: {command}"
+
+
+def in_seconds(result: Report) -> str:
+    """Return the time of a run, if there was one."""
+    return "-" if result["seconds"] is None else f"{result['seconds']:.1f} s"
+
+
+def in_gigabytes(result: Report) -> str:
+    """Return the memory of a run, or what its tensors would take at least."""
+    if result["memory"] is None:
+        return f"more than {result['counted'] / 1e9:.1f} GB"
+    return f"{result['memory'] / 1e9:.2f} GB"
+
+
 def of_models(found: str) -> str:
     """Return the registered models that track objects, or that segment into classes; networks without memory."""
     entries = [find_model(name) for name in list_models()]
@@ -264,6 +304,7 @@ KINDS = {
     "headline": headline,
     "segmentation": segmentation,
     "systems": of_systems,
+    "networks": of_networks,
 }
 
 

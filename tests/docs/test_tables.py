@@ -100,6 +100,7 @@ def test_every_region_of_the_pages_is_known(make_tables):
             "systems": ["all", *systems.NETWORKS],
             "headline": ["all", *make_tables.BENCHMARKS],
             "models": ["objects", "classes"],
+            "networks": ["all", *(page.stem for page in (ROOT / "docs" / "models").glob("*.md"))],
         }
         assert name in known.get(kind, make_tables.BENCHMARKS)
 
@@ -132,3 +133,40 @@ def test_systems_stand_frugal_beside_naive(make_tables, tmp_path):
     assert "| stm-1080p | 1920 x 1080 | 3 | 20 | 12.0 s | - | 3.20 GB | more than 16 GB |" in table
     assert make_tables.of_systems("rgmp").startswith("Not measured yet.")
     assert make_tables.of_systems("all").startswith(table.splitlines()[0])
+
+
+@pytest.fixture
+def networks(make_tables, tmp_path):
+    """U-Net both ways, and DANet's naive run that was not made."""
+
+    def result(network: str, naive: bool, memory: int | None, **more: object) -> dict:
+        seconds = None if memory is None else 2.26
+        known = {"network": network, "size": "1024p", "naive": naive, "load": 3.2, "before": 700_000_000}
+        return {**known, "seconds": seconds, "memory": memory, **more}
+
+    report = {
+        "machine": {"processor": "a CPU", "capability": "avx512", "torch": "2", "python": "3"},
+        "results": [
+            result("unet", False, 1_360_000_000),
+            result("unet", True, 4_070_000_000, counted=3_490_000_000),
+            result("danet", True, None, counted=13_300_000_000),
+        ],
+    }
+    (tmp_path / "networks_cpu.json").write_text(json.dumps(report))
+    return make_tables
+
+
+def test_networks_at_high_resolution(networks):
+    page = networks.of_networks("unet")
+    assert "| `unet` | 2048 x 1024 | 2.3 s | 2.3 s | 1.36 GB | 4.07 GB | 0.70 GB |" in page
+    assert "danet" not in page
+    assert (
+        "a CPU, CPU library avx512, torch 2, Python 3, one thread, float32. The load average was up to 3.2."
+        in page
+    )
+    everything = networks.of_networks("all")
+    assert "`unet`" in everything
+    assert "| `danet` | 2048 x 1024 |  | - |  | more than 13.3 GB |  |" in everything
+    assert (
+        networks.of_networks("pspnet") == "Not measured yet. Command: `python benchmarks/bench_networks.py`"
+    )
