@@ -222,9 +222,10 @@ def test_small_and_empty_maps(size):
     assert Mapped(Held(x), torch.abs).whole().shape == x.shape
 
 
-def test_autocast_and_channels_last():
-    x = torch.randn(1, 8, 40, 24).to(memory_format=torch.channels_last)
-    conv = nn.Conv2d(8, 8, 3, padding=1)
+@pytest.mark.parametrize("channels", [8, 40])  # 40: more than what is convolved by Winograd's algorithm
+def test_autocast_and_channels_last(channels):
+    x = torch.randn(1, channels, 40, 24).to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
     found = chain(Held(x), conv, nn.ReLU(), conv).whole()
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, conv(conv(x).relu()), rtol=1e-4, atol=1e-5)

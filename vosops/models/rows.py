@@ -109,9 +109,12 @@ def _round_up(value: int, unit: int) -> int:
 
 
 def _empty(like: Tensor, size: Size) -> Tensor:
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    memory_format = torch.channels_last if last else torch.contiguous_format
+    memory_format = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class Held(Rows):
@@ -203,8 +206,10 @@ class Convolved(_Layer):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.slope, self.addend = slope, addend
         self._span = span
-        self._in_place = (stride, padding, dilation, groups, taps) == (1, 1, 1, 1, 3) and takes_rows(
-            n * rows * columns, weight, self.like
+        self._in_place = (
+            (stride, padding, dilation, groups, taps) == (1, 1, 1, 1, 3)
+            and not _is_channels_last(self.like)
+            and takes_rows(rows * columns, weight, self.like)
         )
         # Far above and below the rows that are made others are needed, but none between them.
         self._by_taps = (

@@ -118,6 +118,21 @@ def test_logits_are_exact_in_double_precision(name, monkeypatch):
     assert (found - naive).abs().max() <= 1e-6 * naive.abs().max()  # weights of resizing are float32
 
 
+@pytest.mark.parametrize("name", ["resunet", "hrnet", "danet"])
+def test_half_precision(name):
+    network = made(name)
+    images = torch.rand(1, 3, *CASES[name][2])
+    with torch.no_grad():
+        wanted = network(images)
+        network.bfloat16()
+        found = network(images.bfloat16())
+        with vosops.use_backend("reference"):
+            naive = network(images.bfloat16())
+    assert found.dtype == naive.dtype == torch.bfloat16
+    error, own = ((x.float() - wanted).square().mean().sqrt() for x in (found, naive))
+    assert error <= 2 * own
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_memory_at_high_resolution(name):
     network = made(name, "meta")

@@ -105,7 +105,8 @@ def folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: _Norm | None) -> tuple[Te
     if conv.bias is not None:
         shift = shift + conv.bias * scale
     of_outputs = (-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)
-    return conv.weight * scale.view(of_outputs), shift
+    weight = conv.weight * scale.view(of_outputs)
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
 
 
 def _flat(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
@@ -118,9 +119,10 @@ def _flat(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _affine(norm: _Norm) -> tuple[Tensor, Tensor]:
-    """Return the factor and the summand of a batch norm in eval mode."""
+    """Return the factor and the summand of a batch norm in eval mode, in float32 at least."""
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = norm.weight * (norm.running_var.to(dtype) + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
 
 
@@ -141,7 +143,7 @@ def _normalised(maps: Sequence[Rows], norm: _Norm, relu: bool) -> list[Rows]:
 
 
 def _transformed(x: Tensor, *, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
-    y = torch.addcmul(shift, x, scale)
+    y = torch.addcmul(shift, x, scale).to(x.dtype)
     return functional.relu_(y) if relu else y
 
 
