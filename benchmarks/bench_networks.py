@@ -1,6 +1,6 @@
 """The segmentation networks on an image of 1024x2048 and one of 4K: time and memory of `predict`, by rows and naively.
 
-    python benchmarks/bench_networks.py [--networks unet danet] [--sizes 1024p 4K] [--ways frugal naive] [--limit 7]
+    python benchmarks/bench_networks.py [--networks unet danet] [--sizes 1024p 4K] [--ways frugal naive] [--limit 6.5]
 
 Each measurement is one run in a process of its own with one thread, in CPU time of the process. Memory is the greatest
 resident memory during `predict` beyond what the process had before it, the interpreter, libraries and weights, which is
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--limit", type=float, default=7.0)
+    parser.add_argument("--limit", type=float, default=6.5)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     for label in options.sizes:
