@@ -32,7 +32,6 @@ __all__ = [
     "Doubled",
     "Enlarged",
     "Held",
-    "Joined",
     "Mapped",
     "Padded",
     "Pooled",
@@ -318,20 +317,6 @@ class Added(_View):
         for source in others:
             total += source.rows(start, stop)
         return _bend(total, self.slope)
-
-
-class Joined(_View):
-    """Maps of one size, concatenated a band at a time."""
-
-    def __init__(self, sources: Sequence[Rows]) -> None:
-        n, _, height, width = sources[0].size
-        super().__init__(sources[0], (n, sum(source.size[1] for source in sources), height, width))
-        self.sources = sources
-        self.row_bytes = self._own_bytes + sum(source.row_bytes for source in sources)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """See :class:`Rows`."""
-        return torch.cat([source.rows(start, stop) for source in self.sources], 1)
 
 
 class Enlarged(_View):
