@@ -29,7 +29,8 @@ from vosops.io.outputs import write_text
 from vosops.models import create_model, find_model
 
 RESULTS = Path(__file__).parent / "results" / "networks_cpu.json"
-SIZES = {"1024p": (1024, 2048), "4K": (2160, 3840)}
+SIZES = {"512p": (512, 1024), "1024p": (1024, 2048), "4K": (2160, 3840)}
+DEFAULT_SIZES = ("1024p", "4K")
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "unet": ("unet", {}),
     "unetplusplus": ("unetplusplus", {}),
@@ -109,7 +110,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=DEFAULT_SIZES)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--limit", type=float, default=6.5)
     parser.add_argument("--out", type=Path, default=RESULTS)

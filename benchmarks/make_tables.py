@@ -47,7 +47,7 @@ ORIGINALS = {
 """Op -> whose code came first, and the contenders written in its manner."""
 COMMON_OPTIONS = ("memory_budget",)
 """Options that the text beside the table of models tells of."""
-IMAGES = {"1024p": "2048 x 1024", "4K": "3840 x 2160"}
+IMAGES = {"512p": "1024 x 512", "1024p": "2048 x 1024", "4K": "3840 x 2160"}
 """Of benchmarks/bench_networks.py."""
 BUSY_LOAD = 1.5
 """A load average above this is told: other programs were at work."""
