@@ -86,6 +86,19 @@ def test_convolution_of_several_maps(height, taps, options):
     )
 
 
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "padding": 1}], ids=str)
+def test_convolution_as_a_sum(height, options, monkeypatch):
+    """As on a GPU: each map by itself."""
+    monkeypatch.setattr(rows, "_SPLITTING", ("cpu",))
+    monkeypatch.setattr(torch, "cat", None)
+    a, b, c = a_map(height, 4), a_map(height, 2), a_map(height, 1)
+    weight, bias = torch.randn(6, 7, 3, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    wanted = functional.conv2d(torch.concat([a, b, c], 1), weight, bias, **options)
+    addend = torch.randn_like(wanted)
+    found = Convolved([Held(a), Held(b), Held(c)], weight, bias, slope=0.0, addend=Held(addend), **options)
+    assert_same(found, (wanted + addend).relu())
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("size", [(90, 28), (45, 28), (100, 31), (45, 14), (22, 7), (1, 1)])
 def test_bilinear(height, size, align_corners):

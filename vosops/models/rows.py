@@ -44,6 +44,9 @@ __all__ = [
 _BAND_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 """Of all layers' rows together that are made at a time, by device; on any other as on a CPU."""
 
+_SPLITTING = ("cuda",)
+"""Devices where a convolution of several maps is the sum of one for each; elsewhere a band of them is concatenated."""
+
 _LEAST_ROWS = 8
 _LAG = 4  # rows that are kept for the slower of two layers that read the same one
 
@@ -179,8 +182,8 @@ class Convolved(_Layer):
 
     weight: (M,C/groups,k,k), C channels of all sources together. slope: factor of what is negative in the end, a
     number or a tensor of one; 0 is a ReLU, 1 does nothing. addend: a map that is added before that. Where
-    :func:`vosops.ops.conv3x3.takes_rows` says so the sources are read in place; otherwise a band of them is
-    concatenated.
+    :func:`vosops.ops.conv3x3.takes_rows` says so the sources are read in place; otherwise, on a GPU in float32, each
+    is convolved by itself and the sums are added, or a band of them is concatenated.
     """
 
     def __init__(
@@ -210,6 +213,14 @@ class Convolved(_Layer):
             and not _is_channels_last(self.like)
             and takes_rows(rows * columns, weight, self.like)
         )
+        # Partial sums in half precision would be rounded once more.
+        self._splits = (
+            self.like.device.type in _SPLITTING
+            and self.like.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled(self.like.device.type)
+            and groups == 1
+            and len(sources) > 1
+        )
         # Far above and below the rows that are made others are needed, but none between them.
         self._by_taps = (
             stride == 1 and dilation > _LAG and all(isinstance(source, Held) for source in sources)
@@ -234,16 +245,28 @@ class Convolved(_Layer):
             slope = float(self.slope)
             conv2d_rows(maps, self.weight, self.bias, out, above=start - low, addend=addend, slope=slope)
             return
-        x = maps[0] if len(maps) == 1 else torch.cat(maps, 1)
-        if low > first or last > high:
-            x = functional.pad(x, (0, 0, low - first, last - high))
-        y = functional.conv2d(
-            x, self.weight, self.bias, self.stride, (0, self.padding), self.dilation, self.groups
-        )
-        del x, maps
+        beyond = (0, 0, low - first, last - high)  # rows of zeros
+        if self._splits:
+            weights = self.weight.split([x.shape[1] for x in maps], 1)
+            y = self._convolved(maps[0], weights[0], self.bias, beyond)
+            for x, weight in zip(maps[1:], weights[1:], strict=True):
+                y += self._convolved(x, weight, None, beyond)
+        else:
+            x = maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+            y = self._convolved(x, self.weight, self.bias, beyond)
+            del x
+        del maps
         if self.addend:
             y += self.addend.rows(start, stop)
         out.copy_(_bend(y, self.slope))
+
+    def _convolved(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, beyond: tuple[int, int, int, int]
+    ) -> Tensor:
+        if any(beyond):
+            x = functional.pad(x, beyond)
+        padding = (0, self.padding)
+        return functional.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def _add_taps(self, start: int, stop: int, out: Tensor) -> None:
         """Sum up what each row of the kernel sees."""
