@@ -14,7 +14,7 @@ NUMPY := numpy$(if $(filter 2.10 2.10.% 2.11 2.11.%,$(TORCH)),<2.4)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 KERNELS := TRITON_INTERPRET=1 VOSOPS_TEST_EMULATED=1
 
-.PHONY: demo test test-quick test-all matrix triton-tables lint lint-workflows check-headers format bench docs wheel sdist wheel-audit test-packages asan cuda-report gpu-report clean
+.PHONY: demo test test-quick test-all matrix triton-tables lint lint-workflows check-headers format bench docs wheel sdist wheel-audit test-packages asan test-arm cuda-report gpu-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
@@ -86,6 +86,12 @@ wheel-audit: $(VENV)/ready
 # The CPU libraries with AddressSanitizer and UBSan under the op tests, each instruction set.
 asan: $(VENV)/ready
 	$(BIN)/python tests/sanitized.py
+
+# The NEON library, cross-compiled, under the tests of the ops on emulated processors; needs g++-aarch64-linux-gnu and
+# qemu-user, and downloads torch for Arm once. About 12 minutes of one core.
+test-arm: $(VENV)/ready
+	$(BIN)/python tools/test_arm.py
+	$(BIN)/python benchmarks/compatibility.py
 
 # What the compilers make of every GPU kernel: registers, spills, occupancy, tensor-core instructions. sm_120 and AMD's
 # gfx942 are shown only, the others are compared with the committed tables.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -50,6 +51,8 @@ X86_CAPABILITIES = {
 # Any 64-bit Arm: what needs bfloat16 instructions asks the processor for them.
 ARM_CAPABILITIES = {"neon": ["-march=armv8-a"]}
 ARM_BF16 = "-march=armv8-a+bf16"
+# g++ on Arm moves all loads of a tile to its start, where they do not fit the registers. clang ignores the option.
+ARM_SCHEDULE = ["-fno-schedule-insns", "-Wno-ignored-optimization-argument"]
 MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}  # other names of the same
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
@@ -110,6 +113,14 @@ def target_torch() -> Path:
             f"package for it, with include/ and lib/, got {os.environ.get('VOSOPS_TARGET_TORCH')!r}"
         )
     return folder.resolve()
+
+
+def target_torch_version() -> str:
+    """Return the version of the torch that the libraries are compiled against."""
+    if not CROSS:
+        return torch.__version__
+    found = re.search(r"""__version__ = ['"]([^'"]+)""", (target_torch() / "version.py").read_text())
+    return found[1] if found else "unknown"
 
 
 def torch_headers() -> list[str]:
@@ -175,7 +186,7 @@ def build_info() -> dict[str, str]:
     return {
         "summary": SUMMARY,
         "compiler": with_compiler.stdout.partition("\n")[0] if with_compiler else "",
-        "torch": torch.__version__,
+        "torch": target_torch_version(),
         "cuda_architectures": architectures,
     }
 
@@ -191,6 +202,7 @@ def cpu_libraries() -> list[Extension]:
         capabilities = {name: list(flags) for name, flags in ARM_CAPABILITIES.items()}
         if supports(ARM_BF16):
             capabilities["neon"] = [ARM_BF16]
+        capabilities["neon"] += ARM_SCHEDULE
     only = os.environ.get("VOSOPS_CPU_ONLY")
     if only:
         if only not in capabilities:

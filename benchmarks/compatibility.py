@@ -1,10 +1,11 @@
-"""Writes two tables of docs/compatibility.md: how each op was proved, and the versions that its tests passed on.
+"""Writes the tables of docs/compatibility.md: how each op was proved, and where its tests passed.
 
     python benchmarks/compatibility.py            rewrites what lies between the marks
     python benchmarks/compatibility.py --check    exit code 1 if the page is not up to date
 
 What is there is read off the sources and the registered ops, what ran on a GPU off benchmarks/results/gpu_*.json,
-what ran on which version off benchmarks/results/matrix.json (`make matrix`).
+what ran on which version off benchmarks/results/matrix.json (`make matrix`), what ran on emulated Arm processors off
+benchmarks/results/arm.json (`make test-arm`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MATRIX = RESULTS / "matrix.json"
+ARM = RESULTS / "arm.json"
 REGIONS = {
     name: re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-    for name in ("proofs", "versions")
+    for name in ("proofs", "versions", "arm")
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 ON_GPUS = ("f32", "f16", "bf16")
@@ -117,9 +119,36 @@ def versions(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def rewritten(text: str, reports: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]] = ()) -> str:
+def arm(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the Markdown table of the Arm processors that were emulated."""
+    if not runs:
+        return "None recorded yet: run `make test-arm`."
+    header = ["processor of qemu", "tests", "passed", "failed", "skipped", "torch", "Python", "date"]
+    rows = [header, ["---"] * len(header)]
+    for run in runs:
+        failed = f"**{run['failed']}**" if run["failed"] else "0"
+        counts = [str(run["passed"]), failed, str(run["skipped"])]
+        row = [
+            f"`{run['processor']}`",
+            f"`{run['tests']}`",
+            *counts,
+            run["torch"],
+            run["python"],
+            run["date"],
+        ]
+        rows.append(row)
+    tools = sorted({f"{run['compiler']}; {run['emulator']}" for run in runs})
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n" + "\n".join(tools)
+
+
+def rewritten(
+    text: str,
+    reports: Sequence[dict[str, Any]],
+    cells: Sequence[dict[str, Any]] = (),
+    arm_runs: Sequence[dict[str, Any]] = (),
+) -> str:
     """Return the page with its tables made anew; ValueError if it has no place for one."""
-    tables = {"proofs": table(reports), "versions": versions(cells)}
+    tables = {"proofs": table(reports), "versions": versions(cells), "arm": arm(arm_runs)}
     for name, region in REGIONS.items():
         if not region.search(text):
             raise ValueError(f"the page lacks <!-- {name} --> and <!-- end of {name} -->")
@@ -133,6 +162,12 @@ def recorded() -> list[dict[str, Any]]:
     return cells
 
 
+def recorded_arm() -> list[dict[str, Any]]:
+    """Return the runs of benchmarks/results/arm.json."""
+    runs: list[dict[str, Any]] = json.loads(ARM.read_text())["runs"] if ARM.exists() else []
+    return runs
+
+
 def main() -> None:
     """Rewrite or check the page."""
     parser = argparse.ArgumentParser(
@@ -142,7 +177,7 @@ def main() -> None:
     check = parser.parse_args().check
     reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("gpu_*.json"))]
     text = PAGE.read_text()
-    fresh = rewritten(text, reports, recorded())
+    fresh = rewritten(text, reports, recorded(), recorded_arm())
     if check:
         sys.exit(f"{PAGE} is not up to date: python benchmarks/compatibility.py" if fresh != text else 0)
     PAGE.write_text(fresh)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 1800
+FOR_EVERYONE = {"x86_64": "cpu_baseline", "aarch64": "cpu_neon"}
+"""The library that every processor of a kind runs."""
 
 
 def check(holds: bool, message: str) -> None:
@@ -44,9 +46,8 @@ def python_files() -> set[str]:
 
 def check_wheel(path: Path) -> None:
     """One wheel for every Python, with what its build information says and nothing else."""
-    check(
-        re.search(r"-py3-none-(many)?linux\w+\.whl$", path.name) is not None, f"{path.name} is not py3-none"
-    )
+    tag = re.search(r"-py3-none-(?:many)?linux\w*_(x86_64|aarch64)\.whl$", path.name)
+    check(tag is not None, f"{path.name} is not py3-none-linux for one of {', '.join(FOR_EVERYONE)}")
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
         check("vosops/build_info.json" in names, f"{path.name} has no build information")
@@ -57,6 +58,8 @@ def check_wheel(path: Path) -> None:
     said = set(re.findall(r"\bcpu_\w+", build["summary"]))
     said |= {"cuda"} if build["cuda_architectures"] else set()
     check(libraries == said, f"{path.name} holds {sorted(libraries)}; it says {build['summary']!r}")
+    needed = FOR_EVERYONE[tag[1]] if tag else ""
+    check(needed in libraries, f"{path.name} lacks {needed}")
     strange = {
         name for name in names if not re.match(r"vosops/|_vosops_cli\.py|vosops-[^/]+\.dist-info/", name)
     }

@@ -1,5 +1,6 @@
 """Uses an installed vosops: what it says of itself, an op in its compiled library against the reference, an error."""
 
+import platform
 import sys
 
 import torch
@@ -15,6 +16,8 @@ def main() -> None:
     facts = info.collect()
     if not facts["cpu"]["library"] or not facts["build"].get("summary", "").startswith("built cpu_"):
         sys.exit(f"no compiled library: {facts['cpu']['library_missing']}, {facts['build']}")
+    if platform.machine() == "aarch64" and facts["cpu"]["library"] != "neon":
+        sys.exit(f"the library for this processor is neon, {facts['cpu']['library']} was loaded")
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 16, 24, 32)
     mask = torch.rand(1, 2, 24, 32) < 0.4

@@ -136,9 +136,10 @@ template <class E, class Finish>
     for (int r = 0; r < kTileRegisters; ++r) q[r] = V::load(lanes + r * V::kLanes);
 #pragma GCC unroll 16
     for (int j = 0; j < kKeyPanel; ++j) {
-      typename V::Reg key = kMultipliesByLane ? V::first(rows[j][e]) : V::set1(rows[j][e]);
-      V::pin(key);
-      if constexpr (kMultipliesByLane) key = V::set1(key[0]);
+      typename V::T number = rows[j][e];
+      V::pin_number(number);
+      typename V::Reg key = V::set1(number);
+      if constexpr (!kMultipliesByLane) V::pin(key);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRegisters; ++r) sums[j][r] = E::dot(q[r], key, sums[j][r]);
     }

@@ -36,7 +36,6 @@ struct Vec {
     return r;
   }
   static void store(T* p, Reg r) { std::memcpy(p, &r, kBytes); }
-  static Reg first(T value) { return Reg{value}; }  // in lane 0, and zeros
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
 
   // Keeps a loaded register out of the following instructions' memory operands: folding one unaligned load
@@ -48,6 +47,13 @@ struct Vec {
     if constexpr (kBytes <= 32) asm("" : "+x"(r));
 #elif defined(__ARM_NEON)
     if constexpr (kBytes <= 16) asm("" : "+w"(r));
+#endif
+  }
+
+  // The same of one number, which Arm multiplies by where it lies in a register.
+  static void pin_number(T& value) {
+#if defined(__ARM_NEON)
+    asm("" : "+w"(value));
 #endif
   }
 

@@ -29,7 +29,7 @@ def test_the_page_is_up_to_date(compatibility):
     """`python benchmarks/compatibility.py` renews it."""
     runs = [json.loads(file.read_text()) for file in sorted(compatibility.RESULTS.glob("gpu_*.json"))]
     text = compatibility.PAGE.read_text()
-    assert compatibility.rewritten(text, runs, compatibility.recorded()) == text
+    assert compatibility.rewritten(text, runs, compatibility.recorded(), compatibility.recorded_arm()) == text
 
 
 def test_every_op_is_listed_in_every_implementation(compatibility):
@@ -80,3 +80,20 @@ def test_versions_that_were_run_are_listed(compatibility):
     assert "| - |" in rows[1] and "| **2** |" in rows[1]
     assert "| 3.6.0, interpreted |" in rows[2]
     assert "make matrix" in compatibility.versions([])
+
+
+def test_emulated_arm_processors_are_listed_with_what_failed(compatibility):
+    run = {
+        "processor": "max",
+        "tests": "tests/ops -k core",
+        "passed": 7,
+        "failed": 0,
+        "skipped": 2,
+        "torch": "2.10.0",
+    }
+    run |= {"python": "3.11.2", "date": "2026-11-29", "compiler": "g++ 12", "emulator": "qemu 7.2"}
+    lines = compatibility.arm([run, run | {"processor": "cortex-a76", "failed": 3}]).splitlines()
+    assert lines[2] == "| `max` | `tests/ops -k core` | 7 | 0 | 2 | 2.10.0 | 3.11.2 | 2026-11-29 |"
+    assert "| `cortex-a76` |" in lines[3] and "| **3** |" in lines[3]
+    assert lines[-1] == "g++ 12; qemu 7.2"
+    assert "make test-arm" in compatibility.arm([])
