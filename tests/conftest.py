@@ -14,7 +14,8 @@ SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "sh
 
 
 SLOW = (
-    *("cpu", "emulator", "triton", "docs/test_examples", "cli/test_bench", "cli/test_demo", "cli/test_networks"),
+    "cpu",
+    *("emulator", "triton", "docs/test_examples", "cli/test_bench", "cli/test_demo", "cli/test_networks"),
     *("cli/test_segment", "integrations/test_accelerate", "integrations/test_packages"),
     *("integrations/test_trackers", "benchmarking/test_measure", "models/test_feelvos"),
     *("models/segmentation", "models/test_lstm_icnet", "models/test_rgmp", "models/test_stm"),
