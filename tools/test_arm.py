@@ -119,7 +119,8 @@ def packages(folder: Path, python: str) -> None:
 
 def build(torch: Path) -> str:
     """Compile the package for Arm below build/; return what it says of itself."""
-    environment = {**os.environ, "CXX": COMPILER, "VOSOPS_TARGET_TORCH": str(torch)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VOSOPS_")}
+    environment |= {"CXX": COMPILER, "VOSOPS_TARGET_TORCH": str(torch)}
     # By force: setuptools looks at the sources alone, ninja at the headers too.
     command = [sys.executable, "setup.py", "-q", "build", "--force"]
     command += ["--build-base", str(BUILD), "--build-lib", str(LIBRARY)]
@@ -138,6 +139,7 @@ def build(torch: Path) -> str:
 def run(processor: str, select: str, system: Path, site: Path) -> dict[str, str | int]:
     """Run the tests on an emulated processor and return the record."""
     report = BUILD / f"{processor}.xml"
+    report.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
     emulated = [EMULATOR, "-cpu", processor, "-L", str(system), str(python_of(system)), "-c", RUN_TESTS]
@@ -160,7 +162,8 @@ def run(processor: str, select: str, system: Path, site: Path) -> dict[str, str 
             print(line, end="", flush=True)
             lines.append(line)
         process.wait(TEST_SECONDS)
-    check(process.returncode in (0, 1), f"the tests on {processor} ended with {process.returncode}")
+    finished = process.returncode in (0, 1) and report.exists()
+    check(finished, f"the tests on {processor} ended with {process.returncode}")
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
@@ -198,6 +201,10 @@ def main() -> int:
         check(
             shutil.which(tool) is not None, f"needs {tool}; apt-get install g++-aarch64-linux-gnu qemu-user"
         )
+    listed = subprocess.run([EMULATOR, "-cpu", "help"], capture_output=True, text=True)  # it ends with 1
+    known = listed.stdout.split()
+    for name in arguments.processors:
+        check(name in known, f"--processors must be of those that `{EMULATOR} -cpu help` lists, got {name!r}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vosops" / "arm"
     cache.mkdir(parents=True, exist_ok=True)
     system = cache / "root"
