@@ -32,11 +32,13 @@ struct Addend {
   int64_t image_stride = 0, channel_stride = 0, row_stride = 0;
 };
 
-// The sum with bias and addend, times `slope` where it is negative: 0 is a ReLU, 1 the sum itself.
+// The sum with bias and addend, times `slope` where it is negative: 0 is a ReLU, also of -inf, 1 the sum
+// itself.
 void convolve_to(const Target& to, const Source& source, int64_t images, const Filters& filters,
                  const float* bias, const Addend& addend, float slope) {
   const Plane& plane = source.plane;
   const Reg slopes = Lanes::set1(slope);
+  const bool relu = slope == 0;
   convolve(source, images, filters, nullptr, 1,
            [&](Block& block, const Band& band, int64_t first_key, int64_t count) {
              const int64_t first_row = kTile * band.first_row;
@@ -55,7 +57,7 @@ void convolve_to(const Target& to, const Source& source, int64_t images, const F
                    const int64_t left = plane.width - i;
                    Reg value = Lanes::load(from + i) + start;
                    if (addend.data) value += load_lanes<Lanes>(more + i, left);
-                   value = value < Reg{} ? slopes * value : value;  // NaN stays NaN
+                   value = value < Reg{} ? (relu ? Reg{} : slopes * value) : value;  // NaN stays NaN
                    store_lanes<Lanes>(row + i, value, left);
                  }
                }

@@ -19,6 +19,7 @@ SIZES = {  # N, C, M, H, W
 TAKEN = (1, 32, 32, 16, 16)  # the smallest that the networks convolve so
 
 pytestmark = pytest.mark.skipif(not HAS_WINOGRAD, reason="the CPU library was not compiled")
+needs_rows = pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
 
 
 def problem(n, c, m, h, w):
@@ -75,6 +76,19 @@ def test_core_nan_stays_nan_and_stays_near():
     assert not y[0][:, far].isnan().any()
 
 
+@pytest.mark.parametrize("rows", [False, pytest.param(True, marks=needs_rows)])
+def test_core_relu_of_what_is_below_zero_is_zero(rows):
+    x, weight, bias, addend = problem(1, 8, 8, 12, 16)
+    addend[..., ::2] = -torch.inf
+    addend[..., 1::2] = -1e30
+    if rows:
+        got = torch.full_like(addend, torch.nan)
+        torch.ops.vosops.conv3x3_winograd_rows([x], weight, bias, addend, got, 0.0, 0)
+    else:
+        got = torch.ops.vosops.conv3x3_winograd(x, weight, bias, addend, True)
+    assert (got == 0).all() and not got.signbit().any()
+
+
 def test_core_empty():
     for n, c, m, h, w in ((0, 4, 4, 8, 8), (1, 4, 0, 8, 8), (1, 4, 4, 0, 8)):
         x, weight, bias, _ = problem(n, c, m, h, w)
@@ -111,7 +125,7 @@ def test_wrong_sizes_are_refused(wrong):
 # ---- Some rows of several maps.
 
 
-@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+@needs_rows
 @pytest.mark.parametrize("slope", [1.0, 0.0, 0.25])
 @pytest.mark.parametrize(("start", "stop"), [(0, 23), (0, 6), (5, 14), (9, 23), (22, 23)])
 def test_rows_of_several_maps(start, stop, slope):
@@ -129,7 +143,7 @@ def test_rows_of_several_maps(start, stop, slope):
     assert int(whole.isnan().sum()) == whole.numel() - out.numel(), "nothing else is written"
 
 
-@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+@needs_rows
 def test_rows_of_maps_of_another_layout():
     x, weight, bias, addend = problem(*SIZES["odd sizes"])
     want = exact(x, weight, bias, addend)
@@ -139,7 +153,7 @@ def test_rows_of_maps_of_another_layout():
     assert_near(out, want)
 
 
-@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+@needs_rows
 @pytest.mark.parametrize("wrong", ["maps", "weight", "bias", "addend", "none"])
 def test_wrong_rows_are_refused(wrong):
     x, weight, bias, addend = problem(*SIZES["odd sizes"])
@@ -161,7 +175,7 @@ def test_wrong_rows_are_refused(wrong):
         torch.ops.vosops.conv3x3_winograd_rows(*given.values(), out, 1.0, 0)
 
 
-@pytest.mark.skipif(not HAS_ROWS, reason="the CPU library is an older one")
+@needs_rows
 def test_rows_are_registered_as_pytorch_wants():
     x, weight, bias, addend = problem(*SIZES["odd sizes"])
     arguments = ([x], weight, bias, addend, torch.empty_like(addend), 0.0, 0)
