@@ -1,5 +1,5 @@
-// The innermost loop of local matching (csrc/cpu/local_matching.cpp, correlate) by itself, in other shapes, and
-// with key registers cut from two aligned loads instead of loaded where they lie. For AVX-512 processors.
+// The innermost loop of local matching (csrc/cpu/local_matching.cpp, correlate) by itself, in other shapes,
+// and with key registers cut from two aligned loads instead of loaded where they lie. For AVX-512 processors.
 //
 //   FLAGS="-std=c++20 -O3 -mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mprefer-vector-width=512 -Icsrc"
 //   g++ $FLAGS benchmarks/local_tile.cpp -o /tmp/local_tile
@@ -33,27 +33,38 @@ namespace {
 using V = vosops::cpu::Vec<float, 64>;
 constexpr int kChannels = 100, kStride = 272;  // numbers from a channel of the key to the next
 
+// Adds the products of R rows of queries with the keys at D displacements, which `key` makes.
+template <int R, int D, class Key>
+[[gnu::always_inline]] inline void add_products(const float* query, const Key& key, V::Reg (&sum)[D][R]) {
+  V::Reg q[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) q[r] = V::load(query + r * V::kLanes);
+#pragma GCC unroll 16
+  for (int d = 0; d < D; ++d) {
+    V::Reg k = key(d);
+    V::pin(k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[d][r] = V::fma(q[r], k, sum[d][r]);
+  }
+}
+
+template <int R, int D>
+void store(const V::Reg (&sum)[D][R], float* out) {
+  for (int i = 0; i < R * D; ++i) V::store(out + i * V::kLanes, sum[i / R][i % R]);
+}
+
 // R rows of queries by D displacements, as the op does it.
 template <int R, int D>
 [[gnu::noinline]] void by_loads(const float* query, const float* key, float* out) {
   V::Reg sum[D][R] = {};
   for (int e = 0; e < kChannels; ++e) {
     MCA("# LLVM-MCA-BEGIN loads");
-    V::Reg q[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) q[r] = V::load(query + r * V::kLanes);
-#pragma GCC unroll 16
-    for (int d = 0; d < D; ++d) {
-      V::Reg k = V::load(key + d);
-      V::pin(k);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[d][r] = V::fma(q[r], k, sum[d][r]);
-    }
+    add_products(query, [key](int d) { return V::load(key + d); }, sum);
     query += R * V::kLanes;
     key += kStride;
     MCA("# LLVM-MCA-END");
   }
-  for (int i = 0; i < R * D; ++i) V::store(out + i * V::kLanes, sum[i / R][i % R]);
+  store(sum, out);
 }
 
 // The same with no load that crosses a cache line: two aligned ones, and a permutation for each displacement.
@@ -71,23 +82,15 @@ template <int R, int D>
   V::Reg sum[D][R] = {};
   for (int e = 0; e < kChannels; ++e) {
     MCA("# LLVM-MCA-BEGIN permutes");
-    V::Reg q[R], low = V::load(key), high = V::load(key + V::kLanes);
+    V::Reg low = V::load(key), high = V::load(key + V::kLanes);
     V::pin(low);
     V::pin(high);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) q[r] = V::load(query + r * V::kLanes);
-#pragma GCC unroll 16
-    for (int d = 0; d < D; ++d) {
-      V::Reg k = _mm512_permutex2var_ps(low, index[d], high);
-      V::pin(k);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[d][r] = V::fma(q[r], k, sum[d][r]);
-    }
+    add_products(query, [&](int d) -> V::Reg { return _mm512_permutex2var_ps(low, index[d], high); }, sum);
     query += R * V::kLanes;
     key += kStride;
     MCA("# LLVM-MCA-END");
   }
-  for (int i = 0; i < R * D; ++i) V::store(out + i * V::kLanes, sum[i / R][i % R]);
+  store(sum, out);
 }
 
 double processor_seconds() {
