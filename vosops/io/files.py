@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import InputError
@@ -17,12 +18,7 @@ _SAMPLE = 4096
 def quick_hash(path: Path) -> str:
     """Return a fingerprint of a possibly huge file: its size, its first and its last MiB."""
     size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_HASH_CHUNK))
-        file.seek(max(0, size - _HASH_CHUNK))
-        digest.update(file.read(_HASH_CHUNK))
-    return digest.hexdigest()
+    return hashlib.sha256(str(size).encode() + _parts(path, (0, size - _HASH_CHUNK), _HASH_CHUNK)).hexdigest()
 
 
 def sample(path: Path, size: int) -> bytes:
@@ -34,11 +30,16 @@ def sample(path: Path, size: int) -> bytes:
         InputError: The file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            parts = []
-            for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
-                file.seek(max(0, start))
-                parts.append(file.read(_SAMPLE))
+        return _parts(path, (0, (size - _SAMPLE) // 2, size - _SAMPLE), _SAMPLE)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): replace or remove it") from error
+
+
+def _parts(path: Path, starts: Iterable[int], length: int) -> bytes:
+    """Return some parts of a file after each other; a start before the file is its beginning."""
+    parts = []
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(max(0, start))
+            parts.append(file.read(length))
     return b"".join(parts)

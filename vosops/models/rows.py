@@ -49,6 +49,7 @@ _SPLITTING = ("cuda",)
 
 _LEAST_ROWS = 8
 _LAG = 4  # rows that are kept for the slower of two layers that read the same one
+_PLACES = 4  # of two bits, in a byte
 
 Size = tuple[int, int, int, int]
 Slope = float | Tensor
@@ -235,26 +236,20 @@ class Convolved(_Layer):
         if self._by_taps:
             self._add_taps(start, stop, out)
             return
-        height = self.sources[0].size[2]
-        first = start * self.stride - self.padding
-        last = (stop - 1) * self.stride - self.padding + self._span
-        low, high = max(first, 0), min(last, height)
+        low, high, beyond = _seen(start, stop, self.stride, self.padding, self._span, self.sources[0].size[2])
         maps = [source.rows(low, high) for source in self.sources]
         if self._in_place:
             addend = self.addend.rows(start, stop) if self.addend else None
             slope = float(self.slope)
             conv2d_rows(maps, self.weight, self.bias, out, above=start - low, addend=addend, slope=slope)
             return
-        beyond = (0, 0, low - first, last - high)  # rows of zeros
         if self._splits:
             weights = self.weight.split([x.shape[1] for x in maps], 1)
             y = self._convolved(maps[0], weights[0], self.bias, beyond)
             for x, weight in zip(maps[1:], weights[1:], strict=True):
                 y += self._convolved(x, weight, None, beyond)
         else:
-            x = maps[0] if len(maps) == 1 else torch.cat(maps, 1)
-            y = self._convolved(x, self.weight, self.bias, beyond)
-            del x
+            y = self._convolved(_joined(maps), self.weight, self.bias, beyond)
         del maps
         if self.addend:
             y += self.addend.rows(start, stop)
@@ -281,7 +276,7 @@ class Convolved(_Layer):
                 continue
             maps = [source.rows(low, high) for source in self.sources]
             total[:, :, low - offset - start : high - offset - start] += functional.conv2d(
-                maps[0] if len(maps) == 1 else torch.cat(maps, 1),
+                _joined(maps),
                 self.weight[:, :, tap : tap + 1],
                 None,
                 1,
@@ -294,6 +289,23 @@ class Convolved(_Layer):
         bent = _bend(total, self.slope)
         if bent is not total:
             out.copy_(bent)
+
+
+def _seen(
+    start: int, stop: int, stride: int, padding: int, span: int, height: int
+) -> tuple[int, int, tuple[int, int, int, int]]:
+    """Return the rows of a map that windows see, from and up to, and how far they see beyond it, as `pad` takes it.
+
+    start, stop: rows of windows. padding: rows above the first window that are beyond the map. span: of a window.
+    """
+    first = start * stride - padding
+    last = (stop - 1) * stride - padding + span
+    low, high = max(first, 0), min(last, height)
+    return low, high, (0, 0, low - first, last - high)
+
+
+def _joined(maps: Sequence[Tensor]) -> Tensor:
+    return maps[0] if len(maps) == 1 else torch.cat(list(maps), 1)
 
 
 def _bend(y: Tensor, slope: Slope) -> Tensor:
@@ -462,12 +474,10 @@ class Pooled(_Layer):
 
     def make(self, start: int, stop: int, out: Tensor) -> None:
         """See :class:`_Layer`."""
-        first = start * self.stride - self.padding
-        last = (stop - 1) * self.stride - self.padding + self.window
-        low, high = max(first, 0), min(last, self.source.size[2])
+        low, high, beyond = _seen(start, stop, self.stride, self.padding, self.window, self.source.size[2])
         x = self.source.rows(low, high)
-        if low > first or last > high:
-            x = functional.pad(x, (0, 0, low - first, last - high), value=-torch.inf)
+        if any(beyond):
+            x = functional.pad(x, beyond, value=-torch.inf)
         out.copy_(functional.max_pool2d(x, self.window, self.stride, (0, self.padding)))
 
 
@@ -486,9 +496,6 @@ def pool_with_places(source: Rows) -> tuple[Tensor, Tensor]:
     for rows, band in windows.bands():
         pooled[:, :, rows], places[:, :, rows] = band, windows.places
     return pooled, places
-
-
-_PLACES = 4  # in a byte
 
 
 class _Windows(_View):

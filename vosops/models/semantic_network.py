@@ -244,26 +244,33 @@ class FrameNetwork(SemanticNetwork):
 
         Images are padded to sides that `forward` takes, by repeating the last row and column.
         """
-        height, width = images.shape[2:]
-        padded = self.sides.at_least(height), self.sides.at_least(width)
-        if padded != (height, width):
-            images = functional.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
+        own = images.shape[2:]
+        images = self._padded(images)
+        padded = images.shape[2:]
         logits = self.rows(images) if self.streams else Held(self(images))
-        if padded != (height, width):
-            logits = Cropped(Enlarged(logits, padded, align_corners=self.align_corners), (height, width))
-        return Enlarged(logits, size or (height, width), align_corners=self.align_corners)
+        if padded != own:
+            logits = Cropped(Enlarged(logits, padded, align_corners=self.align_corners), own)
+        return Enlarged(logits, size or own, align_corners=self.align_corners)
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """See :class:`SemanticNetwork`: the logits, of images that are padded to sides that `forward` takes."""
         height, width = images.shape[2:]
-        size = self.sides.at_least(height), self.sides.at_least(width)
+        padded = self._padded(images)
+        size = padded.shape[2:]
+        logits: Tensor = self(padded)
         if size == (height, width):
-            return (self(images),)
-        padding = (0, size[1] - width, 0, size[0] - height)
-        logits: Tensor = self(functional.pad(images, padding, mode="replicate"))
+            return (logits,)
         if logits.shape[2:] != size:
             logits = functional.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
         return (logits[:, :, :height, :width],)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """Repeat the last row and column of images up to sides that `forward` takes."""
+        height, width = images.shape[2:]
+        rows, columns = (self.sides.at_least(side) - side for side in (height, width))
+        if not rows and not columns:
+            return images
+        return functional.pad(images, (0, columns, 0, rows), mode="replicate")
 
     def logits(
         self, features: tuple[Tensor, ...], length: int, state: State | None = None, *, last: bool = False

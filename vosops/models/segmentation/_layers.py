@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -16,7 +16,11 @@ from vosops.models.rows import Convolved, Doubled, Enlarged, Mapped, Pooled, Row
 __all__ = ["chain", "convolution", "folded"]
 
 _NO_BEND = 1.0
-_POINTWISE = (nn.ReLU, nn.ReLU6, nn.PReLU, nn.Tanh)
+_POINTWISE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.ReLU: functional.relu,
+    nn.ReLU6: functional.relu6,
+    nn.Tanh: torch.tanh,
+}
 
 
 def chain(
@@ -50,8 +54,10 @@ def chain(
             relu = bool(rest) and isinstance(rest[0], nn.ReLU)
             rest = rest[relu:]
             maps = _normalised(maps, module, relu)
-        elif isinstance(module, _POINTWISE):
-            maps = [_mapped(x, module) for x in maps]
+        elif isinstance(module, nn.PReLU):
+            maps = [Mapped(x, partial(functional.prelu, weight=module.weight)) for x in maps]
+        elif type(module) in _POINTWISE:
+            maps = [Mapped(x, _POINTWISE[type(module)]) for x in maps]
         elif isinstance(module, nn.MaxPool2d):
             maps = [Pooled(x, module.kernel_size, stride=module.stride, padding=module.padding) for x in maps]  # type: ignore[arg-type]
         elif isinstance(module, nn.Upsample) and module.mode == "bilinear":
@@ -145,13 +151,3 @@ def _normalised(maps: Sequence[Rows], norm: _Norm, relu: bool) -> list[Rows]:
 def _transformed(x: Tensor, *, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
     y = torch.addcmul(shift, x, scale).to(x.dtype)
     return functional.relu_(y) if relu else y
-
-
-def _mapped(x: Rows, module: nn.Module) -> Rows:
-    if isinstance(module, nn.ReLU6):
-        return Mapped(x, functional.relu6)
-    if isinstance(module, nn.Tanh):
-        return Mapped(x, torch.tanh)
-    if isinstance(module, nn.PReLU):
-        return Mapped(x, partial(functional.prelu, weight=module.weight))
-    return Mapped(x, functional.relu)

@@ -41,13 +41,14 @@ class PositionAttention(nn.Module):
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the same, with one map more than x at a time."""
-        read = memory_read(self.query_conv(x), self.key_conv(x), self.value_conv(x), scale=1.0)
-        return read.mul_(self.gamma).add_(x)
+        return self._read(x).mul_(self.gamma).add_(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N,C,H,W) -> (N,C,H,W)."""
-        read = memory_read(self.query_conv(x), self.key_conv(x), self.value_conv(x), scale=1.0)
-        return self.gamma * read + x
+        return self.gamma * self._read(x) + x
+
+    def _read(self, x: Tensor) -> Tensor:
+        return memory_read(self.query_conv(x), self.key_conv(x), self.value_conv(x), scale=1.0)
 
 
 class ChannelAttention(nn.Module):
@@ -63,14 +64,16 @@ class ChannelAttention(nn.Module):
     def whole(self, x: Tensor) -> Tensor:
         """Return the same, with one map more than x at a time."""
         flat = x.flatten(2)
-        weights = torch.softmax(-torch.bmm(flat, flat.mT), dim=-1).mul_(self.gamma)
-        return torch.baddbmm(flat, weights, flat).view_as(x)
+        return torch.baddbmm(flat, self._weights(flat).mul_(self.gamma), flat).view_as(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N,C,H,W) -> (N,C,H,W)."""
         flat = x.flatten(2)
-        weights = torch.softmax(-torch.bmm(flat, flat.mT), dim=-1)
-        return self.gamma * torch.bmm(weights, flat).view_as(x) + x
+        return self.gamma * torch.bmm(self._weights(flat), flat).view_as(x) + x
+
+    @staticmethod
+    def _weights(flat: Tensor) -> Tensor:
+        return torch.softmax(-torch.bmm(flat, flat.mT), dim=-1)
 
 
 class _Head(nn.Module):

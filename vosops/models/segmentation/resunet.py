@@ -156,13 +156,15 @@ class _SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        share: Tensor = self.net(x.mean((2, 3)))
-        return x * share[:, :, None, None]
+        return x * self._share(x)
 
     def scale_(self, x: Tensor) -> Tensor:
         """Return the same, computed in place."""
+        return x.mul_(self._share(x))
+
+    def _share(self, x: Tensor) -> Tensor:
         share: Tensor = self.net(x.mean((2, 3)))
-        return x.mul_(share[:, :, None, None])
+        return share[:, :, None, None]
 
 
 class _SqueezedResidual(nn.Module):
