@@ -35,8 +35,9 @@ class SemanticTracker:
         channels_last: keep the network's weights and maps in that memory format.
         naive: as the original code computes: reference ops, whole clips from their frames, full-size
             probabilities.
-        tile, overlap: segment tiles of that many rows and columns of a frame one after the other; see
-            :meth:`vosops.models.FrameNetwork.predict`. For a network that is not recurrent.
+        tile: segment tiles of that many rows and columns of a frame one after the other; for a network that is not
+            recurrent.
+        overlap: pixels that neighbouring tiles share; see :meth:`vosops.models.FrameNetwork.predict`.
 
     Memory beside the network: with a window, ``window`` times the features of a frame (LSTM-ICNet: 12 bytes a
     pixel); streaming, the state, twice the maps of the recurrent layers. Not differentiable.
