@@ -144,6 +144,11 @@ class TestTiles:
         with pytest.raises(ValueError, match=message):
             SemanticTracker(Picky(), **arguments)
 
+    def test_a_tile_smaller_than_the_stride(self):
+        with pytest.raises(ValueError, match="^tile must be at least 16, got 5$"):
+            cut_into_tiles((50, 100), 5, 9, 16)
+        assert len(cut_into_tiles((16, 48), 16, 0, 16)) == 3
+
     def test_the_default_overlap_is_what_it_takes(self):
         network = create_model("unet")
         assert network.tiles((2000, 600), 600)[1].columns == range(0, 600)

@@ -40,6 +40,8 @@ def cut_into_tiles(size: tuple[int, int], tile: int, overlap: int, stride: int =
         raise TypeError(f"overlap must be an integer, got {type(overlap).__name__}")
     if overlap < 0:
         raise ValueError(f"overlap must be 0 or more, got {overlap}")
+    if tile < stride:
+        raise ValueError(f"tile must be at least {stride}, got {tile}")
     step = (tile - overlap) // stride * stride
     if step <= 0:
         raise ValueError(f"overlap must be at most {tile - stride} with tiles of {tile}, got {overlap}")
