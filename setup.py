@@ -2,9 +2,10 @@
 pybind11 module. What was compiled is written to vosops/build_info.json.
 
 Environment: VOSOPS_CUDA=0 leaves the CUDA library out, VOSOPS_CPU_ONLY=avx2 builds that one CPU library only,
-VOSOPS_SANITIZE=1 adds AddressSanitizer and UBSan to the CPU libraries, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in
-PyTorch. A compiler for another processor (CXX=aarch64-linux-gnu-g++) builds for that one: VOSOPS_TARGET_TORCH is
-then the folder of a torch package for it, with include/ and lib/.
+VOSOPS_AMX_TWIN=1 adds the one that runs AMX's sources in plain C++, VOSOPS_SANITIZE=1 adds AddressSanitizer and UBSan
+to the CPU libraries, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in PyTorch. A compiler for another processor
+(CXX=aarch64-linux-gnu-g++) builds for that one: VOSOPS_TARGET_TORCH is then the folder of a torch package for it, with
+include/ and lib/.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ X86_CAPABILITIES = {
         "-mprefer-vector-width=512",
     ],
 }
+# The same and Intel's matrix engine, whose instructions csrc/cpu/amx.h writes itself.
+AMX = ["-DVOSOPS_AMX"]
+AMX_TWIN = [*X86_CAPABILITIES["avx2"], *AMX, "-DVOSOPS_AMX_TWIN"]  # in plain C++, for any such processor
 # Any 64-bit Arm: what needs bfloat16 instructions asks the processor for them.
 ARM_CAPABILITIES = {"neon": ["-march=armv8-a"]}
 ARM_BF16 = "-march=armv8-a+bf16"
@@ -198,6 +202,10 @@ def cpu_libraries() -> list[Extension]:
         capabilities = {name: list(flags) for name, flags in X86_CAPABILITIES.items()}
         if supports("-mavx512bf16"):
             capabilities["avx512"].append("-mavx512bf16")
+        if supports("-mamx-bf16"):
+            capabilities["amx"] = [*capabilities["avx512"], *AMX]
+        if os.environ.get("VOSOPS_AMX_TWIN") == "1":
+            capabilities["amx_twin"] = list(AMX_TWIN)
     elif TARGET == "aarch64":
         capabilities = {name: list(flags) for name, flags in ARM_CAPABILITIES.items()}
         if supports(ARM_BF16):

@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(vosops, m) {
   m.def("cuda_version() -> int");
   m.def("peak_operations(int rounds) -> int");
   m.def("peak_bf16_operations(int rounds) -> int");
+  m.def("peak_amx_operations(int rounds, int pieces) -> int");
+  m.def("amx_refusal() -> str");
+  m.def("amx_counts() -> str");
   m.def(
       "local_matching(Tensor query, Tensor key, Tensor mask, int[] radius, int dilation, Tensor? query_mask, "
       "str precision) -> (Tensor distance, Tensor index)");

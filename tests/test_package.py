@@ -129,13 +129,14 @@ def test_one_cpu_library_is_loaded():
     assert f"libvosops_cpu_{for_everyone}.so" in {path.name for path in LIBRARIES}
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "neon"])
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "amx", "neon"])
 def test_capability_can_be_chosen(capability):
     if not (FOLDER / f"libvosops_cpu_{capability}.so").exists():
         pytest.skip(f"this build has no {capability} library")
     supported = "neon" if ON_ARM else torch.backends.cpu.get_cpu_capability()
     runs = {"AVX512": "baseline avx2 avx512", "AVX2": "baseline avx2", "neon": "neon"}
-    if capability not in runs.get(supported, "baseline").split():
+    has_amx = supported == "AVX512" and torch.cpu._is_amx_tile_supported()
+    if capability not in runs.get(supported, "baseline").split() + ["amx"] * has_amx:
         pytest.skip(f"the processor ({supported}) does not run {capability}")
     code = "import vosops, torch; print(torch.ops.vosops.cpu_capability())"
     assert run(code, VOSOPS_CPU_CAPABILITY=capability).stdout.strip() == capability
@@ -143,7 +144,9 @@ def test_capability_can_be_chosen(capability):
 
 def test_unknown_capability_is_refused():
     result = run("import vosops", VOSOPS_CPU_CAPABILITY="sse9")
-    assert "VOSOPS_CPU_CAPABILITY must be one of avx512, avx2, neon, baseline, got 'sse9'" in result.stderr
+    assert (
+        "VOSOPS_CPU_CAPABILITY must be one of amx, avx512, avx2, neon, baseline, got 'sse9'" in result.stderr
+    )
 
 
 @pytest.mark.parametrize("machine", ["aarch64", "arm64"])

@@ -1,8 +1,9 @@
 """Loads the compiled libraries next to this file, and reports why one is missing.
 
 Exactly one CPU library is loaded: the best that the processor runs, or the one that the environment variable
-VOSOPS_CPU_CAPABILITY names (baseline, avx2, avx512 or, on 64-bit Arm, neon). The CUDA library is loaded under a
-CUDA build of torch.
+VOSOPS_CPU_CAPABILITY names (baseline, avx2, avx512, amx or, on 64-bit Arm, neon). Under VOSOPS_AMX_TWIN=1, for tests,
+amx is the library that runs AMX's sources in plain C++ on any x86-64 processor with AVX2, where the build made it.
+The CUDA library is loaded under a CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-CPU_CAPABILITIES = ("avx512", "avx2", "neon", "baseline")  # best first
+CPU_CAPABILITIES = ("amx", "avx512", "avx2", "neon", "baseline")  # best first
 
 
 def _usable_capabilities() -> tuple[str, ...]:
@@ -31,14 +32,19 @@ def _usable_capabilities() -> tuple[str, ...]:
         return ("neon", "baseline")
     processor = torch.backends.cpu.get_cpu_capability()
     if processor.startswith("AVX512"):
-        return ("avx512", "avx2", "baseline")
+        # What the amx library does without the system's permission is what avx512 does; it asks at its first use.
+        with_amx = (
+            ("amx",) if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported() else ()
+        )
+        return (*with_amx, "avx512", "avx2", "baseline")
     return ("avx2", "baseline") if processor == "AVX2" else ("baseline",)
 
 
 def _load_cpu() -> tuple[str | None, tuple[str, ...]]:
     """Return the loaded CPU capability, or None and the reasons why there is none."""
     for capability in _usable_capabilities():
-        path = FOLDER / f"libvosops_cpu_{capability}.so"
+        twin = "_twin" if capability == "amx" and os.environ.get("VOSOPS_AMX_TWIN") == "1" else ""
+        path = FOLDER / f"libvosops_cpu_{capability}{twin}.so"
         if path.exists():
             torch.ops.load_library(str(path))
             return capability, ()
