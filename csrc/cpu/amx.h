@@ -402,8 +402,8 @@ template <class S>
     return (Reg)_mm512_maskz_loadu_ps(mask, from);
   } else {
     const __m256i halves = _mm256_maskz_loadu_epi16(mask, from);
-    if constexpr (std::is_same_v<S, Half>) return (Reg)_mm512_cvtph_ps(halves);
-    return (Reg)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    if constexpr (std::is_same_v<S, Half>) return (Reg)_mm512_maskz_cvtph_ps(0xffff, halves);
+    return (Reg)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
   }
 #else
   Reg r{};
