@@ -1,16 +1,13 @@
-// Permission to use Intel's matrix engine, a thread's configuration of it, and what tests and benchmarks ask.
+// Permission to use Intel's matrix engine, a thread's configuration of it, and counters.
 #include "cpu/amx.h"
-
-#include <torch/csrc/stable/library.h>
-
-#include <cstdint>
-#include <string>
-
-#include "cpu/parallel.h"
 
 #if defined(VOSOPS_AMX)
 
 #include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
 
 #if !defined(VOSOPS_AMX_TWIN)
 #include <cpuid.h>
@@ -18,7 +15,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #endif
 
 namespace vosops::cpu::amx {
@@ -38,6 +34,10 @@ class Counters {
     return text;
   }
 };
+
+std::string counts() {
+  return Counters::text();
+}
 
 Counter::Counter(const char* name) : name_(name), next_(Counters::first()) {
   Counters::first() = this;
@@ -91,7 +91,10 @@ bool ready() {
 Region::Region() : control_(_mm_getcsr()) {
   constexpr uint32_t kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
   _mm_setcsr(control_ | kFlushToZero | kDenormalsAreZero);
-#if !defined(VOSOPS_AMX_TWIN)
+#if defined(VOSOPS_AMX_TWIN)
+  twin_tiles.configured = true;
+  std::memset(twin_tiles.bytes, 0, sizeof twin_tiles.bytes);
+#else
   struct alignas(64) Configuration {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -103,7 +106,9 @@ Region::Region() : control_(_mm_getcsr()) {
 }
 
 Region::~Region() {
-#if !defined(VOSOPS_AMX_TWIN)
+#if defined(VOSOPS_AMX_TWIN)
+  twin_tiles.configured = false;
+#else
   asm volatile("tilerelease");
 #endif
   // The flags of exceptions that happened meanwhile stay, as they do after any arithmetic.
@@ -111,71 +116,6 @@ Region::~Region() {
   _mm_setcsr(control_ | (_mm_getcsr() & kExceptions));
 }
 
-namespace {
-
-std::string amx_refusal() {
-  return refusal();
-}
-
-std::string amx_counts() {
-  return Counters::text();
-}
-
-// Runs `rounds` rounds of products of random tiles that stay in the first-level cache, as every kernel here
-// loads them (two by two, `pieces` pieces), in this thread; returns how many operations of bfloat16 those
-// were.
-int64_t peak_amx_operations(int64_t rounds, int64_t pieces) {
-  if (!ready()) return 0;
-  constexpr int64_t kSteps = 8;
-  Workspace<uint16_t> panels(4 * kSteps * 3 * kTile);
-  uint32_t state = 1;
-  for (int64_t i = 0; i < 4 * kSteps * 3 * kTile; ++i) {  // zeros would be faster than any data
-    state = state * 1664525u + 1013904223u;
-    panels[i] = static_cast<uint16_t>((state >> 16 & 0x807f) | (0x3f00 + (state >> 28 << 4)));
-  }
-  alignas(64) float sums[4 * kSums];
-  const Region region;
-  const auto run = [&]<int kPieces>(std::integral_constant<int, kPieces>) {
-    const uint16_t* p = panels.data();
-    constexpr int64_t kPanel = kSteps * kPieces * kTile;
-    for (int64_t i = 0; i < rounds; ++i) {
-      zero_sums();
-      multiply_add<kPieces>(p, p + kPanel, p + 2 * kPanel, p + 3 * kPanel, kSteps);
-    }
-    store_sums(sums);
-    return kPieces * (kPieces + 1) / 2;
-  };
-  const int products = pieces == 1   ? run(std::integral_constant<int, 1>{})
-                       : pieces == 2 ? run(std::integral_constant<int, 2>{})
-                                     : run(std::integral_constant<int, 3>{});
-  return rounds * kSteps * products * 4 * 2 * kRows * kRows * kStep;
-}
-
-}  // namespace
-}  // namespace vosops::cpu::amx
-
-#else
-
-namespace vosops::cpu::amx {
-namespace {
-
-std::string amx_refusal() {
-  return "this library was not compiled for AMX";
-}
-std::string amx_counts() {
-  return "";
-}
-int64_t peak_amx_operations(int64_t, int64_t) {
-  return 0;
-}
-
-}  // namespace
 }  // namespace vosops::cpu::amx
 
 #endif
-
-STABLE_TORCH_LIBRARY_IMPL(vosops, CompositeExplicitAutograd, m) {
-  m.impl("amx_refusal", TORCH_BOX(&vosops::cpu::amx::amx_refusal));
-  m.impl("amx_counts", TORCH_BOX(&vosops::cpu::amx::amx_counts));
-  m.impl("peak_amx_operations", TORCH_BOX(&vosops::cpu::amx::peak_amx_operations));
-}

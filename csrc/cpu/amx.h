@@ -25,6 +25,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <string_view>
 
 #include "common/checks.h"
@@ -67,6 +68,7 @@ class Counter {
   std::atomic<int64_t> count_{0};
   Counter* next_;
 };
+std::string counts();
 
 // The pieces of a float32 at a precision: of vectors that are compared (scores), and of values.
 struct Pieces {
@@ -90,6 +92,12 @@ inline int pieces_for(ScalarType dtype, int of_float) {
 
 struct TwinTiles {
   alignas(64) unsigned char bytes[8][1024];
+  bool configured = false;
+  // Of a tile. The instructions, too, end the process where no Region lives.
+  unsigned char* operator[](int tile) {
+    if (!configured) __builtin_trap();
+    return bytes[tile];
+  }
 };
 inline thread_local TwinTiles twin_tiles;
 
@@ -112,18 +120,18 @@ inline Reg fused(Reg a, Reg b, Reg c) {
 
 template <int t>
 inline void tile_zero() {
-  std::memset(twin_tiles.bytes[t], 0, 1024);
+  std::memset(twin_tiles[t], 0, 1024);
 }
 template <int t>
 inline void tile_load(const void* from) {
-  std::memcpy(twin_tiles.bytes[t], from, 1024);
+  std::memcpy(twin_tiles[t], from, 1024);
 }
 template <int t>
 inline void tile_store(void* to) {
-  std::memcpy(to, twin_tiles.bytes[t], 1024);
+  std::memcpy(to, twin_tiles[t], 1024);
 }
 // Even and odd elements in two chains of fused multiply-adds from zero, then their sum, then the sum with the
-// tile; every step flushes its result.
+// tile; every step flushes its result, and by MXCSR what only rounding to fewer bits would lift to 2^-126.
 template <int c, int a, int b>
 inline void tile_dot() {
   const auto widened = [](Bits pairs, bool high) {
@@ -133,17 +141,17 @@ inline void tile_dot() {
     Reg even{}, odd{};
     for (int k = 0; k < kRows; ++k) {
       uint32_t pair;
-      std::memcpy(&pair, twin_tiles.bytes[a] + m * 64 + k * 4, 4);
+      std::memcpy(&pair, twin_tiles[a] + m * 64 + k * 4, 4);
       Bits columns;
-      std::memcpy(&columns, twin_tiles.bytes[b] + k * 64, 64);
+      std::memcpy(&columns, twin_tiles[b] + k * 64, 64);
       const Bits row = pair - Bits{};
       even = flushed(fused(widened(row, false), widened(columns, false), even));
       odd = flushed(fused(widened(row, true), widened(columns, true), odd));
     }
     Reg sum;
-    std::memcpy(&sum, twin_tiles.bytes[c] + m * 64, 64);
+    std::memcpy(&sum, twin_tiles[c] + m * 64, 64);
     sum = flushed(flushed(sum) + flushed(even + odd));
-    std::memcpy(twin_tiles.bytes[c] + m * 64, &sum, 64);
+    std::memcpy(twin_tiles[c] + m * 64, &sum, 64);
   }
 }
 
@@ -433,8 +441,11 @@ void pack_tile(const S* from, int64_t stride, uint32_t vectors, uint32_t element
       low = load_some(row, elements >> (2 * i) & 1 ? vectors : 0);
       high = load_some(row + stride, elements >> (2 * i + 1) & 1 ? vectors : 0);
     }
-    low *= factor, high *= factor;
     if constexpr (kPieces > 1) extent.see(low), extent.see(high);
+    if (factor != 1.f) {  // a product in a Region is 0 where the number was denormal
+      low *= factor, high *= factor;
+      if constexpr (kPieces > 1) extent.see(low), extent.see(high);
+    }
 #pragma GCC unroll 3
     for (int n = 0; n < kPieces; ++n) {
       const Bits pairs = kAdjacentElements ? round_in_order(low, high) : round_pairs(low, high);
@@ -522,12 +533,12 @@ template <int kDegree>
                     2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
       power = Lanes::fma(power, fraction, Lanes::set1(c));
   }
-  const Bits bits = (Bits)power + ((Bits)sum << 23);
 #if defined(__AVX512F__)
   const __mmask16 live = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-100.f), _CMP_NLT_UQ);
-  return (Reg)_mm512_maskz_mov_epi32(live, (__m512i)bits);
+  return (Reg)_mm512_maskz_scalef_ps(live, (__m512)power, (__m512)(sum - kRound));
 #else
-  return x < -100.f ? Reg{} : (Reg)bits;
+  const Reg scaled = (Reg)((Bits)power + ((Bits)sum << 23));
+  return x < -100.f ? Reg{} : x == x ? scaled : power;
 #endif
 }
 
