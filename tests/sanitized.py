@@ -1,7 +1,7 @@
 """Builds the CPU libraries with AddressSanitizer and UBSan and runs the op tests on each instruction set.
 
 python tests/sanitized.py                              everything that this processor runs
-python tests/sanitized.py --only avx2 --quick          one instruction set, the core tests alone
+python tests/sanitized.py --only amx_twin --quick      one library, the core tests alone
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitized"
 LIBRARY = BUILD / "lib"
-CAPABILITIES = {"AVX512": ("baseline", "avx2", "avx512"), "AVX2": ("baseline", "avx2"), "aarch64": ("neon",)}
-"""What PyTorch calls the processor -> the instruction sets that it runs."""
+CAPABILITIES = {
+    "AMX": ("baseline", "avx2", "avx512", "amx", "amx_twin"),
+    "AVX512": ("baseline", "avx2", "avx512", "amx_twin"),
+    "AVX2": ("baseline", "avx2", "amx_twin"),
+    "aarch64": ("neon",),
+}
+"""What PyTorch calls the processor -> the libraries that it runs. amx_twin is the sources of amx, its instructions in
+plain C++ that the sanitizers see, compiled for AVX2."""
 
 SLOW_ELSEWHERE = "not compile and not export and not opcheck and not second"
 """Tests that trace, or call a kernel thousands of times with one size; they run no code that others do not."""
 
-QUICK = f"({SLOW_ELSEWHERE}) and (core or gather or select)"
+QUICK = f"({SLOW_ELSEWHERE}) and (core or gather or select or amx)"
 BUILD_SECONDS, TEST_SECONDS = 1800, 1800
 
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None"
@@ -68,7 +74,7 @@ def _library_of(compiler: str, *names: str) -> str:
 
 def build(only: str | None) -> None:
     """The sanitized libraries, below build/; `only` one of them."""
-    environment = {**os.environ, "VOSOPS_SANITIZE": "1", "VOSOPS_CUDA": "0"}
+    environment = {**os.environ, "VOSOPS_SANITIZE": "1", "VOSOPS_CUDA": "0", "VOSOPS_AMX_TWIN": "1"}
     if only is not None:
         environment["VOSOPS_CPU_ONLY"] = only
     # By force: libraries that were built in place are copied along, and would pass for finished.
@@ -83,7 +89,9 @@ def run(capability: str, selection: str) -> None:
     if b"__asan_init" not in tested.read_bytes():
         sys.exit(f"{tested} was built without AddressSanitizer")
     environment = preloaded(os.environ.get("CXX", "g++"))
-    environment |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "VOSOPS_CPU_CAPABILITY": capability}
+    loaded = capability.removesuffix("_twin")
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "VOSOPS_CPU_CAPABILITY": loaded}
+    environment["VOSOPS_AMX_TWIN"] = "0" if loaded == capability else "1"
     tests = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/ops", "-k", selection]
     command = [sys.executable, "-c", RUN_TESTS, *tests]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=TEST_SECONDS)
@@ -95,7 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = sorted(set().union(*CAPABILITIES.values()))
-    parser.add_argument("--only", choices=names, help="one instruction set")
+    parser.add_argument("--only", choices=names, help="one library")
     parser.add_argument("--quick", action="store_true", help="the tests of the core ops alone")
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -104,6 +112,8 @@ def main() -> None:
     import torch
 
     processor = torch.backends.cpu.get_cpu_capability()
+    if processor == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported():
+        processor = "AMX"
     usable = CAPABILITIES.get(platform.machine(), CAPABILITIES.get(processor, ("baseline",)))
     for capability in usable if arguments.only is None else (arguments.only,):
         if capability not in usable:

@@ -58,6 +58,7 @@ def check_wheel(path: Path) -> None:
     said = set(re.findall(r"\bcpu_\w+", build["summary"]))
     said |= {"cuda"} if build["cuda_architectures"] else set()
     check(libraries == said, f"{path.name} holds {sorted(libraries)}; it says {build['summary']!r}")
+    check("cpu_amx_twin" not in libraries, f"{path.name} holds the twin of AMX, which is for tests")
     needed = FOR_EVERYONE[tag[1]] if tag else ""
     check(needed in libraries, f"{path.name} lacks {needed}")
     strange = {

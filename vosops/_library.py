@@ -27,23 +27,36 @@ def _usable_capabilities() -> tuple[str, ...]:
             raise ValueError(
                 f"VOSOPS_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}"
             )
+        if asked == "amx" and not _loads_twin() and not _has_amx():
+            raise ValueError(
+                "VOSOPS_CPU_CAPABILITY=amx must come with a processor that has AMX and AVX-512 for bfloat16, got "
+                f"{torch.backends.cpu.get_cpu_capability()} (VOSOPS_AMX_TWIN=1 loads its twin in plain C++)"
+            )
         return (asked,)
     if platform.machine() in ("aarch64", "arm64"):
         return ("neon", "baseline")
     processor = torch.backends.cpu.get_cpu_capability()
     if processor.startswith("AVX512"):
         # What the amx library does without the system's permission is what avx512 does; it asks at its first use.
-        with_amx = (
-            ("amx",) if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported() else ()
-        )
-        return (*with_amx, "avx512", "avx2", "baseline")
+        return (*(("amx",) if _has_amx() else ()), "avx512", "avx2", "baseline")
     return ("avx2", "baseline") if processor == "AVX2" else ("baseline",)
+
+
+def _has_amx() -> bool:
+    """Whether the processor has what the amx library is compiled for; asks the system for nothing."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
+def _loads_twin() -> bool:
+    return os.environ.get("VOSOPS_AMX_TWIN") == "1"
 
 
 def _load_cpu() -> tuple[str | None, tuple[str, ...]]:
     """Return the loaded CPU capability, or None and the reasons why there is none."""
     for capability in _usable_capabilities():
-        twin = "_twin" if capability == "amx" and os.environ.get("VOSOPS_AMX_TWIN") == "1" else ""
+        twin = "_twin" if capability == "amx" and _loads_twin() else ""
         path = FOLDER / f"libvosops_cpu_{capability}{twin}.so"
         if path.exists():
             torch.ops.load_library(str(path))

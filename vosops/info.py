@@ -35,7 +35,13 @@ OPTIONAL = {
 }
 """Optional packages, and the extra of vosops that brings each."""
 
-VARIABLES = ("VOSOPS_BACKEND", "VOSOPS_CPU_CAPABILITY", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+VARIABLES = (
+    "VOSOPS_BACKEND",
+    "VOSOPS_CPU_CAPABILITY",
+    "VOSOPS_AMX_TWIN",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+)
 """Environment variables that change how vosops works or how fast."""
 
 WIDTH = 18
@@ -53,6 +59,7 @@ def collect() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "library": _library.CPU_CAPABILITY,
             "library_missing": list(_library.CPU_REASONS),
+            "amx": _amx(),
         },
         "gpus": _gpus(),
         "cuda_library_missing": _library.CUDA_REASONS,
@@ -81,6 +88,7 @@ def describe(facts: dict[str, Any]) -> str:
         *(_line(key.replace("_", " "), str(build[key])) for key in sorted(build) if key != "summary"),
         _line("processor", f"{cpu['processor']}, {cpu['threads']} threads, {cpu['capability']}"),
         _line("CPU library", library),
+        *([_line("AMX", cpu["amx"])] if cpu["amx"] else []),
         _line("CUDA library", "; ".join(facts["cuda_library_missing"]) or "loaded"),
         *(_line(f"GPU {i}", gpu) for i, gpu in enumerate(facts["gpus"])),
         *([] if facts["gpus"] else [_line("GPU", "none")]),
@@ -186,6 +194,18 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _amx() -> str | None:
+    """Return whether tiles serve, else why not; None where the library for AMX is not loaded. Asks for permission."""
+    if _library.CPU_CAPABILITY != "amx":
+        return None
+    refusal: str = torch.ops.vosops.amx_refusal()
+    if refusal:
+        return f"not used, the library's AVX-512 code serves: {refusal}"
+    if torch.ops.vosops.cpu_capability() == "amx_twin":
+        return "its twin in plain C++, for tests: slow"
+    return "used"
 
 
 def _gpus() -> list[str]:
