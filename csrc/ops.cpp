@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(vosops, m) {
   m.def("peak_amx_operations(int rounds, int pieces) -> int");
   m.def("amx_refusal() -> str");
   m.def("amx_counts() -> str");
+  m.def("amx_pieces(str precision) -> int");
   m.def(
       "local_matching(Tensor query, Tensor key, Tensor mask, int[] radius, int dilation, Tensor? query_mask, "
       "str precision) -> (Tensor distance, Tensor index)");

@@ -9,7 +9,13 @@ from torch import Tensor
 
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-PRECISIONS = ("ieee", "tf32x3", "tf32")
+PRECISIONS = ("highest", "high", "medium", "ieee", "tf32x3", "tf32")
+"""Of float32 products: PyTorch's names, and those of the arithmetic of tensor cores."""
+
+GPU_PRECISIONS = ("ieee", "tf32x3", "tf32")
+_ON_GPU = {"highest": "ieee", "high": "tf32", "medium": "tf32", "default": "ieee"}
+_OF_BACKEND = {"ieee": "highest", "none": "highest", "tf32": "high", "bf16": "medium"}
+"""What PyTorch's setting for the CPU's matrix products says -> the name that sets it."""
 
 
 def check_tensor(name: str, value: object, shape: Sequence[str | int]) -> None:
@@ -92,14 +98,35 @@ def check_bias(bias: Tensor | None, num_objects: int, query: Tensor) -> None:
 
 
 def resolve_precision(precision: str | None, reference: Tensor) -> str:
-    """Return the precision of float32 tensor-core products: None follows PyTorch's own TF32 switch."""
+    """Return the core's precision of float32 products; None follows PyTorch's own settings.
+
+    On the CPU the name is passed on, and the library that serves knows them all. "default", which only traced code
+    gets, is resolved by the library at each run: a traced program follows later changes of the setting.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        names = ", ".join(repr(name) for name in PRECISIONS[:-1])
+        raise ValueError(f"precision must be None, {names} or {PRECISIONS[-1]!r}, got {precision!r}")
+    if reference.device.type == "cpu":
+        if precision is not None:
+            return precision
+        return "default" if torch.compiler.is_compiling() else float32_precision()
     if precision is None:
-        if reference.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-            return "tf32"
-        return "ieee"
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be None, 'ieee', 'tf32x3' or 'tf32', got {precision!r}")
-    return precision
+        return "tf32" if reference.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return on_gpu(precision)
+
+
+def float32_precision() -> str:
+    """Return "highest", "high" or "medium", as torch.set_float32_matmul_precision left it for the CPU.
+
+    torch.get_float32_matmul_precision raises where the newer settings of single backends were used.
+    """
+    name: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return _OF_BACKEND.get(name, "highest")
+
+
+def on_gpu(precision: str) -> str:
+    """Return the arithmetic of tensor cores that a name of a precision stands for, as PyTorch chooses it."""
+    return _ON_GPU.get(precision, precision)
 
 
 def refuse_forward_mode(op: str) -> None:

@@ -30,6 +30,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     refusals: tuple[tuple[str, str], ...] = ()
     plain: str | None = None
+    precision: str | None = None
 
 
 class Resolved(Protocol):
@@ -205,5 +206,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
             notes.append("serves this call")
         lines.append(f"  {implementation.name:<10} {'; '.join([*notes, *reasons])}")
     order = f"order on {call.device.type}: {entry.order(call)}"
+    if call.precision is not None and call.dtype == torch.float32:
+        order += f"; precision of float32 products: {call.precision}"
     header = f"{name}: {chosen or 'nothing can serve this call'} ({order})"
     return "\n".join([header, *lines])

@@ -70,11 +70,16 @@ class Counter {
 };
 std::string counts();
 
+// What torch.set_float32_matmul_precision says now: "highest", "high" or "medium". Traced programs give
+// "default" for it as their precision.
+std::string_view float32_precision();
+
 // The pieces of a float32 at a precision: of vectors that are compared (scores), and of values.
 struct Pieces {
   int scores, values;
 };
 inline Pieces pieces_of(std::string_view precision) {
+  if (precision == "default") precision = float32_precision();
   if (precision == "highest" || precision == "ieee") return {3, 3};
   if (precision == "high" || precision == "tf32x3" || precision == "tf32") return {3, 2};
   STD_TORCH_CHECK(precision == "medium", "precision must be 'highest', 'high' or 'medium'");

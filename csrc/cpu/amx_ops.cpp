@@ -1,8 +1,11 @@
 // What tests and benchmarks ask of the matrix engine: why it is refused, what it served, its speed.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "cpu/amx.h"
 #include "cpu/parallel.h"
@@ -10,6 +13,16 @@
 #if defined(VOSOPS_AMX)
 
 namespace vosops::cpu::amx {
+
+std::string_view float32_precision() {
+  constexpr std::string_view kNames[] = {"highest", "high", "medium"};  // as vosops/_checks.py lists them
+  StableIValue answer[1] = {};
+  const bool answered =
+      torch_call_dispatcher("vosops::float32_precision", "", answer, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS;
+  if (!answered) return kNames[0];  // a process without Python
+  return kNames[std::clamp<int64_t>(torch::stable::detail::to<int64_t>(answer[0]), 0, 2)];
+}
+
 namespace {
 
 std::string amx_refusal() {
@@ -18,6 +31,12 @@ std::string amx_refusal() {
 
 std::string amx_counts() {
   return counts();
+}
+
+// The bfloat16 pieces of a float32 that is compared, times 10, plus those of a value.
+int64_t amx_pieces(const std::string& precision) {
+  const Pieces pieces = pieces_of(precision);
+  return 10 * pieces.scores + pieces.values;
 }
 
 // Runs `rounds` rounds of products of random tiles that stay in the first-level cache, as every kernel here
@@ -64,6 +83,9 @@ std::string amx_refusal() {
 std::string amx_counts() {
   return "";
 }
+int64_t amx_pieces(const std::string&) {
+  return 0;
+}
 int64_t peak_amx_operations(int64_t, int64_t) {
   return 0;
 }
@@ -76,5 +98,6 @@ int64_t peak_amx_operations(int64_t, int64_t) {
 STABLE_TORCH_LIBRARY_IMPL(vosops, CompositeExplicitAutograd, m) {
   m.impl("amx_refusal", TORCH_BOX(&vosops::cpu::amx::amx_refusal));
   m.impl("amx_counts", TORCH_BOX(&vosops::cpu::amx::amx_counts));
+  m.impl("amx_pieces", TORCH_BOX(&vosops::cpu::amx::amx_pieces));
   m.impl("peak_amx_operations", TORCH_BOX(&vosops::cpu::amx::peak_amx_operations));
 }

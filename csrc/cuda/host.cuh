@@ -46,8 +46,8 @@ inline bool is_16_bit(ScalarType type) {
 enum class Precision { kIeee, kTf32, kTf32x3 };
 
 inline Precision parse_precision(std::string_view name) {
-  if (name == "ieee") return Precision::kIeee;
-  if (name == "tf32") return Precision::kTf32;
+  if (name == "ieee" || name == "highest") return Precision::kIeee;
+  if (name == "tf32" || name == "high" || name == "medium") return Precision::kTf32;
   STD_TORCH_CHECK(name == "tf32x3", "precision must be ieee, tf32 or tf32x3, got ", std::string(name));
   return Precision::kTf32x3;
 }

@@ -371,7 +371,7 @@ WRONG_ARGUMENTS = [
     (lambda q, k, m: {"bias": torch.zeros(3)}, ValueError, r"bias must have shape \(2\), got \(3,\)"),
     (lambda q, k, m: {"query_mask": m}, ValueError, "query_mask must have shape"),
     (lambda q, k, m: {"query_mask": q[:, 0]}, TypeError, "query_mask must be bool, got torch.float32"),
-    (lambda q, k, m: {"precision": "half"}, ValueError, "precision must be None, 'ieee'.*got 'half'"),
+    (lambda q, k, m: {"precision": "half"}, ValueError, "precision must be None, 'highest'.*got 'half'"),
 ]
 
 

@@ -93,7 +93,11 @@ MATCHING = changed(
         ({"radius": True}, T, "radius must be an int, got bool"),
         ({"dilation": 0}, V, "dilation must be at least 1, got 0"),
         ({"radius": [2, 2]}, V, "radius must be an int or an ascending sequence of ints, got [2, 2]"),
-        ({"precision": "fp8"}, V, "precision must be None, 'ieee', 'tf32x3' or 'tf32', got 'fp8'"),
+        (
+            {"precision": "fp8"},
+            V,
+            "precision must be None, 'highest', 'high', 'medium', 'ieee', 'tf32x3' or 'tf32', got 'fp8'",
+        ),
     ],
 )
 

@@ -24,7 +24,7 @@ class Matching(NamedTuple):
 
 def resolved(query: Tensor, *rest: Any) -> Matching:
     """Return the arguments of a core, which computes in the query's dtype."""
-    return Matching(backends.Call(query.device, query.dtype), (query, *rest))
+    return Matching(backends.Call(query.device, query.dtype, precision=rest[-1]), (query, *rest))
 
 
 def match(name: str, arguments: Matching) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vosops import _library, backends
-from vosops._checks import has_autocast
+from vosops._checks import PRECISIONS, float32_precision, has_autocast, on_gpu
 
 _OPS = torch.library.Library("vosops", "FRAGMENT")  # lives as long as the module
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,8 +64,12 @@ def _register(name: str, suffix: str, piece: Piece) -> None:
 
 def _define_triton(name: str, schema: str, module: str) -> None:
     """Define `vosops::name_triton` with a Python kernel for GPUs (and for the CPU under the interpreter)."""
+    arguments = [each.split()[-1] for each in schema[1 : schema.index(")")].split(", ")]
+    place = arguments.index("precision") if "precision" in arguments else None
 
     def kernel(*args: Any) -> Any:
+        if place is not None:  # on the CPU, in the interpreter, PyTorch's names come this far
+            args = (*args[:place], on_gpu(args[place]), *args[place + 1 :])
         return getattr(import_module(f"vosops.triton.{module}"), name)(*args)
 
     define(f"{name}_triton", schema, kernel, "CUDA", *(["CPU"] if TRITON_INTERPRETED else []))
@@ -76,6 +80,15 @@ def define(name: str, schema: str, kernel: Callable[..., Any], *keys: str) -> No
     _OPS.define(f"{name}{schema}")
     for key in keys:
         _OPS.impl(name, kernel, key)
+
+
+# What the compiled CPU library asks where the precision is "default": the place of the name in PRECISIONS.
+define(
+    "float32_precision",
+    "() -> int",
+    lambda: PRECISIONS.index(float32_precision()),
+    "CompositeExplicitAutograd",
+)
 
 
 def dispatched(name: str, suffix: str) -> Callable[..., Any]:

@@ -23,8 +23,8 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()
 """Whether the processor multiplies matrices of bfloat16: its convolution then beats Winograd's in float32."""
 
 CPU_PRECISIONS = ("exact", "winograd")
-CUDA_PRECISIONS = ("exact", *_checks.PRECISIONS)
-PRECISIONS = (*CPU_PRECISIONS, *_checks.PRECISIONS)
+CUDA_PRECISIONS = ("exact", *_checks.GPU_PRECISIONS)
+PRECISIONS = (*CPU_PRECISIONS, *_checks.GPU_PRECISIONS)
 LONGEST_ON_CUDA = 17
 """Taps of a line whose halo fits into the shared memory of every GPU from sm_80 on."""
 

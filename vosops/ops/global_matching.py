@@ -97,8 +97,10 @@ def global_matching(
         num_objects: number of objects O; needed with a label map.
         query_mask: bool (N,H,W); other query pixels are skipped and get the absent value.
         return_indices: also return the flat indices t * H2 * W2 + y * W2 + x (int64), -1 for none.
-        precision: of float32 products on tensor cores: "ieee", "tf32x3" or "tf32"; None means "ieee" unless
-            torch.backends.cuda.matmul.allow_tf32 is on. The distances returned are always computed again in
+        precision: of float32 products, by the names of torch.set_float32_matmul_precision: "highest", "high" or
+            "medium"; None is what was set there. It matters on Intel processors with AMX and on GPUs. "ieee", "tf32x3"
+            and "tf32" are the names of a GPU's arithmetic: "highest" is "ieee" there, the others are "tf32". See
+            Concepts, "Precision of float32". The distances returned are always computed again in
             float32 from the differences to the chosen pixels.
 
     Returns:

@@ -256,8 +256,10 @@ def memory_read(
         return_usage: also return each memory position's weights summed over the queries: (N,*M) float32, not
             differentiable; a list with one per segment where memory_key is a sequence.
         return_lse: also return log(sum over m of exp(score)), (N,*Q) float32, differentiable; see `merge_reads`.
-        precision: of float32 products on tensor cores: "ieee", "tf32x3" or "tf32"; None means "ieee" unless
-            torch.backends.cuda.matmul.allow_tf32 is on.
+        precision: of float32 products, by the names of torch.set_float32_matmul_precision: "highest", "high" or
+            "medium"; None is what was set there. It matters on Intel processors with AMX and on GPUs. "ieee", "tf32x3"
+            and "tf32" are the names of a GPU's arithmetic: "highest" is "ieee" there, the others are "tf32". See
+            Concepts, "Precision of float32".
 
     A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
     position reads 0, its lse is -inf. A query pixel that is NaN reads NaN and counts in no usage. The content of
