@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["_checks", "_deprecation", "_library", "reference", "triton"],
+    ["_checks", "_deprecation", "_library", "_verdicts", "reference", "triton"],
     ["backends", "ops"],
     ["nn", "memory"],
     ["models"],
@@ -19,6 +19,7 @@ LAYERS = [
     ["inference", "training"],
     ["runs", "integrations"],
     ["benchmarking", "info"],
+    ["checking"],
     ["cli"],
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

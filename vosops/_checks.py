@@ -129,6 +129,11 @@ def on_gpu(precision: str) -> str:
     return _ON_GPU.get(precision, precision)
 
 
+def wants_gradients(*values: object) -> bool:
+    """Return whether autograd follows one of these values, where they are tensors."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
 def refuse_forward_mode(op: str) -> None:
     """Raise NotImplementedError under forward-mode AD, where a registered op would silently give zero."""
     if torch.autograd.forward_ad._current_level >= 0:

@@ -104,3 +104,14 @@ CPU_CAPABILITY, CPU_REASONS = _load_cpu()
 _UNLOADED = _load_cuda()
 CUDA_LOADED = not _UNLOADED
 CUDA_REASONS = _UNLOADED or _driver_reasons()  # why the CUDA library cannot serve
+
+
+def runnable_capabilities() -> list[str]:
+    """Return the CPU capabilities that were built and that this processor runs, best first."""
+    asked = os.environ.pop("VOSOPS_CPU_CAPABILITY", None)
+    try:
+        usable = _usable_capabilities()
+    finally:
+        if asked is not None:
+            os.environ["VOSOPS_CPU_CAPABILITY"] = asked
+    return [name for name in usable if (FOLDER / f"libvosops_cpu_{name}.so").exists()]

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from vosops import _verdicts
+
 BACKENDS = ("cpp", "triton", "reference")
 
 
@@ -23,7 +25,8 @@ class Call(NamedTuple):
     """What decides who can serve a call: where its kernels compute, and in which dtype.
 
     `refusals` are pairs (backend, reason) that the op adds for these arguments. `plain` is the reason why only plain
-    PyTorch computes this call, whichever backend is forced; None: any may.
+    PyTorch computes this call, whichever backend is forced; None: any may. `precision` is the core's, where it has one;
+    `backward`: gradients will be asked for.
     """
 
     device: torch.device
@@ -31,6 +34,11 @@ class Call(NamedTuple):
     refusals: tuple[tuple[str, str], ...] = ()
     plain: str | None = None
     precision: str | None = None
+    backward: bool = False
+
+
+class CannotRunError(RuntimeError):
+    """No implementation that may serve a call can."""
 
 
 class Resolved(Protocol):
@@ -97,8 +105,22 @@ class Op:
     orders: Mapping[str, Order]
 
     def order(self, call: Call) -> Order:
-        """Return the order for the class of device that the call computes on."""
-        return self.orders.get(call.device.type, UNMEASURED)
+        """Return the order for the device that the call computes on: `vosops check --tune`'s, else its class's."""
+        expected = self.orders.get(call.device.type, UNMEASURED)
+        tuned = _verdicts.order(call.device, self.name, call.dtype, call.precision, call.backward)
+        if not tuned:
+            return expected
+        names = tuple(tuned.split(","))
+        names += tuple(name for name in expected.names if name not in names)
+        return Order(names, _verdicts.source(str(call.device)))
+
+    def found_bad(self, implementation: str, call: Call) -> str:
+        """Return why `vosops check` rules an implementation out on this device, "" if it does not."""
+        if implementation == "reference":
+            return ""
+        return _verdicts.refusal(
+            call.device, self.name, implementation, call.dtype, call.precision, call.backward
+        )
 
     def ordered(self, call: Call) -> list[Implementation]:
         """Return the implementations, those first that are to be preferred for this call."""
@@ -167,11 +189,14 @@ def choose(name: str, call: Call) -> Implementation:
         if implementation is None or (forced is not None and backend != forced):
             continue
         reasons = implementation.refuses(call)
+        if not reasons and forced is None:
+            found = op.found_bad(backend, call)
+            reasons = (found,) if found else ()
         if not reasons:
             return implementation
         refusals.append(f"{backend}: {'; '.join(reasons)}")
     asked = f"backend {forced!r}" if forced is not None else "any backend"
-    raise RuntimeError(f"{name} cannot run on {asked}. {' | '.join(refusals) or 'It has no such backend.'}")
+    raise CannotRunError(f"{name} cannot run on {asked}. {' | '.join(refusals) or 'It has no such backend.'}")
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -196,6 +221,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     lines = []
     for implementation in entry.ordered(call):
         reasons = implementation.refuses(call)
+        found = entry.found_bad(implementation.name, call)
+        if found and forced is None:
+            reasons += (found,)
         notes = []
         if forced is not None and implementation.name != forced:
             notes.append(f"backend {forced!r} is forced")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import vosops
-from vosops import _library
+from vosops import _library, _verdicts
 
 OPTIONAL = {
     "numpy": "cli",
@@ -44,20 +44,6 @@ VARIABLES = (
 )
 """Environment variables that change how vosops works or how fast."""
 
-FLAGS = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_fp16",
-    "bf16",
-)
-"""Of /proc/cpuinfo; the last is of 64-bit Arm."""
-
 WIDTH = 18
 
 
@@ -68,8 +54,7 @@ def collect() -> dict[str, Any]:
         "optional": {package: _version(package) for package in OPTIONAL},
         "build": _build(),
         "cpu": {
-            "processor": _processor(),
-            "flags": _flags(),
+            "processor": _verdicts.processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "library": _library.CPU_CAPABILITY,
@@ -77,6 +62,7 @@ def collect() -> dict[str, Any]:
             "amx": _amx(),
         },
         "gpus": _gpus(),
+        "checks": _checks_made(),
         "cuda_library_missing": _library.CUDA_REASONS,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "models": _models(),
@@ -107,6 +93,7 @@ def describe(facts: dict[str, Any]) -> str:
         _line("CUDA library", "; ".join(facts["cuda_library_missing"]) or "loaded"),
         *(_line(f"GPU {i}", gpu) for i, gpu in enumerate(facts["gpus"])),
         *([] if facts["gpus"] else [_line("GPU", "none")]),
+        *(_line(f"check of {device}", text) for device, text in facts["checks"].items()),
         *(_line(name, value) for name, value in facts["environment"].items()),
         "",
         *(_line(name, _of_model(model)) for name, model in facts["models"].items()),
@@ -202,25 +189,6 @@ def _of_model(model: dict[str, Any]) -> str:
     return text
 
 
-def _processor() -> str:
-    """Return the name of the processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _flags() -> list[str]:
-    """Return which of the instructions that matter here the processor has; none where the system lists none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    listed = next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
-    return [flag for flag in FLAGS if flag in listed.split()]
-
-
 def _amx() -> str | None:
     """Return whether tiles serve, else why not; None where the library for AMX is not loaded. Asks for permission."""
     if _library.CPU_CAPABILITY != "amx":
@@ -241,6 +209,28 @@ def _gpus() -> list[str]:
         gpu = torch.cuda.get_device_properties(i)
         result.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
     return result
+
+
+def _checks_made() -> dict[str, str]:
+    """Return what `vosops check` found on the CPU, where it ran there, and on each GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = {}
+    for device in ("cpu", *(f"cuda:{i}" for i in range(count))):
+        verdicts = _verdicts.of(torch.device(device))
+        if verdicts is not None:
+            bad = [
+                f"{op} by {name}"
+                for op, names in verdicts.found.items()
+                for name, cells in names.items()
+                if any(cell["verdict"] in _verdicts.BAD for cell in cells.values())
+            ]
+            tuned = ", timed" if verdicts.orders else ""
+            found[device] = (
+                f"{verdicts.date[:10]}{tuned}: {'not used: ' + ', '.join(bad) if bad else 'all right'}"
+            )
+        elif device != "cpu":
+            found[device] = "not made yet: `vosops check` proves every kernel on this card in about a minute"
+    return found
 
 
 def _explain(op: str, device: str) -> str:

@@ -221,26 +221,89 @@ def _missing(package: str | None) -> bool:
     return package is not None and importlib.util.find_spec(package) is None
 
 
+def our_matching(op: str, backend: str | None, precision: str | None) -> Variant:
+    """Return a matching by one implementation of vosops, or by the chosen one."""
+
+    def formulation(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
+        window = {"radius": radius} if radius else {}
+        with vosops.use_backend(backend):
+            result: Tensor = getattr(vosops, op)(query, key, mask, precision=precision, **window)
+        return result
+
+    return Variant(implementation(backend or "chosen"), formulation)
+
+
+def our_read(
+    backend: str | None, precision: str | None, anisotropic: bool
+) -> Callable[[MemoryInputs], Tensor]:
+    """Return a memory read by one implementation of vosops, or by the chosen one."""
+
+    def read(given: MemoryInputs) -> Tensor:
+        xmem = {"shrinkage": given.shrinkage, "selection": given.selection, "similarity": "l2"}
+        options: dict[str, Any] = xmem if anisotropic else {}
+        with vosops.use_backend(backend):
+            result: Tensor = vosops.memory_read(
+                given.query, given.key, given.value, top_k=given.top_k, precision=precision, **options
+            )
+        return result
+
+    return read
+
+
+def our_formulation(
+    size: ConvolutionSize | AttentionSize, backend: str | None, precision: str | None
+) -> Formulation:
+    """Return a convolution or windowed attention by one implementation of vosops, or by the chosen one."""
+    formulation = size.ours(precision)
+
+    def run(*given: Tensor) -> Tensor:
+        with vosops.use_backend(backend):
+            return formulation(*given)
+
+    return run
+
+
+def our_call(cell: Cell, device: torch.device, backend: str | None, wide: bool = False) -> Call:
+    """Return one implementation of vosops on a cell's inputs, the same numbers on every device.
+
+    wide: the inputs, rounded to the cell's dtype, in float64: what an oracle computes with.
+    """
+    mode = MODES[cell.mode]
+    precision = None if wide else mode.precision
+
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.double() if wide and tensor.is_floating_point() else tensor
+
+    if isinstance(cell.size, Case):
+        inputs = Inputs.of(replace(cell.size, dtype=mode.dtype, backward=cell.backward), device)
+        inputs = replace(
+            inputs, query=widened(inputs.query), key=widened(inputs.key), weight=widened(inputs.weight)
+        )
+        return our_matching(cell.op, backend, precision).call(inputs, cell.backward)
+    if isinstance(cell.size, MemorySize):
+        given = MemoryInputs.of(cell.size, mode.dtype, device)
+        names = ("query", "key", "value", "shrinkage", "selection", "weight")
+        tensors = {name: getattr(given, name) for name in names}
+        wider: dict[str, Any] = {name: None if t is None else widened(t) for name, t in tensors.items()}
+        read = our_read(backend, precision, cell.size.anisotropic)
+        return replace(given, **wider).call(read, cell.backward)
+    maps = [widened(t) for t in cell.size.tensors(mode.dtype, device)]
+    formulation = our_formulation(cell.size, backend, precision)
+    return call(formulation, maps, cell.size.differentiated, cell.backward)
+
+
 def _matching(cell: Cell, size: Case, device: torch.device) -> Problem:
     mode, benchmark = MODES[cell.mode], BENCHMARKS[cell.op]
     case = replace(size, dtype=mode.dtype, backward=cell.backward)
     inputs = Inputs.of(case, device)
-
-    def ours(backend: str | None, precision: str | None) -> Variant:
-        def formulation(query: Tensor, key: Tensor, mask: Tensor, radius: int) -> Tensor:
-            window = {"radius": radius} if radius else {}
-            with vosops.use_backend(backend):
-                result: Tensor = getattr(vosops, cell.op)(query, key, mask, precision=precision, **window)
-            return result
-
-        return Variant(implementation(backend or "on the CPU"), formulation)
 
     others = [v for v in benchmark.contenders(size)[1:] if v.gpu and v.compiles == cell.compiled]
     if cell.op == "global_matching" and not cell.compiled:
         others.append(Variant("faiss GPU", faiss_gpu, differentiable=False, package="faiss"))
     left_out = dict(size.left_out)
     contenders = {
-        v.name: v.call(inputs, cell.backward) for v in (ours(b, mode.precision) for b in IMPLEMENTATIONS)
+        implementation(b): our_matching(cell.op, b, mode.precision).call(inputs, cell.backward)
+        for b in IMPLEMENTATIONS
     }
     for variant in others:
         if cell.backward and not variant.differentiable:
@@ -250,7 +313,7 @@ def _matching(cell: Cell, size: Case, device: torch.device) -> Problem:
         else:
             contenders[variant.name] = variant.call(inputs, cell.backward)
     on_cpu = Inputs.of(case, torch.device("cpu")).in_float32()
-    oracle = ours(None, None).call(on_cpu, cell.backward)
+    oracle = our_matching(cell.op, None, None).call(on_cpu, cell.backward)
     flops, moved = benchmark.work(case, inputs)
     return Problem((inputs.query, inputs.key), oracle, contenders, left_out, flops, moved)
 
@@ -300,20 +363,8 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     mode = MODES[cell.mode]
     inputs = MemoryInputs.of(size, mode.dtype, device)
 
-    def ours(backend: str | None, precision: str | None) -> Callable[[MemoryInputs], Tensor]:
-        def read(given: MemoryInputs) -> Tensor:
-            xmem = {"shrinkage": given.shrinkage, "selection": given.selection, "similarity": "l2"}
-            options: dict[str, Any] = xmem if size.anisotropic else {}
-            with vosops.use_backend(backend):
-                result: Tensor = vosops.memory_read(
-                    given.query, given.key, given.value, top_k=given.top_k, precision=precision, **options
-                )
-            return result
-
-        return read
-
     contenders = {
-        implementation(name): inputs.call(ours(name, mode.precision), cell.backward)
+        implementation(name): inputs.call(our_read(name, mode.precision, size.anisotropic), cell.backward)
         for name in IMPLEMENTATIONS
     }
     if cell.compiled:
@@ -341,7 +392,7 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     on_cpu = replace(
         on_cpu, query=query, key=key, value=value, selection=selection, weight=on_cpu.weight.float()
     )
-    oracle = on_cpu.call(ours(None, None), cell.backward)
+    oracle = on_cpu.call(our_read(None, None, size.anisotropic), cell.backward)
     flops, moved = memory_work(size, inputs, cell.backward)
     return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, {}, flops, moved)
 
@@ -355,17 +406,9 @@ def _formulated(cell: Cell, size: ConvolutionSize | AttentionSize, device: torch
     tensors, count = size.tensors(mode.dtype, device), size.differentiated
     last = channels_last(tensors)
 
-    def ours(backend: str | None) -> Formulation:
-        formulation = size.ours(mode.precision)
-
-        def run(*given: Tensor) -> Tensor:
-            with vosops.use_backend(backend):
-                return formulation(*given)
-
-        return run
-
+    ours = {name: our_formulation(size, name, mode.precision) for name in IMPLEMENTATIONS}
     contenders = {
-        implementation(name): call(ours(name), tensors, count, cell.backward) for name in IMPLEMENTATIONS
+        implementation(name): call(ours[name], tensors, count, cell.backward) for name in IMPLEMENTATIONS
     }
     if cell.compiled:
         first = next(iter(size.peers.values()))
@@ -373,7 +416,7 @@ def _formulated(cell: Cell, size: ConvolutionSize | AttentionSize, device: torch
     else:
         for name in IMPLEMENTATIONS:
             contenders[f"{implementation(name)}, channels_last"] = call(
-                ours(name), last, count, cell.backward
+                ours[name], last, count, cell.backward
             )
         others = size.peers
     for name, formulation in others.items():

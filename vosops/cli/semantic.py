@@ -78,6 +78,7 @@ def semantic(
 
     Writes one palette PNG of class numbers per frame, contact_sheet.png and report.json to --out.
     """
+    from vosops import _verdicts
     from vosops.cli.segment import Console, StopSignals, frame_rate, run_mode
     from vosops.inference.loop import frame_range
     from vosops.inference.semantic_loop import ClassLabels, SemanticLoop, class_palette
@@ -111,6 +112,7 @@ def semantic(
                 "input": source.title,
                 "input content": source.fingerprint(),
                 **settings.semantic_arguments(),
+                **_verdicts.arguments(settings.place),
                 "streaming": streaming,
                 **({} if tile is None else {"tile": tile, "tile-overlap": tile_overlap}),
                 "size": size,

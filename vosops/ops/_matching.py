@@ -24,7 +24,8 @@ class Matching(NamedTuple):
 
 def resolved(query: Tensor, *rest: Any) -> Matching:
     """Return the arguments of a core, which computes in the query's dtype."""
-    return Matching(backends.Call(query.device, query.dtype, precision=rest[-1]), (query, *rest))
+    backward = _checks.wants_gradients(query, rest[0])
+    return Matching(backends.Call(query.device, query.dtype, (), None, rest[-1], backward), (query, *rest))
 
 
 def match(name: str, arguments: Matching) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,8 @@ class Memory:
         self.wide = torch.float64 if self.double else torch.float32
         as_it_is = len(dtypes) == 1 and selection is None
         dtype = query_key.dtype if as_it_is else self.wide
-        self.call = backends.Call(query_key.device, dtype, (), plain, self.precision)
+        backward = _checks.wants_gradients(query_key, *self.keys)
+        self.call = backends.Call(query_key.device, dtype, (), plain, self.precision, backward)
 
     def _check_vectors(self, name: str, vectors: list[Any], lead: tuple[int, ...]) -> None:
         """Check an argument (N,*lead,*M), one per segment."""

@@ -178,7 +178,8 @@ def _resolve(
     winograd = _takes_winograd(precision, frames, given, variant)
     forget_bias = _checks.check_number("forget_bias", forget_bias)
     core = (frames, given, bias, hidden, cell, variant, forget_bias, winograd)
-    return _Sequence(backends.Call(frames.device, frames.dtype), core)
+    backward = _checks.wants_gradients(frames, *given, bias, hidden, cell)
+    return _Sequence(backends.Call(frames.device, frames.dtype, backward=backward), core)
 
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:

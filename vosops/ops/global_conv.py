@@ -214,7 +214,7 @@ def _resolve(
     precision = _resolve_precision(precision, x)
     bias = r2_bias if l2_bias is None else l2_bias if r2_bias is None else l2_bias + r2_bias
     return _Lines(
-        _call(x, l1_weight, r1_weight),
+        _call(x, l1_weight, r1_weight, precision),
         (x, l1_weight, r1_weight, l1_bias, r1_bias, prepared, precision),
         (l2_weight, r2_weight, bias, precision),
     )
@@ -251,16 +251,17 @@ def _resolve_prepare(
         l1_weight, r1_weight = l1_weight[:, first:], r1_weight[:, first:]
     precision = _resolve_precision(precision, reference)
     split = (reference, l1_weight, r1_weight, l1_bias, r1_bias, None, precision)
-    return _Lines(_call(reference, l1_weight, r1_weight), split)
+    return _Lines(_call(reference, l1_weight, r1_weight, precision), split)
 
 
-def _call(x: Tensor, l1_weight: Tensor, r1_weight: Tensor) -> backends.Call:
+def _call(x: Tensor, l1_weight: Tensor, r1_weight: Tensor, precision: str) -> backends.Call:
     """Return what decides who serves a call: the CUDA kernels take no longer lines."""
     longest = max(l1_weight.shape[2], r1_weight.shape[3])
     refusals: tuple[tuple[str, str], ...] = ()
     if x.device.type == "cuda" and longest > LONGEST_ON_CUDA:
         refusals = (("cpp", f"the CUDA kernels take lines of at most {LONGEST_ON_CUDA} taps, not {longest}"),)
-    return backends.Call(x.device, x.dtype, refusals)
+    backward = _checks.wants_gradients(x, l1_weight, r1_weight)
+    return backends.Call(x.device, x.dtype, refusals, None, precision, backward)
 
 
 def _under_autocast(x: Any, *others: Any) -> list[Any]:

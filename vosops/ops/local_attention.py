@@ -180,7 +180,9 @@ def _resolve(
     _check_learned(query, value, relative_key, relative_value, bias, heads, (2 * reach + 1) ** 2)
     channels = query.shape[1] // heads
     scale = channels**-0.5 if scale is None else _checks.check_number("scale", scale)
-    call = backends.Call(query.device, torch.promote_types(query.dtype, torch.float32))
+    backward = _checks.wants_gradients(query, key, value, relative_key, relative_value, bias)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    call = backends.Call(query.device, dtype, backward=backward)
     return _Attention(call, (reach, dilation), scale)
 
 

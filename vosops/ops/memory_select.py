@@ -257,7 +257,8 @@ def resolve_gather(weights: MemoryWeights, memory_value: ValueSegments) -> _Gath
     batch = common_batch("memory_value", values, weights.indices.shape[0])
     double = any(tensor.dtype == torch.float64 for tensor in (weights.weights, *values))
     dtype = torch.float64 if double else values[0].dtype
-    return _Gather(backends.Call(values[0].device, dtype), values, batch)
+    backward = _checks.wants_gradients(weights.weights, *values)
+    return _Gather(backends.Call(values[0].device, dtype, backward=backward), values, batch)
 
 
 def select(kernels: backends.Implementation, scores: Scores, top_k: int) -> list[tuple[Tensor, Tensor]]:

@@ -172,6 +172,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if key == "masks" and isinstance(old, dict) and isinstance(new, dict):
             changed = sorted({k for k in {*old, *new} if old.get(k) != new.get(k)}, key=int)
             found.append(f"the mask of frame {', '.join(changed)} changed")
+        elif key == "vosops check":
+            found.append("what vosops check stored for this device changed, which may change the masks")
         elif key.endswith("content"):
             if isinstance(old, str) and str(new).startswith(f"{old}+"):  # an older version looked at less
                 continue

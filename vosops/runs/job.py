@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vosops import _verdicts
 from vosops.inference.loop import TrackingLoop, frame_range
 from vosops.inference.settings import DEFAULT_SIZE, ModelSettings, find_dtype, make_tracker
 from vosops.io.datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
@@ -189,6 +190,7 @@ class Job:
             "input content": source.fingerprint(),
             "masks": masks.digests(),
             **self.settings.arguments(),
+            **_verdicts.arguments(self.settings.place),
         }
 
     def _write_dataset_report(self, summaries: Sequence[Summary], problems: Sequence[str]) -> None:
