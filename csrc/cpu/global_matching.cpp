@@ -8,6 +8,8 @@
 // each lane and object, and only a tile that reaches one is looked at again. The distances of the winners are
 // computed again from q - k. Bytes: the packed keys, C x M, written once; per thread the lane panels and
 // sorted lists of its task. Floor: 2 C operations per wanted query pixel and object pixel at the FMA rate.
+#include "cpu/global_matching.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -33,30 +35,6 @@ namespace {
 
 constexpr int kTaskPanels = 4;
 constexpr int64_t kKeyBlockBytes = 256 << 10;
-
-// Where the pixels of a frame, or of several, lie in memory: the offset of a flat index.
-struct PixelGrid {
-  int64_t height, width, frame_stride, row_stride, column_stride;
-
-  int64_t offset(int64_t flat) const {
-    const int64_t row = flat / width;
-    return row / height * frame_stride + row % height * row_stride + flat % width * column_stride;
-  }
-};
-
-PixelGrid frame_grid(const Tensor& query) {
-  return {query.size(2), query.size(3), 0, query.stride(2), query.stride(3)};
-}
-
-PixelGrid frames_grid(const Tensor& key) {
-  return {key.size(3), key.size(4), key.stride(2), key.stride(3), key.stride(4)};
-}
-
-// The reference pixels that belong to the same objects.
-struct KeyGroup {
-  std::vector<int64_t> objects;
-  std::vector<int64_t> pixels;  // flat indices, ascending
-};
 
 // Groups the pixels of batch element n by the set of objects whose mask holds them; those of no object are
 // left out.
@@ -127,7 +105,7 @@ struct PackedKeys {
       }
     }
     const S* base = key.const_data_ptr<S>() + n * key.stride(0);
-    const PixelGrid grid = frames_grid(key);
+    const PixelGrid grid = PixelGrid::of_key(key);
     torch::stable::parallel_for(0, static_cast<int64_t>(panels.size()), 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Panel& panel = panels[i];
@@ -189,7 +167,7 @@ class QueryPanel {
  public:
   explicit QueryPanel(const Problem<E>& problem)
       : p_(problem),
-        grid_(frame_grid(problem.query)),
+        grid_(PixelGrid::of_query(problem.query)),
         lanes_(problem.keys.elements * kLanes),
         best_(problem.objects * kLanes, problem.neighbors),
         nearest_(kLanes, problem.neighbors) {}
@@ -297,8 +275,13 @@ class QueryPanel {
       for (int64_t e = 0; e < p_.keys.elements; ++e) {
         const T* query = lanes_.data() + panel_at<E>(e, first, kLanes);
         const int64_t at = panel_at<E>(e, 0, kKeyPanel);
-        for (int i = 0; i < kStreams; ++i)
-          distances[i] += E::squared_difference(query[i * E::kRun], keys[i][at]);
+        for (int i = 0; i < kStreams; ++i) {
+          if constexpr (E::kChannels == 1) {
+            distances[i] = add_square(query[i] - keys[i][at], distances[i]);
+          } else {
+            distances[i] += E::squared_difference(query[i * E::kRun], keys[i][at]);
+          }
+        }
       }
       for (int i = 0; i < kStreams; ++i) {
         if (found[i] != BestLists<T>::kNoIndex && distances[i] < kAbsent)
@@ -339,13 +322,20 @@ void match_frame(const Tensor& query, const Tensor& key, const Tensor& mask,
                  typename E::Lanes::T* distance, int64_t* index) {
   using T = typename E::Lanes::T;
   const int64_t objects = mask.size(1);
-  const std::vector<int64_t> wanted = wanted_pixels(query, query_mask, n);
+  std::vector<int64_t> wanted = wanted_pixels(query, query_mask, n);
   const int64_t outputs = objects * neighbors * query.size(2) * query.size(3);
   if (query_mask) {
     std::fill_n(distance, outputs, std::numeric_limits<T>::infinity());
     std::fill_n(index, outputs, int64_t{-1});
   }
   const std::vector<KeyGroup> groups = group_keys(mask, n);
+#if defined(VOSOPS_AMX)
+  if constexpr (std::is_same_v<T, float>) {
+    const MatchingTask task{query, key, n, groups, wanted, objects, neighbors};
+    if (filter_serves(task)) wanted = match_by_filter(task, distance, index);
+    if (wanted.empty()) return;
+  }
+#endif
   PackedKeys<E> keys(key, n, groups, static_cast<const S*>(nullptr));
   const Problem<E> problem{query, key, n, wanted, keys, objects, neighbors, distance, index};
 
@@ -400,7 +390,8 @@ std::tuple<Tensor, Tensor> global_matching(const Tensor& query, const Tensor& ke
   };
   dispatch_floating(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
-#if defined(VOSOPS_BF16_DOT)
+    // Processors with the matrix engine add the products of bfloat16 pairs at half the rate of float32's.
+#if defined(VOSOPS_BF16_DOT) && !defined(VOSOPS_AMX)
     if constexpr (std::is_same_v<S, BFloat16>) {
       if (has_bf16_dot()) return match_batch(Bf16Element{}, sample);
     }
