@@ -44,6 +44,20 @@ VARIABLES = (
 )
 """Environment variables that change how vosops works or how fast."""
 
+FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_fp16",
+    "bf16",
+)
+"""Of /proc/cpuinfo; the last is of 64-bit Arm."""
+
 WIDTH = 18
 
 
@@ -55,6 +69,7 @@ def collect() -> dict[str, Any]:
         "build": _build(),
         "cpu": {
             "processor": _verdicts.processor(),
+            "flags": _flags(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "library": _library.CPU_CAPABILITY,
@@ -187,6 +202,16 @@ def _of_model(model: dict[str, Any]) -> str:
         text += f"; {model['not_installed']} is not installed"
         text += f" ({model['install']})" if model["install"] else ""
     return text
+
+
+def _flags() -> list[str]:
+    """Return which of the instructions that matter here the processor has; none where the system lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    listed = next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
+    return [flag for flag in FLAGS if flag in listed.split()]
 
 
 def _amx() -> str | None:

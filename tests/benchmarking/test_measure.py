@@ -1,17 +1,21 @@
 """The measuring itself: turns, memory, ceilings."""
 
+import math
 import os
 import sys
 import time
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 
-from vosops.benchmarking.arithmetic import Arithmetic
+import vosops
+import vosops.info
+from vosops.benchmarking.arithmetic import Arithmetic, _loops, _tiles
 from vosops.benchmarking.cases import CHANNELS, Case
 from vosops.benchmarking.fresh import run_fresh
-from vosops.benchmarking.measure import Ceilings, Clock, Timing, interleave, peak_bytes
+from vosops.benchmarking.measure import Ceilings, Clock, Timing, interleave, median_interval, peak_bytes
 from vosops.benchmarking.runner import BENCHMARKS
 
 
@@ -58,6 +62,37 @@ def test_the_arithmetic_loop_does_the_work_it_claims(threads):
     arithmetic = Arithmetic(clock, torch.float32)
     rate = arithmetic.flops / min(clock.seconds(arithmetic) for _ in range(3))
     assert 1e9 < rate < 1e12 * threads
+
+
+@pytest.mark.skipif(
+    vosops.info.collect()["cpu"]["amx"] != "used", reason="the processor has no AMX, or it may not be used"
+)
+def test_with_amx_its_tiles_are_the_ceiling():
+    by = {dtype: Arithmetic(Clock(), dtype).by for dtype in (torch.bfloat16, torch.float16, torch.float64)}
+    assert by == {
+        torch.bfloat16: "a loop of AMX products of random bfloat16",
+        torch.float16: "a loop of AMX products of random bfloat16, 3 for each of a wider number",
+        torch.float64: "a matrix product",
+    }
+    (loop,) = _tiles(3).values()
+    assert loop(10) == torch.ops.vosops.peak_amx_operations(10, 3) // 6 > 0
+    assert set(_loops(torch.float32)) == {
+        "a loop of multiply-adds",
+        "a loop of AMX products of random bfloat16, 6 for each of a wider number",
+    }
+
+
+def test_the_interval_of_the_median_holds_it_as_often_as_said():
+    """Of 9 values the second to the eighth, 1 - 2 (1 + 9) / 2^9 = 96.1 %; the third to the seventh hold it in 82 %."""
+    interval = median_interval([9, 1, 8, 2, 7, 3, 6, 4, 5])
+    assert (interval.low, interval.median, interval.high) == (2, 5, 8)
+    assert median_interval([1] * 5) is None
+    random = Random(0)
+    held = 0
+    for _ in range(2000):
+        interval = median_interval([random.expovariate(1) for _ in range(15)])
+        held += interval.low <= math.log(2) <= interval.high
+    assert 0.95 <= held / 2000 < 0.98
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory():

@@ -51,12 +51,15 @@ def test_json_holds_every_run_and_the_machine(run, tmp_path):
     assert run("local_matching", "--case", "tiny-training", "--json", tmp_path / "r.json").exit_code == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["machine"]["device"] == "cpu"
+    assert {"processor", "flags", "amx", "float32_precision"} <= set(report["machine"])
     (result,) = report["results"]
     assert result["case"] == "tiny-training" and result["clock"] == "process CPU time"
     ours, *others = result["variants"]
     assert ours["name"] == "vosops" and ours["speedup"] == 1.0 and len(ours["runs"]) == 9
     assert {v["name"] for v in others} == {"CFBI loop", "running minimum", "tiled GEMM"}
     assert result["goals"]["x tiled GEMM"]["met"]
+    ratio = result["ratios"]["tiled GEMM"]
+    assert ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
 def test_the_plot_is_a_picture(run, tmp_path):
@@ -90,6 +93,7 @@ def test_a_contender_that_computes_something_else_stops_the_run(run, monkeypatch
         (("local_matching", "--plot", "p.xyz"), "--plot: p.xyz: expected a name that ends with"),
         (("local_matching", "--network", "stm"), "--network cannot be combined with local_matching"),
         (("systems", "--quick"), "--quick cannot be combined with systems"),
+        (("systems", "--assert-fastest"), "--assert-fastest cannot be combined with systems"),
         (("systems", "--device", "cuda"), "--device cannot be combined with systems"),
         (
             ("systems", "--network", "alexnet"),
@@ -124,6 +128,44 @@ def test_what_was_measured_is_kept_when_a_later_case_fails(run, monkeypatch, tmp
     result = run("local_matching", "--json", tmp_path / "r.json")
     assert result.exit_code == 1 and "they disagree" in result.stderr
     assert [r["case"] for r in json.loads((tmp_path / "r.json").read_text())["results"]] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "threads", "load", "lost"),
+    [
+        ([0.9] * 9, 1, 5.0, True),
+        ([0.9] * 2 + [0.99] * 7, 1, 5.0, False),
+        ([0.9] * 7 + [0.99] * 2, 1, 5.0, False),
+        ([0.9] * 8 + [0.99], 1, 5.0, True),
+        ([1.5] * 9, 1, 5.0, False),
+        ([0.9] * 5, 1, 5.0, False),
+        ([0.9] * 9, 2, 5.0, False),
+        ([0.9] * 9, 2, 0.1, True),
+    ],
+)
+def test_a_verdict_fails_where_a_peer_is_faster_beyond_doubt(run, monkeypatch, peer, threads, load, lost):
+    """Of 9 rounds the eighth largest ratio decides; variants of vosops are no peers."""
+    efforts = []
+
+    def measured(benchmark, case, *, effort, **options):
+        efforts.append(effort)
+        runs = {"vosops": [1.0] * 9, "vosops float32": [0.1] * 9, "tiled GEMM": peer}
+        variants = tuple(
+            runner.VariantResult(name, times[0], min(times), tuple(times), 1.0, None, times[0], 0.5)
+            for name, times in runs.items()
+        )
+        ceilings = Ceilings(1e9, 1e9, "a loop")
+        return runner.Result(benchmark.op, case, variants, {}, 1e6, 1e6, ceilings, "a clock", threads, load)
+
+    monkeypatch.setattr("vosops.benchmarking.run_case", measured)
+    result = run("local_matching", "--quick", "--assert-fastest")
+    assert (result.exit_code == 1) == lost, result.output
+    assert (
+        "local_matching tiny: tiled GEMM takes 0.90 times as long (0.90 to 0.90)" in result.stderr
+    ) == lost
+    assert ("not judged, the load average was 5.0" in result.stdout) == (threads == 2 and load > 1)
+    (effort,) = efforts
+    assert effort.rounds == effort.least == 9
 
 
 class TestSystems:

@@ -176,6 +176,14 @@ BENCHMARK = Benchmark(
             only=("vosops float32", "packed per object"),
         ),
         Case(
+            "480p-bfloat16",
+            120,
+            214,
+            objects=3,
+            dtype=torch.bfloat16,
+            only=("vosops float32", "packed per object"),
+        ),
+        Case(
             "480p-half-two-threads",
             60,
             107,

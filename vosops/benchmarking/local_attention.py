@@ -203,6 +203,7 @@ BENCHMARK = Benchmark(
         AttentionCase(
             "1080p-training", SIZE_1080P, backward=True, goals={"shifts": 2}, left_out=LEFT_OUT_1080P
         ),
+        AttentionCase("480p-bfloat16", SIZE_480P, dtype=torch.bfloat16),
         AttentionCase("480p-two-threads", SIZE_480P, threads=2, goals={ONE_THREAD: 1.5}, only=(ONE_THREAD,)),
     ),
     work=attention_work,

@@ -246,7 +246,7 @@ BENCHMARK = Benchmark(
             radius=15,
             dtype=torch.bfloat16,
             goals={"vosops float32": 1.7},
-            only=("vosops float32",),
+            only=("vosops float32", "tiled GEMM"),
         ),
         Case(
             "480p-two-threads",

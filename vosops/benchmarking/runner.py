@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import vosops
+from vosops._checks import float32_precision
 from vosops.benchmarking import (
     conv_lstm,
     global_conv,
@@ -26,7 +27,16 @@ from vosops.benchmarking import (
 from vosops.benchmarking.arithmetic import Arithmetic
 from vosops.benchmarking.cases import BEST, Benchmark, Plan, Variant
 from vosops.benchmarking.fresh import run_fresh
-from vosops.benchmarking.measure import Ceilings, Clock, Timing, bandwidth, interleave, peak_bytes
+from vosops.benchmarking.measure import (
+    Ceilings,
+    Clock,
+    Interval,
+    Timing,
+    bandwidth,
+    interleave,
+    median_interval,
+    peak_bytes,
+)
 
 BENCHMARKS: dict[str, Benchmark] = {
     module.BENCHMARK.op: module.BENCHMARK
@@ -59,6 +69,14 @@ class Effort:
 
 
 FULL, QUICK = Effort(), Effort(rounds=5, least=2, budget=1.0)
+JUDGED = Effort(rounds=9, least=9)
+"""For a verdict: nobody runs less often than the others."""
+
+LOST = 0.97
+"""vosops loses to a peer where the time of the peer over that of vosops is below this, by all of its interval."""
+
+QUIET_LOAD = 0.5
+"""Several threads are judged up to this load average only: other programs delay wall time."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +111,35 @@ class Result:
     load: float | None
     """The machine's load average when the case began: above the number of cores, others were at work too."""
 
+    def rivals(self) -> list[VariantResult]:
+        """Return the contenders of other origin: no variants of vosops."""
+        ours, *others = self.variants
+        return [v for v in others if not v.name.startswith(ours.name)]
+
+    def ratios(self) -> dict[str, Interval]:
+        """Return the time of each rival over that of vosops, round by round; of those who ran in enough rounds."""
+        ours = self.variants[0]
+        found = {
+            v.name: median_interval([a / b for a, b in zip(v.runs, ours.runs, strict=False)])
+            for v in self.rivals()
+        }
+        return {name: interval for name, interval in found.items() if interval is not None}
+
+    def is_judged(self) -> bool:
+        """Whether the times can be compared: process time, or a quiet machine."""
+        return self.threads == 1 or self.load is None or self.load <= QUIET_LOAD
+
+    def lost_to(self) -> dict[str, Interval]:
+        """Return the rivals that are faster beyond doubt."""
+        return {name: ratio for name, ratio in self.ratios().items() if ratio.high < LOST}
+
     def goals(self) -> dict[str, tuple[float, float, bool]]:
         """Return what was aimed at: name -> (goal, reached, whether that meets it)."""
         ours, *others = self.variants
         found = {
             f"x {v.name}": (self.case.goals[v.name], v.speedup) for v in others if v.name in self.case.goals
         }
-        rivals = [v.speedup for v in others if not v.name.startswith(ours.name)]
+        rivals = [v.speedup for v in self.rivals()]
         if BEST in self.case.goals and rivals:
             found[f"x {BEST}"] = (self.case.goals[BEST], min(rivals))
         if self.case.goal_share is not None:
@@ -122,6 +162,7 @@ class Result:
             "ceilings": asdict(self.ceilings),
             "variants": [asdict(v) for v in self.variants],
             "left_out": self.left_out,
+            "ratios": {name: asdict(ratio) for name, ratio in self.ratios().items()},
             "goals": {k: {"goal": g, "reached": r, "met": m} for k, (g, r, m) in self.goals().items()},
         }
 
@@ -212,6 +253,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     facts = info.collect()
     return {
         "processor": facts["cpu"]["processor"],
+        "flags": facts["cpu"]["flags"],
+        "amx": facts["cpu"]["amx"],
+        "float32_precision": float32_precision(),
         "capability": facts["cpu"]["library"],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "vosops": vosops.__version__,

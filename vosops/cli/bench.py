@@ -14,6 +14,7 @@ from vosops.io.outputs import is_json_with
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vosops.benchmarking.runner import Result
     from vosops.benchmarking.systems import Measurement
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +54,14 @@ def bench(
         str | None, typer.Option(help=f"Override the dtype of each case: {', '.join(DTYPES)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    assert_fastest: Annotated[
+        bool,
+        typer.Option(
+            "--assert-fastest",
+            help="Exit with 1 where vosops is slower than a peer: 9 rounds of all, and the 95 % interval of the ratio "
+            "of times lies below 0.97.",
+        ),
+    ] = False,
     network: Annotated[
         list[str] | None,
         typer.Option(help="Systems: only the cases of this network; repeatable. Default: all."),
@@ -74,6 +83,7 @@ def bench(
     check_file("bench", "--json", json_file)
     check_file("bench", "--plot", plot_file)
     for_ops = {"--quick": quick, "--plot": plot_file, "--dtype": dtype, "--device": device != "cpu"}
+    for_ops["--assert-fastest"] = assert_fastest
     for_systems = {"--network": network, "--way": way, "--limit": limit}
     for option, value in (for_ops if op == SYSTEMS else for_systems).items():
         if value:
@@ -81,7 +91,7 @@ def bench(
     if op == SYSTEMS:
         measure_systems(case, network, way, threads, limit, json_file)
     else:
-        measure_ops(op, case, quick, json_file, plot_file, threads, dtype, device)
+        measure_ops(op, case, quick, json_file, plot_file, threads, dtype, device, assert_fastest)
 
 
 def measure_ops(
@@ -93,12 +103,13 @@ def measure_ops(
     threads: int,
     dtype: str | None,
     device: str,
+    assert_fastest: bool = False,
 ) -> None:
     """Measure the cases of one op, or of all."""
     import torch
 
     from vosops import benchmarking
-    from vosops.benchmarking.runner import FULL, QUICK
+    from vosops.benchmarking.runner import FULL, JUDGED, QUICK
 
     benchmarks = benchmarking.BENCHMARKS
     if op != ALL and op not in benchmarks:
@@ -142,7 +153,7 @@ def measure_ops(
                     device=device,
                     threads=threads,
                     dtype=getattr(torch, dtype) if dtype else None,
-                    effort=QUICK if quick else FULL,
+                    effort=JUDGED if assert_fastest else QUICK if quick else FULL,
                 )
             except benchmarking.DisagreementError as error:
                 _refuse(f"{benchmark.op} {c.name}: {error}", 1)
@@ -154,6 +165,24 @@ def measure_ops(
     if plot_file is not None:
         with one_line("bench"):
             benchmarking.plot(results, plot_file)
+    if assert_fastest:
+        lost = [line for result in results for line in _verdict(result)]
+        for line in lost:
+            typer.echo(f"vosops bench: {line}", err=True)
+        if lost:
+            raise typer.Exit(1)
+
+
+def _verdict(result: Result) -> list[str]:
+    """Return a line for each peer that a case loses to; wall time on a busy machine is no evidence."""
+    case = f"{result.op} {result.case.name}"
+    if not result.is_judged():
+        typer.echo(f"{case}: not judged, the load average was {result.load:.1f}")
+        return []
+    return [
+        f"{case}: {name} takes {ratio.median:.2f} times as long ({ratio.low:.2f} to {ratio.high:.2f})"
+        for name, ratio in result.lost_to().items()
+    ]
 
 
 def measure_systems(
