@@ -8,7 +8,8 @@ A region begins with `<!-- table: KIND NAME -->` and ends with `<!-- end of tabl
 op), headline (NAME: an op, or "all"), segmentation (NAME: a model, whose page in docs/models has the table), systems
 (NAME: a network, or "all", of benchmarks/bench_systems.py), networks (NAME: a page of docs/models, or "all", of
 benchmarks/bench_networks.py) or models (NAME: objects or classes, that the models of the
-registry find).
+registry find), makers (NAME: an op, or "all": AMD's and Intel's processors side by side, the latter from
+results/<op>_intel.json) or errors (NAME: "all", of benchmarks/errors.py).
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ BUSY_LOAD = 1.5
 Report = dict[str, Any]
 
 
-def load(op: str) -> Report:
+def load(op: str, on: str = "cpu") -> Report:
     """Return the results file of an op; without results where there is none."""
-    file = RESULTS / f"{op}_cpu.json"
+    file = RESULTS / f"{op}_{on}.json"
     return json.loads(file.read_text()) if file.exists() else {"machine": None, "results": []}
 
 
@@ -190,6 +191,56 @@ def other(variant: Report) -> str:
     return f"{variant['name']}: {cost(variant)}"
 
 
+def makers(ops: str) -> str:
+    """Return every case ("all", or of one op) as measured on an AMD and on an Intel processor."""
+    names = list(BENCHMARKS) if ops == "all" else [ops]
+    rows, on = [], []
+    for op in names:
+        reports = load(op), load(op, "intel")
+        on.append([machine_facts(r["machine"]) if r["machine"] else MISSING for r in reports])
+        for case in BENCHMARKS[op].cases:
+            sides = [side(results_of(report, case)) for report in reports]
+            rows.append([f"`{op}`", f"`{case.name}`", *sides[0], *sides[1]])
+    header = ["op", "case", "AMD, ms", "best other", "ratio", "Intel, ms", "best other", "ratio"]
+    amd, intel = ("; ".join(dict.fromkeys(facts)) for facts in zip(*on, strict=True))
+    command = "`vosops bench OP --assert-fastest --json benchmarks/results/OP_intel.json`"
+    return f"{table(header, rows)}\n\nAMD: {amd}. Intel: {intel}. Command: {command}, on AMD `OP_cpu.json`"
+
+
+def side(result: Report | None) -> list[str]:
+    """Return vosops' time, the fastest contender of other origin (else its own on one thread), and the ratio."""
+    if result is None:
+        return [MISSING, "", ""]
+    ours, *others = result["variants"]
+    rivals = [v for v in others if not v["name"].startswith(ours["name"])] or others
+    best = min(rivals, key=lambda v: v["median"])
+    interval = result.get("ratios", {}).get(best["name"])
+    ratio = f"{number(best['median'] / ours['median'])}x"
+    if interval is not None:
+        ratio += f" ({number(interval['low'])} to {number(interval['high'])})"
+    return [number(ours["median"] * 1e3), f"{best['name']}: {number(best['median'] * 1e3)}", ratio]
+
+
+def errors(_: str) -> str:
+    """Return the errors of the ops at each precision."""
+    file = RESULTS / "errors_cpu.json"
+    if not file.exists():
+        return f"{MISSING.capitalize()} yet. Command: `python benchmarks/errors.py`"
+    report = json.loads(file.read_text())
+    columns = report["columns"]
+    rows = [
+        [row["case"], row["error"], *(shown(row["errors"].get(name)) for name in columns)]
+        for row in report["rows"]
+    ]
+    facts = machine_facts(report["machine"])
+    return f"{table(['case', 'error', *columns], rows)}\n\n{facts}. Command: `python benchmarks/errors.py`"
+
+
+def shown(error: float | None) -> str:
+    """Return an error in two digits."""
+    return "" if error is None else "0" if error == 0 else f"{error:.1e}"
+
+
 def cost(variant: Report | None) -> str:
     """Time and memory."""
     if variant is None:
@@ -305,6 +356,8 @@ KINDS = {
     "segmentation": segmentation,
     "systems": of_systems,
     "networks": of_networks,
+    "makers": makers,
+    "errors": errors,
 }
 
 

@@ -74,6 +74,29 @@ def test_all_lists_every_contender(measured):
     assert "unfold left out: too large." in table
 
 
+def test_makers_stand_side_by_side_with_the_interval_of_the_ratio(measured, tmp_path):
+    row = "| `local_matching` | `480p` | 50 | tiled GEMM: 200 | 4x |"
+    assert f"{row} not measured |  |  |" in measured.makers("local_matching")
+    report = json.loads((tmp_path / "local_matching_cpu.json").read_text())
+    report["machine"] |= {"processor": "another CPU", "capability": "amx"}
+    report["results"][0]["ratios"] = {"tiled GEMM": {"median": 4.1, "low": 3.9, "high": 4.25}}
+    (tmp_path / "local_matching_intel.json").write_text(json.dumps(report))
+    table = measured.makers("local_matching")
+    assert f"{row} 50 | tiled GEMM: 200 | 4x (3.9 to 4.25) |" in table
+    assert "Intel: another CPU, CPU library amx, torch 2" in table
+
+
+def test_errors_have_a_column_for_each_precision(measured, tmp_path):
+    assert measured.errors("all").startswith("Not measured yet. Command: `python benchmarks/errors.py`")
+    row = {"case": "a read", "error": "output", "errors": {"highest": 1.24e-6, "medium": 0}}
+    machine = {"processor": "a CPU", "capability": "amx", "torch": "2", "python": "3"}
+    report = {"machine": machine, "columns": ["highest", "high", "medium"], "rows": [row]}
+    (tmp_path / "errors_cpu.json").write_text(json.dumps(report))
+    table = measured.errors("all")
+    assert "| a read | output | 1.2e-06 |  | 0 |" in table
+    assert table.endswith("a CPU, CPU library amx, torch 2, Python 3. Command: `python benchmarks/errors.py`")
+
+
 def test_a_busy_machine_is_told(measured, tmp_path):
     file = tmp_path / "local_matching_cpu.json"
     report = json.loads(file.read_text())
@@ -100,6 +123,8 @@ def test_every_region_of_the_pages_is_known(make_tables):
             "systems": ["all", *systems.NETWORKS],
             "headline": ["all", *make_tables.BENCHMARKS],
             "models": ["objects", "classes"],
+            "makers": ["all", *make_tables.BENCHMARKS],
+            "errors": ["all"],
             "networks": ["all", *(page.stem for page in (ROOT / "docs" / "models").glob("*.md"))],
         }
         assert name in known.get(kind, make_tables.BENCHMARKS)
