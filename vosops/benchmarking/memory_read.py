@@ -149,7 +149,7 @@ class MemoryInputs:
         return replace(self, query=query, key=key, value=value, weight=weight)
 
     def key_transposed(self) -> MemoryInputs:
-        """Return the same with every position's key side by side: the first product then reads both as they are stored."""
+        """Return the same with every position's key side by side, as the first product wants it."""
         return replace(self, key=self.key.transpose(1, 2).contiguous().transpose(1, 2))
 
     def position_major(self) -> MemoryInputs:
