@@ -222,7 +222,15 @@ def memory_cases(chip: Any) -> Iterator[Case]:
 
     Keys and values channel-last, as MemoryBank stores them.
     """
-    from vosops.triton import _common, memory_read, memory_scores, memory_select
+    from vosops.triton import (
+        _common,
+        memory_read,
+        memory_read_backward,
+        memory_scores,
+        memory_select,
+        memory_usage,
+        memory_values,
+    )
 
     def scores(dtype: torch.dtype, precision: str, selection: bool) -> memory_scores.Scores:
         wide = selection and dtype != torch.float32
@@ -301,23 +309,23 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         tensor_cores=True,
         out="*fp32",
     )
-    yield case("usage bf16", memory_read._usage, memory_read.usage_launch(plain), half, tensor_cores=True)
+    yield case("usage bf16", memory_usage._usage, memory_usage.usage_launch(plain), half, tensor_cores=True)
     single = scores(torch.float32, "tf32x3", True)
-    gradients = (memory_read._query_gradient, memory_read._key_gradient)
+    gradients = (memory_read_backward._query_gradient, memory_read_backward._key_gradient)
     for name, kernel in zip(("query", "key"), gradients, strict=True):
-        launch = memory_read.gradient_launch(plain, 512, 512, "half")
+        launch = memory_read_backward.gradient_launch(plain, 512, 512, "half")
         yield case(f"{name} gradient bf16", kernel, launch, half, tensor_cores=True)
         if chip.capability >= 8:
-            launch = memory_read.gradient_launch(single, 512, 512, "tf32x3")
+            launch = memory_read_backward.gradient_launch(single, 512, 512, "tf32x3")
             yield case(
                 f"{name} gradient tf32x3 with selection", kernel, launch, torch.float32, selection=True
             )
-    launch = memory_read.value_gradient_launch(plain, 512, 512, "half")
-    yield case("value gradient bf16", memory_read._value_gradient, launch, half, tensor_cores=True)
-    tile = {"BLOCK": memory_read.MERGE_BLOCK, "VALUE_C": 512}
+    launch = memory_read_backward.value_gradient_launch(plain, 512, 512, "half")
+    yield case("value gradient bf16", memory_read_backward._value_gradient, launch, half, tensor_cores=True)
+    tile = {"BLOCK": memory_values.MERGE_BLOCK, "VALUE_C": 512}
     four_warps = memory_scores.options_of(4, 2)
     yield case("merge bf16", memory_read._merge, (tile, four_warps), half)
-    yield case("mean gradient bf16", memory_read._mean_gradient, (tile, four_warps), half)
+    yield case("mean gradient bf16", memory_read_backward._mean_gradient, (tile, four_warps), half)
 
     for name in ("MAXIMA", "COLLECT", "REPAIR"):
         launch = memory_select.scan_launch(plain, 30, getattr(memory_select, name))

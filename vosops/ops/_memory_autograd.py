@@ -245,6 +245,11 @@ register_pieces(
             schema=f"({_READ}, float scale, str precision) -> (Tensor out, Tensor lse)",
         ),
         "memory_read_list": Piece(_fake_read_list, vmap=lambda _: folding_vmap(_read_list)),
+    },
+    "memory_read",
+)
+register_pieces(
+    {
         "memory_read_backward": Piece(
             _fake_read_backward,
             lambda _: _backward_read_backward,
@@ -253,11 +258,16 @@ register_pieces(
             " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_shrinkage, "
             "Tensor grad_query_bias, Tensor grad_key_bias)",
         ),
+    },
+    "memory_read_backward",
+)
+register_pieces(
+    {
         "memory_usage": Piece(
             _fake_usage, schema=f"({_SCORES}, float scale, str precision, Tensor lse) -> Tensor"
         ),
     },
-    "memory_read",
+    "memory_usage",
 )
 register_pieces(
     {

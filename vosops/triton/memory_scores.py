@@ -453,3 +453,20 @@ def slowest(kinds: Sequence[str]) -> str:
 def splits_for(programs: int, steps: int, target: Target, resident: int = 1) -> int:
     """In how many parts to cut the streamed side, so that every multiprocessor has work."""
     return max(1, min(steps, target.processors * resident // max(1, programs)))
+
+
+@triton.jit
+def load_lse(lse, p, P):
+    """Return the log-sum-exp of queries in base 2; +inf where it is -inf and from P on, so that their weights are 0."""
+    loaded = tl.load(lse + p, mask=p < P, other=float("inf"))
+    return tl.where(loaded == float("-inf"), float("inf"), loaded * LOG2E)
+
+
+def square_blocks(scores: Scores) -> dict[str, int]:
+    """Tiles of kernels that own as many positions as they stream at a time."""
+    side = 64 if scores.kind == "half" else 32
+    return {
+        "BLOCK_P": block_of(scores.queries, side),
+        "BLOCK_M": block_of(scores.memory, side),
+        "BLOCK_C": channel_block(scores),
+    }

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vosops.triton._common import INTERPRET, launch_on, power_of_two
-from vosops.triton.memory_read import load_columns
 from vosops.triton.memory_scores import (
     MIN_BLOCK,
     Scores,
@@ -39,6 +38,7 @@ from vosops.triton.memory_scores import (
     scores_of_queries,
     splits_for,
 )
+from vosops.triton.memory_values import load_columns
 
 LIST_ROWS = 64 if INTERPRET else 16
 """Queries of a program that works on lists; the interpreter is slow by the program."""
