@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -192,6 +193,7 @@ def build_info() -> dict[str, str]:
         "compiler": with_compiler.stdout.partition("\n")[0] if with_compiler else "",
         "torch": target_torch_version(),
         "cuda_architectures": architectures,
+        "sources": runpy.run_path(str(ROOT / "vosops/_sources.py"))["digest"](ROOT),
     }
 
 

@@ -1,8 +1,10 @@
 """Everything that a machine with an NVIDIA GPU can tell, within minutes: see benchmarks/gpu_check.sh.
 
-Builds the libraries for that card in place, runs the GPU tests, compute-sanitizer, CUDA graphs, streams and
-devices, measures the card's ceilings, then times every op beside its peers. A run is one JSON file, named by card
-and commit; what is finished there is not done again. Nothing is fetched from a network.
+The steps come in the order of what they tell a second: the libraries (prebuilt, or built with --build), one tiny call
+of each op, the C++ tests, a profile of every kernel, ceilings and times (bfloat16 of every op first), CUDA graphs and
+streams, compute-sanitizer over the C++ kernels, the Triton tests, tests of large tensors, Nsight Compute. Each has a
+time limit of its own and writes what it has as it goes. A run is one JSON file, named by card and commit; what is
+finished there is not done again. Nothing is fetched from a network.
 
 The file: `schema`, `commit`, `date` (UTC), `command`, `seconds` (spent in all), `device` (name, capability, driver,
 memory), `versions`, `steps`: for each step `status` (passed, failed, unfinished, skipped), `reasons`, `seconds` and
@@ -25,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,13 +34,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from vosops import _sources as sources
 from vosops.benchmarking.gpu_cases import CELLS
 from vosops.benchmarking.gpu_steps import FAILED, PASSED, SKIPPED, UNFINISHED, Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1
-SECONDS = 480.0
+SECONDS = 540.0
 LEAST_SECONDS = 5.0
 """A step is not begun with less time than this."""
 
@@ -49,10 +51,36 @@ GRACE_SECONDS = 10.0
 LAST_CELL_SECONDS = 20.0
 """The last thing that a step begins may take this long."""
 
-SHARES = {"build": 150, "tests": 100, "runtime": 40, "sanitizer": 70, "ceilings": 15, "times": 105}
+SHARES = {
+    "libraries": 15,
+    "smoke": 30,
+    "tests-cpp": 45,
+    "profile": 60,
+    "ceilings": 10,
+    "times": 150,
+    "runtime": 20,
+    "sanitizer": 80,
+    "tests-triton": 80,
+    "tests-large": 20,
+    "ncu": 30,
+}
 """The steps in their order, and how they share the time; what one leaves over goes to the later ones."""
 
-TOOLS = ("memcheck", "racecheck", "initcheck")
+BUILD_SECONDS = 150
+"""What --build adds to the step of the libraries, and to the time of all."""
+
+TOOLS = ("memcheck", "racecheck")
+NCU_CELLS = (
+    "local_matching/480p/bf16/forward",
+    "global_matching/480p/bf16/forward",
+    "memory_read/480p-5-frames/bf16/forward",
+    "memory_read/480p-20-frames-top-30/bf16/forward",
+    "global_conv/4096x15x27/bf16/forward",
+    "conv_lstm/128x30x54/bf16/forward",
+)
+TEST_PROCESSES = {"cpp": 8, "triton": 64}
+"""At most; Triton compiles its kernels in them, so there are as many as cores."""
+
 FINDINGS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 TAIL = 3000
 SOURCES = ("csrc", "vosops", "setup.py", "tests/ops")
@@ -111,11 +139,13 @@ class Run:
         file: where it is kept.
         report: what the file holds.
         command: runs a command.
+        build: whether the libraries are compiled first.
     """
 
     file: Path
     report: dict[str, Any]
     command: Command = field(default=run_command, repr=False)
+    build: bool = False
 
     @staticmethod
     def open(folder: Path, device: Mapping[str, Any], commit: str, command: Command = run_command) -> Run:
@@ -139,7 +169,9 @@ class Run:
         partial.replace(self.file)
 
     def is_done(self, step: str) -> bool:
-        """Return whether a step needs no repeating: it ended, well or badly."""
+        """Return whether a step needs no repeating: it ended, well or badly. Files are looked at on every machine."""
+        if step == "libraries":
+            return False
         return self.report["steps"].get(step, {}).get("status") in (PASSED, FAILED) and not self.unmeasured(
             step
         )
@@ -150,6 +182,12 @@ class Run:
             return []
         found = self.report["steps"].get("times", {}).get("data", {}).get("cells", {})
         return [cell.key for cell in CELLS if cell.key not in found]
+
+    def flush(self, step: str, outcome: Outcome) -> None:
+        """Write what a step that still runs has found so far."""
+        before = self.report["steps"].get(step, {}).get("seconds", 0.0)
+        self.report["steps"][step] = {**outcome.to_dict(), "seconds": before}
+        self.save()
 
     def keep(self, step: str, outcome: Outcome, seconds: float) -> None:
         """Note how a step ended."""
@@ -256,14 +294,45 @@ def digest(root: Path) -> str:
 # ---- The steps
 
 
+def libraries(run: Run, seconds: float) -> Outcome:
+    """Check that the prebuilt libraries are those of these sources and load; with --build compile them before."""
+    if run.build:
+        outcome = build(run, seconds)
+        if outcome.status != PASSED:
+            return outcome
+    folder = ROOT / "vosops"
+    found = sorted(path.name for path in folder.glob("libvosops_*.so"))
+    data: dict[str, Any] = {"libraries": found}
+    reasons = []
+    if "libvosops_cuda.so" not in found:
+        reasons.append("libvosops_cuda.so is missing: bring it (benchmarks/gpu_pack.sh) or give --build")
+    if not any(name.startswith("libvosops_cpu") for name in found):
+        reasons.append("no CPU library: it has the schemas and is the oracle")
+    try:
+        built = json.loads((folder / "build_info.json").read_text())
+    except (OSError, ValueError) as error:
+        return Outcome(FAILED, [*reasons, f"build_info.json: {error}"], data)
+    data["build"] = built
+    wanted = sources.digest(ROOT)
+    if built.get("sources") != wanted:
+        reasons.append(f"the libraries were built from other sources ({built.get('sources')}, here {wanted})")
+    if reasons:
+        return Outcome(FAILED, reasons, data)
+    script = "import torch, vosops; print(torch.ops.vosops.cpu_capability(), torch.ops.vosops.cuda_version())"
+    done = run.command([sys.executable, "-c", script], {}, seconds)
+    if done.code != 0:
+        return Outcome(FAILED, [f"the libraries do not load: {done.last_line}"], data)
+    return Outcome(PASSED, [], {**data, "loaded": done.last_line})
+
+
 def build(run: Run, seconds: float) -> Outcome:
-    """Return the CUDA library for this card alone and one CPU library (the schemas, the oracle), in place."""
+    """Compile the CUDA library for this card alone and one CPU library (the schemas, the oracle), in place."""
     for library in (ROOT / "vosops").glob("libvosops_*.so"):
         library.unlink()  # a running process keeps its copy
     capability = run.report["device"]["capability"]
     environment = {
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", capability),
-        "VOSOPS_CPU_ONLY": "baseline",
+        "VOSOPS_CPU_ONLY": "avx2",
         "MAX_JOBS": str(os.cpu_count() or 1),
     }
     done = run.command([sys.executable, "setup.py", "build_ext", "--inplace"], environment, seconds)
@@ -277,50 +346,55 @@ def build(run: Run, seconds: float) -> Outcome:
     return Outcome(PASSED, [], data)
 
 
-def tests(run: Run, seconds: float) -> Outcome:
-    """The specification of the ops on the CUDA and Triton kernels."""
-    with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "tests/ops", "-k", "cpp-cuda or triton-cuda"]
-        command += [f"--junitxml={junit}", "-p", "no:cacheprovider"]
-        if importlib.util.find_spec("xdist"):
-            command += ["-n", "4"]
-        done = run.command(command, {"TRITON_INTERPRET": "0"}, seconds)
-        if not junit.exists():
-            log = {"end_of_log": done.output[-TAIL:]}
-            if done.timed_out:
-                return Outcome(UNFINISHED, [f"not finished after {seconds:.0f} s"], log)
-            return Outcome(FAILED, [f"pytest: {done.last_line}"], log)
-        data = read_junit(junit.read_text())
-    reasons = [f"{name}: {why}" for name, why in data["failures"].items()]
-    if not data["passed"]:
-        reasons.append("no test of a GPU ran")
-    return Outcome(FAILED if reasons else PASSED, reasons, data)
+def tests(which: str, processes: int, *files: str) -> Callable[[Run, float], Outcome]:
+    """Run the specification of the ops on one kind of kernels; a run that is cut short keeps the tests that ended."""
+
+    def execute(run: Run, seconds: float) -> Outcome:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder) / "lines.jsonl"
+            command = [sys.executable, "-m", "pytest", "-q", *files, "-k", which]
+            command += ["-p", "benchmarks.pytest_lines", "-p", "no:cacheprovider"]
+            if processes > 1 and importlib.util.find_spec("xdist"):
+                command += ["-n", str(min(processes, os.cpu_count() or 1))]
+            environment = {"TRITON_INTERPRET": "0", "VOSOPS_TEST_LINES": str(lines)}
+            done = run.command(command, environment, seconds)
+            data = read_lines(lines.read_text() if lines.exists() else "")
+        ended = data["passed"] + len(data["failures"])
+        reasons = [f"{name}: {why}" for name, why in data["failures"].items()]
+        if done.timed_out:
+            reasons.append(f"not finished after {seconds:.0f} s, {ended} tests had ended")
+            return Outcome(FAILED if data["failures"] else UNFINISHED, reasons, data)
+        if not ended:
+            data["end_of_log"] = done.output[-TAIL:]
+            reasons.append("no test of a GPU ran" if done.code in (0, 5) else f"pytest: {done.last_line}")
+        return Outcome(FAILED if reasons else PASSED, reasons, data)
+
+    return execute
 
 
-def read_junit(text: str) -> dict[str, Any]:
+def read_lines(text: str) -> dict[str, Any]:
     """Return how many tests passed, why others were skipped, and the failures with the first line of each."""
     passed, skipped, failures = 0, dict[str, int](), {}
-    for case in ElementTree.fromstring(text).iter("testcase"):
-        bad = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
-        left = case.find("skipped")
-        if bad is not None:
-            name = f"{case.get('classname')}::{case.get('name')}"
-            failures[name] = (bad.get("message") or "?").splitlines()[0][:300]
-        elif left is not None:
-            why = left.get("message") or "?"
-            skipped[why] = skipped.get(why, 0) + 1
+    for line in text.splitlines():
+        try:
+            test = json.loads(line)
+        except ValueError:  # cut while it was written
+            continue
+        if test["outcome"] == "failed":
+            failures[test["name"]] = test["why"] or "?"
+        elif test["outcome"] == "skipped":
+            skipped[test["why"]] = skipped.get(test["why"], 0) + 1
         else:
             passed += 1
     return {"passed": passed, "skipped": skipped, "failures": failures}
 
 
 def sanitizer(run: Run, seconds: float) -> Outcome:
-    """compute-sanitizer's tools, side by side, each over one run of every small problem."""
-    program = find_sanitizer()
+    """Run compute-sanitizer's tools side by side, each over every small problem by the C++ kernels, a line for each."""
+    program = find_tool("compute-sanitizer")
     if program is None:
         return Outcome(SKIPPED, ["compute-sanitizer was not found (CUDA_HOME/bin, PATH)"])
-    small = [sys.executable, "-m", "vosops.benchmarking.gpu_steps", "small"]
+    small = [sys.executable, "-m", "vosops.benchmarking.gpu_steps", "small", "--backend", "cpp"]
     # Each tensor its own allocation: an access past its end is then one past an allocation.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -330,9 +404,10 @@ def sanitizer(run: Run, seconds: float) -> Outcome:
         done = run.command(command, environment, seconds)
         findings = sum(int(count) for count in FINDINGS.findall(done.output))
         data: dict[str, Any] = {"findings": findings, "seconds": round(time.monotonic() - started, 1)}
+        data["problems"] = sum(line.startswith("ran ") for line in done.output.splitlines())
         data["end_of_log"] = done.output[-TAIL:]
         if done.timed_out:
-            return data, f"{tool}: not finished after {seconds:.0f} s"
+            return data, f"{tool}: not finished after {seconds:.0f} s, {data['problems']} problems had ended"
         if not FINDINGS.search(done.output):
             return data, f"{tool}: {done.last_line}"
         if findings or done.code != 0:
@@ -347,13 +422,50 @@ def sanitizer(run: Run, seconds: float) -> Outcome:
     return Outcome(status, reasons, {tool: data for tool, (data, _) in found.items()})
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer on the PATH or in the toolkit."""
+def find_tool(name: str) -> str | None:
+    """Return a program of the CUDA toolkit, or of the PATH."""
     for home in ("CUDA_HOME", "CUDA_PATH"):
-        program = Path(os.environ.get(home, "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+        program = Path(os.environ.get(home, "/usr/local/cuda")) / "bin" / name
         if program.exists():
             return str(program)
-    return shutil.which("compute-sanitizer")
+    return shutil.which(name)
+
+
+def ncu(run: Run, seconds: float) -> Outcome:
+    """Run Nsight Compute's basic set over the kernels of six calls, kept one by one."""
+    program = find_tool("ncu")
+    if program is None:
+        return Outcome(SKIPPED, ["ncu was not found (CUDA_HOME/bin, PATH)"])
+    end = time.monotonic() + seconds
+    found: dict[str, str] = {}
+    reasons = []
+    for key in NCU_CELLS:
+        left = end - time.monotonic()
+        if left < LEAST_SECONDS:
+            reasons.append(f"no time was left for {len(NCU_CELLS) - len(found)} of {len(NCU_CELLS)}")
+            break
+        one = [
+            sys.executable,
+            "-m",
+            "vosops.benchmarking.gpu_steps",
+            "one",
+            "--cell",
+            key,
+            "--backend",
+            "cpp",
+        ]
+        command = [program, "--set", "basic", "--launch-count", "6", "--target-processes", "all", *one]
+        done = run.command(command, {}, left)
+        found[key] = done.output[-2 * TAIL :]
+        if done.code != 0 or done.timed_out:
+            reasons.append(f"{key}: {'ended when its time was over' if done.timed_out else done.last_line}")
+        run.flush("ncu", Outcome(UNFINISHED, [*reasons, "still running"], {"reports": dict(found)}))
+    return Outcome(UNFINISHED if reasons else PASSED, reasons, {"reports": found})
+
+
+def _progress(data: Mapping[str, Any]) -> int:
+    """Return how much a step has that continues where it was."""
+    return len(data.get("cells", data.get("calls", {})))
 
 
 def in_process(step: str) -> Callable[[Run, float], Outcome]:
@@ -379,8 +491,8 @@ def in_process(step: str) -> Callable[[Run, float], Outcome]:
                 return outcome
             why = "ended when its time was over" if done.timed_out else f"{done.last_line}"
             crashes.append(f"the process of {step}: {why}")
-            measured = len(outcome.data.get("cells", {}))
-            before = len(run.report["steps"].get(step, {}).get("data", {}).get("cells", {}))
+            measured = _progress(outcome.data)
+            before = _progress(run.report["steps"].get(step, {}).get("data", {}))
             if end - time.monotonic() < LEAST_SECONDS or measured <= before:
                 return Outcome(FAILED, crashes + outcome.reasons, outcome.data)
             run.report["steps"][step] = {**outcome.to_dict(), "seconds": 0.0}
@@ -389,15 +501,31 @@ def in_process(step: str) -> Callable[[Run, float], Outcome]:
 
 
 STEPS: dict[str, Callable[[Run, float], Outcome]] = {
-    "build": build,
-    "tests": tests,
-    "runtime": in_process("runtime"),
-    "sanitizer": sanitizer,
+    "libraries": libraries,
+    "smoke": in_process("smoke"),
+    "tests-cpp": tests("cpp-cuda", TEST_PROCESSES["cpp"], "tests/ops", "--ignore=tests/ops/test_large.py"),
+    "profile": in_process("profile"),
     "ceilings": in_process("ceilings"),
     "times": in_process("times"),
+    "runtime": in_process("runtime"),
+    "sanitizer": sanitizer,
+    "tests-triton": tests(
+        "triton-cuda", TEST_PROCESSES["triton"], "tests/ops", "--ignore=tests/ops/test_large.py"
+    ),
+    "tests-large": tests("cuda", 1, "tests/ops/test_large.py"),
+    "ncu": ncu,
 }
 
-NEEDS_BUILD = ("tests", "runtime", "sanitizer")
+NEEDS_LIBRARIES = (
+    "smoke",
+    "tests-cpp",
+    "profile",
+    "runtime",
+    "sanitizer",
+    "tests-triton",
+    "tests-large",
+    "ncu",
+)
 """Without the compiled library nothing is left to check; ceilings and times still say what the peers do."""
 
 
@@ -412,10 +540,11 @@ def parse_steps(text: str | None) -> list[str]:
     return [name for name in STEPS if name in names]
 
 
-def allowance(step: str, steps: Sequence[str], seconds_left: float) -> float:
+def allowance(step: str, steps: Sequence[str], seconds_left: float, building: bool = False) -> float:
     """Return the seconds that a step may take: its share of what is left for it and the steps that follow."""
+    shares = {**SHARES, "libraries": SHARES["libraries"] + (BUILD_SECONDS if building else 0)}
     later = steps[steps.index(step) :]
-    return seconds_left * SHARES[step] / sum(SHARES[name] for name in later)
+    return seconds_left * shares[step] / sum(shares[name] for name in later)
 
 
 def execute(run: Run, steps: Sequence[str], seconds: float, say: Callable[[str], None] = print) -> bool:
@@ -426,14 +555,14 @@ def execute(run: Run, steps: Sequence[str], seconds: float, say: Callable[[str],
         if step not in todo:
             say(f"{step}: {run.report['steps'][step]['status']} before, at this commit")
             continue
-        allowed = allowance(step, todo, end - time.monotonic())
+        allowed = allowance(step, todo, end - time.monotonic(), run.build)
         if allowed < LEAST_SECONDS:
             outcome, spent = Outcome(SKIPPED, ["no time was left"]), 0.0
             if run.report["steps"].get(step, {}).get("status") == UNFINISHED:
                 say(f"{step}: no time was left to go on")
                 continue
-        elif step in NEEDS_BUILD and run.report["steps"].get("build", {}).get("status") == FAILED:
-            outcome, spent = Outcome(SKIPPED, ["the build failed"]), 0.0
+        elif step in NEEDS_LIBRARIES and run.report["steps"].get("libraries", {}).get("status") == FAILED:
+            outcome, spent = Outcome(SKIPPED, ["the libraries cannot be used"]), 0.0
         else:
             say(f"{step}: up to {allowed:.0f} s")
             started = time.monotonic()
@@ -457,14 +586,14 @@ def plan(run: Run | None, steps: Sequence[str], seconds: float) -> str:
     left, lines = seconds, []
     for step in steps:
         if step not in todo:
-            lines.append(f"{step:<10} done before")
+            lines.append(f"{step:<12} done before")
             continue
         allowed = allowance(step, todo, left)
         left -= allowed
-        lines.append(f"{step:<10} up to {allowed:.0f} s, more where earlier steps need less")
+        lines.append(f"{step:<12} up to {allowed:.0f} s, more where earlier steps need less")
     if "times" in todo:
         names = [cell.key for cell in CELLS] if run is None else run.unmeasured("times")
-        lines += [f"           {name}" for name in names]
+        lines += [f"             {name}" for name in names]
     return "\n".join(lines)
 
 
@@ -474,7 +603,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="gpu_check.sh", description="Checks and measures vosops on this GPU."
     )
     parser.add_argument("--only", metavar="STEP[,STEP]", help=f"of {', '.join(STEPS)}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps (480)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all steps ({SECONDS:.0f})")
+    parser.add_argument(
+        "--build", action="store_true", help=f"compile the libraries first, in {BUILD_SECONDS} seconds more"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the run's JSON")
     parser.add_argument("--commit", default=os.environ.get("VOSOPS_COMMIT"), help="where there is no git")
     parser.add_argument("--again", action="store_true", help="also repeat what is finished")
@@ -501,8 +633,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{run.file}")
         print(plan(run, steps, options.seconds))
         return
+    run.build = options.build
     run.report["command"] = list(sys.argv if arguments is None else arguments)
-    passed = execute(run, steps, options.seconds)
+    passed = execute(run, steps, options.seconds + (BUILD_SECONDS if options.build else 0))
     print(f"{run.file}: {'all passed' if passed else 'not all passed'}, {run.report['seconds']:.0f} s")
     raise SystemExit(0 if passed else 1)
 

@@ -164,7 +164,11 @@ def steps(report: Report) -> str:
 def passed(name: str, step: Report) -> str:
     """Return what a step that passed can say."""
     data = step.get("data", {})
-    if name == "tests" and "passed" in data:
+    if name == "libraries" and "loaded" in data:
+        return f"loaded: {data['loaded']}"
+    if name in ("smoke", "profile"):
+        return f"{len(data.get('calls', {}))} calls"
+    if name.startswith("tests") and "passed" in data:
         return f"{data['passed']} passed, {sum(data['skipped'].values())} skipped"
     if name == "runtime" and "checks" in data:
         outcomes = [check["outcome"].split(":")[0] for check in data["checks"]]
@@ -269,7 +273,8 @@ in this documentation was measured on one. On a machine with an NVIDIA GPU, nvcc
 make gpu-report
 ```
 
-builds for that card, tests, and fills this page within about eight minutes."""
+tests, measures and fills this page within nine minutes, with libraries that were built before
+(`benchmarks/gpu_pack.sh`) or there (`--build`)."""
 
 
 def page(reports: Sequence[Report]) -> str:

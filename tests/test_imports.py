@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["_checks", "_deprecation", "_library", "_verdicts", "reference", "triton"],
+    ["_checks", "_deprecation", "_library", "_sources", "_verdicts", "reference", "triton"],
     ["backends", "ops"],
     ["nn", "memory"],
     ["models"],

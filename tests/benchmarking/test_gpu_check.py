@@ -104,18 +104,19 @@ def silent(_: str) -> None: ...
 
 
 def test_only_names_steps_in_any_order_and_they_run_in_theirs():
-    assert gpu.parse_steps(None) == ["build", "tests", "runtime", "sanitizer", "ceilings", "times"]
-    assert gpu.parse_steps("times, build") == ["build", "times"]
+    assert gpu.parse_steps(None) == list(gpu.SHARES)
+    assert gpu.parse_steps("times, smoke") == ["smoke", "times"]
 
 
-@pytest.mark.parametrize("text", ["", "bild", "build,timing"])
+@pytest.mark.parametrize("text", ["", "smok", "smoke,timing"])
 def test_an_unknown_step_is_refused_with_the_names_there_are(text):
-    with pytest.raises(ValueError, match="--only takes build, tests, .*times; got"):
+    with pytest.raises(ValueError, match="--only takes libraries, smoke, .*ncu; got"):
         gpu.parse_steps(text)
 
 
-def test_the_steps_share_eight_minutes():
-    assert sum(gpu.SHARES.values()) == gpu.SECONDS == 480
+def test_the_steps_share_nine_minutes():
+    assert sum(gpu.SHARES.values()) == gpu.SECONDS == 540
+    assert list(gpu.SHARES) == list(gpu.STEPS)
     steps = list(gpu.STEPS)
     left = gpu.SECONDS
     for step in steps:
@@ -142,38 +143,38 @@ def test_all_steps_run_once_and_are_kept(new_run, stub_steps):
 
 
 def test_a_finished_step_of_the_same_commit_is_not_repeated(new_run, stub_steps):
-    gpu.execute(new_run(), ["build", "tests"], 480, silent)
+    gpu.execute(new_run(), ["smoke", "tests-cpp"], 480, silent)
     stub_steps.clear()
     said = []
-    assert gpu.execute(new_run(), ["build", "tests", "ceilings"], 480, said.append)
+    assert gpu.execute(new_run(), ["smoke", "tests-cpp", "ceilings"], 480, said.append)
     assert list(stub_steps) == ["ceilings"]
-    assert said[:2] == ["build: passed before, at this commit", "tests: passed before, at this commit"]
+    assert said[:2] == ["smoke: passed before, at this commit", "tests-cpp: passed before, at this commit"]
 
 
 def test_another_commit_is_another_run(new_run, stub_steps):
     first, second = new_run(), new_run(commit="d" * 40)
-    gpu.execute(first, ["build"], 480, silent)
-    gpu.execute(second, ["build"], 480, silent)
+    gpu.execute(first, ["smoke"], 480, silent)
+    gpu.execute(second, ["smoke"], 480, silent)
     assert first.file != second.file and first.file.exists() and second.file.exists()
     assert first.file.name == f"gpu_nvidia-h100-80gb-hbm3_{'c' * 12}.json"
 
 
 def test_a_step_without_time_is_skipped_and_says_so(new_run, stub_steps):
     run = new_run()
-    assert not gpu.execute(run, ["build", "tests"], 4, silent)
-    assert run.report["steps"]["tests"]["status"] == SKIPPED
-    assert run.report["steps"]["tests"]["reasons"] == ["no time was left"]
-    assert not run.is_done("tests")
+    assert not gpu.execute(run, ["smoke", "tests-cpp"], 4, silent)
+    assert run.report["steps"]["tests-cpp"]["status"] == SKIPPED
+    assert run.report["steps"]["tests-cpp"]["reasons"] == ["no time was left"]
+    assert not run.is_done("tests-cpp")
 
 
 def test_what_needs_the_library_is_skipped_without_it_and_the_peers_are_timed(
     new_run, stub_steps, monkeypatch
 ):
-    monkeypatch.setitem(gpu.STEPS, "build", lambda run, seconds: Outcome(FAILED, ["no nvcc"]))
+    monkeypatch.setitem(gpu.STEPS, "libraries", lambda run, seconds: Outcome(FAILED, ["no nvcc"]))
     run = new_run()
     assert not gpu.execute(run, list(gpu.STEPS), 480, silent)
     assert list(stub_steps) == ["ceilings", "times"]
-    assert run.report["steps"]["tests"]["reasons"] == ["the build failed"]
+    assert run.report["steps"]["tests-cpp"]["reasons"] == ["the libraries cannot be used"]
 
 
 def test_a_step_that_raises_fails_and_the_others_run(new_run, stub_steps, monkeypatch):
@@ -255,10 +256,10 @@ def test_build_is_for_this_card_alone(new_run, tmp_path, monkeypatch):
     (tmp_path / "vosops").mkdir()
     stale = tmp_path / "vosops/libvosops_cpu_avx512.so"
     stale.write_text("of another commit")
-    machine = Machine(setup=Done(0, "vosops: built cpu_baseline and cuda (9.0)"))
+    machine = Machine(setup=Done(0, "vosops: built cpu_avx2 and cuda (9.0)"))
     assert gpu.build(new_run(machine), 100).status == PASSED
     assert not stale.exists()
-    wanted = {"TORCH_CUDA_ARCH_LIST": "9.0", "VOSOPS_CPU_ONLY": "baseline"}
+    wanted = {"TORCH_CUDA_ARCH_LIST": "9.0", "VOSOPS_CPU_ONLY": "avx2"}
     assert wanted.items() <= machine.environments[-1].items()
 
 
@@ -266,7 +267,7 @@ def test_build_is_for_this_card_alone(new_run, tmp_path, monkeypatch):
     ("ending", "status", "why"),
     [
         (
-            Done(0, "vosops: built cpu_baseline; left out cuda"),
+            Done(0, "vosops: built cpu_avx2; left out cuda"),
             FAILED,
             "built without the CUDA library: is nvcc there?",
         ),
@@ -280,46 +281,153 @@ def test_a_build_that_failed_says_why(new_run, tmp_path, monkeypatch, ending, st
     assert (outcome.status, outcome.reasons) == (status, [why])
 
 
-JUNIT = """<testsuites><testsuite>
-<testcase classname="tests.ops.A" name="t[cpp-cuda]"/>
-<testcase classname="tests.ops.A" name="t[triton-cuda]"><skipped message="no Triton kernel"/></testcase>
-<testcase classname="tests.ops.A" name="u[cpp-cuda]"><failure message="assert 1 == 2&#10;more"/></testcase>
-</testsuite></testsuites>"""
+def lines(*tests):
+    """What the plugin writes: (outcome, why) of each test."""
+    return "".join(
+        json.dumps({"name": f"tests/ops/a.py::t{i}", "outcome": outcome, "why": why}) + "\n"
+        for i, (outcome, why) in enumerate(tests)
+    )
+
+
+MIXED = lines(("passed", ""), ("skipped", "no Triton kernel"), ("failed", "assert 1 == 2"))
 
 
 def test_the_tests_are_counted_and_failures_named():
-    assert gpu.read_junit(JUNIT) == {
+    counted = {
         "passed": 1,
         "skipped": {"no Triton kernel": 1},
-        "failures": {"tests.ops.A::u[cpp-cuda]": "assert 1 == 2"},
+        "failures": {"tests/ops/a.py::t2": "assert 1 == 2"},
     }
+    assert gpu.read_lines(MIXED) == counted
+    assert gpu.read_lines(MIXED + '{"name": "cut') == counted
 
 
 class Pytest(Machine):
-    """Writes a JUnit file."""
+    """Writes the lines of tests."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, ending: Done = Done(1, "")) -> None:
         super().__init__()
-        self.text = text
+        self.text, self.ending = text, ending
 
     def __call__(self, command, environment, seconds) -> Done:
-        target = next(word for word in command if word.startswith("--junitxml="))
-        Path(target.removeprefix("--junitxml=")).write_text(self.text)
-        return Done(1, "")
+        self.commands.append(list(command))
+        Path(environment["VOSOPS_TEST_LINES"]).write_text(self.text)
+        return self.ending
 
 
-def test_a_failing_test_is_named(new_run):
+@pytest.mark.parametrize(
+    ("text", "ending", "status", "reasons"),
+    [
+        (MIXED, Done(1, ""), FAILED, ["tests/ops/a.py::t2: assert 1 == 2"]),
+        (lines(("skipped", "no GPU")), Done(0, ""), FAILED, ["no test of a GPU ran"]),
+        ("", Done(4, "ImportError: x"), FAILED, ["pytest: ImportError: x"]),
+        (lines(("passed", "")), Done(0, ""), PASSED, []),
+        (
+            lines(("passed", ""), ("passed", "")),
+            Done(-9, "", timed_out=True),
+            UNFINISHED,
+            ["not finished after 100 s, 2 tests had ended"],
+        ),
+    ],
+)
+def test_what_the_tests_say_is_kept_also_when_they_are_cut_short(new_run, text, ending, status, reasons):
     run = new_run()
-    run.command = Pytest(JUNIT)
-    outcome = gpu.tests(run, 100)
-    assert (outcome.status, outcome.reasons) == (FAILED, ["tests.ops.A::u[cpp-cuda]: assert 1 == 2"])
+    run.command = Pytest(text, ending)
+    outcome = gpu.STEPS["tests-cpp"](run, 100)
+    assert (outcome.status, outcome.reasons) == (status, reasons)
+    [command] = run.command.commands
+    assert command[command.index("-k") + 1] == "cpp-cuda"
+    assert "--ignore=tests/ops/test_large.py" in command
 
 
-def test_tests_that_all_were_skipped_prove_nothing(new_run):
+def test_the_plugin_writes_a_line_as_each_test_ends(tmp_path):
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "def test_one(): pass\n"
+        "def test_two(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='no card')\ndef test_three(): pass\n"
+        "@pytest.fixture\ndef broken(): raise KeyError('x')\n"
+        "def test_four(broken): pass\n"
+    )
+    target = tmp_path / "lines"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "benchmarks.pytest_lines",
+        "--rootdir",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "VOSOPS_TEST_LINES": str(target), "PYTHONPATH": str(gpu.ROOT)}
+    subprocess.run(
+        [*command, "-c", os.devnull, str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=240,
+    )
+    found = gpu.read_lines(target.read_text())
+    assert found["passed"] == 1
+    assert sum(found["skipped"].values()) == 1
+    assert {name.rpartition("::")[2] for name in found["failures"]} == {"test_two", "test_four"}
+
+
+@pytest.fixture
+def prebuilt(tmp_path, monkeypatch):
+    """A checkout with libraries; returns its folder."""
+    folder = tmp_path / "checkout"
+    (folder / "vosops").mkdir(parents=True)
+    (folder / "csrc").mkdir()
+    (folder / "setup.py").write_text("a")
+    for name in ("libvosops_cuda.so", "libvosops_cpu_avx2.so"):
+        (folder / "vosops" / name).write_text("binary")
+    (folder / "vosops/build_info.json").write_text(json.dumps({"sources": gpu.sources.digest(folder)}))
+    monkeypatch.setattr(gpu, "ROOT", folder)
+    return folder
+
+
+def test_prebuilt_libraries_of_these_sources_need_no_build(new_run, prebuilt):
+    machine = Machine(cpu_capability=Done(0, "avx2 13000\n"))
+    outcome = gpu.libraries(new_run(machine), 15)
+    assert (outcome.status, outcome.reasons) == (PASSED, [])
+    assert outcome.data["loaded"] == "avx2 13000"
+    assert not any("setup.py" in " ".join(command) for command in machine.commands)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda f: (f / "vosops/libvosops_cuda.so").unlink(), "libvosops_cuda.so is missing"),
+        (lambda f: (f / "vosops/libvosops_cpu_avx2.so").unlink(), "no CPU library"),
+        (lambda f: (f / "csrc/a.cu").write_text("new"), "the libraries were built from other sources"),
+        (lambda f: (f / "vosops/build_info.json").write_text("{"), "build_info.json: "),
+    ],
+)
+def test_libraries_that_cannot_be_trusted_are_refused(new_run, prebuilt, spoil, why):
+    spoil(prebuilt)
+    outcome = gpu.libraries(new_run(Machine(cpu_capability=Done(0, "avx2"))), 15)
+    assert outcome.status == FAILED
+    assert outcome.reasons[0].startswith(why)
+
+
+def test_libraries_that_do_not_load_are_a_reason(new_run, prebuilt):
+    outcome = gpu.libraries(new_run(Machine(cpu_capability=Done(1, "OSError: undefined symbol"))), 15)
+    assert outcome.reasons == ["the libraries do not load: OSError: undefined symbol"]
+
+
+def test_libraries_are_looked_at_on_every_machine(new_run):
+    """A report that travelled says nothing of the files here."""
     run = new_run()
-    run.command = Pytest("<testsuite><testcase name='t'><skipped message='no GPU'/></testcase></testsuite>")
-    outcome = gpu.tests(run, 100)
-    assert (outcome.status, outcome.reasons) == (FAILED, ["no test of a GPU ran"])
+    run.keep("libraries", Outcome(PASSED), 1.0)
+    assert not run.is_done("libraries")
+
+
+def test_build_info_names_the_sources(monkeypatch):
+    setup = (gpu.ROOT / "setup.py").read_text()
+    assert 'runpy.run_path(str(ROOT / "vosops/_sources.py"))["digest"](ROOT)' in setup
+    assert len(gpu.sources.digest(gpu.ROOT)) == 12
 
 
 @pytest.mark.parametrize(
@@ -333,16 +441,19 @@ def test_tests_that_all_were_skipped_prove_nothing(new_run):
     ],
 )
 def test_findings_of_the_sanitizer_are_counted(new_run, monkeypatch, output, code, status):
-    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu, "find_tool", lambda name: name)
     machine = Machine(compute_sanitizer=Done(code, output))
     outcome = gpu.sanitizer(new_run(machine), 50)
     assert outcome.status == status
-    assert set(outcome.data) == {"memcheck", "racecheck", "initcheck"}
+    assert set(outcome.data) == {"memcheck", "racecheck"}
+    assert all("--backend cpp" in " ".join(c) for c in machine.commands if "small" in c), (
+        "Triton compiles too long"
+    )
     assert [c[1] for c in machine.commands if c[0] == "compute-sanitizer"] != []
 
 
 def test_without_compute_sanitizer_the_step_is_skipped(new_run, monkeypatch):
-    monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(gpu, "find_tool", lambda name: None)
     assert gpu.sanitizer(new_run(), 50).status == SKIPPED
 
 
@@ -383,6 +494,163 @@ def test_a_process_that_dies_at_once_is_not_started_forever(new_run):
     assert (outcome.status, outcome.reasons) == (FAILED, ["the process of ceilings: ImportError: no torch"])
 
 
+# ---- The whole slot against a fake clock
+
+
+class Slot:
+    """A machine of sixteen cores whose commands take as long as they are known to, on a clock of its own.
+
+    A command that is not finished in its time is ended, and what it had written by then is there.
+    """
+
+    TRITON_COMPILES, COMPILE_SECONDS, CORES = 1010, 0.74, 16
+    START = 6.0  # of a process that imports torch on that machine
+
+    def __init__(self, slower: float = 1.0) -> None:
+        self.now, self.slower = 0.0, slower
+        self.file: Path | None = None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def spend(self, wanted: float, seconds: float) -> tuple[float, bool]:
+        """Let a command run: the seconds that it had, and whether it was ended."""
+        wanted *= self.slower
+        had = min(wanted, seconds)
+        self.now += had
+        return had, wanted > seconds
+
+    def __call__(self, command, environment, seconds) -> Done:
+        text = " ".join(command)
+        if "-m pytest" in text:
+            return self.pytest(text, environment, seconds)
+        if command[0] == "compute-sanitizer":  # fifty problems, instrumented
+            had, ended = self.spend(self.START + 50 * 2.0, seconds)
+            ran = max(0, int((had - self.START) / 2.0))
+            return Done(0, "ran x\n" * ran + ("" if ended else "ERROR SUMMARY: 0 errors"), ended)
+        if command[0] == "ncu":
+            _, ended = self.spend(self.START + 4.0, seconds)
+            return Done(0, "a table", ended)
+        if "gpu_steps" in text:
+            return self.step(command, seconds)
+        if "cpu_capability" in text:
+            self.spend(self.START, seconds)
+            return Done(0, "avx2 13000")
+        return Done(1, "unknown command")
+
+    def pytest(self, text, environment, seconds) -> Done:
+        if "triton-cuda" in text:
+            processes = int(text.rpartition(" -n ")[2].split()[0])
+            tests, each = 900, self.TRITON_COMPILES * self.COMPILE_SECONDS / 900
+        elif " tests/ops/test_large.py" in text:
+            processes, tests, each = 1, 12, 1.5
+        else:
+            processes, tests, each = int(text.rpartition(" -n ")[2].split()[0]), 900, 0.2
+        had, ended = self.spend(self.START + 4 + tests * each / processes, seconds)
+        count = min(tests, int(max(0.0, had / self.slower - self.START - 4) * processes / each))
+        Path(environment["VOSOPS_TEST_LINES"]).write_text(lines(*[("passed", "")] * count))
+        return Done(-9 if ended else 0, "", ended)
+
+    def step(self, command, seconds) -> Done:
+        step = command[command.index("vosops.benchmarking.gpu_steps") + 1]
+        own = float(command[-1])
+        cost, total = {
+            "smoke": (0.9, 28),
+            "profile": (1.2, 28),
+            "ceilings": (2.0, 1),
+            "times": (2.5, len(CELLS)),
+            "runtime": (0.2, 84),
+        }[step]
+        cost *= self.slower
+        began = self.now
+        self.now += self.START * self.slower
+        done = 0
+        limit = seconds if step == "smoke" else own  # which keeps no time of its own
+        while done < total and self.now - began + (cost if step == "smoke" else 0) <= limit:
+            self.now += cost
+            done += 1
+        keys = [cell.key for cell in CELLS] if step == "times" else [str(i) for i in range(total)]
+        found = {key: {"failed": "stub"} for key in keys[:done]}
+        name = "cells" if step == "times" else "calls"
+        data = LIMITS if step == "ceilings" else {name: found}
+        status = PASSED if done == total else UNFINISHED
+        outcome = Outcome(status, [] if done == total else ["no time was left"], data)
+        self.file.with_name(f"{self.file.name}.{step}").write_text(json.dumps(outcome.to_dict()))
+        ended = step == "smoke" and done < total
+        return Done(-9 if ended else 0, "", ended)
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_every_step_of_the_slot_leaves_data_within_its_time(new_run, prebuilt, monkeypatch, slower):
+    slot = Slot(slower)
+    run = new_run(slot)
+    slot.file = run.file
+    monkeypatch.setattr(gpu.time, "monotonic", slot.monotonic)
+    monkeypatch.setattr(gpu, "find_tool", lambda name: name)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: slot.CORES)
+    monkeypatch.setattr(gpu, "ThreadPoolExecutor", SideBySide(slot))
+    gpu.execute(run, list(gpu.STEPS), gpu.SECONDS, silent)
+    assert slot.now <= 540 + gpu.GRACE_SECONDS
+    steps = run.report["steps"]
+    assert list(steps) == list(gpu.STEPS)
+    assert all(step["status"] != SKIPPED for step in steps.values()), {
+        n: s["status"] for n, s in steps.items()
+    }
+    assert steps["tests-cpp"]["data"]["passed"] > 500
+    assert steps["tests-triton"]["data"]["passed"] > 500
+    assert steps["tests-large"]["data"]["passed"] > 0
+    assert len(steps["smoke"]["data"]["calls"]) >= 14, "those of C++ at least"
+    assert len(steps["profile"]["data"]["calls"]) > 14
+    assert all(found["problems"] > 10 for found in steps["sanitizer"]["data"].values())
+    assert len(steps["ncu"]["data"]["reports"]) > 1
+    timed = list(steps["times"]["data"]["cells"])
+    ops = {cell.op for cell in CELLS}
+    assert {key.split("/")[0] for key in timed[: len(ops) + 1]} == ops, "each op first"
+    assert all("/bf16/forward" in key for key in timed[: len(ops) + 1]), "in bfloat16"
+    assert any("/forward+backward" in key for key in timed)
+
+
+class SideBySide:
+    """Runs what would run at the same time one after the other, from the same moment on."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __call__(self, workers: int) -> SideBySide:
+        return self
+
+    def __enter__(self) -> SideBySide:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, function, items):
+        began, latest, results = self.slot.now, self.slot.now, []
+        for item in items:
+            self.slot.now = began
+            results.append(function(item))
+            latest = max(latest, self.slot.now)
+        self.slot.now = latest
+        return results
+
+
+def test_a_step_that_is_killed_leaves_what_it_had(new_run, monkeypatch):
+    """The report on disk always holds what ended before."""
+    run = new_run(Machine(ncu=Done(0, "a table")))
+    monkeypatch.setattr(gpu, "find_tool", lambda name: name)
+    seen = []
+    original = run.command
+
+    def command(*args):
+        if run.file.exists():
+            seen.append(json.loads(run.file.read_text())["steps"].get("ncu", {}).get("data", {}))
+        return original(*args)
+
+    run.command = command
+    gpu.ncu(run, 100)
+    assert len(seen[-1]["reports"]) == len(gpu.NCU_CELLS) - 1
+
+
 # ---- The report's form
 
 
@@ -391,14 +659,14 @@ def test_a_process_that_dies_at_once_is_not_started_forever(new_run):
     [
         (lambda r: r.pop("commit"), "commit must be str, got None"),
         (lambda r: r["device"].pop("driver"), "device must have driver"),
-        (lambda r: r["steps"]["build"].update(status="fine"), "build: unknown status 'fine'"),
-        (lambda r: r["steps"]["build"].update(status=FAILED), "build: failed without a reason"),
-        (lambda r: r["steps"].update(other=r["steps"]["build"]), "there is no step other"),
+        (lambda r: r["steps"]["smoke"].update(status="fine"), "smoke: unknown status 'fine'"),
+        (lambda r: r["steps"]["smoke"].update(status=FAILED), "smoke: failed without a reason"),
+        (lambda r: r["steps"].update(other=r["steps"]["smoke"]), "there is no step other"),
     ],
 )
 def test_a_report_that_others_cannot_read_is_found(new_run, stub_steps, change, complaint):
     run = new_run()
-    gpu.execute(run, ["build"], 480, silent)
+    gpu.execute(run, ["smoke"], 480, silent)
     report = json.loads(run.file.read_text())
     assert gpu.problems(report) == []
     change(report)
@@ -418,14 +686,14 @@ def test_a_dry_run_needs_no_gpu_and_says_what_would_be_done():
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "ceilings   up to" in done.stdout and "build" not in done.stdout.splitlines()[1]
+    assert "ceilings     up to" in done.stdout and "libraries" not in done.stdout.splitlines()[1]
     assert all(cell.key in done.stdout for cell in CELLS)
 
 
 def test_a_dry_run_leaves_out_what_is_done(new_run, stub_steps):
     run = new_run()
-    gpu.execute(run, ["build"], 480, silent)
-    assert gpu.plan(run, ["build", "ceilings"], 480).splitlines()[0] == "build      done before"
+    gpu.execute(run, ["smoke"], 480, silent)
+    assert gpu.plan(run, ["smoke", "ceilings"], 480).splitlines()[0] == "smoke        done before"
 
 
 def test_without_a_gpu_the_command_ends_with_code_2(capsys, monkeypatch):
@@ -582,6 +850,44 @@ def test_every_small_problem_is_right_in_every_arithmetic():
     assert all("triton" in label for label in outcome.data["left_out"])
 
 
+def test_a_tiny_call_of_each_op_is_kept_as_it_comes():
+    saved: list[Outcome] = []
+    outcome = gpu_steps.smoke(CPU, {}, saved.append)
+    calls = outcome.data["calls"]
+    ours = {label: call for label, call in calls.items() if label.endswith("/cpp")}
+    assert len(ours) == 2 * len(SMALL) and all(call["right"] for call in ours.values())
+    assert all(
+        "Triton compiles for GPUs" in call["failed"] for label, call in calls.items() if "triton" in label
+    )
+    assert len(saved) == len(calls) + 1
+    done = {
+        "steps": {"smoke": {"data": {"calls": {label: {"right": True, "errors": []} for label in calls}}}}
+    }
+    assert gpu_steps.smoke(CPU, done, saved.append).status == PASSED, "nothing is left to run"
+
+
+def test_the_kernels_of_a_call_are_listed():
+    outcome = gpu_steps.profile(CPU, {}, 60, lambda _: None, SMALL[:1])
+    [found, left_out] = outcome.data["calls"].values()
+    assert any("local_matching" in kernel["name"] for kernel in found["kernels"])
+    assert all(kernel["us"] >= 0 for kernel in found["kernels"])
+    assert "Triton compiles for GPUs" in left_out["failed"]
+    late = gpu_steps.profile(CPU, {}, -1, lambda _: None, SMALL[:1])
+    assert (late.status, late.reasons) == (UNFINISHED, ["no time was left for 2 calls"])
+
+
+def test_the_profile_has_every_op_in_bfloat16_and_float32():
+    for op in (
+        "local_matching",
+        "global_matching",
+        "memory_read",
+        "global_conv",
+        "conv_lstm",
+        "local_attention",
+    ):
+        assert {cell.mode for cell in gpu_cases.PROFILED if cell.op == op} == {"bf16", "ieee"}
+
+
 def test_checks_that_need_a_gpu_say_so():
     outcome = gpu_steps.runtime(CPU, 60, SMALL[:1])
     assert (outcome.status, outcome.reasons) == (FAILED, ["no check could run here"])
@@ -612,3 +918,61 @@ def test_matching_and_reading_sizes_name_themselves():
         == "local_matching/s/tf32/forward"
     )
     assert "top 7" in SMALL[-1].title and "ieee, forward" in SMALL[-1].title
+
+
+# ---- The folder that travels
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small repository with the script and what it packs."""
+    root = tmp_path / "checkout"
+    names = (
+        "vosops/a.py",
+        "csrc/a.cu",
+        "setup.py",
+        "pyproject.toml",
+        "benchmarks/b.py",
+        "tests/ops/test_a.py",
+    )
+    names += ("tests/__init__.py", "tests/conftest.py", "tests/effort.py", "tests/fuzz.py")
+    for name in (*names, "benchmarks/results/golden.json", "tests/golden/big.bin"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    script = root / "benchmarks/gpu_pack.sh"
+    script.write_text((gpu.ROOT / "benchmarks/gpu_pack.sh").read_text())
+    script.chmod(0o755)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], cwd=root, check=True)
+    for name in ("libvosops_cuda.so", "libvosops_cpu_avx2.so", "build_info.json"):
+        (root / "vosops" / name).write_text("built")
+    return root
+
+
+def pack(checkout, folder):
+    script = str(checkout / "benchmarks/gpu_pack.sh")
+    return subprocess.run([script, str(folder)], capture_output=True, text=True, timeout=60)
+
+
+def test_sources_and_libraries_travel_without_golden_data(checkout, tmp_path):
+    done = pack(checkout, tmp_path / "packed")
+    assert done.returncode == 0, done.stderr
+    found = {str(p.relative_to(tmp_path / "packed")) for p in (tmp_path / "packed").rglob("*") if p.is_file()}
+    assert {"vosops/libvosops_cuda.so", "vosops/build_info.json", "csrc/a.cu", "COMMIT"} <= found
+    assert not any("golden" in name for name in found)
+    assert (tmp_path / "packed/COMMIT").read_text().strip() in done.stdout
+
+
+def test_what_does_not_fit_or_is_missing_makes_no_folder(checkout, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert pack(checkout, tmp_path / "mine").returncode == 2
+    library = checkout / "vosops/libvosops_cuda.so"
+    with library.open("wb") as file:
+        file.truncate(65 << 20)
+    done = pack(checkout, tmp_path / "packed")
+    assert done.returncode == 1 and "may travel" in done.stderr
+    library.unlink()
+    done = pack(checkout, tmp_path / "packed")
+    assert done.returncode == 2 and "libvosops_cuda.so is missing" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkout", "mine"]

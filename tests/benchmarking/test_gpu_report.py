@@ -60,8 +60,8 @@ def run(date: str = "2026-03-02T10:00:00+00:00", name: str = CARD, commit: str =
     }
     rates = {"flops_per_second": {"bf16": 7e14}, "bytes_per_second": 3e12, "product_size": 8192}
     steps = {
-        "build": step(),
-        "tests": step("failed", "a test: assert 1 == 2", passed=3, skipped={"x": 2}, failures={}),
+        "libraries": step(loaded="avx2 13000"),
+        "tests-cpp": step("failed", "a test: assert 1 == 2", passed=3, skipped={"x": 2}, failures={}),
         "ceilings": step(**rates),
         "times": step("unfinished", "some are missing", cells=cells),
     }
@@ -94,7 +94,7 @@ def test_the_page_of_a_run(results):
     text = gpu_report.page(gpu_report.newest(results))
     assert "No GPU has been measured" not in text
     assert f"## {CARD}" in text and "2026-03-02, commit `aaaaaaaaaaaa`" in text
-    assert "| tests | failed | 12 s | a test: assert 1 == 2 |" in text
+    assert "| tests-cpp | failed | 12 s | a test: assert 1 == 2 |" in text
     assert "| runtime | not run |" in text
     assert "a copy moves 3 TB/s" in text and "bf16 700 TFLOP/s" in text
     assert "`global_matching/480p/bf16/forward` failed: OutOfMemoryError: too much" in text

@@ -112,6 +112,19 @@ LSTM_128 = LstmSize("128x30x54", 128, 30, 54)
 LSTM_256 = LstmSize("256x30x54", 256, 30, 54)
 LSTM_TRAINING = LstmSize("128x30x54-4-frames", 128, 30, 54, frames=4)
 
+TELLING: tuple[Any, ...] = (
+    LOCAL_480P,
+    GLOBAL_480P,
+    READ_5,
+    READ_TOP,
+    CONV_RGMP,
+    LSTM_128,
+    SIZE_480P,
+    LOCAL_TRAINING,
+)
+TELLING += (GLOBAL_TRAINING, READ_TRAINING, LSTM_TRAINING)
+"""The sizes that say most of each op."""
+
 
 def _cells() -> tuple[Cell, ...]:
     """Return everything that is timed, the most telling first."""
@@ -163,10 +176,20 @@ def _cells() -> tuple[Cell, ...]:
         *modes(lstm, LSTM_128, "bf16"),
         *modes(attention, SIZE_480P, "ieee"),
     ]
-    return (*first, *(replace(cell, compiled=True) for cell in compiled))
+    return (*sorted(first, key=_urgency), *(replace(cell, compiled=True) for cell in compiled))
+
+
+def _urgency(cell: Cell) -> int:
+    """Return 0 for what a short run must not miss: bfloat16 of every op, then float32, then both with gradients."""
+    telling = cell.size in TELLING
+    ranks = {("bf16", False): 0, ("ieee", False): 1, ("bf16", True): 2, ("ieee", True): 3}
+    return ranks.get((cell.mode, cell.backward), 4) if telling else 4
 
 
 CELLS = _cells()
+
+PROFILED = tuple(cell for cell in CELLS if _urgency(cell) < 2 and not cell.compiled)
+"""Whose kernels are listed one by one: each op in bfloat16 and float32."""
 
 SMALL = (
     Cell("local_matching", Case("small", 9, 13, objects=2, radius=3), "ieee"),

@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,21 @@ import torch
 from torch import Tensor
 
 from vosops.benchmarking import gpu_cases
-from vosops.benchmarking.gpu_cases import CELLS, IMPLEMENTATIONS, MODES, SMALL, Cell, Problem, implementation
+from vosops.benchmarking.gpu_cases import (
+    CELLS,
+    IMPLEMENTATIONS,
+    MODES,
+    PROFILED,
+    SMALL,
+    Cell,
+    Problem,
+    implementation,
+)
 from vosops.benchmarking.measure import Ceilings, Clock, bandwidth, interleave, peak_bytes
 
 PASSED, FAILED, UNFINISHED, SKIPPED = "passed", "failed", "unfinished", "skipped"
 
-ROUNDS, LEAST_ROUNDS, CONTENDER_SECONDS = 20, 3, 0.4
+ROUNDS, LEAST_ROUNDS, CONTENDER_SECONDS = 8, 3, 0.4
 PRODUCT_SIZE = {"cpu": 512, "cuda": 8192}
 """Side of the matrices whose product tells the ceiling of arithmetic."""
 
@@ -278,10 +288,15 @@ def small_cells() -> list[Cell]:
     return [replace(cell, mode=mode, backward=True) for cell in SMALL for mode in MODES]
 
 
-def small(device: torch.device, cells: Sequence[Cell] | None = None) -> Outcome:
-    """Run vosops' implementations once on small problems and compares them with the oracle."""
+def small(
+    device: torch.device,
+    cells: Sequence[Cell] | None = None,
+    names: Sequence[str] = IMPLEMENTATIONS,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Run vosops' implementations once on small problems and compare them with the oracle; say a line about each."""
     ran, reasons, left_out = [], [], {}
-    for name in IMPLEMENTATIONS:
+    for name in names:
         for cell in small_cells() if cells is None else cells:
             problem = gpu_cases.problem(cell, device)
             label = f"{cell.key}/{name}"
@@ -293,12 +308,123 @@ def small(device: torch.device, cells: Sequence[Cell] | None = None) -> Outcome:
                 left_out[label] = first_line(error)
                 continue
             ran.append(label)
+            say(f"ran {label}")
             if not is_right(errors, cell.mode):
                 reasons.append(f"{label}: relative errors {errors}")
     data = {"ran": ran, "left_out": left_out}
     if not ran:
         reasons.append("no implementation of vosops runs here")
     return Outcome(FAILED if reasons else PASSED, reasons, data)
+
+
+def _found_before(run: Mapping[str, Any], step: str) -> dict[str, Any]:
+    """Return the calls that an earlier process of a step noted: they are not tried again."""
+    return dict(run.get("steps", {}).get(step, {}).get("data", {}).get("calls", {}))
+
+
+def smoke(device: torch.device, run: Mapping[str, Any], save: Callable[[Outcome], None]) -> Outcome:
+    """Run one tiny call of each op in bfloat16 and float32 by each implementation, C++ first; keep each as it comes."""
+    found = _found_before(run, "smoke")
+    cells = [replace(cell, mode=mode) for mode in ("bf16", "ieee") for cell in SMALL]
+    for name in IMPLEMENTATIONS:
+        for cell in cells:
+            label = f"{cell.key}/{name}"
+            if label in found:
+                continue
+            save(_smoke_outcome({**found, label: {"failed": "the process ended while this ran"}}))
+            try:
+                problem = gpu_cases.problem(cell, device)
+                errors = distance(problem.contenders[implementation(name)](), problem.oracle())
+                found[label] = {"errors": errors, "right": is_right(errors, cell.mode)}
+            except RuntimeError as error:
+                found[label] = {"failed": first_line(error)}
+                if any(words in str(error) for words in BROKEN_DEVICE):
+                    save(_smoke_outcome(found))
+                    raise
+    outcome = _smoke_outcome(found)
+    save(outcome)
+    return outcome
+
+
+def _smoke_outcome(found: Mapping[str, Any]) -> Outcome:
+    reasons = [f"{label}: {cell['failed']}" for label, cell in found.items() if "failed" in cell]
+    reasons += [
+        f"{label}: wrong, {cell['errors']}" for label, cell in found.items() if cell.get("right") is False
+    ]
+    return Outcome(FAILED if reasons else PASSED, reasons, {"calls": dict(found)})
+
+
+def profile(
+    device: torch.device,
+    run: Mapping[str, Any],
+    seconds: float,
+    save: Callable[[Outcome], None],
+    cells: Sequence[Cell] = PROFILED,
+) -> Outcome:
+    """List the kernels of one call of each op by each implementation: name, microseconds, grid, registers, memory."""
+    end = time.monotonic() + seconds
+    found = _found_before(run, "profile")
+    left = 0
+    for name in IMPLEMENTATIONS:
+        for cell in cells:
+            label = f"{cell.key}/{name}"
+            if label in found:
+                continue
+            if time.monotonic() >= end:
+                left += 1
+                continue
+            save(_profile_outcome({**found, label: {"failed": "the process ended while this ran"}}, left))
+            try:
+                found[label] = {"kernels": kernels_of(gpu_cases.our_call(cell, device, name), device)}
+            except RuntimeError as error:
+                found[label] = {"failed": first_line(error)}
+                save(_profile_outcome(found, left))
+                if any(words in str(error) for words in BROKEN_DEVICE):
+                    raise
+            save(_profile_outcome(found, left))
+    outcome = _profile_outcome(found, left)
+    save(outcome)
+    return outcome
+
+
+def _profile_outcome(found: Mapping[str, Any], left: int) -> Outcome:
+    reasons = [f"{label}: {cell['failed']}" for label, cell in found.items() if "failed" in cell]
+    if left:
+        reasons.append(f"no time was left for {left} calls")
+    status = UNFINISHED if left else FAILED if reasons else PASSED
+    return Outcome(status, reasons, {"calls": dict(found)})
+
+
+def kernels_of(call: Callable[[], list[Tensor]], device: torch.device) -> list[dict[str, Any]]:
+    """Return the kernels that one warm call launches, in their order; on a CPU the operators that it runs."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    call()
+    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with torch_profile(activities=[kind]) as profiler:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
+    found = sorted((e for e in events if e.get("cat") in wanted), key=lambda event: float(event["ts"]))
+    named = {"grid": "grid", "block": "block", "registers per thread": "registers", "shared memory": "shared"}
+    return [
+        {
+            "name": event["name"][:160],
+            "us": event["dur"],
+            **{
+                ours: event["args"][theirs]
+                for theirs, ours in named.items()
+                if theirs in event.get("args", {})
+            },
+        }
+        for event in found
+    ]
 
 
 class CannotError(Exception):
@@ -413,14 +539,23 @@ def _check(check: str, cell: Cell, name: str, device: torch.device) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one step; `small` prints instead of writing, for compute-sanitizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("step", choices=("runtime", "ceilings", "times", "small"))
+    steps = ("smoke", "profile", "runtime", "ceilings", "times", "small", "one")
+    parser.add_argument("step", choices=steps)
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", choices=IMPLEMENTATIONS, help="of small (default: all) and one")
+    parser.add_argument("--cell", help="of one: its key")
     options = parser.parse_args(arguments)
     clock = Clock(options.device)
+    if options.step == "one":
+        cell = next(cell for cell in CELLS if cell.key == options.cell)
+        call = gpu_cases.our_call(cell, clock.device, options.backend or "cpp")
+        call(), call()
+        return
     if options.step == "small":
-        outcome = small(clock.device)
+        names = [options.backend] if options.backend else IMPLEMENTATIONS
+        outcome = small(clock.device, names=names, say=functools.partial(print, flush=True))
         print(json.dumps(outcome.to_dict()))
         raise SystemExit(0 if outcome.status == PASSED else 1)
     if options.file is None:
@@ -435,6 +570,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if options.step == "times":
         times(clock, run, options.seconds, save)
+    elif options.step == "smoke":
+        smoke(clock.device, run, save)
+    elif options.step == "profile":
+        profile(clock.device, run, options.seconds, save)
     else:
         save(ceilings(clock) if options.step == "ceilings" else runtime(clock.device, options.seconds))
 

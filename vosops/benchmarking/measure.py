@@ -19,8 +19,9 @@ import torch
 COPY_BYTES = 1 << 28
 CONFIDENCE = 0.95
 L2_FLUSH_BYTES = 1 << 28
-HEAD_START_CYCLES = 2_000_000
-"""A GPU waits this long before the clock starts (about a millisecond), so that launches do not keep it waiting."""
+HEAD_START_CYCLES = 20_000_000
+"""A GPU waits this long before the clock starts (about ten milliseconds, as long as Python takes for a forward and
+backward pass), so that launches do not keep it waiting."""
 
 
 class Clock:
