@@ -7,6 +7,8 @@
 // to the gradients of values and keys. G is read where it lies, so that little is held beside the gradients.
 // No two tasks write one place, so the result does not depend on the number of threads. Floor: 4 (C + O Cv) +
 // 2 C operations per pair of query and memory position at the FMA rate.
+#include "cpu/memory_read_backward.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -34,12 +36,6 @@ constexpr int64_t kRunBytes = 512 << 10;
 constexpr int64_t kBackwardBlock = 192;  // memory positions: a multiple of both panel widths
 constexpr int64_t kChunkChannels = 512;
 constexpr int64_t kConflictBytes = 1024;  // rows a multiple of this apart are copied side by side
-
-// Gradients of one batch element; the tensors are (N, ...) and contiguous, undefined where there was no
-// input.
-struct Gradients {
-  Tensor query, key, value, shrinkage, query_bias, key_bias;
-};
 
 // Element n of a (N, ..., channels, pixels) tensor as rows of adjacent T, one for each channel: where they
 // lie, or copied where the tensor is of another dtype or its pixels are apart.
@@ -122,7 +118,7 @@ class BackwardElement {
 
  public:
   BackwardElement(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out, const Tensor& grad_lse,
-                  const Tensor& out, const Tensor& lse, int64_t n, Gradients& gradients)
+                  const Tensor& out, const Tensor& lse, int64_t n, ReadGradients& gradients)
       : in_(in),
         value_(value),
         n_(n),
@@ -470,7 +466,7 @@ class BackwardElement {
   const ScoreInputs& in_;
   const Tensor& value_;
   const int64_t n_, positions_, objects_, channels_;
-  Gradients& gradients_;
+  ReadGradients& gradients_;
   const std::vector<ChannelPanel> values_, keys_;
   const int64_t value_channels_;  // of all objects
   const int64_t chunk_;           // how many of them are multiplied at a time
@@ -491,7 +487,7 @@ class BackwardElement {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const std::optional<Tensor>& shrinkage, const std::optional<Tensor>& query_bias,
-    const std::optional<Tensor>& key_bias, double scale, std::string_view, const Tensor& out,
+    const std::optional<Tensor>& key_bias, double scale, std::string_view precision, const Tensor& out,
     const Tensor& lse) {
   const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
   check_scores(in);
@@ -508,20 +504,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_read_backward(
     return torch::stable::new_empty(query, shape, wide);
   };
   Workspace<float>::release();  // what the forward pass left: the gradients are large
-  Gradients gradients{torch::stable::new_empty(query, query.sizes()),
-                      torch::stable::new_empty(key, key.sizes()),
-                      torch::stable::new_empty(value, value.sizes()),
-                      vector(shrinkage, in.memory()),
-                      vector(query_bias, in.queries()),
-                      vector(key_bias, in.memory())};
+  ReadGradients gradients{torch::stable::new_empty(query, query.sizes()),
+                          torch::stable::new_empty(key, key.sizes()),
+                          torch::stable::new_empty(value, value.sizes()),
+                          vector(shrinkage, in.memory()),
+                          vector(query_bias, in.queries()),
+                          vector(key_bias, in.memory())};
+  const auto results = [&] {
+    return std::tuple{gradients.query,     gradients.key,        gradients.value,
+                      gradients.shrinkage, gradients.query_bias, gradients.key_bias};
+  };
+#if defined(VOSOPS_AMX)
+  if (amx::read_backward({in, value, grad_out, grad_lse, out, lse}, precision, gradients)) return results();
+#endif
   const auto run = [&]<class E>(E) {
     for (int64_t n = 0; n < in.batch(); ++n)
       BackwardElement<E>(in, value, grad_out, grad_lse, out, lse, n, gradients).run();
   };
   wide == ScalarType::Double ? run(FloatElement<Vec<double, kRegisterBytes>>{})
                              : run(FloatElement<Vec<float, kRegisterBytes>>{});
-  return {gradients.query,     gradients.key,        gradients.value,
-          gradients.shrinkage, gradients.query_bias, gradients.key_bias};
+  return results();
 }
 
 }  // namespace
