@@ -138,3 +138,32 @@ def test_the_library_resolves_the_names_when_it_runs(setting):
         assert pieces("default") == PIECES[name]
     with pytest.raises(RuntimeError, match="precision must be"):
         pieces("half")
+
+
+@pytest.mark.skipif(not AMX, reason="the loaded CPU library does not multiply by AMX")
+def test_a_compiled_function_computes_as_the_setting_says_when_it_runs(setting):
+    """The gradient of the query, of a problem as large as the engine takes: errors tell bfloat16 from float32."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(shape, generator=generator) for shape in [(1, 64, 340), (1, 64, 300), (1, 1, 160, 300)]
+    )
+
+    def gradient(query, key, value):
+        query = query.detach().requires_grad_()
+        return torch.autograd.grad(vosops.memory_read(query, key, value).square().sum(), query)[0]
+
+    compiled = torch.compile(lambda q: vosops.memory_read(q, key, value), fullgraph=True, backend="eager")
+
+    def compiled_gradient():
+        leaf = query.detach().requires_grad_()
+        return torch.autograd.grad(compiled(leaf).square().sum(), leaf)[0]
+
+    with vosops.use_backend("reference"):
+        exact = gradient(query.double(), key.double(), value.double())
+    errors = {}
+    for name in (*SETTINGS, "highest again"):
+        setting(name.split()[0])
+        found = compiled_gradient()
+        errors[name] = ((found - exact).square().mean() / exact.square().mean()).sqrt().item()
+    assert errors["medium"] > 100 * errors["highest"], errors
+    assert errors["highest again"] == errors["highest"] < 1e-5
