@@ -32,6 +32,7 @@
 #include <utility>
 
 #include "common/checks.h"
+#include "cpu/global_conv_amx.h"
 
 namespace vosops::cpu {
 namespace {
@@ -298,10 +299,10 @@ bool helps(const Tensor& x, const Tensor& weight) {
   return winograd_helps(weight.size(0), weight.size(1), weight.size(dim), x.size(dim));
 }
 
-bool takes_winograd(const std::string& precision, const Tensor& x, const Tensor& first,
-                    const Tensor& second) {
-  return precision == "winograd" && x.scalar_type() != ScalarType::Double && helps(x, first) &&
-         helps(x, second) && std::max(first.numel(), second.numel()) > 0;
+// Whether both of two convolutions of maps like x are faster in Winograd arithmetic.
+bool winograd_takes(const Tensor& x, const Tensor& first, const Tensor& second) {
+  return x.scalar_type() != ScalarType::Double && helps(x, first) && helps(x, second) &&
+         std::max(first.numel(), second.numel()) > 0;
 }
 
 // The float32 maps that line convolutions write, channels last; finish() brings them to the tensor.
@@ -388,21 +389,41 @@ void winograd_conv(const Tensor& x, const PixelMap<const float>& map, const Tens
   });
 }
 
-// Two convolutions of one map, side by side.
-void winograd_split(const Tensor& x, const Tensor& first, const Tensor& second, Direction direction,
-                    const MaybeTensor& first_bias, const MaybeTensor& second_bias, Tensor& out) {
-  const ChannelsLastMap map(x);
-  Output output(out);
-  const int64_t middle = outputs_of(first, direction);
-  if (middle > 0) winograd_conv(x, map.map(), first, direction, first_bias, false, output.from_channel(0));
-  if (outputs_of(second, direction) > 0)
-    winograd_conv(x, map.map(), second, direction, second_bias, false, output.from_channel(middle));
-  output.finish();
+// A map's first channels and its others.
+std::array<Tensor, 2> halves_of(const Tensor& x, int64_t middle) {
+  Tensor map = x;
+  return {torch::stable::narrow(map, 1, 0, middle),
+          torch::stable::narrow(map, 1, middle, x.size(1) - middle)};
 }
 
-// The sum of a convolution of a map's first channels and one of its others.
-void winograd_merge(const std::array<Tensor, 2>& halves, const Tensor& first, const Tensor& second,
-                    Direction direction, const MaybeTensor& bias, Tensor& out) {
+// Two convolutions of one map, side by side, if they are wanted and can be done faster than by PyTorch.
+bool fast_split(const std::string& precision, const Tensor& x, const Tensor& first, const Tensor& second,
+                Direction direction, const MaybeTensor& first_bias, const MaybeTensor& second_bias,
+                Tensor& out) {
+  if (precision != "winograd") return false;
+  const bool backwards = direction == Direction::kInputGradient;
+  const int64_t middle = outputs_of(first, direction), others = outputs_of(second, direction);
+  std::array<Tensor, 2> parts = halves_of(out, middle);
+  if ((middle == 0 || amx_lines({{x, first, backwards}}, first_bias, parts[0])) &&
+      (others == 0 || amx_lines({{x, second, backwards}}, second_bias, parts[1])))
+    return true;
+  if (!winograd_takes(x, first, second)) return false;
+  const ChannelsLastMap map(x);
+  Output output(out);
+  if (middle > 0) winograd_conv(x, map.map(), first, direction, first_bias, false, output.from_channel(0));
+  if (others > 0)
+    winograd_conv(x, map.map(), second, direction, second_bias, false, output.from_channel(middle));
+  output.finish();
+  return true;
+}
+
+// The same of the sum of a convolution of a map's first channels and one of its others.
+bool fast_merge(const std::string& precision, const std::array<Tensor, 2>& halves, const Tensor& first,
+                const Tensor& second, Direction direction, const MaybeTensor& bias, Tensor& out) {
+  if (precision != "winograd") return false;
+  const bool backwards = direction == Direction::kInputGradient;
+  if (amx_lines({{halves[0], first, backwards}, {halves[1], second, backwards}}, bias, out)) return true;
+  if (!winograd_takes(out, first, second)) return false;
   Output output(out);
   bool written = false;
   for (const auto& [half, weight] : {std::pair{&halves[0], &first}, {&halves[1], &second}}) {
@@ -413,13 +434,7 @@ void winograd_merge(const std::array<Tensor, 2>& halves, const Tensor& first, co
     written = true;
   }
   output.finish();
-}
-
-// A map's first channels and its others.
-std::array<Tensor, 2> halves_of(const Tensor& x, int64_t middle) {
-  Tensor map = x;
-  return {torch::stable::narrow(map, 1, 0, middle),
-          torch::stable::narrow(map, 1, middle, x.size(1) - middle)};
+  return true;
 }
 
 void check_line(const char* name, const Tensor& weight, int64_t channels, ScalarType dtype) {
@@ -454,8 +469,7 @@ Tensor split(const Tensor& x, const Tensor& first, const Tensor& second, const M
   check_line_bias("second_bias", second_bias, second);
   Tensor out = empty_like_map(x, first.size(0) + second.size(0));
   if (out.numel() == 0) return out;
-  if (takes_winograd(precision, x, first, second)) {
-    winograd_split(x, first, second, Direction::kForward, first_bias, second_bias, out);
+  if (fast_split(precision, x, first, second, Direction::kForward, first_bias, second_bias, out)) {
     return addend.has_value() ? torch::stable::copy_(out, add(out, *addend)) : out;
   }
   std::array<Tensor, 2> parts = halves_of(out, first.size(0));
@@ -474,10 +488,7 @@ Tensor merge(const Tensor& x, const Tensor& first, const Tensor& second, const M
   Tensor out = empty_like_map(x, first.size(0));
   if (out.numel() == 0) return out;
   const std::array<Tensor, 2> halves = halves_of(x, first.size(1));
-  if (takes_winograd(precision, x, first, second)) {
-    winograd_merge(halves, first, second, Direction::kForward, bias, out);
-    return out;
-  }
+  if (fast_merge(precision, halves, first, second, Direction::kForward, bias, out)) return out;
   const Tensor left = line_conv(halves[0], first, bias), right = line_conv(halves[1], second, {});
   return torch::stable::copy_(out, add(left, right));
 }
@@ -499,10 +510,7 @@ Tensor split_input(const Tensor& grad, const Tensor& first, const Tensor& second
   Tensor out = empty_like_map(grad, first.size(1));
   if (out.numel() == 0) return out;
   const std::array<Tensor, 2> halves = halves_of(grad, first.size(0));
-  if (takes_winograd(precision, grad, first, second)) {
-    winograd_merge(halves, first, second, Direction::kInputGradient, {}, out);
-    return out;
-  }
+  if (fast_merge(precision, halves, first, second, Direction::kInputGradient, {}, out)) return out;
   return torch::stable::copy_(out, add(input_gradient(halves[0], first), input_gradient(halves[1], second)));
 }
 
@@ -515,10 +523,7 @@ Tensor merge_input(const Tensor& grad, const Tensor& first, const Tensor& second
   check_shape("grad", grad, {kAnySize, first.size(0), kAnySize, kAnySize});
   Tensor out = empty_like_map(grad, first.size(1) + second.size(1));
   if (out.numel() == 0) return out;
-  if (takes_winograd(precision, grad, first, second)) {
-    winograd_split(grad, first, second, Direction::kInputGradient, {}, {}, out);
-    return out;
-  }
+  if (fast_split(precision, grad, first, second, Direction::kInputGradient, {}, {}, out)) return out;
   std::array<Tensor, 2> parts = halves_of(out, first.size(1));
   if (first.size(1) > 0) torch::stable::copy_(parts[0], input_gradient(grad, first));
   if (second.size(1) > 0) torch::stable::copy_(parts[1], input_gradient(grad, second));

@@ -25,6 +25,7 @@
 
 #include "common/checks.h"
 #include "cpu/global_conv.h"
+#include "cpu/global_conv_amx.h"
 
 namespace vosops::cpu {
 namespace {
@@ -227,7 +228,7 @@ Tensor weight_gradient(const Tensor& x, const Tensor& grad, int64_t kernel_h, in
   Tensor weight = torch::stable::new_empty(x, shape);
   const Lines lines{x.size(0), x.size(2), x.size(3), kernel_h == 1};
   const int64_t taps = std::max(kernel_h, kernel_w);
-  if (precision != "winograd" || x.scalar_type() == ScalarType::Double ||
+  if (precision != "winograd" || x.scalar_type() == ScalarType::Double || amx_sums_weights(grad) ||
       !winograd_helps(outputs, inputs, taps, lines.length()))
     return torch::stable::contiguous(conv_backward(grad, x, weight, kOfWeight));
   const ChannelsLastMap x_map(x), grad_map(grad);
