@@ -138,7 +138,11 @@ class Build(BuildExtension):
     """Plain libraries beside the package, each with its own objects (the same sources are compiled again)."""
 
     def finalize_options(self) -> None:
+        elsewhere = self.build_temp is not None
         super().finalize_options()
+        if not elsewhere:  # pip gives each build a folder that it throws away; ninja knows what is still good
+            base = self.get_finalized_command("build").build_base
+            self.build_temp = str((ROOT / base / "objects").absolute())
         if not self.inplace:  # a wheel serves every Python
             self.extensions = [extension for extension in self.extensions if extension.name != "vosops._C"]
 
