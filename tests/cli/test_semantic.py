@@ -160,6 +160,36 @@ def test_wrong_tiles(gridnet, clip, out, arguments, message):
     assert message in error_line(printed)
 
 
+def test_a_recurrent_network_forgets_where_a_scene_begins(monkeypatch, capsys, clip, tmp_path, out):
+    options = {"widths": (8, 8, 8), "num_classes": 4, "recurrent": "row1,head:depthwise"}
+    network = create_model("gridnet", **options)
+    torch.save(network.state_dict(), tmp_path / "recurrent.pth")
+
+    def run(*arguments):
+        given = ["--model", "gridnet", "--weights", tmp_path / "recurrent.pth", "--classes", 4]
+        given += [
+            "--option",
+            "widths=(8,8,8)",
+            "--option",
+            "recurrent=row1,head:depthwise",
+            "--device",
+            "cpu",
+        ]
+        return run_command(monkeypatch, capsys, "semantic", clip, "--out", out, *arguments, *given)
+
+    code, printed = run("--streaming", "--reset", 3, "--step", 2)
+    assert code == 0, printed
+    tracker = SemanticTracker(network, streaming=True)
+    for t in (0, 2, 4):
+        if t == 4:  # the first that is read from frame 3 on
+            tracker.reset()
+        expected = tracker.step(torch.from_numpy(FRAMES[t]).permute(2, 0, 1), output="labels")
+        np.testing.assert_array_equal(read_png(out / f"{t:05d}.png"), expected.numpy())
+    code, printed = run("--resume", "--streaming", "--step", 2)
+    assert code == 2
+    assert "--reset" in error_line(printed)
+
+
 def test_no_tiles_for_a_recurrent_network(vosops, clip, out):
     code, printed = vosops(clip, "--out", out, "--tile", 64)
     assert code == 2

@@ -42,6 +42,10 @@ def semantic(
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Carry the state instead of running four frames per frame.")
     ] = False,
+    reset: Annotated[
+        list[int] | None,
+        typer.Option(help="Forget the video before this frame number: a new scene begins. Repeatable."),
+    ] = None,
     tile: Annotated[
         int | None,
         typer.Option(
@@ -107,13 +111,14 @@ def semantic(
             out=out,
             source=source,
             masks=ClassLabels(class_palette(tracker.num_classes)),
-            loop=SemanticLoop(tracker, source, indices, short_side=size),
+            loop=SemanticLoop(tracker, source, indices, short_side=size, resets=reset or ()),
             arguments={
                 "input": source.title,
                 "input content": source.fingerprint(),
                 **settings.semantic_arguments(),
                 **_verdicts.arguments(settings.place),
                 "streaming": streaming,
+                **({"reset": sorted(reset)} if reset else {}),
                 **({} if tile is None else {"tile": tile, "tile-overlap": tile_overlap}),
                 "size": size,
                 "start": start,

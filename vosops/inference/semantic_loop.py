@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,14 +49,22 @@ class SemanticLoop:
         source: Frames; read in a thread, a few ahead.
         indices: Frame numbers to process.
         short_side: Short side of the computation in pixels, -1 for the input's size.
+        resets: Frame numbers before which the video so far is forgotten, because a new scene begins there.
     """
 
     def __init__(
-        self, tracker: SemanticTracker, source: FrameSource, indices: range, *, short_side: int
+        self,
+        tracker: SemanticTracker,
+        source: FrameSource,
+        indices: range,
+        *,
+        short_side: int,
+        resets: Collection[int] = (),
     ) -> None:
         self.tracker = tracker
         self.source = source
         self.indices = indices
+        self._resets = sorted(resets)
         self.compute_size = bounded_size(source.size, short_side)
         least = tracker.model.min_side
         if min(self.compute_size) < least:
@@ -89,6 +97,8 @@ class SemanticLoop:
         read = self.source.forward(range(self.position, self.indices.stop, step))
         with read_ahead(resized_frames(read, self.compute_size)) as ahead:
             for raw, image, frame in ahead:
+                if any(raw.index - step < reset <= raw.index for reset in self._resets):
+                    self.tracker.reset()
                 segmented = self._segment(raw, image, frame)
                 self.position = raw.index + step
                 yield segmented

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vosops import _checks, backends
 from vosops.models._tracking import check_frame, check_output
+from vosops.models.rows import Rows
 from vosops.models.semantic_network import FrameNetwork, SemanticNetwork, State, bands, labels_dtype
 
 __all__ = ["SemanticTracker"]
@@ -27,8 +28,9 @@ class SemanticTracker:
             everything runs; it is put into eval mode.
         window: without streaming each frame is the last of a clip of this many frames (fewer at a video's
             beginning), and the recurrent layers begin each clip with zeros: the original's way. What a frame
-            gives alone is computed once and kept, so only the recurrent layers work `window` times. 1 for a
-            network without such layers.
+            gives alone is computed once and kept, so only the recurrent layers work `window` times; a
+            FrameNetwork with several of them works as often up to the last of them. 1 for a network without
+            such layers.
         streaming: carry the recurrent state from frame to frame instead: everything is computed once, and a
             frame sees all those before it. The same for the first `window` frames, and different after.
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
@@ -150,14 +152,20 @@ class SemanticTracker:
     def _segment(self, frame: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice, Tensor]]:
         """Compute the logits of the next frame a piece at a time: where it is in the result, and (K,rows,columns)."""
         images = self.model.prepare(frame[None].to(self.device)).to(memory_format=self.memory_format)
+        logits: Tensor | None = None
         with self._computing():
             if self._frames_alone:
                 assert isinstance(self.model, FrameNetwork)
                 yield from self.model.pieces(images, size, tile=self.tile, overlap=self.overlap)
+            elif isinstance(self.model, FrameNetwork) and not self.naive:
+                window = None if self.streaming else self.window
+                found, self._state = self.model.advance(images, self._state, window=window, size=size)
+                for rows, band in self._bands(found, size):
+                    yield rows, slice(None), band
             else:
                 logits = self._logits(images)[0]
         self._size = (frame.shape[1], frame.shape[2])
-        if not self._frames_alone:
+        if logits is not None:
             for rows, band in self._bands(logits, size):
                 yield rows, slice(None), band
 
@@ -181,7 +189,7 @@ class SemanticTracker:
                 stack.enter_context(backends.use_backend("reference"))
             yield
 
-    def _bands(self, logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+    def _bands(self, logits: Tensor | Rows, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         return bands(logits, size, align_corners=self.model.align_corners, whole=self.naive)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vosops.models.semantic_network import SemanticNetwork, State
+from vosops.models.recurrence import State, run_layer
+from vosops.models.semantic_network import SemanticNetwork
 from vosops.nn import ConvLSTMCell
 
 __all__ = ["RFCN", "LSTMSegNet"]
@@ -107,13 +108,13 @@ class LSTMSegNet(_ClipNetwork):
         """See :class:`SemanticNetwork`."""
         new: State = {}
         x, *places, outline = features
-        x = _recur(self.lstms, "encoder", x, length, state, new)
+        x = run_layer(self.lstms, "encoder", x, length, state, new)
         if last and "decoder" not in self.lstms:
             x, *places = (m[length - 1 :: length] for m in (x, *places))
         sizes = [outline.shape[2:], *(place.shape[2:] for place in places[:-1])]
         for stage, place, size in zip(reversed(self.decoder), reversed(places), reversed(sizes), strict=True):
             x = stage(F.max_unpool2d(x, place, [2, 2], output_size=list(size)))
-        x = _recur(self.lstms, "decoder", x, length, state, new)
+        x = run_layer(self.lstms, "decoder", x, length, state, new)
         if last and "decoder" in self.lstms:
             x = x[length - 1 :: length]
         return self.classifier(x), new
@@ -159,7 +160,7 @@ class RFCN(_ClipNetwork):
         """See :class:`SemanticNetwork`."""
         new: State = {}
         deepest, *others = features
-        maps = [_recur(self.lstms, "deepest", deepest, length, state, new), *others]
+        maps = [run_layer(self.lstms, "deepest", deepest, length, state, new), *others]
         if last:
             maps = [x[length - 1 :: length] for x in maps]
         total: Tensor | None = None
@@ -191,15 +192,3 @@ def _stage(channels: int, outputs: Sequence[int]) -> nn.Sequential:
         ]
         channels = out
     return nn.Sequential(*layers)
-
-
-def _recur(
-    lstms: nn.ModuleDict, name: str, x: Tensor, length: int, state: State | None, new: State
-) -> Tensor:
-    """(N*length,C,h,w) through the ConvLSTM of this name, if there is one."""
-    if name not in lstms:
-        return x
-    layer = lstms[name]
-    assert isinstance(layer, ConvLSTMCell)
-    hidden, new[name] = layer.run(x.unflatten(0, (-1, length)), None if state is None else state[name])
-    return hidden.flatten(0, 1)

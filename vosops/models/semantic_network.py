@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,11 @@ from torch.nn import functional
 
 from vosops import _checks, backends
 from vosops.models._tracking import check_frame
+from vosops.models.recurrence import Recurrent, State, Time, build_layers, layer_options
 from vosops.models.rows import Cropped, Enlarged, Held, Mapped, Rows
 from vosops.models.tiles import Tile, cut_into_tiles
 
 __all__ = ["FrameNetwork", "SemanticNetwork", "Sides", "State", "bands"]
-
-State = dict[str, tuple[Tensor, Tensor]]
-"""Hidden and cell (N,C,h,w) of each recurrent layer, by its name."""
 
 _BYTE_VALUES = 256
 
@@ -113,6 +111,35 @@ def _is_changed(module: nn.Module) -> bool:
     return own not in _LAYERS and not module._modules and not own.__module__.startswith("vosops.")
 
 
+_BATCH = 1  # dimension of a state (L,N,C,h,w)
+
+
+def _begun_one_more(clips: State | None, most: int) -> State | None:
+    """Return the states of clips of one video, the oldest first, with another that begins; without those too old."""
+    if clips is None:
+        return None
+
+    def one_more(x: Tensor) -> Tensor:
+        kept = x[:, max(0, x.shape[_BATCH] - most + 1) :]
+        return torch.cat([kept, torch.zeros_like(x[:, :1])], _BATCH)
+
+    return {place: (one_more(h), one_more(c)) for place, (h, c) in clips.items()}
+
+
+def _split(clips: State | None) -> list[State | None]:
+    """Return the state of each clip."""
+    if clips is None:
+        return [None]
+    parts = {place: (h.split(1, _BATCH), c.split(1, _BATCH)) for place, (h, c) in clips.items()}
+    count = next(iter(clips.values()))[0].shape[_BATCH]
+    return [{place: (h[n], c[n]) for place, (h, c) in parts.items()} for n in range(count)]
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the states of a place in one."""
+    return torch.cat([h for h, _ in pairs], _BATCH), torch.cat([c for _, c in pairs], _BATCH)
+
+
 def labels_dtype(classes: int) -> torch.dtype:
     """Return the dtype of label maps: uint8, or int64 for more than 256 classes."""
     return torch.uint8 if classes <= _BYTE_VALUES else torch.int64
@@ -121,7 +148,7 @@ def labels_dtype(classes: int) -> torch.dtype:
 class SemanticNetwork(nn.Module, ABC):
     """A network of two halves: one that sees a frame alone, and one that is recurrent.
 
-    One that is not recurrent is a :class:`FrameNetwork`.
+    One that is not recurrent, or has ConvLSTMs at places of its own choice, is a :class:`FrameNetwork`.
     """
 
     num_classes: int
@@ -174,9 +201,25 @@ class FrameNetwork(SemanticNetwork):
     ...         return self.layer(images)
     >>> SemanticTracker(OneLayer()).step(torch.rand(3, 32, 48), output="labels").shape
     torch.Size([32, 48])
+
+    Those of this package have an option `recurrent`, by which a :class:`vosops.nn.ConvLSTM` takes the place of the map
+    at some of their `places`. `forward` then takes clips (N,T,C,H,W), or images (N,C,H,W) as a step, and a state, and
+    returns what it does otherwise and the state.
+
+    >>> from vosops.models import create_model
+    >>> network = create_model("unet", num_classes=4, recurrent="bottleneck")
+    >>> logits, state = network(torch.rand(1, 2, 3, 32, 48))
+    >>> logits.shape, network(torch.rand(1, 3, 32, 48), state)[0].shape
+    (torch.Size([1, 2, 4, 32, 48]), torch.Size([1, 4, 32, 48]))
     """
 
     recurrent = False
+    places: Mapping[str, int] = {}
+    """Where a ConvLSTM can be, in the order in which maps get there, and the channels of the map."""
+
+    time: Time | None = None
+    """What is known of a run through time while it lasts."""
+
     sides: Sides = Sides()
     """The heights and widths that `forward` takes; what is smaller or between them is padded by `features`."""
 
@@ -198,6 +241,58 @@ class FrameNetwork(SemanticNetwork):
     @abstractmethod
     def forward(self, images: Tensor) -> Any:
         """Images (N,3,H,W), as `prepare` gives them -> logits (N,K,h,w), in eval mode; they may be smaller."""
+
+    def set_places(self, places: Mapping[str, int], recurrent: Recurrent | None) -> None:
+        """Say which places there are, and put a ConvLSTM at those that are chosen; at the end of `__init__`.
+
+        What `forward` and `rows` make of the map at each place then passes :meth:`at` or :meth:`rows_at`, in the order
+        of `places`. Parameters are named ``lstms.PLACE.layers.N.*``. recurrent: places and options, see
+        :func:`vosops.models.recurrence.layer_options`. Raises ValueError for a place that there is not.
+        """
+        self.places = dict(places)
+        options = layer_options(recurrent, self.places)
+        self.recurrent = bool(options)
+        if options:
+            self.lstms = build_layers(options, self.places)
+            self.reach = None  # a state sees farther from frame to frame
+
+    def at(self, place: str, x: Tensor) -> Tensor:
+        """Map (N,C,h,w) at a place -> what the ConvLSTM there makes of it, a map of its own; x if there is none.
+
+        Without a run through time (:meth:`during`) each map is the first of a clip.
+        """
+        if not self._is_recurrent_at(place):
+            return x
+        return (self.time or Time()).run(place, self.lstms[place], x)  # type: ignore[arg-type]
+
+    def rows_at(self, place: str, x: Rows) -> Rows:
+        """Do the same with rows; where there is no ConvLSTM they stay what they are."""
+        return Held(self.at(place, x.whole())) if self._is_recurrent_at(place) else x
+
+    def classify(self, head: nn.Sequential, x: Tensor) -> Tensor:
+        """Return what a head makes of a map; the place "head" is before its last module."""
+        if not self._is_recurrent_at("head"):
+            logits: Tensor = head(x)
+            return logits
+        logits = head[-1](self.at("head", head[:-1](x)))
+        return logits
+
+    def _is_recurrent_at(self, place: str) -> bool:
+        return self.recurrent and place in self.lstms  # type: ignore[operator]
+
+    @contextmanager
+    def during(self, time: Time) -> Iterator[Time]:
+        """Run maps through time while the context lasts."""
+        self.time = time
+        try:
+            yield time
+        finally:
+            self.time = None
+
+    @property
+    def optional_weights(self) -> tuple[str, ...]:
+        """How names begin that a checkpoint may lack as a whole: a network that is trained before it is recurrent."""
+        return ("lstms.",) if self.recurrent else ()
 
     def rows(self, images: Tensor) -> Rows:
         """Images -> the logits of `forward`, in eval mode without gradients, as rows that are made when asked for.
@@ -247,22 +342,35 @@ class FrameNetwork(SemanticNetwork):
         own = images.shape[2:]
         images = self._padded(images)
         padded = images.shape[2:]
-        logits = self.rows(images) if self.streams else Held(self(images))
+        logits = self.rows(images) if self.streams else Held(self._of_frames(images))
         if padded != own:
             logits = Cropped(Enlarged(logits, padded, align_corners=self.align_corners), own)
         return Enlarged(logits, size or own, align_corners=self.align_corners)
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`SemanticNetwork`: the logits, of images that are padded to sides that `forward` takes."""
+        """See :class:`SemanticNetwork`: the logits, of images that are padded to sides that `forward` takes.
+
+        Of a recurrent network the images: all of it is run for each frame of a clip, see :meth:`advance`.
+        """
+        return (images if self.recurrent else self._logits_inside(images),)
+
+    def _logits_inside(self, images: Tensor) -> Tensor:
+        """Return logits of images of any size; at their size where `forward` does not take it."""
         height, width = images.shape[2:]
         padded = self._padded(images)
         size = padded.shape[2:]
-        logits: Tensor = self(padded)
+        logits = self._of_frames(padded)
         if size == (height, width):
-            return (logits,)
+            return logits
         if logits.shape[2:] != size:
             logits = functional.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
-        return (logits[:, :, :height, :width],)
+        return logits[:, :, :height, :width]
+
+    def _of_frames(self, images: Tensor) -> Tensor:
+        """Return what `forward` does without the state."""
+        found = self(images)
+        logits: Tensor = found[0] if self.recurrent and self.time is None else found
+        return logits
 
     def _padded(self, images: Tensor) -> Tensor:
         """Repeat the last row and column of images up to sides that `forward` takes."""
@@ -276,8 +384,44 @@ class FrameNetwork(SemanticNetwork):
         self, features: tuple[Tensor, ...], length: int, state: State | None = None, *, last: bool = False
     ) -> tuple[Tensor, State]:
         """See :class:`SemanticNetwork`."""
-        (logits,) = features
-        return (logits[length - 1 :: length] if last else logits), {}
+        (x,) = features
+        after: State = {}
+        if self.recurrent:
+            with self.during(Time(length, state)) as time:
+                x = self._logits_inside(x)
+            after = time.after
+        return (x[length - 1 :: length] if last else x), after
+
+    def advance(
+        self,
+        images: Tensor,
+        state: State | None = None,
+        *,
+        window: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Rows, State]:
+        """Segment the next frame (1,C,H,W) of a video: logits (1,K,*size) as rows, see `logit_rows`, and the state.
+
+        Args:
+            images: The frame, as `prepare` gives it.
+            state: What the frame before returned with the same window; None begins a video.
+            window: The frame is the last of a clip of that many, which begins with zeros. Its ConvLSTM is then run as
+                often, or all that precedes the last of several. None: the state is that of all frames before.
+            size: As for `logit_rows`.
+        """
+        if window is None:
+            with self.during(Time(1, state)) as time:
+                return self.logit_rows(images, size), time.after
+        clips = _begun_one_more(state, window)
+        if len(self.lstms) == 1:  # type: ignore[arg-type]
+            with self.during(Time(1, clips, windows=True)) as time:
+                return self.logit_rows(images, size), time.after
+        found: list[State] = []
+        for clip in reversed(_split(clips)):  # the last that is run is the oldest, whose result is wanted
+            with self.during(Time(1, clip)) as time:
+                rows = self.logit_rows(images, size)
+            found.insert(0, time.after)
+        return rows, {place: _joined([after[place] for after in found]) for place in found[0]}
 
     def pieces(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,8 +25,10 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
     path: safetensors (by its suffix) or a checkpoint of ``torch.save``, read with ``weights_only=True``; for what may
     be in it see :func:`read_weights`. A ``model.`` before every name is removed too, unless the module's own names
-    have it, and names that begin as its ``unused_weights`` say are passed over. The values are brought to the module's
-    dtypes and device. Raises ValueError that names the first keys missing, unexpected or misshapen, and then changes
+    have it, and names that begin as its ``unused_weights`` say are passed over. All of those that begin as its
+    ``optional_weights`` say may be absent (a recurrent network begins with the weights of one that was not): a warning
+    then names the first, and they keep their values. The values are brought to the module's dtypes and device. Raises
+    ValueError that names the first keys missing, unexpected or misshapen, and then changes
     nothing; FileNotFoundError.
 
         >>> import torch
@@ -41,6 +44,9 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     prefixes = [x for x in _PREFIXES if x not in kept]
     given = _read(path, prefixes, tuple(getattr(module, "unused_weights", ())))
     missing = [name for name in own if name not in given and not name.endswith(_COUNTER)]
+    optional = [name for name in own if name.startswith(tuple(getattr(module, "optional_weights", ())))]
+    absent = optional if all(name in missing for name in optional) else []
+    missing = [name for name in missing if name not in absent]
     unexpected = [name for name in given if name not in own]
     misshapen = [
         f"{name} is {tuple(given[name].shape)} and must be {tuple(own[name].shape)}"
@@ -48,7 +54,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         if name in given and given[name].shape != own[name].shape
     ]
     problems = [
-        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        f"{len(names)} {kind} ({_first_of(names)})"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
         if names
     ]
@@ -58,6 +64,16 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             f"{'; '.join(problems)}"
         )
     module.load_state_dict(given, strict=False)
+    if absent:
+        warnings.warn(
+            f"{path} has none of the {len(absent)} recurrent weights of {type(module).__name__} "
+            f"({_first_of(absent)}): they keep their values",
+            stacklevel=2,
+        )
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vosops import _checks
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Added, Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
 from vosops.models.segmentation._layers import chain
@@ -90,14 +91,13 @@ class _Head(nn.Module):
             nn.Sequential(nn.Dropout2d(_DROPOUT), nn.Conv2d(inner, num_classes, 1)) for _ in range(3)
         )
 
-    def rows(self, x: Tensor) -> Rows:
-        """Return the logits of the sum; what each attention sees alone is classified in training only."""
+    def rows(self, x: Tensor) -> list[Rows]:
+        """Return what the position attention and the channel attention lead to."""
         positions, channels = (chain(Held(x), conv).whole() for conv in (self.conv5a, self.conv5c))
         del x
         attended = [Held(self.sa.whole(positions)), Held(self.sc.whole(channels))]
         del positions, channels
-        both = (chain(y, conv) for y, conv in zip(attended, (self.conv51, self.conv52), strict=True))
-        return chain(Added(list(both)), self.conv8)
+        return [chain(y, conv) for y, conv in zip(attended, (self.conv51, self.conv52), strict=True)]
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the position attention and the channel attention lead to."""
@@ -115,6 +115,9 @@ class DANet(FrameNetwork):
             7x7 of the published DANet101.pth.tar.
         multi_grid: Dilations of the last stage's three blocks; (4, 8, 16) for the published DANet101.pth.tar, None for
             (2, 4, 4).
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", the backbone's 2048 channels
+            ("depthwise" or "separable": a full kernel has 302 million weights), "positions" and "channels", what each
+            attention leads to, and "head", their sum.
 
     `forward` gives logits (N,K,H,W) of images (N,C,H,W) of any size; in training mode those of the sum, of the position
     attention and of the channel attention, of which the loss is the sum of three. Parameters are named as in
@@ -142,6 +145,7 @@ class DANet(FrameNetwork):
         backbone: str = "resnet50",
         deep_stem: bool = True,
         multi_grid: Sequence[int] | None = None,
+        recurrent: Recurrent | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
@@ -155,19 +159,25 @@ class DANet(FrameNetwork):
             backbone, in_channels, output_stride=_OUTPUT_STRIDE, deep=deep_stem, multi_grid=multi_grid
         )
         self.head = _Head(num_classes)
+        inner = _CHANNELS // _NARROWING
+        places = {"bottleneck": _CHANNELS, "positions": inner, "channels": inner, "head": inner}
+        self.set_places(places, recurrent)
 
     def rows(self, images: Tensor) -> Rows:
         """See :class:`FrameNetwork`: what is held is the backbone's last map, and then what attention reads of it."""
-        logits = self.head.rows(self.pretrained.whole(Held(images))).whole()
+        found = self.head.rows(self.at("bottleneck", self.pretrained.whole(Held(images))))
+        both = [self.rows_at(place, x) for place, x in zip(("positions", "channels"), found, strict=True)]
+        del found
+        # What each attention sees alone is classified in training only.
+        logits = chain(self.rows_at("head", Added(both)), self.head.conv8).whole()
         return Enlarged(Held(logits), images.shape[2:], align_corners=True)
 
+    @through_time
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,H,W), in training mode of the sum, of positions and of channels."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
-        positions, channels = self.head.features(self.pretrained.maps(images)[-1])
-        logits = [self.head.conv8(positions + channels)]
+        found = self.head.features(self.at("bottleneck", self.pretrained.maps(images)[-1]))
+        positions, channels = (self.at(*x) for x in zip(("positions", "channels"), found, strict=True))
+        logits = [self.head.conv8(self.at("head", positions + channels))]
         if self.training or self.naive:
             logits += [self.head.conv6(positions), self.head.conv7(channels)]
         enlarged = tuple(resize(x, images.shape[2:], align_corners=True) for x in logits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Held, Rows, Unpooled, pool_with_places
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu
 from vosops.models.segmentation._layers import chain
@@ -37,6 +38,8 @@ class DeconvNet(FrameNetwork):
     Args:
         num_classes: K.
         in_channels: C.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", the map before the first unpooling,
+            "decoder5" to "decoder2", the maps after those stages, and "head", what the classifier reads.
 
     Source: Jasonlee1995/DeconvNet, `DeconvNet`. The paper merges what 50 proposals of an image give, each a crop of
     224 x 224; that is not part of the network.
@@ -54,7 +57,9 @@ class DeconvNet(FrameNetwork):
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
-    def __init__(self, num_classes: int = 21, *, in_channels: int = 3) -> None:
+    def __init__(
+        self, num_classes: int = 21, *, in_channels: int = 3, recurrent: Recurrent | None = None
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -81,22 +86,24 @@ class DeconvNet(FrameNetwork):
             if stage == 1:
                 layers.append(nn.ConvTranspose2d(inputs, num_classes, 1))
             self.add_module(f"deconv{stage}", nn.Sequential(*layers))
+        decoders = {f"decoder{stage}": _STAGES[stage - 2][-1] for stage in range(len(_STAGES), 1, -1)}
+        self.set_places({"bottleneck": _STAGES[-1][-1], **decoders, "head": _STAGES[0][0]}, recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         x: Tensor = images
         places = []
         for stage in range(1, len(_STAGES) + 1):
             x, place = functional.max_pool2d(self.get_submodule(f"conv{stage}")(x), 2, return_indices=True)
             places.append(place)
-        x = self.deconv67(self.conv67(x))
-        for stage in range(len(_STAGES), 0, -1):
+        x = self.at("bottleneck", self.deconv67(self.conv67(x)))
+        for stage in range(len(_STAGES), 1, -1):
             unpooled = functional.max_unpool2d(x, places.pop(), [2, 2])
-            x = self.get_submodule(f"deconv{stage}")(unpooled)
-        return x
+            x = self.at(f"decoder{stage}", self.get_submodule(f"deconv{stage}")(unpooled))
+        last = self.get_submodule("deconv1")
+        assert isinstance(last, nn.Sequential)
+        return self.classify(last, functional.max_unpool2d(x, places.pop(), [2, 2]))
 
     def rows(self, images: Tensor) -> Rows:
         """See :class:`FrameNetwork`: what is held is a pooled map, and two bits for each value of those before it."""
@@ -105,10 +112,11 @@ class DeconvNet(FrameNetwork):
         for stage in range(1, len(_STAGES) + 1):
             x, places = pool_with_places(chain(Held(x), self.get_submodule(f"conv{stage}")))
             pooled.append(places)
-        x = self.deconv67(self.conv67(x))
-        for stage in range(len(_STAGES), 0, -1):
+        x = self.at("bottleneck", self.deconv67(self.conv67(x)))
+        while True:
+            stage = len(pooled)
             up = Unpooled(Held(x), pooled.pop(), [2 * side for side in x.shape[2:]])
-            y = chain(up, self.get_submodule(f"deconv{stage}"))
-            if stage > 1:
-                x = y.whole()
-        return y
+            *layers, last = self.get_submodule(f"deconv{stage}").children()
+            if stage == 1:
+                return chain(self.rows_at("head", chain(up, *layers)), last)
+            x = self.at(f"decoder{stage}", chain(up, *layers, last).whole())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vosops import _checks
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
 from vosops.models.segmentation._layers import chain
@@ -77,11 +78,9 @@ class _Head(nn.Module):
             *conv_bn_relu(_LOW_CHANNELS + _CHANNELS, _CHANNELS, 3), nn.Conv2d(_CHANNELS, num_classes, 1)
         )
 
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        low = self.project(low)
-        high = resize(self.aspp(high), low.shape[2:], align_corners=False)
-        logits: Tensor = self.classifier(torch.cat([low, high], 1))
-        return logits
+    def joined(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return what the last two convolutions read."""
+        return torch.cat([low, resize(high, low.shape[2:], align_corners=False)], 1)
 
 
 class DeepLabV3Plus(FrameNetwork):
@@ -92,6 +91,8 @@ class DeepLabV3Plus(FrameNetwork):
         in_channels: Of the images.
         backbone: "resnet50", "resnet101", "mobilenet_v2" or "xception".
         output_stride: Of the backbone's last map: 16, or 8 for a finer one that costs more.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", what the parallel convolutions give,
+            "low", the 48 channels of the finer map, and "head", what the classifier reads.
 
     `forward` gives logits (N,K,H,W) of images (N,C,H,W). They may have any size, with "xception" sides of at least 71,
     or 103 where output_stride is 8, and of at least 3 with "mobilenet_v2". Parameters are named as in
@@ -115,6 +116,7 @@ class DeepLabV3Plus(FrameNetwork):
         in_channels: int = 3,
         backbone: str = "resnet50",
         output_stride: int = 16,
+        recurrent: Recurrent | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
@@ -134,20 +136,24 @@ class DeepLabV3Plus(FrameNetwork):
         self.classifier = _Head(
             self.backbone.low_channels, self.backbone.channels, _RATES[output_stride], num_classes
         )
+        self.set_places({"bottleneck": _CHANNELS, "low": _LOW_CHANNELS, "head": _CHANNELS}, recurrent)
 
     def rows(self, images: Tensor) -> Rows:
         """See :class:`FrameNetwork`: what is held is the backbone's map, and 48 channels of the fine one."""
         maps = self.backbone.streamed_pair(Held(images))
         low = chain(Held(next(maps)), self.classifier.project).whole()
-        coarse = Held(self.classifier.aspp.rows(next(maps)).whole())
-        joined = [Held(low), Enlarged(coarse, low.shape[2:], align_corners=False)]
-        logits = chain(joined, self.classifier.classifier).whole()
+        coarse = Held(self.at("bottleneck", self.classifier.aspp.rows(next(maps)).whole()))
+        joined = [Held(self.at("low", low)), Enlarged(coarse, low.shape[2:], align_corners=False)]
+        del low
+        *layers, last = self.classifier.classifier
+        logits = chain(self.rows_at("head", chain(joined, *layers)), last).whole()
         return Enlarged(Held(logits), images.shape[2:], align_corners=False)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
-        logits = self.classifier(*self.backbone(images))
+        fine, coarse = self.backbone(images)
+        low = self.at("low", self.classifier.project(fine))
+        high = self.at("bottleneck", self.classifier.aspp(coarse))
+        logits = self.classify(self.classifier.classifier, self.classifier.joined(low, high))
         return resize(logits, images.shape[2:], align_corners=False)

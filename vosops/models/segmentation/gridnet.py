@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Added, Held, Rows
 from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
@@ -83,6 +84,8 @@ class GridNet(FrameNetwork):
         num_classes: K.
         in_channels: C.
         widths: Channels of each row, the finest first.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "row1", "row2" ..., the maps of the rows in the
+            middle of the grid, "bottleneck", that of the last row, and "head", what the last block reads.
 
     Source: daigo0927/GridNet, `GridNet`: parametric ReLUs and no batch norm, bilinear enlargement between pixel
     centres, three columns down and three up. The authors' has five rows, batch norm, transposed convolutions and
@@ -97,7 +100,12 @@ class GridNet(FrameNetwork):
     COLUMNS = 6
 
     def __init__(
-        self, num_classes: int = 19, *, in_channels: int = 3, widths: Sequence[int] = (32, 64, 96)
+        self,
+        num_classes: int = 19,
+        *,
+        in_channels: int = 3,
+        widths: Sequence[int] = (32, 64, 96),
+        recurrent: Recurrent | None = None,
     ) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -118,12 +126,12 @@ class GridNet(FrameNetwork):
                 self.add_module(f"down_{row}_{column}", _Down(fine, coarse))
                 self.add_module(f"up_{row}_{column}", _Up(coarse, fine))
         self.lateral_final = _Lateral(widths[0], num_classes)
+        self.rows_places = [*(f"row{n}" for n in range(1, self.scales)), "bottleneck"]
+        self.set_places({**dict(zip(self.rows_places, widths, strict=True)), "head": widths[0]}, recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         half = self.COLUMNS // 2
         state: list[Tensor] = [self.lateral_init(images)]
         for row in range(1, self.scales):
@@ -133,12 +141,13 @@ class GridNet(FrameNetwork):
             for row in range(1, self.scales):
                 down = self.get_submodule(f"down_{row - 1}_{column}")(state[row - 1])
                 state[row] = down + self.get_submodule(f"lateral_{row}_{column - 1}")(state[row])
+        state = [self.at(place, x) for place, x in zip(self.rows_places, state, strict=True)]
         for column in range(half, self.COLUMNS):
             state[-1] = self.get_submodule(f"lateral_{self.scales - 1}_{column - 1}")(state[-1])
             for row in reversed(range(self.scales - 1)):
                 up = self.get_submodule(f"up_{row}_{column - half}")(state[row + 1])
                 state[row] = up + self.get_submodule(f"lateral_{row}_{column - 1}")(state[row])
-        logits: Tensor = self.lateral_final(state[0])
+        logits: Tensor = self.lateral_final(self.at("head", state[0]))
         return logits
 
     def rows(self, images: Tensor) -> Rows:
@@ -151,13 +160,15 @@ class GridNet(FrameNetwork):
             for row in range(self.scales):
                 above = chain(Held(state[row - 1]), self._part("down", row - 1, column).f) if row else None
                 self._part("lateral", row, column - 1).add_to(state[row], above)
+        for row, place in enumerate(self.rows_places):
+            state[row] = self.at(place, state[row])
         for column in range(half, self.COLUMNS):
             for row in reversed(range(self.scales)):
                 below = None
                 if row + 1 < self.scales:
                     below = chain(Held(state[row + 1]), self._part("up", row, column - half).f)
                 self._part("lateral", row, column - 1).add_to(state[row], below)
-        return self.lateral_final.rows(Held(state[0]))
+        return self.lateral_final.rows(Held(self.at("head", state[0])))
 
     def _part(self, kind: str, row: int, column: int) -> Any:
         return self.get_submodule(f"{kind}_{row}_{column}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops import _checks
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Added, Convolved, Enlarged, Held, Mapped, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
 from vosops.models.segmentation._layers import chain, folded
@@ -20,6 +21,7 @@ from vosops.ops.memory_read import memory_read
 
 __all__ = ["HRNetW18", "HRNetW32", "HRNetW48", "HRNetW48OCR", "ObjectAttention", "SpatialGather"]
 
+_PLACES = ("branch1", "branch2", "branch3", "bottleneck")  # of ConvLSTMs
 _STEM = 64  # channels of the first two convolutions, and of the middle of the bottlenecks
 _FIRST_BLOCKS = (1, 1, 1, 1)  # dilations of the bottlenecks
 _BRANCHES = 4
@@ -130,7 +132,7 @@ class _HRNet(FrameNetwork):
         self.bn2 = nn.BatchNorm2d(_STEM)
         self.layer1 = bottlenecks(_STEM, _STEM, _FIRST_BLOCKS)
         widths = [width << n for n in range(_BRANCHES)]
-        self.channels = sum(widths)
+        self.widths, self.channels = widths, sum(widths)
         before = [_STEM * EXPANSION]
         for stage, modules in _MODULES.items():
             self.add_module(f"transition{stage - 1}", _transition(before, widths[:stage]))
@@ -156,19 +158,25 @@ class _HRNet(FrameNetwork):
             for module in self.get_submodule(f"stage{stage}").children():
                 assert isinstance(module, _Module)
                 maps = module.whole(maps)
-        return maps
+        return [self.at(place, x) for place, x in zip(_PLACES, maps, strict=True)]
 
-    def head_rows(self, maps: Sequence[Tensor], head: nn.Sequential) -> Rows:
-        """Return what a head makes of the maps joined; its first 1x1 convolution sees each at its own size."""
-        first, norm, _, last = head
+    def inner_rows(self, maps: Sequence[Tensor], head: nn.Sequential) -> Rows:
+        """Return what a head's last convolution reads.
+
+        The first, of 1x1, sees each map at its own size instead of all that are joined.
+        """
+        first, norm, _, _ = head
         assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
         weight, bias = folded(first, norm)
         weights = weight.split([x.shape[1] for x in maps], 1)
         size, corners = maps[0].shape[2:], self.align_corners
         parts = [Convolved([Held(maps[0])], weights[0], bias)]
         parts += [Convolved([Held(x)], part) for x, part in zip(maps[1:], weights[1:], strict=True)]
-        total = Added([Enlarged(x, size, align_corners=corners) for x in parts], slope=0.0)
-        return chain(total, last)
+        return Added([Enlarged(x, size, align_corners=corners) for x in parts], slope=0.0)
+
+    def put_places(self, head: int, recurrent: Recurrent | None) -> None:
+        """Name the places: the branches, and what is classified, of that many channels."""
+        self.set_places({**dict(zip(_PLACES, self.widths, strict=True)), "head": head}, recurrent)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Images (N,C,H,W) -> the maps of the four branches, the finest first."""
@@ -179,7 +187,7 @@ class _HRNet(FrameNetwork):
             layers = self.get_submodule(f"transition{stage - 1}").children()
             new = [layer(maps[min(n, len(maps) - 1)]) for n, layer in enumerate(layers)]
             maps = self.get_submodule(f"stage{stage}")(new)
-        return maps
+        return [self.at(place, x) for place, x in zip(_PLACES, maps, strict=True)]
 
     def joined(self, maps: Sequence[Tensor]) -> Tensor:
         """Return the maps of the branches, enlarged to the finest, in one."""
@@ -205,22 +213,30 @@ def _pixel_head(channels: int, num_classes: int) -> nn.Sequential:
 
 
 class _PlainHRNet(_HRNet):
-    def __init__(self, width: int, num_classes: int, in_channels: int, align_corners: bool) -> None:
-        super().__init__(width, num_classes, in_channels, align_corners)
+    width: int
+
+    def __init__(
+        self,
+        num_classes: int = 19,
+        *,
+        in_channels: int = 3,
+        align_corners: bool = True,
+        recurrent: Recurrent | None = None,
+    ) -> None:
+        super().__init__(self.width, num_classes, in_channels, align_corners)
         self.last_layer = _pixel_head(self.channels, num_classes)
         self.draw()
+        self.put_places(self.channels, recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,h,w) at a quarter of the size, rounded up."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
-        logits: Tensor = self.last_layer(self.joined(self.maps(images)))
-        return logits
+        return self.classify(self.last_layer, self.joined(self.maps(images)))
 
     def rows(self, images: Tensor) -> Rows:
         """See :class:`FrameNetwork`: what is held are the maps of the four branches."""
-        return Held(self.head_rows(self.streamed(images), self.last_layer).whole())
+        x = self.rows_at("head", self.inner_rows(self.streamed(images), self.last_layer))
+        return Held(chain(x, self.last_layer[-1]).whole())
 
 
 class HRNetW48(_PlainHRNet):
@@ -232,6 +248,8 @@ class HRNetW48(_PlainHRNet):
         align_corners: How maps are enlarged, and logits by whoever enlarges them. True for the checkpoints of the
             branch HRNet-OCR for COCO-Stuff and ADE20K; False for those of pytorch-v1.1 and of Cityscapes, LIP and
             PASCAL-Context.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "branch1" to "branch3", the maps of the finer
+            branches, "bottleneck", that of the coarsest, and "head", what the classifier reads.
 
     `forward` gives logits (N,K,h,w) of images (N,C,H,W) of any size, at a quarter of it, rounded up. Parameters are
     named as in HRNet-Semantic-Segmentation. Raises ValueError for an option that cannot be.
@@ -245,22 +263,19 @@ class HRNetW48(_PlainHRNet):
         torch.Size([1, 5, 8, 12])
     """
 
-    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
-        super().__init__(48, num_classes, in_channels, align_corners)
+    width = 48
 
 
 class HRNetW32(_PlainHRNet):
     """HRNetV2 with 32 channels in its finest branch; otherwise :class:`HRNetW48`."""
 
-    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
-        super().__init__(32, num_classes, in_channels, align_corners)
+    width = 32
 
 
 class HRNetW18(_PlainHRNet):
     """HRNetV2 with 18 channels in its finest branch; otherwise :class:`HRNetW48`."""
 
-    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
-        super().__init__(18, num_classes, in_channels, align_corners)
+    width = 18
 
 
 class SpatialGather(nn.Module):
@@ -344,6 +359,8 @@ class HRNetW48OCR(_HRNet):
         num_classes: K.
         in_channels: Of the images.
         align_corners: How maps are enlarged, and logits by whoever enlarges them; True for all published checkpoints.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "branch1" to "branch3", the maps of the finer
+            branches, "bottleneck", that of the coarsest, and "head", what the classifier reads.
 
     `forward` gives logits (N,K,h,w) of images (N,C,H,W) of any size, at a quarter of it, rounded up; in training mode
     those of the first guess, of which the loss takes 0.4 times, and the logits. Parameters are named as in
@@ -358,7 +375,14 @@ class HRNetW48OCR(_HRNet):
         torch.Size([1, 5, 8, 12])
     """
 
-    def __init__(self, num_classes: int = 19, *, in_channels: int = 3, align_corners: bool = True) -> None:
+    def __init__(
+        self,
+        num_classes: int = 19,
+        *,
+        in_channels: int = 3,
+        align_corners: bool = True,
+        recurrent: Recurrent | None = None,
+    ) -> None:
         super().__init__(48, num_classes, in_channels, align_corners)
         self.conv3x3_ocr = nn.Sequential(*conv_bn_relu(self.channels, _OCR_CHANNELS, 3, bias=True))
         self.ocr_gather_head = SpatialGather()
@@ -366,25 +390,26 @@ class HRNetW48OCR(_HRNet):
         self.cls_head = nn.Conv2d(_OCR_CHANNELS, num_classes, 1)
         self.aux_head = _pixel_head(self.channels, num_classes)
         self.draw()
+        self.put_places(_OCR_CHANNELS, recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,h,w) at a quarter of the size; in training mode (first guess, logits)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         joined = self.joined(self.maps(images))
         guess = self.aux_head(joined)
         features = self.conv3x3_ocr(joined)
-        logits = self.cls_head(self.ocr_distri_head(features, self.ocr_gather_head(features, guess)))
+        x = self.ocr_distri_head(features, self.ocr_gather_head(features, guess))
+        logits = self.cls_head(self.at("head", x))
         return (guess, logits) if self.training else logits
 
     def rows(self, images: Tensor) -> Rows:
         """See :class:`FrameNetwork`: what is held are the maps of the four branches, and then 512 channels."""
         maps = self.streamed(images)
-        guess = self.head_rows(maps, self.aux_head).whole()
+        guess = chain(self.inner_rows(maps, self.aux_head), self.aux_head[-1]).whole()
         size, corners = maps[0].shape[2:], self.align_corners
         joined = [Enlarged(Held(x), size, align_corners=corners) for x in maps]
         features = chain(joined, self.conv3x3_ocr).whole()
         del joined, maps
         objects = self.ocr_gather_head.read(features, guess)
-        return Held(chain(self.ocr_distri_head.rows(Held(features), objects), self.cls_head).whole())
+        x = self.rows_at("head", self.ocr_distri_head.rows(Held(features), objects))
+        return Held(chain(x, self.cls_head).whole())

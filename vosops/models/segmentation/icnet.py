@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops import _checks
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Added, Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
 from vosops.models.segmentation._layers import chain
@@ -52,10 +53,15 @@ class _CascadeFusion(nn.Module):
         enlarged = Enlarged(low, high.size[2:], align_corners=True)
         return chain(enlarged, self.conv_low, addend=chain(high, self.conv_high), slope=0.0)
 
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    def parts_rows(self, low: Rows, high: Rows) -> tuple[Rows, Rows]:
+        """Return what `rows` adds."""
+        enlarged = Enlarged(low, high.size[2:], align_corners=True)
+        return chain(enlarged, self.conv_low), chain(high, self.conv_high)
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what is added before the ReLU, and the logits in training mode."""
         low = self.conv_low(resize(low, high.shape[2:], align_corners=True))
-        logits = self.conv_low_cls(low) if self.training else None
-        return functional.relu(low + self.conv_high(high)), logits
+        return low, self.conv_high(high), self.conv_low_cls(low) if self.training else None
 
 
 class _Head(nn.Module):
@@ -72,6 +78,10 @@ class ICNet(FrameNetwork):
     Args:
         num_classes: K.
         in_channels: Of the images.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", "medium" and "high", the 128 channels
+            that the three branches contribute, after their batch norms, and "head", what the classifier reads, as in
+            LSTM-ICNet's versions: v1 is "high", v2 "head", v3 "bottleneck", v4 the first two, v5 the first three, v6
+            all.
 
     `forward` gives logits (N,K,h,w) of images (N,C,H,W) with sides of 4 pixels or more; h is the height rounded up to
     a multiple of 8, so for other sizes the logits are larger than the image. In training mode it gives four: these,
@@ -95,7 +105,9 @@ class ICNet(FrameNetwork):
     sides = Sides(least=_QUARTER)
     stride = 32
 
-    def __init__(self, num_classes: int = 19, *, in_channels: int = 3) -> None:
+    def __init__(
+        self, num_classes: int = 19, *, in_channels: int = 3, recurrent: Recurrent | None = None
+    ) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
         self.in_channels = _checks.check_positive_int("in_channels", in_channels)
@@ -108,6 +120,7 @@ class ICNet(FrameNetwork):
             )
         )
         self.head = _Head(num_classes)
+        self.set_places(dict.fromkeys(("bottleneck", "medium", "high", "head"), _CHANNELS), recurrent)
 
     def rows(self, images: Tensor) -> Rows:
         """See :class:`FrameNetwork`: what is held is the last map of each branch, at most."""
@@ -124,28 +137,39 @@ class ICNet(FrameNetwork):
         )
         Added([x, *means]).whole(into=low)
         medium = self.pretrained.whole(next(scaled), last=_MEDIUM_STAGES)
-        fused = Held(self.head.cff_24.rows(x, Held(medium)).whole())
+        fused = Held(self._fused_rows(self.head.cff_24, x, Held(medium), "bottleneck", "medium").whole())
         del low, medium, x
         high = chain(image, *(layer for convolution in self.conv_sub1 for layer in convolution.children()))
-        logits = self.head.cff_12.rows(fused, high)
+        last = self.rows_at("head", self._fused_rows(self.head.cff_12, fused, high, None, "high"))
         # A 1x1 convolution without bias of an enlarged map is the enlarged convolution.
-        x = Held(chain(logits, self.head.conv_cls).whole())
+        x = Held(chain(last, self.head.conv_cls).whole())
         for factor in (2, 2 * _QUARTER):
-            x = Enlarged(x, [factor * side for side in logits.size[2:]], align_corners=True)
+            x = Enlarged(x, [factor * side for side in last.size[2:]], align_corners=True)
         return x
 
+    def _fused_rows(
+        self, fusion: _CascadeFusion, low: Rows, high: Rows, of_low: str | None, of_high: str
+    ) -> Rows:
+        """Return the sum of two branches, each with the ConvLSTM of its place."""
+        if not self.recurrent:
+            return fusion.rows(low, high)
+        first, second = fusion.parts_rows(low, high)
+        return Added(
+            [self.rows_at(of_low, first) if of_low else first, self.rows_at(of_high, second)], slope=0.0
+        )
+
+    @through_time
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,h,w); in training mode at full size, 1/4, 1/8 and 1/16."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         high = self.conv_sub1(images)
         stages = _LOW_STAGES if self.naive else _MEDIUM_STAGES  # the original computes all, and uses two
         medium = self.pretrained.maps(_scaled(images, 2), stages)[_MEDIUM_STAGES - 1]
         low = _with_pyramid(self.pretrained.maps(_scaled(images, _QUARTER), _LOW_STAGES)[-1])
-        medium, logits_16 = self.head.cff_24(low, medium)
-        high, logits_8 = self.head.cff_12(medium, high)
-        logits_4 = self.head.conv_cls(_enlarged(high, 2))
+        low, medium, logits_16 = self.head.cff_24(low, medium)
+        medium = functional.relu(self.at("bottleneck", low) + self.at("medium", medium))
+        medium, high, logits_8 = self.head.cff_12(medium, high)
+        high = functional.relu(medium + self.at("high", high))
+        logits_4 = self.head.conv_cls(_enlarged(self.at("head", high), 2))
         logits = _enlarged(logits_4, _QUARTER)
         return (logits, logits_4, logits_8, logits_16) if self.training else logits
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Held, Pooled, Repeated, Rows
 from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork
@@ -16,6 +17,7 @@ from vosops.models.semantic_network import FrameNetwork
 __all__ = ["ICNN"]
 
 _WIDTHS = (8, 16, 24, 32)  # of the four rows, the finest first
+_PLACES = ("row1", "row2", "row3", "bottleneck")  # of ConvLSTMs
 _CELLS = 3
 
 
@@ -119,6 +121,8 @@ class ICNN(FrameNetwork):
         num_classes: K; 9 of the whole face, or with ``part`` 2 of an eyebrow, an eye or a nose, and 4 of the mouth.
         in_channels: C.
         part: The network of the second stage, which sees a part of the face.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "row1" to "row3", the maps after the last cell,
+            "bottleneck", the coarsest of them, and "head", all in one.
 
     The original sees a whole face at 64 x 64, eyebrows, eyes and noses at 64 x 64 and the mouth at 80 x 80. Parts on
     the right are mirrored for the network of the left. Source: aod321/icnn-face, `FaceModel` and `Stage2FaceModel`.
@@ -131,7 +135,14 @@ class ICNN(FrameNetwork):
 
     stride, reach = 8, 148
 
-    def __init__(self, num_classes: int | None = None, *, in_channels: int = 3, part: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        *,
+        in_channels: int = 3,
+        part: bool = False,
+        recurrent: Recurrent | None = None,
+    ) -> None:
         super().__init__()
         self.num_classes = (2 if part else 9) if num_classes is None else num_classes
         self.in_channels = in_channels
@@ -146,21 +157,22 @@ class ICNN(FrameNetwork):
         self.last_con2_bnm = nn.BatchNorm2d(labels)  # of checkpoints; never run, and nor is the next
         self.last_conv3 = nn.Conv2d(labels, labels, 9, padding=4)
         self.last_conv3_bnm = nn.BatchNorm2d(labels)
+        self.set_places({**dict(zip(_PLACES, _WIDTHS, strict=True)), "head": _WIDTHS[0]}, recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         maps = []
         for row, (conv, norm) in enumerate(zip(self.input_conv, self.input_bnm, strict=True)):
             images = _halve(images) if row else images
             maps.append(torch.tanh(norm(conv(images))))
         for cell in self.interlink_layers:
             maps = cell(maps)
+        maps = [self.at(place, x) for place, x in zip(_PLACES, maps, strict=True)]
         last = self.interlink_layers[-1]
         assert isinstance(last, _Cell)
-        x = torch.tanh(self.last_con1_bnm(self.last_conv1(last.integrate(maps))))
+        x = self.at("head", last.integrate(maps))
+        x = torch.tanh(self.last_con1_bnm(self.last_conv1(x)))
         logits: Tensor = self.last_conv3(self.last_conv2(x))
         return logits
 
@@ -173,7 +185,9 @@ class ICNN(FrameNetwork):
         for cell in self.interlink_layers:
             assert isinstance(cell, _Cell)
             maps = cell.whole(maps)
+        for row, place in enumerate(_PLACES):
+            maps[row] = self.at(place, maps[row])
         last = self.interlink_layers[-1]
         assert isinstance(last, _Cell)
-        x = last.integrate_rows(maps)
+        x = self.rows_at("head", last.integrate_rows(maps))
         return chain(x, self.last_conv1, self.last_con1_bnm, nn.Tanh(), self.last_conv2, self.last_conv3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vosops import _checks
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Enlarged, Held, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu, resize
 from vosops.models.segmentation._layers import chain
@@ -66,6 +67,8 @@ class PSPNet(FrameNetwork):
         backbone: "resnet50", "resnet101" or "resnet152".
         bins: Parts of a side whose means are taken; () for no pyramid.
         zoom_factor: By how much the logits are enlarged: 8 to the image's size, 1, 2 or 4.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", the backbone's 2048 channels
+            ("depthwise" or "separable": a full kernel has 302 million weights), and "head", what the classifier reads.
 
     `forward` gives logits (N,K,h,w) of images (N,C,H,W), h = (H-1)/8*zoom_factor+1. Sides must be one more than a
     multiple of 8: 473, 713. In training mode it gives those of the auxiliary head too, of which the paper's loss takes
@@ -94,6 +97,7 @@ class PSPNet(FrameNetwork):
         backbone: str = "resnet50",
         bins: Sequence[int] = (1, 2, 3, 6),
         zoom_factor: int = 8,
+        recurrent: Recurrent | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = _checks.check_positive_int("num_classes", num_classes)
@@ -119,24 +123,26 @@ class PSPNet(FrameNetwork):
             seen += inputs // len(bins) * len(bins)
         self.cls = _head(seen, _CHANNELS, num_classes)
         self.aux = _head(MIDDLES[-2] * EXPANSION, _AUX_CHANNELS, num_classes)
+        self.set_places({"bottleneck": inputs, "head": _CHANNELS}, recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Any:
         """Images (N,C,H,W) -> logits (N,K,h,w); in training mode (logits, logits of the auxiliary head)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         x = self.layer0(images)
         for n in range(1, len(MIDDLES) + 1):
             middle, x = x, self.get_submodule(f"layer{n}")(x)
-        logits = self.enlarged(self.cls(self.ppm(x) if hasattr(self, "ppm") else x), images)
+        x = self.at("bottleneck", x)
+        logits = self.classify(self.cls, self.ppm(x) if hasattr(self, "ppm") else x)
+        logits = self.enlarged(logits, images)
         return (logits, self.enlarged(self.aux(middle), images)) if self.training else logits
 
     def rows(self, images: Tensor) -> Rows:
         """See :class:`FrameNetwork`: what is held is the backbone's last map, and the means of its parts."""
         stages = [self.get_submodule(f"layer{n}") for n in range(1, len(MIDDLES) + 1)]
-        x = stages_whole(stages, [chain(Held(images), self.layer0)])
+        x = self.at("bottleneck", stages_whole(stages, [chain(Held(images), self.layer0)]))
         sources = self.ppm.sources(x) if hasattr(self, "ppm") else [Held(x)]
-        logits = chain(sources, self.cls).whole()
+        *layers, last = self.cls
+        logits = chain(self.rows_at("head", chain(sources, *layers)), last).whole()
         return Enlarged(Held(logits), self._size(images), align_corners=True)
 
     def _size(self, images: Tensor) -> list[int]:

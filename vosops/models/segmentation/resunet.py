@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Added, Held, Repeated, Rows
 from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
@@ -72,6 +73,8 @@ class ResUNet(FrameNetwork):
         num_classes: K; 1, the original's, is a foreground.
         in_channels: C.
         filters: Channels of the three scales and of the bridge below them.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", the bridge, "decoder1", "decoder2", and
+            "head", the last map.
 
     Source: rishikksh20/ResUnet, `ResUnet`, which ends in a sigmoid; here logits are returned, in training too. Unlike
     in the paper, shortcuts are 3x3 convolutions and maps are enlarged by transposed convolutions.
@@ -91,6 +94,7 @@ class ResUNet(FrameNetwork):
         *,
         in_channels: int = 3,
         filters: Sequence[int] = (64, 128, 256, 512),
+        recurrent: Recurrent | None = None,
     ) -> None:
         super().__init__()
         if len(filters) != 4:
@@ -110,19 +114,20 @@ class ResUNet(FrameNetwork):
         self.upsample_3 = _Upsample(second)
         self.up_residual_conv3 = _ResidualConv(second + first, first)
         self.output_layer = nn.Sequential(nn.Conv2d(first, num_classes, 1))
+        self.set_places(
+            {"bottleneck": bridge, "decoder1": third, "decoder2": second, "head": first}, recurrent
+        )
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         first = self.input_layer(images) + self.input_skip(images)
         second = self.residual_conv_1(first)
         third = self.residual_conv_2(second)
-        x = self.bridge(third)
-        x = self.up_residual_conv1(torch.cat([self.upsample_1(x), third], 1))
-        x = self.up_residual_conv2(torch.cat([self.upsample_2(x), second], 1))
-        x = self.up_residual_conv3(torch.cat([self.upsample_3(x), first], 1))
+        x = self.at("bottleneck", self.bridge(third))
+        x = self.at("decoder1", self.up_residual_conv1(torch.cat([self.upsample_1(x), third], 1)))
+        x = self.at("decoder2", self.up_residual_conv2(torch.cat([self.upsample_2(x), second], 1)))
+        x = self.at("head", self.up_residual_conv3(torch.cat([self.upsample_3(x), first], 1)))
         logits: Tensor = self.output_layer(x)
         return logits
 
@@ -132,14 +137,14 @@ class ResUNet(FrameNetwork):
         skips = [chain(image, self.input_layer, addend=chain(image, self.input_skip)).whole()]
         for block in (self.residual_conv_1, self.residual_conv_2, self.bridge):
             skips.append(block.rows(Held(skips[-1])).whole())
-        x: Rows = Held(skips.pop())
-        for upsample, block in (
-            (self.upsample_1, self.up_residual_conv1),
-            (self.upsample_2, self.up_residual_conv2),
-            (self.upsample_3, self.up_residual_conv3),
+        x: Rows = Held(self.at("bottleneck", skips.pop()))
+        for upsample, block, place in (
+            (self.upsample_1, self.up_residual_conv1, "decoder1"),
+            (self.upsample_2, self.up_residual_conv2, "decoder2"),
+            (self.upsample_3, self.up_residual_conv3, "head"),
         ):
             x = block.rows([chain(x, upsample.upsample), Held(skips.pop())])
-            x = Held(x.whole()) if skips else x
+            x = self.rows_at(place, Held(x.whole()) if skips else x)
         return chain(x, self.output_layer)
 
 
@@ -259,6 +264,8 @@ class ResUNetPlusPlus(FrameNetwork):
     Args:
         num_classes: K; 1, the original's, is a foreground.
         in_channels: C.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", the bridge, "decoder1" to "decoder3",
+            and "head", what the classifier reads.
 
     Source: the author's own PyTorch code, DebeshJha/ResUNetPlusPlus, `build_resunetplusplus`. `ResUnetPlusPlus` of
     rishikksh20/ResUnet is another network, and its checkpoints do not fit.
@@ -272,7 +279,9 @@ class ResUNetPlusPlus(FrameNetwork):
     sides = _SIDES
     stride = 8
 
-    def __init__(self, num_classes: int = 1, *, in_channels: int = 3) -> None:
+    def __init__(
+        self, num_classes: int = 1, *, in_channels: int = 3, recurrent: Recurrent | None = None
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -286,19 +295,19 @@ class ResUNetPlusPlus(FrameNetwork):
         self.d3 = _Decoder(16, 64, 32)
         self.aspp = _SummedPyramid(32, 16)
         self.output = nn.Conv2d(16, num_classes, 1)
+        places = {"bottleneck": 256, "decoder1": 128, "decoder2": 64, "decoder3": 32, "head": 16}
+        self.set_places(places, recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         first = self.c1(images)
         second = self.c2(first)
         third = self.c3(second)
-        x = self.b1(self.c4(third))
-        for decoder, skip in ((self.d1, third), (self.d2, second), (self.d3, first)):
-            x = decoder(skip, x)
-        logits: Tensor = self.output(self.aspp(x))
+        x = self.at("bottleneck", self.b1(self.c4(third)))
+        for n, (decoder, skip) in enumerate(((self.d1, third), (self.d2, second), (self.d3, first)), 1):
+            x = self.at(f"decoder{n}", decoder(skip, x))
+        logits: Tensor = self.output(self.at("head", self.aspp(x)))
         return logits
 
     def rows(self, images: Tensor) -> Rows:
@@ -306,7 +315,7 @@ class ResUNetPlusPlus(FrameNetwork):
         skips = [self.c1.whole(Held(images))]
         for block in (self.c2, self.c3):
             skips.append(block.whole(Held(skips[-1])))
-        x = self.b1.rows(Held(self.c4.whole(Held(skips[-1])))).whole()
-        for decoder in (self.d1, self.d2, self.d3):
-            x = decoder.whole(skips.pop(), x)
-        return chain(self.aspp.rows(Held(x)), self.output)
+        x = self.at("bottleneck", self.b1.rows(Held(self.c4.whole(Held(skips[-1])))).whole())
+        for n, decoder in enumerate((self.d1, self.d2, self.d3), 1):
+            x = self.at(f"decoder{n}", decoder.whole(skips.pop(), x))
+        return chain(self.rows_at("head", self.aspp.rows(Held(x))), self.output)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Held, Rows, Unpooled, pool_with_places
 from vosops.models.segmentation._layers import chain
 from vosops.models.semantic_network import FrameNetwork, Sides
@@ -29,6 +30,8 @@ class SegNet(FrameNetwork):
     Args:
         num_classes: K.
         in_channels: C.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", between encoder and decoder, "decoder5"
+            to "decoder2", the maps after those stages, and "head", what the last convolution reads.
 
     Source: vinceecws/SegNet_PyTorch, `SegNet`, which ends in a softmax; here logits are returned, in training too. The
     authors' Caffe code rounds up where it pools, which differs where a side is odd at some depth.
@@ -42,7 +45,9 @@ class SegNet(FrameNetwork):
     sides = Sides(2, least=32)
     stride, reach = 32, 214
 
-    def __init__(self, num_classes: int = 12, *, in_channels: int = 3) -> None:
+    def __init__(
+        self, num_classes: int = 12, *, in_channels: int = 3, recurrent: Recurrent | None = None
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -57,6 +62,8 @@ class SegNet(FrameNetwork):
                 outputs = _STAGES[stage - 1][n - 1] if n > 1 else below
                 self._add("De", stage, n, inputs, outputs)
                 inputs = outputs
+        decoders = {f"decoder{stage}": _STAGES[stage - 2][-1] for stage in range(len(_STAGES), 1, -1)}
+        self.set_places({"bottleneck": _STAGES[-1][-1], **decoders, "head": _STAGES[0][0]}, recurrent)
 
     def _add(self, half: str, stage: int, n: int, inputs: int, outputs: int) -> None:
         self.add_module(f"Conv{half}{stage}{n}", nn.Conv2d(inputs, outputs, 3, padding=1))
@@ -67,11 +74,9 @@ class SegNet(FrameNetwork):
         x = self.get_submodule(f"Conv{half}{stage}{n}")(x)
         return functional.relu(self.get_submodule(f"BN{half}{stage}{n}")(x), inplace=True)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         x = images
         pooled = []  # by stage: where each value was found, and the size of the map it was found in
         for stage, widths in enumerate(_STAGES, 1):
@@ -80,14 +85,15 @@ class SegNet(FrameNetwork):
             size = x.shape[2:]
             x, places = functional.max_pool2d(x, 2, return_indices=True)
             pooled.append((places, size))
+        x = self.at("bottleneck", x)
         for stage in range(len(_STAGES), 0, -1):
             places, size = pooled.pop()
             x = functional.max_unpool2d(x, places, [2, 2], output_size=size)
             for n in range(len(_STAGES[stage - 1]), 1, -1):
                 x = self._layer("De", stage, n, x)
             if stage > 1:
-                x = self._layer("De", stage, 1, x)
-        logits: Tensor = self.get_submodule("ConvDe11")(x)
+                x = self.at(f"decoder{stage}", self._layer("De", stage, 1, x))
+        logits: Tensor = self.get_submodule("ConvDe11")(self.at("head", x))
         return logits
 
     def rows(self, images: Tensor) -> Rows:
@@ -99,13 +105,16 @@ class SegNet(FrameNetwork):
             size = full.size[2:]
             x, places = pool_with_places(full)
             pooled.append((places, size))
-        for stage in range(len(_STAGES), 0, -1):
+        x = self.at("bottleneck", x)
+        while True:
+            stage = len(pooled)
             places, size = pooled.pop()
             up = Unpooled(Held(x), places, size)
+            if stage == 1:
+                y = chain(up, *self._stage("De", stage, range(len(_STAGES[0]), 1, -1)))
+                return chain(self.rows_at("head", y), self.get_submodule("ConvDe11"))
             y = chain(up, *self._stage("De", stage, range(len(_STAGES[stage - 1]), 0, -1)))
-            if stage > 1:
-                x = y.whole()
-        return y
+            x = self.at(f"decoder{stage}", y.whole())
 
     def _stage(self, half: str, stage: int, numbers: Iterable[int]) -> list[nn.Module]:
         layers: list[nn.Module] = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vosops.models.recurrence import Recurrent, through_time
 from vosops.models.rows import Enlarged, Held, Padded, Pooled, Rows
 from vosops.models.segmentation._common import IMAGENET_MEAN, IMAGENET_STD, conv_bn_relu
 from vosops.models.segmentation._layers import chain
@@ -22,6 +23,7 @@ __all__ = ["UNet", "UNetPlusPlus"]
 
 
 _REACH = 108  # of U-Net with transposed convolutions
+_PLACES = ("bottleneck", "decoder1", "decoder2", "decoder3", "head")
 
 
 class _DoubleConv(nn.Module):
@@ -99,6 +101,8 @@ class UNet(FrameNetwork):
         in_channels: C.
         bilinear: Enlarge bilinearly between corners and with half the channels below, instead of by transposed
             convolutions.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", "decoder1" to "decoder3", the maps that
+            are enlarged next, and "head", the last.
 
     Source: milesial/Pytorch-UNet, `UNet`; the paper's own does not pad, and crops the skips.
 
@@ -112,7 +116,14 @@ class UNet(FrameNetwork):
     stride = 16
     unused_weights = ("mask_values",)
 
-    def __init__(self, num_classes: int = 2, *, in_channels: int = 3, bilinear: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int = 2,
+        *,
+        in_channels: int = 3,
+        bilinear: bool = False,
+        recurrent: Recurrent | None = None,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -128,18 +139,18 @@ class UNet(FrameNetwork):
         self.up3 = _Up(256, 128 // share, bilinear)
         self.up4 = _Up(128, 64, bilinear)
         self.outc = _OutConv(64, num_classes)
+        widths = (1024 // share, 512 // share, 256 // share, 128 // share, 64)
+        self.set_places(dict(zip(_PLACES, widths, strict=True)), recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) -> logits (N,K,H,W)."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         skips = [self.inc(images)]
         for down in (self.down1, self.down2, self.down3, self.down4):
             skips.append(down(skips[-1]))
-        x = skips.pop()
-        for up in (self.up1, self.up2, self.up3, self.up4):
-            x = up(x, skips.pop())
+        x = self.at("bottleneck", skips.pop())
+        for up, place in zip((self.up1, self.up2, self.up3, self.up4), _PLACES[1:], strict=True):
+            x = self.at(place, up(x, skips.pop()))
         logits: Tensor = self.outc(x)
         return logits
 
@@ -148,10 +159,11 @@ class UNet(FrameNetwork):
         skips = [chain(Held(images), self.inc.double_conv).whole()]
         for down in (self.down1, self.down2, self.down3, self.down4):
             skips.append(down.rows(Held(skips[-1])).whole())
-        x = Held(skips.pop())
-        for up in (self.up1, self.up2, self.up3):
-            x = Held(up.rows(x, Held(skips.pop())).whole())
-        return chain(self.up4.rows(x, Held(skips.pop())), self.outc.conv)
+        x = Held(self.at("bottleneck", skips.pop()))
+        for up, place in zip((self.up1, self.up2, self.up3), _PLACES[1:-1], strict=True):
+            x = Held(self.at(place, up.rows(x, Held(skips.pop())).whole()))
+        last = self.up4.rows(x, Held(skips.pop()))
+        return chain(self.rows_at("head", last), self.outc.conv)
 
 
 class _NestedBlock(nn.Module):
@@ -179,6 +191,8 @@ class UNetPlusPlus(FrameNetwork):
         in_channels: C.
         deep_supervision: Logits after each of the four columns of decoders. In training mode `forward` returns the list
             of them, whose mean loss is the paper's; in eval mode the last.
+        recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", "decoder1" to "decoder3", the last maps
+            of the rows above it, and "head", that of the finest.
 
     Images are normalised by ImageNet's mean and deviation and divided by 255 once more, as the original's are.
     Source: 4uiiurz1/pytorch-nested-unet, `NestedUNet`.
@@ -197,7 +211,14 @@ class UNetPlusPlus(FrameNetwork):
     mean = IMAGENET_MEAN
     std = tuple(255 * x for x in IMAGENET_STD)
 
-    def __init__(self, num_classes: int = 1, *, in_channels: int = 3, deep_supervision: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int = 1,
+        *,
+        in_channels: int = 3,
+        deep_supervision: bool = False,
+        recurrent: Recurrent | None = None,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_channels = in_channels
@@ -213,22 +234,23 @@ class UNetPlusPlus(FrameNetwork):
                 self.add_module(f"conv{row}_{column}", _NestedBlock(inputs, widths[row]))
         for name in [f"final{n}" for n in range(1, self.depth)] if deep_supervision else ["final"]:
             self.add_module(name, nn.Conv2d(widths[0], num_classes, 1))
+        self.set_places(dict(zip(_PLACES, reversed(widths), strict=True)), recurrent)
 
+    @through_time
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """Images (N,C,H,W) -> logits (N,K,H,W); in training mode with deep supervision a list of four."""
-        self.sides.check(images)
-        if self.streams:
-            return self.rows(images).whole()
         maps: list[list[Tensor]] = []  # by row, each as many as there are columns so far
         for row in range(self.depth):
             x = functional.max_pool2d(maps[-1][0], 2) if row else images
-            maps.append([self.get_submodule(f"conv{row}_0")(x)])
+            maps.append([self._last_of(row, 0, self.get_submodule(f"conv{row}_0")(x))])
             for column, above in enumerate(reversed(range(row)), 1):
                 up = functional.interpolate(
                     maps[above + 1][column - 1], scale_factor=2, mode="bilinear", align_corners=True
                 )
                 x = torch.cat([*maps[above], up], 1)
-                maps[above].append(self.get_submodule(f"conv{above}_{column}")(x))
+                maps[above].append(
+                    self._last_of(above, column, self.get_submodule(f"conv{above}_{column}")(x))
+                )
         if self.deep_supervision and self.training:
             return [self.get_submodule(f"final{n}")(x) for n, x in enumerate(maps[0][1:], 1)]
         logits: Tensor = self._last(maps[0][-1])
@@ -244,7 +266,7 @@ class UNetPlusPlus(FrameNetwork):
         last = self.depth - 1
         for row in range(self.depth):
             source = Pooled(maps[-1][0]) if row else Held(images)
-            maps.append([Held(self._node(row, 0).rows([source]).whole())])
+            maps.append([Held(self._last_of(row, 0, self._node(row, 0).rows([source]).whole()))])
             del source
             for column, above in enumerate(reversed(range(row)), 1):
                 below = maps[above + 1][column - 1]
@@ -256,9 +278,16 @@ class UNetPlusPlus(FrameNetwork):
                 )
                 del below
                 # The finest map before the last is seen by that one alone.
-                maps[above].append(node if above == 0 and column >= last - 1 else Held(node.whole()))
+                if above == 0 and column >= last - 1:
+                    maps[above].append(self.rows_at("head", node) if column == last else node)
+                else:
+                    maps[above].append(Held(self._last_of(above, column, node.whole())))
                 del node
         return chain(maps[0][-1], self._last)
+
+    def _last_of(self, row: int, column: int, x: Tensor) -> Tensor:
+        """Return what a ConvLSTM makes of the last map of a row, if it is that."""
+        return self.at(_PLACES[column], x) if row + column == self.depth - 1 else x
 
     def _node(self, row: int, column: int) -> _NestedBlock:
         node = self.get_submodule(f"conv{row}_{column}")
