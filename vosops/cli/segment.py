@@ -45,6 +45,22 @@ def segment(
         list[str] | None,
         typer.Option(help="PNG (first frame), FRAME=PNG, or folder of PNGs named by frame. Repeatable."),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="NAME:CLASS[,CLASS]: the first mask is what a network of vosops semantic finds of these classes, by "
+            "number or Cityscapes' names; each is an object."
+        ),
+    ] = None,
+    init_weights: Annotated[Path | None, typer.Option(help="Checkpoint of the network of --init.")] = None,
+    init_option: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of the network of --init, NAME=VALUE, such as num_classes=21. Repeatable."),
+    ] = None,
+    instances: Annotated[
+        bool,
+        typer.Option("--instances", help="Each connected part of a class of --init is an object of its own."),
+    ] = False,
     model: Annotated[str, typer.Option(help="Name of the model; vosops info lists them.")] = "propagate",
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of the model.")] = None,
     backbone: Annotated[
@@ -91,10 +107,11 @@ def segment(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
 ) -> None:
-    """Track the objects of a mask through a video.
+    """Track the objects of a mask, or those of a network's classes, through a video.
 
     Writes one palette PNG per frame, contact_sheet.png and report.json to --out.
     """
+    from vosops.inference.initial import InitialClasses
     from vosops.inference.settings import model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.datasets import is_dataset
@@ -117,6 +134,13 @@ def segment(
         end,
         step,
     )
+    for flag, given in (
+        ("--init-weights", init_weights),
+        ("--init-option", init_option),
+        ("--instances", instances),
+    ):
+        if given and not init:
+            raise InputError(f"{flag} requires --init")
     keep_freed_memory()
     with Console() as console, StopSignals(console.note) as signals:
         job = Job(
@@ -129,17 +153,27 @@ def segment(
             should_stop=lambda: signals.requested,
         )
         if is_dataset(Path(input)):
-            if mask:
+            if mask or init:
+                flag = "--mask" if mask else "--init"
                 raise InputError(
-                    "--mask cannot be combined with the root of a data set, which has its own masks"
+                    f"{flag} cannot be combined with the root of a data set, which has its own masks"
                 )
             job.dataset(Path(input), sequence or [], resolution, console.sequence)
         else:
             if sequence or resolution:
                 raise InputError("--sequence and --resolution require the root of a data set as INPUT")
-            if not mask:
-                raise InputError("no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable)")
-            console.summary(job.video(input, mask))
+            if not mask and not init:
+                raise InputError(
+                    "no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable), or --init NAME:CLASS"
+                )
+            initial = None
+            if init:
+                name, classes = InitialClasses.parse(init)
+                chosen = model_options(init_option or [], flag=InitialClasses.flags.option)
+                initial = InitialClasses(
+                    name, init_weights, chosen, device, dtype, classes=classes, instances=instances
+                )
+            console.summary(job.video(input, mask or [], initial))
 
 
 def run_mode(resume: bool, overwrite: bool) -> Mode:

@@ -39,6 +39,13 @@ def semantic(
         typer.Option(help="Number of classes; default: Cityscapes' 19, or that of the model."),
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
+    as_masks: Annotated[
+        str | None,
+        typer.Option(
+            help="CLASS[,CLASS], by number or Cityscapes' names: write masks as vosops segment does, in which the "
+            "first class is object 1, and all others are background."
+        ),
+    ] = None,
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Carry the state instead of running four frames per frame.")
     ] = False,
@@ -84,11 +91,13 @@ def semantic(
     """
     from vosops import _verdicts
     from vosops.cli.segment import Console, StopSignals, frame_rate, run_mode
+    from vosops.inference.classes import find_classes
     from vosops.inference.loop import frame_range
     from vosops.inference.semantic_loop import ClassLabels, SemanticLoop, class_palette
     from vosops.inference.settings import ModelSettings, make_semantic_tracker, model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.datasets import open_source
+    from vosops.io.labels import davis_palette
     from vosops.io.streams import local_path
     from vosops.runs.drawing_pass import Outputs
     from vosops.runs.run import VideoRun
@@ -106,12 +115,16 @@ def semantic(
     source = open_source(input, rate, frame_range(start, end, step, None))
     indices = frame_range(start, end, step, source.count if source.count_is_exact else None)
     tracker = make_semantic_tracker(settings, streaming=streaming, tile=tile, overlap=tile_overlap)
+    objects = None if as_masks is None else find_classes(as_masks, tracker.num_classes)
+    maps = ClassLabels(class_palette(tracker.num_classes))
+    if objects is not None:
+        maps = ClassLabels(davis_palette(), classes=False)
     with Console() as console, StopSignals(console.note) as signals:
         summary = VideoRun(
             out=out,
             source=source,
-            masks=ClassLabels(class_palette(tracker.num_classes)),
-            loop=SemanticLoop(tracker, source, indices, short_side=size, resets=reset or ()),
+            masks=maps,
+            loop=SemanticLoop(tracker, source, indices, short_side=size, objects=objects, resets=reset or ()),
             arguments={
                 "input": source.title,
                 "input content": source.fingerprint(),
@@ -119,6 +132,7 @@ def semantic(
                 **_verdicts.arguments(settings.place),
                 "streaming": streaming,
                 **({"reset": sorted(reset)} if reset else {}),
+                **({} if objects is None else {"as-masks": objects}),
                 **({} if tile is None else {"tile": tile, "tile-overlap": tile_overlap}),
                 "size": size,
                 "start": start,

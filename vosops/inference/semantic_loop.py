@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from vosops.io.frames import FrameSource, RawFrame, read_ahead
 from vosops.io.labels import davis_palette
 from vosops.io.resize import bounded_size
 
+from .classes import objects_of_classes
 from .loop import SegmentedFrame, expected_frames, resized_frames
 from .semantic_tracker import SemanticTracker
 
@@ -49,6 +50,7 @@ class SemanticLoop:
         source: Frames; read in a thread, a few ahead.
         indices: Frame numbers to process.
         short_side: Short side of the computation in pixels, -1 for the input's size.
+        objects: Classes that are objects 1, 2 ... of masks, all others being background; None: label maps of classes.
         resets: Frame numbers before which the video so far is forgotten, because a new scene begins there.
     """
 
@@ -59,12 +61,14 @@ class SemanticLoop:
         indices: range,
         *,
         short_side: int,
+        objects: Sequence[int] | None = None,
         resets: Collection[int] = (),
     ) -> None:
         self.tracker = tracker
         self.source = source
         self.indices = indices
         self._resets = sorted(resets)
+        self._objects = objects
         self.compute_size = bounded_size(source.size, short_side)
         least = tracker.model.min_side
         if min(self.compute_size) < least:
@@ -109,11 +113,14 @@ class SemanticLoop:
 
     def _segment(self, raw: RawFrame, image: Tensor, frame: Tensor) -> SegmentedFrame:
         labels, best = (x.cpu() for x in self.tracker.labels(frame.to(self.device), size=self.source.size))
-        classes = range(self.tracker.num_classes)
+        ids: Sequence[int] = range(self.tracker.num_classes)
+        if self._objects is not None:
+            labels = objects_of_classes(self._objects, len(ids))[labels.long()]
+            ids = range(1, len(self._objects) + 1)
         flat = labels.flatten().long()
-        areas = torch.bincount(flat, minlength=len(classes)).tolist()
-        sums = torch.bincount(flat, best.flatten().double(), minlength=len(classes)).tolist()
-        seen = [i for i in classes if areas[i]]
+        areas = torch.bincount(flat, minlength=len(ids) + 1).tolist()
+        sums = torch.bincount(flat, best.flatten().double(), minlength=len(ids) + 1).tolist()
+        seen = [i for i in ids if areas[i]]
         return SegmentedFrame(
             index=raw.index,
             name=raw.name,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -43,6 +43,17 @@ _SHORT_OPTIONS = (
 
 
 @dataclass(frozen=True)
+class Flags:
+    """What the command line calls the settings of a model."""
+
+    model: str = "--model"
+    weights: str = "--weights"
+    option: str = "--option"
+    short: bool = True
+    """Whether some options have one of their own, such as --classes."""
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Which model a run uses, how it is made, and how it computes.
 
@@ -55,6 +66,7 @@ class ModelSettings:
         memory_budget: Most that it may remember: bytes, or a text such as "2GB".
         naive: Compute as the original code does, at its memory.
         scales: Average a mask network's results at these sizes.
+        flags: What errors call the settings.
     """
 
     model: str = DEFAULT_MODEL
@@ -65,6 +77,7 @@ class ModelSettings:
     memory_budget: int | str | None = None
     naive: bool = False
     scales: tuple[float, ...] = (1.0,)
+    flags: ClassVar[Flags] = Flags()
 
     @cached_property
     def place(self) -> torch.device:
@@ -91,7 +104,7 @@ class ModelSettings:
 
     def semantic_arguments(self) -> dict[str, Any]:
         """Return the same for a run of `make_semantic_tracker`; older runs knew one model and recorded its defaults."""
-        entry = _find_entry(self.model, "semantic network")
+        entry = _find_entry(self, "semantic network")
         arguments = self.arguments()
         defaults = {_recorded(option): value for option, value in entry.defaults.items()}
         for name in ("memory-budget", "scales", *(["model"] if entry.name == DEFAULT_SEMANTIC_MODEL else [])):
@@ -106,9 +119,9 @@ class ModelSettings:
 
 def make_tracker(settings: ModelSettings) -> VideoTracker:
     """Return what tracks objects with these settings, at the size of the frames it gets; errors are one line."""
-    entry = _find_entry(settings.model, "mask network", "tracker")
-    _check_options(entry, settings.options)
-    _check_weights(entry, settings.weights)
+    entry = _find_entry(settings, "mask network", "tracker")
+    _check_options(entry, settings)
+    _check_weights(entry, settings)
     options = dict(settings.options)
     if settings.memory_budget is not None:
         try:
@@ -133,18 +146,19 @@ def make_semantic_tracker(
     overlap: int | None = None,
 ) -> SemanticTracker:
     """Return what segments into classes with these settings; errors are one line."""
-    entry = _find_entry(settings.model, "semantic network")
-    _check_options(entry, settings.options)
-    _check_weights(entry, settings.weights)
+    entry = _find_entry(settings, "semantic network")
+    _check_options(entry, settings)
+    _check_weights(entry, settings)
     classes = {**entry.defaults, **settings.options}.get("num_classes", MOST_CLASSES)
     if not 1 < classes <= MOST_CLASSES:
-        raise InputError(f"--classes must be from 2 to {MOST_CLASSES}, got {classes}")
+        flag = _flag(settings, "num_classes")
+        raise InputError(f"{flag} must be from 2 to {MOST_CLASSES}, got {classes}")
     dtype = find_dtype(settings.dtype)
     with _one_line_errors(entry):
         network = create_model(entry.name, settings.weights, device=settings.place, **settings.options)
     if network.num_classes > MOST_CLASSES:
         raise InputError(
-            f"--model {entry.name} has {network.num_classes} classes: {MOST_CLASSES} can be written"
+            f"{settings.flags.model} {entry.name} has {network.num_classes} classes: {MOST_CLASSES} can be written"
         )
     if tile is None and overlap is not None:
         raise InputError("--tile-overlap requires --tile")
@@ -158,21 +172,21 @@ def make_semantic_tracker(
         raise InputError(f"--tile {tile} cannot be used: {error}") from error
 
 
-def model_options(texts: Iterable[str] = (), **short: Any) -> dict[str, Any]:
+def model_options(texts: Iterable[str] = (), flag: str = Flags.option, **short: Any) -> dict[str, Any]:
     """Return the options of a model that the command line gives.
 
-    texts: of ``--option``, NAME=VALUE each, where VALUE is a number, true, false, none, a Python literal, or text.
-    short: those with options of their own, by the model's names; None: not given.
+    texts: of ``--option``, or whatever `flag` is, NAME=VALUE each, where VALUE is a number, true, false, none, a Python
+    literal, or text. short: those with options of their own, by the model's names; None: not given.
     """
     options = {name: value for name, value in short.items() if value is not None}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise InputError(f"--option must be NAME=VALUE, got {text}")
+            raise InputError(f"{flag} must be NAME=VALUE, got {text}")
         if name in _TOLD_OTHERWISE:
-            raise InputError(f"--option {name} cannot be given: use --{name.replace('_', '-')}")
+            raise InputError(f"{flag} {name} cannot be given: use --{name.replace('_', '-')}")
         if name in options:
-            raise InputError(f"--option {name} is given twice")
+            raise InputError(f"{flag} {name} is given twice")
         options[name] = _parsed(value)
     return options
 
@@ -197,41 +211,54 @@ def find_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _find_entry(name: str, *kinds: Kind) -> ModelEntry:
+def _find_entry(settings: ModelSettings, *kinds: Kind) -> ModelEntry:
     """Return the entry of a model of these kinds; a one-line error for any other name."""
+    name, flag = settings.model, settings.flags.model
     known = sorted(model for kind in kinds for model in list_models(kind))
     try:
         entry = find_model(name)
     except ValueError as error:
-        raise InputError(f"--model {name} is unknown: choose one of {', '.join(known)}") from error
+        raise InputError(f"{flag} {name} is unknown: choose one of {', '.join(known)}") from error
     if entry.kind not in kinds:
         what = "track objects" if "tracker" in kinds else "segment into classes"
         command = "segment" if entry.tracks_objects else "semantic"
         raise InputError(
-            f"--model {name} does not {what}, see vosops {command}: choose one of {', '.join(known)}"
+            f"{flag} {name} does not {what}, see vosops {command}: choose one of {', '.join(known)}"
         )
     return entry
 
 
-def _check_options(entry: ModelEntry, options: Mapping[str, Any]) -> None:
+def _check_options(entry: ModelEntry, settings: ModelSettings) -> None:
     """Refuse options that the model does not have."""
-    for option in options:
+    for option in settings.options:
         if not entry.takes(option):
-            name = _OWN_OPTIONS.get(option, option)
-            flag = f"--{name}" if name in _SHORT_OPTIONS else f"--option {name}"
+            flag = _flag(settings, option)
             known = ", ".join(o for o in entry.options if o not in _TOLD_OTHERWISE) or "none"
-            raise InputError(f"{flag} cannot be used with --model {entry.name}, whose options are: {known}")
+            raise InputError(
+                f"{flag} cannot be used with {settings.flags.model} {entry.name}, whose options are: {known}"
+            )
 
 
-def _check_weights(entry: ModelEntry, file: Path | None) -> None:
+def _flag(settings: ModelSettings, option: str) -> str:
+    """Return how an option of a model is given."""
+    if not settings.flags.short:
+        return f"{settings.flags.option} {option}"
+    name = _OWN_OPTIONS.get(option, option)
+    return f"--{name}" if name in _SHORT_OPTIONS else f"{settings.flags.option} {name}"
+
+
+def _check_weights(entry: ModelEntry, settings: ModelSettings) -> None:
     """Refuse a file of weights that does not exist, and a model that is of no use without one."""
+    file, flags = settings.weights, settings.flags
     if file is None:
         if entry.weights == "required":
             what = f" ({entry.checkpoint})" if entry.checkpoint else ""
-            raise InputError(f"--model {entry.name} needs --weights FILE{what}: no weights are included")
+            raise InputError(
+                f"{flags.model} {entry.name} needs {flags.weights} FILE{what}: no weights are included"
+            )
     elif not file.is_file():
         what = "is a folder: give a file" if file.is_dir() else "does not exist"
-        raise InputError(f"--weights {file} {what}")
+        raise InputError(f"{flags.weights} {file} {what}")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from .report import REPORT, RESUME
 from .run import Mode, Summary, VideoRun, check_folder, written_folders
 
 if TYPE_CHECKING:
+    from vosops.inference.initial import InitialClasses
     from vosops.models import VideoTracker
 
 
@@ -75,8 +76,10 @@ class Job:
     progress: Progress = field(default_factory=NoProgress)
     should_stop: Callable[[], bool] = never
 
-    def video(self, path: str | Path, mask_specs: Sequence[str]) -> Summary:
-        """Segment a video file or a folder of frames, with masks as ``--mask`` gives them."""
+    def video(
+        self, path: str | Path, mask_specs: Sequence[str], initial: InitialClasses | None = None
+    ) -> Summary:
+        """Segment a video file or a folder of frames, with masks as ``--mask`` gives them, or the first by classes."""
         source = open_source(path, self.fps, self._indices())
         indices = self._indices(source.count if source.count_is_exact else None)
         masks = find_masks(mask_specs, source, indices)
@@ -84,8 +87,12 @@ class Job:
             local_path(path),
             *self.settings.files,
             *(mask.path for mask in masks if mask.path is not None),
+            *(initial.files if initial else []),
         ]
         protect_inputs(inputs, written_folders(self.out))  # before a model is made
+        if initial is not None:
+            check_folder(OwnedFolder(self.out, RESUME), self.mode)
+            masks.append(initial.given_mask(source, indices[0]))
         return self._run(self.out, source, indices, masks, inputs)
 
     def dataset(
