@@ -198,9 +198,10 @@ class Region {
   ~Region();
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
+  uint32_t control() const { return control_; }
 
  private:
-  uint32_t control_;  // MXCSR
+  uint32_t control_;  // MXCSR as it was
 };
 
 // Tiles 0 to 3 are the sums [0 1; 2 3] of two A panels (tiles 4, 5) and two B panels (tiles 6, 7).

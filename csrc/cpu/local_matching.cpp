@@ -27,6 +27,7 @@
 
 #include "common/checks.h"
 #include "cpu/element.h"
+#include "cpu/local_matching_amx.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
 #include "cpu/vec.h"
@@ -657,6 +658,11 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
   Tensor distance = torch::stable::new_empty(query, shape, accumulator_dtype(query.scalar_type()));
   Tensor index = torch::stable::new_empty(query, shape, ScalarType::Long);
   if (distance.numel() == 0) return {distance, index};
+#if defined(VOSOPS_AMX)
+  if (amx::match_locally(query, key, mask, query_mask, radii, dilation, distance, index)) {
+    return {distance, index};
+  }
+#endif
 
   dispatch_floating(query.scalar_type(), [&](auto sample) {
     using S = decltype(sample);
