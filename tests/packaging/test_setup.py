@@ -27,6 +27,7 @@ def tree(tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "vosops").mkdir()
     (tmp_path / "vosops/__init__.py").touch()
+    shutil.copy(ROOT / "vosops/_sources.py", tmp_path / "vosops")
     return tmp_path
 
 
