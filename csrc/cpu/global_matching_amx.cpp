@@ -37,13 +37,14 @@ using Element = FloatElement<Vec<float, kRegisterBytes>>;  // as global_matching
 
 constexpr int kGroup = 2 * kRows;  // query pixels of a group
 constexpr int64_t kMostGroups = 32;
+constexpr int64_t kTogether = 2;  // groups for which a pair of key panels stays in the first-level cache
 constexpr int64_t kListBytes = 2 << 20;
 constexpr int64_t kKeyBlockBytes = 256 << 10;
 constexpr int64_t kSampled = 128;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 amx::Counter served("global_matching.filter"), overflowed("global_matching.overflow"),
-    out_of_range("global_matching.range");
+    out_of_range("global_matching.range"), hopeless("global_matching.hopeless");
 
 int64_t row_length(int64_t channels) {
   return (channels + kRows - 1) / kRows * kRows;
@@ -321,45 +322,52 @@ class FilterQueries {
     const int64_t panel_bytes = keys_.steps * amx::kTile * 2;
     const int64_t block = std::max<int64_t>(2, kKeyBlockBytes / panel_bytes / 2 * 2);
     for (int64_t begin = 0; begin < panels; begin += block)
-      for (int64_t g = 0; g < groups_; ++g)
-        keys_.norms_inside ? search<true>(g, begin, std::min(begin + block, panels))
-                           : search<false>(g, begin, std::min(begin + block, panels));
+      for (int64_t g = 0; g < groups_; g += kTogether) {
+        const int64_t last = std::min(g + kTogether, groups_), end = std::min(begin + block, panels);
+        keys_.norms_inside ? search<true>(g, last, begin, end) : search<false>(g, last, begin, end);
+      }
   }
 
+  // Panels [begin, end) for groups [first, last): a pair of panels stays in the first-level cache for all.
   template <bool kNormsInside>
-  void search(int64_t g, int64_t begin, int64_t end) {
+  void search(int64_t first, int64_t last, int64_t begin, int64_t end) {
     alignas(64) float ring[2][4 * amx::kSums];
     const int64_t steps = keys_.steps, panel = steps * amx::kTile;
-    const uint16_t* b = tiles_.data() + g * 2 * panel;
-    Reg length[2], lost[2], rest[2];
-    for (int j = 0; j < 2; ++j) {
-      const int64_t at = g * kGroup + j * kRows;
-      length[j] = Lanes::load(lengths_.data() + at);
-      lost[j] = Lanes::load(losses_.data() + at);
-      rest[j] = Lanes::load(rests_.data() + at);
-    }
-    for (int64_t i = begin; i <= end; i += 2) {
-      if (i < end) {
-        const uint16_t* a = keys_.tile(i);
+    int slot = 0;
+    int64_t before_g = -1, before_i = -1;  // what the other slot holds
+    for (int64_t i = begin; i < end; i += 2) {
+      for (int64_t g = first; g < last; ++g) {
+        const uint16_t *a = keys_.tile(i), *b = tiles_.data() + g * 2 * panel;
         amx::zero_sums();
         amx::multiply_add<1>(a, a + panel, b, b + panel, steps);
-        amx::store_sums(ring[i / 2 % 2]);
+        amx::store_sums(ring[slot]);
+        slot ^= 1;
+        if (before_g >= 0) consider<kNormsInside>(before_g, before_i, ring[slot]);
+        before_g = g, before_i = i;
       }
-      if (i == begin) continue;
-      for (int a = 0; a < 2; ++a) {
-        const int64_t k = i - 2 + a;
-        const FilterKeys::Panel& keys = keys_.panels[k];
-        const float* norms = kNormsInside ? nullptr : keys_.halves.data() + k * kRows;
-        for (int j = 0; j < 2; ++j) {
-          const float* tile = ring[(i / 2 + 1) % 2] + (a * 2 + j) * amx::kSums;
-          const Reg greatest = amx::greatest_row(tile, norms);
-          const Reg error = amx::error_bound(length[j], lost[j], rest[j], keys.side);
-          const Reg upper = greatest + error;
-          for (int64_t o : *keys.objects) {
-            const int64_t first = list(g, o, j * kRows);
-            const uint32_t reached = lanes_at_least<Lanes>(upper, Lanes::load(notes_.bars() + first));
-            if (reached != 0) note(reached, first, k, tile, norms, upper, greatest - error, error);
-          }
+    }
+    consider<kNormsInside>(before_g, before_i, ring[slot ^ 1]);
+  }
+
+  // Compares the tiles of panels i and i + 1 and group g with the bars.
+  template <bool kNormsInside>
+  [[gnu::always_inline]] void consider(int64_t g, int64_t i, const float* tiles) {
+    for (int a = 0; a < 2; ++a) {
+      const int64_t k = i + a;
+      const FilterKeys::Panel& keys = keys_.panels[k];
+      const float* norms = kNormsInside ? nullptr : keys_.halves.data() + k * kRows;
+      for (int j = 0; j < 2; ++j) {
+        const int64_t at = g * kGroup + j * kRows;
+        const float* tile = tiles + (a * 2 + j) * amx::kSums;
+        const Reg greatest = amx::greatest_row(tile, norms);
+        const Reg error =
+            amx::error_bound(Lanes::load(lengths_.data() + at), Lanes::load(losses_.data() + at),
+                             Lanes::load(rests_.data() + at), keys.side);
+        const Reg upper = greatest + error;
+        for (int64_t o : *keys.objects) {
+          const int64_t lists = list(g, o, j * kRows);
+          const uint32_t reached = lanes_at_least<Lanes>(upper, Lanes::load(notes_.bars() + lists));
+          if (reached != 0) note(reached, lists, k, tile, norms, upper, greatest - error, error);
         }
       }
     }
@@ -501,6 +509,16 @@ std::vector<int64_t> match_by_filter(const MatchingTask& task, float* distance, 
   ++served;
   const FilterKeys keys(task);
   const int64_t wanted = static_cast<int64_t>(task.wanted.size());
+  // A group of queries from all over the frame tells whether most lists would overflow.
+  std::vector<int64_t> some;
+  for (int64_t i = 0; i < kGroup; ++i) some.push_back(task.wanted[i * wanted / kGroup]);
+  const MatchingTask probe{task.query, task.key, task.n, task.groups, some, task.objects, task.neighbors};
+  std::vector<int64_t> left_of_some;
+  FilterQueries(probe, keys, 1, distance, index).run(0, kGroup, left_of_some);
+  if (left_of_some.size() > kGroup / 2) {
+    ++hopeless;
+    return task.wanted;
+  }
   const int64_t list_bytes = NoteLists::bytes(task.objects * kGroup, task.neighbors);
   const int64_t groups = std::clamp<int64_t>(kListBytes / list_bytes, 1, kMostGroups);
   const int64_t each = groups * kGroup, tasks = (wanted + each - 1) / each;
@@ -512,7 +530,7 @@ std::vector<int64_t> match_by_filter(const MatchingTask& task, float* distance, 
     };
   });
   std::vector<int64_t> all;
-  for (const std::vector<int64_t>& some : left) all.insert(all.end(), some.begin(), some.end());
+  for (const std::vector<int64_t>& of_task : left) all.insert(all.end(), of_task.begin(), of_task.end());
   return all;
 }
 
