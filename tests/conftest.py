@@ -18,6 +18,7 @@ SLOW = (
     *("emulator", "triton", "docs/test_examples", "cli/test_bench", "cli/test_demo", "cli/test_networks"),
     *("cli/test_segment", "integrations/test_accelerate", "integrations/test_packages"),
     *("integrations/test_trackers", "benchmarking/test_measure", "models/test_feelvos"),
+    "docs/test_drawings",
     *("models/segmentation", "models/test_lstm_icnet", "models/test_rgmp", "models/test_stm"),
 )
 """Folders and files of tests/ that take seconds a test: whole networks, compilers, processes."""
