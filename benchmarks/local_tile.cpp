@@ -5,7 +5,9 @@
 //   g++ $FLAGS benchmarks/local_tile.cpp -o /tmp/local_tile
 //
 //   /tmp/local_tile         GFLOP/s from the first-level cache, beside multiply-adds that load nothing
-//   /tmp/local_tile lines   cache lines touched and missed in a cycle of two multiply-adds (48 KB, 12 ways)
+//   /tmp/local_tile blocks  a tile of 4 rows x a key row at radius 15, all channels at once and block by
+//   block /tmp/local_tile lines   cache lines touched and missed in a cycle of two multiply-adds (48 KB, 12
+//   ways)
 //
 //   g++ $FLAGS -DVOSOPS_MCA -S benchmarks/local_tile.cpp -o /tmp/tile.s
 //   llvm-mca -mcpu=sapphirerapids /tmp/tile.s
@@ -124,6 +126,29 @@ void measure(const char* name, F* tile) {
   std::printf("%d rows x %2d displacements by %-8s %6.1f GFLOP/s\n", R, D, name, gflops);
 }
 
+// 4 rows of queries x 30 displacements, 5 at a time, as the op goes through a key row: `block` channels for
+// all of them, then the next, with the sums in memory in between.
+[[gnu::noinline]] void by_blocks(const float* query, const float* key, float* sums, int channels, int block) {
+  constexpr int kRows = 4, kAtOnce = 5, kAcross = 30;
+  for (int first = 0; first < channels; first += block) {
+    const int last = std::min(first + block, channels);
+    for (int d = 0; d < kAcross; d += kAtOnce) {
+      V::Reg sum[kAtOnce][kRows] = {};
+      float* carried = sums + d * kRows * V::kLanes;
+      if (first > 0) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kAtOnce * kRows; ++i)
+          sum[i / kRows][i % kRows] = V::load(carried + i * V::kLanes);
+      }
+      const float* k = key + first * kStride + d;
+      for (int e = first; e < last; ++e, k += kStride)
+        add_products(query + e * kRows * V::kLanes, [k](int i) { return V::load(k + i); }, sum);
+#pragma GCC unroll 32
+      for (int i = 0; i < kAtOnce * kRows; ++i) V::store(carried + i * V::kLanes, sum[i / kRows][i % kRows]);
+    }
+  }
+}
+
 constexpr int kChains = 24, kSteps = 100;
 
 [[gnu::noinline]] void multiply_adds(float* out) {
@@ -136,6 +161,45 @@ constexpr int kChains = 24, kSteps = 100;
   }
 #pragma GCC unroll 32
   for (int j = 0; j < kChains; ++j) V::store(out + j * V::kLanes, sum[j]);
+}
+
+// For each number of channels, the rates of blocks of several sizes, each round beside the multiply-adds.
+void measure_blocks() {
+  constexpr int kMost = 256, kRounds = 21, kRowsOfKeys = 8, kCalls = 4;
+  constexpr int kKeyNumbers = kMost * kStride;
+  static float query[kMost * 4 * V::kLanes] __attribute__((aligned(64)));
+  static float key[kRowsOfKeys * kKeyNumbers + 64] __attribute__((aligned(64)));
+  static float sums[30 * 4 * V::kLanes] __attribute__((aligned(64))), out[kChains * V::kLanes];
+  for (float& value : query) value = static_cast<float>(std::rand()) / RAND_MAX;
+  for (float& value : key) value = static_cast<float>(std::rand()) / RAND_MAX;
+  const std::vector<int> blocks{16, 24, 36, 52, 100, kMost};
+  const auto seconds = [](const auto& f) {
+    const double start = processor_seconds();
+    f();
+    return processor_seconds() - start;
+  };
+  for (int channels : {32, 64, 100, 128, 256}) {
+    std::vector<std::vector<double>> shares(blocks.size());
+    for (int round = 0; round < kRounds; ++round) {
+      for (size_t b = 0; b < blocks.size(); ++b) {
+        const double peak = 600 * 2.0 * kChains * kSteps * V::kLanes / seconds([&] {
+                              for (int i = 0; i < 600; ++i) multiply_adds(out);
+                            });
+        const double took = seconds([&] {
+          for (int i = 0; i < kCalls * kRowsOfKeys; ++i)
+            by_blocks(query, key + i % kRowsOfKeys * kKeyNumbers + 3, sums, channels, blocks[b]);
+        });
+        shares[b].push_back(kCalls * kRowsOfKeys * 2.0 * 4 * 30 * channels * V::kLanes / took / peak);
+      }
+    }
+    std::printf("%3d channels:", channels);
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      std::nth_element(shares[b].begin(), shares[b].begin() + kRounds / 2, shares[b].end());
+      if (b == 0 || blocks[b - 1] < channels)
+        std::printf("  %d: %.0f %%", std::min(blocks[b], channels), 100 * shares[b][kRounds / 2]);
+    }
+    std::printf("\n");
+  }
 }
 
 // A cache that forgets the line that was used least recently.
@@ -191,6 +255,10 @@ void count_lines(int channels) {
 int main(int count, char** arguments) {
   if (count > 1 && std::string(arguments[1]) == "lines") {
     for (int channels : {64, 100, 128, 160, 256}) count_lines(channels);
+    return 0;
+  }
+  if (count > 1 && std::string(arguments[1]) == "blocks") {
+    measure_blocks();
     return 0;
   }
   static float out[kChains * V::kLanes];
