@@ -5,6 +5,8 @@ That kernel serves in the same process where few query pixels are wanted, so a f
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,9 @@ from tests.ops.matching import blobs
 
 ON_AMX = torch.ops.vosops.cpu_capability().startswith("amx") and not torch.ops.vosops.amx_refusal()
 pytestmark = pytest.mark.skipif(not ON_AMX, reason="needs the library for AMX, or its twin")
+
+SANITIZED = "ASAN_OPTIONS" in os.environ
+"""Sanitized libraries fuse a product and a sum in some places only, so that nearly equal pixels may change places."""
 
 HEIGHT, WIDTH, FRAMES = 31, 40, 2
 PART = 24
@@ -64,6 +69,9 @@ def assert_is_that_of_float32(query: Tensor, key: Tensor, mask: Tensor, neighbor
     got, done = counted_by(lambda: match(query, key, mask, neighbors))
     assert done["filter"] == 1
     expected = by_float32(query, key, mask, neighbors)
+    if SANITIZED:
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+        return done
     assert torch.equal(got[1], expected[1])
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0, equal_nan=True)
     return done
