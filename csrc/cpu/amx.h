@@ -138,7 +138,7 @@ inline void tile_store(void* to) {
 // Even and odd elements in two chains of fused multiply-adds from zero, then their sum, then the sum with the
 // tile; every step flushes its result, and by MXCSR what only rounding to fewer bits would lift to 2^-126.
 template <int c, int a, int b>
-inline void tile_dot() {
+[[gnu::noinline]] void tile_dot() {
   const auto widened = [](Bits pairs, bool high) {
     return flushed((Reg)(high ? pairs & 0xffff0000u : pairs << 16));
   };

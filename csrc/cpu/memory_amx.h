@@ -37,6 +37,15 @@ inline int score_pieces(const ScoreInputs& in, std::string_view precision) {
   return std::max(pieces, key == ScalarType::BFloat16 ? 2 : 3);
 }
 
+// Whether tiles are the faster way: on small problems pieces, packing and tiles that are not full cost more
+// than they save. `channels`: those of keys and values together. Measured on an Intel Xeon (family 6, model
+// 207), one thread, against the kernels of the avx512 library.
+inline bool worth_tiles(int pieces, int64_t queries, int64_t memory, int64_t channels) {
+  if (pieces == 1) return memory >= 64;
+  if (pieces == 2) return queries >= 128 && memory >= 256 && channels >= 64;
+  return queries >= 128 && memory >= 1024 && channels >= 128;
+}
+
 // Calls f(std::integral_constant<int, pieces>).
 template <class F>
 void with_pieces(int pieces, const F& f) {
@@ -151,25 +160,38 @@ struct QueryGroups {
   }
 };
 
-// A block of memory positions as key panels, with what makes their products scores in powers of two:
+// What makes the products of a block of memory positions scores in powers of two:
 //   score = factor * product + (shrinkage * query_bias + shift).
 // Positions after the last, up to a multiple of 32, and excluded ones have factor and shrinkage 0 and shift
 // -inf.
+struct KeyTerms {
+  Workspace<float> factor, shrinkage, shift;
+
+  explicit KeyTerms(int64_t capacity) : factor(capacity), shrinkage(capacity), shift(capacity) {}
+
+  // The score of position m in lanes of queries from their products. query_bias: of these lanes; unused
+  // without kQueryBias.
+  template <bool kQueryBias>
+  [[gnu::always_inline]] Reg score(Reg product, int64_t m, Reg query_bias) const {
+    Reg constant = Lanes::set1(shift.data()[m]);
+    if constexpr (kQueryBias) constant = Lanes::fma(Lanes::set1(shrinkage.data()[m]), query_bias, constant);
+    return Lanes::fma(Lanes::set1(factor.data()[m]), product, constant);
+  }
+};
+
+// A block of memory positions as key panels, and their terms.
 template <int kPieces, bool kB = false>
-struct KeyBlock {
+struct KeyBlock : KeyTerms {
   const ScoreInputs& in;
   int64_t n, begin = 0, count = 0, panel;
   Workspace<uint16_t> data;
-  Workspace<float> factor, shrinkage, shift;
 
   KeyBlock(const ScoreInputs& in_, int64_t n_, int64_t capacity)  // in positions, a multiple of 32
-      : in(in_),
+      : KeyTerms(capacity),
+        in(in_),
         n(n_),
         panel(score_panel(in_, kPieces)),
-        data(capacity / kRows * panel),
-        factor(capacity),
-        shrinkage(capacity),
-        shift(capacity) {}
+        data(capacity / kRows * panel) {}
 
   // Chooses positions [begin, begin + count); pack(i, extent) must follow for every panel.
   void start(int64_t begin_, int64_t count_) {
@@ -194,15 +216,6 @@ struct KeyBlock {
       read |= static_cast<uint32_t>(is_used) << j;
     }
     pack_key_panel<kPieces, kB>(in, n, begin + first, used, read, data.data() + i * panel, extent);
-  }
-
-  // The score of position m in lanes of queries from their products. query_bias: of these lanes; unused
-  // without kQueryBias.
-  template <bool kQueryBias>
-  [[gnu::always_inline]] Reg score(Reg product, int64_t m, Reg query_bias) const {
-    Reg constant = Lanes::set1(shift.data()[m]);
-    if constexpr (kQueryBias) constant = Lanes::fma(Lanes::set1(shrinkage.data()[m]), query_bias, constant);
-    return Lanes::fma(Lanes::set1(factor.data()[m]), product, constant);
   }
 };
 

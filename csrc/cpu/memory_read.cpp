@@ -22,6 +22,7 @@
 
 #include "common/checks.h"
 #include "cpu/gemm.h"
+#include "cpu/memory_read_amx.h"
 #include "cpu/memory_scores.h"
 #include "cpu/memory_values.h"
 #include "cpu/parallel.h"
@@ -33,39 +34,6 @@ namespace vosops::cpu {
 namespace {
 
 constexpr int64_t kAccumulatorBytes = 24 << 20;
-
-// The values of all objects, (N, O, C, M) each, as if they were one tensor.
-class Values {
- public:
-  explicit Values(std::span<const Tensor> tensors) : tensors_(tensors) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      for (int64_t o = 0; o < tensors[i].size(1); ++o) places_.push_back({i, o});
-    }
-  }
-  int64_t objects() const { return static_cast<int64_t>(places_.size()); }
-  int64_t channels() const { return tensors_[0].size(2); }
-  ScalarType dtype() const { return tensors_[0].scalar_type(); }
-  const Tensor& tensor(int64_t object) const { return tensors_[places_[object].tensor]; }
-  int64_t within(int64_t object) const { return places_[object].object; }
-
- private:
-  struct Place {
-    size_t tensor;
-    int64_t object;
-  };
-  std::span<const Tensor> tensors_;
-  std::vector<Place> places_;
-};
-
-// Rows (c, i) of one object of an (N, O, C, pixels) tensor, channels and pixels exchanged: "channels" run
-// over pixels [begin, begin + count), "pixels" over channels.
-StridedMatrix transposed(const Tensor& tensor, int64_t n, int64_t object, int64_t begin, int64_t count) {
-  StridedMatrix matrix =
-      StridedMatrix::of(tensor, n * tensor.stride(0) + object * tensor.stride(1) + begin * tensor.stride(3));
-  std::swap(matrix.channel_stride, matrix.pixel_stride);
-  matrix.channels = count;
-  return matrix;
-}
 
 // Zeros in a channel panel of values (positions in elements of F, kKeyPanel) for the positions of bias -inf:
 // weight 0 times what lies there could be NaN.
@@ -271,7 +239,8 @@ void with_elements(const ScoreInputs& in, ScalarType value, const Function& f) {
   });
 }
 
-std::tuple<Tensor, Tensor> read_values(const ScoreInputs& in, std::span<const Tensor> tensors) {
+std::tuple<Tensor, Tensor> read_values(const ScoreInputs& in, std::span<const Tensor> tensors,
+                                       std::string_view precision) {
   check_scores(in);
   STD_TORCH_CHECK(!tensors.empty(), "values must hold a tensor");
   for (const Tensor& value : tensors) {
@@ -284,6 +253,9 @@ std::tuple<Tensor, Tensor> read_values(const ScoreInputs& in, std::span<const Te
   Tensor out = torch::stable::new_empty(tensors[0], shape);
   Tensor lse = torch::stable::new_empty(in.query, std::vector<int64_t>{in.batch(), in.queries()},
                                         accumulator_dtype(in.key.scalar_type()));
+#if defined(VOSOPS_AMX)
+  if (read_by_tiles(in, values, precision, out, lse)) return {out, lse};
+#endif
   with_elements(in, values.dtype(), [&]<class E, class F>(E, F) {
     for (int64_t n = 0; n < in.batch(); ++n) read_element<E, F>(in, values, n, out, lse);
   });
@@ -294,8 +266,8 @@ std::tuple<Tensor, Tensor> memory_read(const Tensor& query, const Tensor& key, c
                                        const std::optional<Tensor>& shrinkage,
                                        const std::optional<Tensor>& query_bias,
                                        const std::optional<Tensor>& key_bias, double scale,
-                                       std::string_view) {
-  return read_values({query, key, shrinkage, query_bias, key_bias, scale}, std::span(&value, 1));
+                                       std::string_view precision) {
+  return read_values({query, key, shrinkage, query_bias, key_bias, scale}, std::span(&value, 1), precision);
 }
 
 std::tuple<Tensor, Tensor> memory_read_list(const Tensor& query, const Tensor& key,
@@ -303,8 +275,8 @@ std::tuple<Tensor, Tensor> memory_read_list(const Tensor& query, const Tensor& k
                                             const std::optional<Tensor>& shrinkage,
                                             const std::optional<Tensor>& query_bias,
                                             const std::optional<Tensor>& key_bias, double scale,
-                                            std::string_view) {
-  return read_values({query, key, shrinkage, query_bias, key_bias, scale}, values);
+                                            std::string_view precision) {
+  return read_values({query, key, shrinkage, query_bias, key_bias, scale}, values, precision);
 }
 
 }  // namespace

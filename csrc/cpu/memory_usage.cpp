@@ -15,6 +15,7 @@
 
 #include "common/checks.h"
 #include "cpu/gemm.h"
+#include "cpu/memory_read_amx.h"
 #include "cpu/memory_scores.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -64,12 +65,15 @@ void usage_of_element(const ScoreInputs& in, const Tensor& lse, int64_t n, typen
 
 Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<Tensor>& shrinkage,
                     const std::optional<Tensor>& query_bias, const std::optional<Tensor>& key_bias,
-                    double scale, std::string_view, const Tensor& lse) {
+                    double scale, std::string_view precision, const Tensor& lse) {
   const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
   check_scores(in);
   check_shape("lse", lse, {in.batch(), in.queries()});
   check_dtype("lse", lse, accumulator_dtype(key.scalar_type()));
   Tensor usage = torch::stable::new_empty(lse, std::vector<int64_t>{in.batch(), in.memory()});
+#if defined(VOSOPS_AMX)
+  if (usage_by_tiles(in, lse, precision, usage)) return usage;
+#endif
   with_score_element(in, [&]<class E>(E) {
     using T = typename E::Lanes::T;
     for (int64_t n = 0; n < in.batch(); ++n)
