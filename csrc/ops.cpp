@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(vosops, m) {
   m.def("peak_amx_operations(int rounds, int pieces) -> int");
   m.def("amx_refusal() -> str");
   m.def("amx_counts() -> str");
+  m.def(
+      "memory_select_bounds(Tensor query, Tensor key, Tensor? shrinkage, Tensor? query_bias, Tensor? "
+      "key_bias, "
+      "float scale) -> (Tensor approximation, Tensor bound)");  // for tests, by libraries for AMX alone
   m.def("amx_pieces(str precision) -> int");
   m.def(
       "local_matching(Tensor query, Tensor key, Tensor mask, int[] radius, int dilation, Tensor? query_mask, "

@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <optional>
+#include <type_traits>
 
 #include "common/checks.h"
 #include "common/score_inputs.h"
@@ -25,6 +27,37 @@ constexpr double kLog2E = 1.4426950408889634;
 
 inline void check_scores(const ScoreInputs& in) {
   check_scores(in, accumulator_dtype(in.key.scalar_type()));
+}
+
+// a * b + c, rounded once where the instructions are compiled for. V::fma() promises that only where compiler
+// finds product and sum side by side; equal keys must have equal scores wherever they lie in a tile.
+template <class V>
+[[gnu::always_inline]] inline typename V::Reg fma_once(typename V::Reg a, typename V::Reg b,
+                                                       typename V::Reg c) {
+  [[maybe_unused]] constexpr bool is_float = std::is_same_v<typename V::T, float>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof a == 64 && is_float) return (typename V::Reg)_mm512_fmadd_ps(a, b, c);
+  if constexpr (sizeof a == 64 && !is_float) return (typename V::Reg)_mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  constexpr int kParts = sizeof a / 32;
+  if constexpr (is_float) {
+    __m256 x[kParts], y[kParts], z[kParts];
+    std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b), std::memcpy(z, &c, sizeof c);
+    for (int i = 0; i < kParts; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    std::memcpy(&c, z, sizeof c);
+    return c;
+  } else {
+    __m256d x[kParts], y[kParts], z[kParts];
+    std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b), std::memcpy(z, &c, sizeof c);
+    for (int i = 0; i < kParts; ++i) z[i] = _mm256_fmadd_pd(x[i], y[i], z[i]);
+    std::memcpy(&c, z, sizeof c);
+    return c;
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof a == 16 && is_float) return vfmaq_f32(c, a, b);
+  if constexpr (sizeof a == 16 && !is_float) return vfmaq_f64(c, a, b);
+#endif
+  return V::fma(a, b, c);
 }
 
 // Row n of an optional (N, size) tensor, or a constant.
@@ -159,8 +192,8 @@ struct PackedMemory {
             for (int r = 0; r < kTileRegisters; ++r) {
               typename V::Reg constant = V::set1(s[j]);
               if (query_bias != nullptr)
-                constant = V::fma(V::set1(w[j]), V::load(query_bias + r * V::kLanes), constant);
-              sums[j][r] = V::fma(V::set1(f[j]), sums[j][r], constant);
+                constant = fma_once<V>(V::set1(w[j]), V::load(query_bias + r * V::kLanes), constant);
+              sums[j][r] = fma_once<V>(V::set1(f[j]), sums[j][r], constant);
             }
           }
           finish(sums);

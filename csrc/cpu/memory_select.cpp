@@ -21,6 +21,7 @@
 #include "cpu/best.h"
 #include "cpu/gemm.h"
 #include "cpu/memory_scores.h"
+#include "cpu/memory_select_amx.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
 #include "cpu/vec.h"
@@ -100,6 +101,75 @@ void select_of_element(const ScoreInputs& in, int64_t n, int64_t top_k, typename
   }
 }
 
+#if defined(VOSOPS_AMX)
+// Selects for some queries of batch element n by the FMA code.
+void select_for(const std::vector<int64_t>& queries, const ScoreInputs& in, int64_t n, int64_t top_k,
+                float* score, int64_t* index) {
+  const int64_t count = static_cast<int64_t>(queries.size()), channels = in.query.size(1);
+  Tensor query = torch::stable::new_empty(in.query, std::vector<int64_t>{in.batch(), channels, count},
+                                          in.query.scalar_type());
+  std::optional<Tensor> query_bias;
+  if (in.query_bias)
+    query_bias = torch::stable::new_empty(*in.query_bias, std::vector<int64_t>{in.batch(), count});
+  for (int64_t i = 0; i < count; ++i) {
+    dispatch_floating(in.query.scalar_type(), [&]<class S>(S) {
+      const S* from = in.query.const_data_ptr<S>() + n * in.query.stride(0) + queries[i] * in.query.stride(2);
+      S* to = query.mutable_data_ptr<S>() + n * channels * count + i;
+      for (int64_t c = 0; c < channels; ++c) to[c * count] = from[c * in.query.stride(1)];
+    });
+    if (query_bias)
+      query_bias->mutable_data_ptr<float>()[n * count + i] =
+          OptionalRow<float>(in.query_bias, n, 0.f)[queries[i]];
+  }
+  const ScoreInputs some{query, in.key, in.shrinkage, query_bias, in.key_bias, in.scale};
+  std::vector<float> scores(top_k * count);
+  std::vector<int64_t> indices(top_k * count);
+  select_of_element<FloatElement<Vec<float, kRegisterBytes>>>(some, n, top_k, scores.data(), indices.data());
+  for (int64_t k = 0; k < top_k; ++k) {
+    for (int64_t i = 0; i < count; ++i) {
+      score[k * in.queries() + queries[i]] = scores[k * count + i];
+      index[k * in.queries() + queries[i]] = indices[k * count + i];
+    }
+  }
+}
+
+// Selects by the matrix engine where it serves this problem; false: nothing was done. What it leaves is done
+// in float32 as its own results are, whatever the dtype.
+bool select_by_engine(const ScoreInputs& in, int64_t top_k, const Tensor& score, const Tensor& index) {
+  if (!amx::selects(in, top_k) || !amx::ready()) return false;
+  const int64_t size = top_k * in.queries();
+  for (int64_t n = 0; n < in.batch(); ++n) {
+    float* scores = score.mutable_data_ptr<float>() + n * size;
+    int64_t* indices = index.mutable_data_ptr<int64_t>() + n * size;
+    std::vector<int64_t> left;
+    if (!amx::select_by_tiles(in, n, top_k, scores, indices, left)) {
+      select_of_element<FloatElement<Vec<float, kRegisterBytes>>>(in, n, top_k, scores, indices);
+    } else if (!left.empty()) {
+      select_for(left, in, n, top_k, scores, indices);
+    }
+  }
+  return true;
+}
+
+// The approximations (N, M, P) by which scores are chosen, and how far the scores may lie from them.
+std::tuple<Tensor, Tensor> memory_select_bounds(const Tensor& query, const Tensor& key,
+                                                const std::optional<Tensor>& shrinkage,
+                                                const std::optional<Tensor>& query_bias,
+                                                const std::optional<Tensor>& key_bias, double scale) {
+  const ScoreInputs in{query, key, shrinkage, query_bias, key_bias, scale};
+  check_scores(in);
+  STD_TORCH_CHECK(key.scalar_type() != ScalarType::Double && amx::ready(), "AMX serves no such problem");
+  const std::vector<int64_t> shape{in.batch(), in.memory(), in.queries()};
+  Tensor approximation = torch::stable::new_empty(query, shape, ScalarType::Float);
+  Tensor bound = torch::stable::new_empty(query, shape, ScalarType::Float);
+  const int64_t size = in.memory() * in.queries();
+  for (int64_t n = 0; n < in.batch(); ++n)
+    amx::filter_bounds(in, n, approximation.mutable_data_ptr<float>() + n * size,
+                       bound.mutable_data_ptr<float>() + n * size);
+  return {approximation, bound};
+}
+#endif
+
 std::tuple<Tensor, Tensor> memory_select(const Tensor& query, const Tensor& key,
                                          const std::optional<Tensor>& shrinkage,
                                          const std::optional<Tensor>& query_bias,
@@ -111,6 +181,9 @@ std::tuple<Tensor, Tensor> memory_select(const Tensor& query, const Tensor& key,
   const std::vector<int64_t> shape{in.batch(), top_k, in.queries()};
   Tensor score = torch::stable::new_empty(query, shape, accumulator_dtype(key.scalar_type()));
   Tensor index = torch::stable::new_empty(query, shape, ScalarType::Long);
+#if defined(VOSOPS_AMX)
+  if (select_by_engine(in, top_k, score, index)) return {score, index};
+#endif
   const auto run = [&]<class E>(E) {
     using T = typename E::Lanes::T;
     const int64_t size = top_k * in.queries();
@@ -156,19 +229,75 @@ struct Gather {
   int64_t channel_tiles() const { return panels_of(channels, kGatherChannels); }
 };
 
+// A register of values in the accumulator's type.
+template <class V, class S>
+typename V::Reg load_values(const S* from) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    typedef uint16_t Narrow __attribute__((vector_size(2 * V::kLanes)));
+    Narrow bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return (typename V::Reg)(__builtin_convertvector(bits, typename V::CodeReg) << 16);
+  } else if constexpr (std::is_same_v<S, Half>) {
+    alignas(64) float wide[V::kLanes];
+    for (int i = 0; i < V::kLanes; ++i) wide[i] = widen(from[i]);
+    return V::load(wide);
+  } else {
+    return V::load(from);
+  }
+}
+
+// What one query reads: rows of values (null: none) and their weights.
+template <class S>
+struct Chosen {
+  Workspace<const S*> rows;
+  Workspace<Accumulator<S>> weights;
+
+  explicit Chosen(int64_t top_k) : rows(top_k), weights(top_k) {}
+};
+
+// The weighted sum of rows, `channels` long. Sums stay in registers; the row after the next is fetched
+// meanwhile, because nothing foretells where it lies.
+template <class S>
+void add_rows(Chosen<S>& chosen, int64_t top_k, int64_t channels, Accumulator<S>* out) {
+  using V = Vec<Accumulator<S>, kRegisterBytes>;
+  constexpr int kSums = kRegisters / 2, kWidth = kSums * V::kLanes;
+  constexpr int64_t kAhead = 2, kLine = 64 / sizeof(S);
+  int64_t c = 0;
+  for (; c + kWidth <= channels; c += kWidth) {
+    typename V::Reg sums[kSums]{};
+    for (int64_t k = 0; k < top_k; ++k) {
+      const S* next = chosen.rows[std::min(k + kAhead, top_k - 1)];
+      if (next != nullptr)
+        for (int64_t i = 0; i < kWidth; i += kLine) __builtin_prefetch(next + c + i);
+      const S* row = chosen.rows[k];
+      if (row == nullptr) continue;
+      const typename V::Reg weight = V::set1(chosen.weights[k]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSums; ++i)
+        sums[i] = V::fma(weight, load_values<V>(row + c + i * V::kLanes), sums[i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; ++i) V::store(out + c + i * V::kLanes, sums[i]);
+  }
+  std::fill(out + c, out + channels, Accumulator<S>{0});
+  for (int64_t k = 0; k < top_k && c < channels; ++k) {
+    if (chosen.rows[k] == nullptr) continue;
+    for (int64_t i = c; i < channels; ++i) out[i] += chosen.weights[k] * widen(chosen.rows[k][i]);
+  }
+}
+
 // out (N, O, C, P): one tile of queries of one object, channel-last values.
 template <class S>
-void gather_rows(const Gather<S>& in, int64_t n, int64_t o, int64_t first, Accumulator<S>* sums, S* out) {
+void gather_rows(const Gather<S>& in, int64_t n, int64_t o, int64_t first, Chosen<S>& chosen,
+                 Accumulator<S>* sums, S* out) {
   const int64_t count = std::min(kGatherQueries, in.queries - first);
-  std::fill_n(sums, count * in.channels, Accumulator<S>{0});
   for (int64_t p = 0; p < count; ++p) {
     for (int64_t k = 0; k < in.top_k; ++k) {
       const int64_t at = (n * in.top_k + k) * in.queries + first + p;
-      if (in.index[at] < 0) continue;
-      const S* row = in.object(n, o) + in.index[at] * in.pixel_stride;
-      const Accumulator<S> weight = in.weight[at];
-      for (int64_t c = 0; c < in.channels; ++c) sums[p * in.channels + c] += weight * widen(row[c]);
+      chosen.rows[k] = in.index[at] < 0 ? nullptr : in.object(n, o) + in.index[at] * in.pixel_stride;
+      chosen.weights[k] = in.weight[at];
     }
+    add_rows(chosen, in.top_k, in.channels, sums + p * in.channels);
   }
   S* target = out + (n * in.objects + o) * in.channels * in.queries + first;
   for (int64_t c = 0; c < in.channels; ++c)
@@ -218,14 +347,15 @@ Tensor memory_gather(const Tensor& weight, const Tensor& index, const Tensor& va
     const int64_t tiles = in.channel_last() ? in.query_tiles() : in.channel_tiles();
     const int64_t buffer = in.channel_last() ? kGatherQueries * in.channels : kGatherChannels * in.queries;
     parallel_tasks(in.batch * in.objects * tiles, [&] {
-      return [&, sums = Workspace<Accumulator<S>>(buffer)](int64_t task) mutable {
-        const int64_t n = task / tiles / in.objects, o = task / tiles % in.objects, tile = task % tiles;
-        if (in.channel_last()) {
-          gather_rows(in, n, o, tile * kGatherQueries, sums.data(), result);
-        } else {
-          gather_channels(in, n, o, tile * kGatherChannels, sums.data(), result);
-        }
-      };
+      return
+          [&, sums = Workspace<Accumulator<S>>(buffer), chosen = Chosen<S>(in.top_k)](int64_t task) mutable {
+            const int64_t n = task / tiles / in.objects, o = task / tiles % in.objects, tile = task % tiles;
+            if (in.channel_last()) {
+              gather_rows(in, n, o, tile * kGatherQueries, chosen, sums.data(), result);
+            } else {
+              gather_channels(in, n, o, tile * kGatherChannels, sums.data(), result);
+            }
+          };
     });
   });
   return out;
@@ -314,6 +444,9 @@ std::tuple<Tensor, Tensor> memory_gather_backward(const Tensor& grad, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(vosops, CPU, m) {
   m.impl("memory_select", TORCH_BOX(&vosops::cpu::memory_select));
+#if defined(VOSOPS_AMX)
+  m.impl("memory_select_bounds", TORCH_BOX(&vosops::cpu::memory_select_bounds));
+#endif
   m.impl("memory_gather", TORCH_BOX(&vosops::cpu::memory_gather));
   m.impl("memory_gather_backward", TORCH_BOX(&vosops::cpu::memory_gather_backward));
 }
