@@ -83,6 +83,10 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "conv3x3_winograd_rows(Tensor[] maps, Tensor weight, Tensor? bias, Tensor? addend, Tensor(a!) out, "
       "float "
       "slope, int above) -> ()");
+  m.def("conv_lstm_direct_pack(Tensor weight) -> Tensor");
+  m.def(
+      "conv_lstm_direct_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, Tensor? hidden, Tensor? "
+      "cell, float forget_bias) -> (Tensor output, Tensor new_cell)");
   m.def("conv_lstm_winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_lstm_winograd_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? hidden, Tensor? cell, float "

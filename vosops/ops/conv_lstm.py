@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vosops import _checks, backends
+from vosops import _checks, _library, backends
 from vosops.ops._registration import (
     Piece,
     define,
@@ -75,7 +75,9 @@ def conv_lstm(
         batch_first: False for x and output (T,N,C,H,W).
         precision: "exact" convolves directly, "winograd" by Winograd's F(4x4,3x3), which has a quarter of the
             multiplications and a relative error of up to 2e-5. None takes Winograd where it is there (float32 on
-            the CPU, 3x3 "convolution", C + hidden up to 2048) unless torch.use_deterministic_algorithms is on.
+            the CPU, 3x3 "convolution", C + hidden up to 2048) unless torch.use_deterministic_algorithms is on; and
+            for float16 and bfloat16, without gradients, the library for AMX where that is there, whose sums are
+            direct and whose gates are not rounded.
 
     Returns:
         output (N,T,hidden,H,W), the hidden state of every step, and the last (h, c), each (N,hidden,H,W).
@@ -88,7 +90,7 @@ def conv_lstm(
     dtype, as torch.nn.LSTM does; the cell update is float32 inside. Without Winograd the convolution of x is done
     for all steps at once, and what a step saves for the backward is its activated gates and its states. With
     Winograd the gates never exist as a whole: the backward computes them again from the states. Where no gradient
-    is wanted, Winograd's transformed weights are kept for as long as the weights live and stay unchanged. Of changes
+    is wanted, the transformed or packed weights are kept for as long as the weights live and stay unchanged. Of changes
     that PyTorch does not count (through `.data`, by fused optimizers) only those of most weights at once are seen.
 
     Time O(N T H W hidden (C + hidden) kh kw) for "convolution".
@@ -242,7 +244,15 @@ def _takes_winograd(precision: str | None, x: Tensor, weights: list[Tensor], var
             )
         return True
     few = weights[0].shape[1] <= WINOGRAD_CHANNELS
-    return precision is None and fits and few and not torch.are_deterministic_algorithms_enabled()
+    wanted = fits and few if x.dtype == torch.float32 else _fits_engine(x, weights[0], variant)
+    return precision is None and wanted and not torch.are_deterministic_algorithms_enabled()
+
+
+def _fits_engine(x: Tensor, weight: Tensor, variant: str) -> bool:
+    """Whether the library for AMX has a kernel for the dtype and the gates."""
+    square = tuple(weight.shape[2:]) == (WINOGRAD_KERNEL, WINOGRAD_KERNEL)
+    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return half and square and variant == "convolution" and _library.CPU_CAPABILITY == "amx"
 
 
 # ---- The implementations: (x, weights, bias, hidden, cell, variant, forget_bias, winograd) -> (output, last cell).
@@ -262,15 +272,39 @@ def _kernels(suffix: str) -> Mapping[str, Callable[..., Any]]:
         winograd: bool,
     ) -> tuple[Tensor, Tensor]:
         if winograd and HAS_WINOGRAD and suffix == "":
-            return _winograd(x, weights[0], bias, hidden, cell, forget_bias)
+            arguments = (x, weights[0], bias, hidden, cell, forget_bias)
+            return (_winograd if x.dtype == torch.float32 else _direct)(*arguments)
         return _steps(suffix, x, weights, bias, hidden, cell, variant, forget_bias)
 
     return {"conv_lstm": conv_lstm}
 
 
+def _wants_gradient(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
+def _direct(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call the steps, which are differentiable, or, without gradients, the op of the matrix engine."""
+    if _wants_gradient(args):
+        return _direct_steps(*args)
+    result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_direct_cached(*args)
+    return result
+
+
+def _direct_steps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor]:
+    return _steps("", x, [weight], bias, hidden, cell, "convolution", forget_bias)
+
+
 def _winograd(*args: Any) -> tuple[Tensor, Tensor]:
     """Call the op that saves what a derivative needs or, without gradients, the one that keeps transformed weights."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+    if _wants_gradient(args):
         return _differentiable_winograd(*args)
     result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_cached(*args)
     return result
@@ -551,7 +585,9 @@ _packed: Any = WeakTensorKeyDictionary()
 
 def _sample(weight: Tensor) -> Tensor:
     """Return some entries of every part: fused optimizers and `.data` change weights without a new version."""
-    return weight.detach().flatten()[:: weight.numel() // SAMPLED_WEIGHTS + 1].clone()
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    rows = weight.detach().permute(0, 2, 3, 1) if last else weight.detach()  # a view where flattened
+    return rows.flatten()[:: weight.numel() // SAMPLED_WEIGHTS + 1].clone()
 
 
 def _winograd_cached(
@@ -562,8 +598,36 @@ def _winograd_cached(
     cell: Tensor | None,
     forget_bias: float,
 ) -> tuple[Tensor, Tensor]:
-    """Without derivative: the transformed weights are kept until the weights change or die."""
-    packed = None
+    """Without derivative: the transformed weights are kept."""
+    packed = _kept(weight, torch.ops.vosops.conv_lstm_winograd_pack)
+    result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_packed(
+        x, packed, bias, hidden, cell, forget_bias, weight.shape[0] // GATES
+    )
+    return result
+
+
+def _direct_cached(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor]:
+    """Without derivative: the weights are kept in tiles. What the matrix engine cannot do is left to the steps."""
+    packed = _kept(weight, torch.ops.vosops.conv_lstm_direct_pack)
+    output, new_cell = torch.ops.vosops.conv_lstm_direct_packed(
+        x, weight, packed, bias, hidden, cell, forget_bias
+    )
+    if output.shape[0] == x.shape[0]:
+        return output, new_cell
+    output, new_cell = _direct_steps(x, weight, bias, hidden, cell, forget_bias)
+    return output.contiguous(), new_cell.contiguous()
+
+
+def _kept(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what `pack` makes of a weight, which is kept until the weight changes or dies."""
+    packed: Tensor | None = None
     tracked = not weight.is_inference()  # a tensor of inference mode has no version
     if tracked:
         state = (weight.data_ptr(), weight._version, weight.shape, weight.stride())
@@ -572,13 +636,10 @@ def _winograd_cached(
         if kept != state or not torch.equal(kept_sample, sample):
             packed = None
     if packed is None:
-        packed = torch.ops.vosops.conv_lstm_winograd_pack(weight)
+        packed = pack(weight)
         if tracked:
             _packed[weight] = (state, sample, packed)
-    result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_winograd_packed(
-        x, packed, bias, hidden, cell, forget_bias, weight.shape[0] // GATES
-    )
-    return result
+    return packed
 
 
 def _fake_winograd_cached(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -593,13 +654,14 @@ def _looping(name: str) -> Callable[[str], Callable[..., Any]]:
 
 HAS_WINOGRAD = has_kernel("conv_lstm_winograd", "CPU")
 if HAS_WINOGRAD:
-    define(
-        "conv_lstm_winograd_cached",
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, float forget_bias)"
-        " -> (Tensor output, Tensor new_cell)",
-        _winograd_cached,
-        "CPU",
-    )
+    for _name, _kernel in (("winograd", _winograd_cached), ("direct", _direct_cached)):
+        define(
+            f"conv_lstm_{_name}_cached",
+            "(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, float forget_bias)"
+            " -> (Tensor output, Tensor new_cell)",
+            _kernel,
+            "CPU",
+        )
 register_pieces(
     {
         "conv_lstm_winograd": Piece(
@@ -618,6 +680,12 @@ register_pieces(
             _setup_saving_inputs,
             # Only under vmap's wrappers it is seen whether a derivative is wanted.
             lambda _: looping_vmap(_winograd),
+        ),
+        "conv_lstm_direct_cached": Piece(
+            _fake_winograd_cached,
+            lambda _: _derivative_of(_direct_steps, 5),
+            _setup_saving_inputs,
+            lambda _: looping_vmap(_direct),
         ),
     }
 )
