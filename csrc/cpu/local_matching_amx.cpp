@@ -19,6 +19,8 @@
 // bfloat16 itself, a copy of 7 KB); going down the rows, 32 rows x 3 panels stay in the second-level cache. A
 // group is checked from 28 cache lines. Floor: of the products 65 % are within a window of radius 15 (31 of
 // 48 columns), 78 % of the channels are not padding (100 of 128).
+//
+// More than 800 lines: packing, filter and check share the layout of a column's panels, which is their own.
 #include "cpu/local_matching_amx.h"
 
 #if defined(VOSOPS_AMX)
