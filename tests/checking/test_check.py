@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from dataclasses import replace
 
@@ -75,7 +76,7 @@ def test_planted_faults_are_found_and_not_chosen_again(cache):
         warnings.simplefilter("error")
         call("local_matching")  # one warning is enough
     explained = vosops.explain("local_matching", frame, frame, mask, radius=2)
-    assert explained.startswith("local_matching: reference")
+    assert re.match("local_matching: (triton|reference) ", explained), "Triton where it is interpreted"
     assert "vosops check found it wrong here" in explained
     assert vosops.explain("memory_read", frame, frame, frame[:, None, :1]).startswith("memory_read: cpp")
     with vosops.use_backend("cpp"):
@@ -132,7 +133,7 @@ def test_a_gradient_that_is_wrong_rules_out_training_alone(cache):
     assert vosops.explain("local_matching", frame, frame, mask, radius=1).startswith("local_matching: cpp")
     with pytest.warns(UserWarning, match="forward . backward"):
         explained = vosops.explain("local_matching", frame.requires_grad_(), frame, mask, radius=1)
-    assert explained.startswith("local_matching: reference")
+    assert re.match("local_matching: (triton|reference) ", explained), "Triton where it is interpreted"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 99}', "\0\1"])

@@ -74,9 +74,9 @@ def conv_lstm(
         forget_bias: added to the forget gate before its sigmoid.
         batch_first: False for x and output (T,N,C,H,W).
         precision: "exact" convolves directly, "winograd" by Winograd's F(4x4,3x3), which has a quarter of the
-            multiplications and a relative error of up to 2e-5. None takes Winograd where it is there (float32 on
+            multiplications and a relative error of up to 2e-5. None takes Winograd where it applies (float32 on
             the CPU, 3x3 "convolution", C + hidden up to 2048) unless torch.use_deterministic_algorithms is on; and
-            for float16 and bfloat16, without gradients, the library for AMX where that is there, whose sums are
+            for float16 and bfloat16, without gradients, the library for AMX where that serves, whose sums are
             direct and whose gates are not rounded.
 
     Returns:
