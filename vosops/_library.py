@@ -33,6 +33,11 @@ def _usable_capabilities() -> tuple[str, ...]:
                 f"{torch.backends.cpu.get_cpu_capability()} (VOSOPS_AMX_TWIN=1 loads its twin in plain C++)"
             )
         return (asked,)
+    return _processor_capabilities()
+
+
+def _processor_capabilities() -> tuple[str, ...]:
+    """Return the CPU capabilities that this processor runs, best first."""
     if platform.machine() in ("aarch64", "arm64"):
         return ("neon", "baseline")
     processor = torch.backends.cpu.get_cpu_capability()
@@ -108,10 +113,4 @@ CUDA_REASONS = _UNLOADED or _driver_reasons()  # why the CUDA library cannot ser
 
 def runnable_capabilities() -> list[str]:
     """Return the CPU capabilities that were built and that this processor runs, best first."""
-    asked = os.environ.pop("VOSOPS_CPU_CAPABILITY", None)
-    try:
-        usable = _usable_capabilities()
-    finally:
-        if asked is not None:
-            os.environ["VOSOPS_CPU_CAPABILITY"] = asked
-    return [name for name in usable if (FOLDER / f"libvosops_cpu_{name}.so").exists()]
+    return [name for name in _processor_capabilities() if (FOLDER / f"libvosops_cpu_{name}.so").exists()]

@@ -23,7 +23,7 @@ def run_fresh(module: str, function: str, *args: Any) -> Any:
         call.write_bytes(pickle.dumps((module, function, args)))
         done = subprocess.run(
             [sys.executable, "-m", "vosops.benchmarking.fresh", str(call), str(result)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env={**os.environ, "PYTHONPATH": python_path()},
             capture_output=True,
             text=True,
             check=False,
@@ -32,6 +32,11 @@ def run_fresh(module: str, function: str, *args: Any) -> Any:
             last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise RuntimeError(f"{module}.{function} failed in a process of its own: {last}")
         return pickle.loads(result.read_bytes())
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH with which another process finds the modules that this one does."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def main(call: Path, result: Path) -> None:

@@ -331,7 +331,7 @@ def smoke(device: torch.device, run: Mapping[str, Any], save: Callable[[Outcome]
             label = f"{cell.key}/{name}"
             if label in found:
                 continue
-            save(_smoke_outcome({**found, label: {"failed": "the process ended while this ran"}}))
+            save(_calls_outcome({**found, label: {"failed": "the process ended while this ran"}}))
             try:
                 problem = gpu_cases.problem(cell, device)
                 errors = distance(problem.contenders[implementation(name)](), problem.oracle())
@@ -339,19 +339,23 @@ def smoke(device: torch.device, run: Mapping[str, Any], save: Callable[[Outcome]
             except RuntimeError as error:
                 found[label] = {"failed": first_line(error)}
                 if any(words in str(error) for words in BROKEN_DEVICE):
-                    save(_smoke_outcome(found))
+                    save(_calls_outcome(found))
                     raise
-    outcome = _smoke_outcome(found)
+    outcome = _calls_outcome(found)
     save(outcome)
     return outcome
 
 
-def _smoke_outcome(found: Mapping[str, Any]) -> Outcome:
+def _calls_outcome(found: Mapping[str, Any], left: int = 0) -> Outcome:
+    """Return how calls ended, `left` of which had no time."""
     reasons = [f"{label}: {cell['failed']}" for label, cell in found.items() if "failed" in cell]
     reasons += [
         f"{label}: wrong, {cell['errors']}" for label, cell in found.items() if cell.get("right") is False
     ]
-    return Outcome(FAILED if reasons else PASSED, reasons, {"calls": dict(found)})
+    if left:
+        reasons.append(f"no time was left for {left} calls")
+    status = UNFINISHED if left else FAILED if reasons else PASSED
+    return Outcome(status, reasons, {"calls": dict(found)})
 
 
 def profile(
@@ -373,26 +377,18 @@ def profile(
             if time.monotonic() >= end:
                 left += 1
                 continue
-            save(_profile_outcome({**found, label: {"failed": "the process ended while this ran"}}, left))
+            save(_calls_outcome({**found, label: {"failed": "the process ended while this ran"}}, left))
             try:
                 found[label] = {"kernels": kernels_of(gpu_cases.our_call(cell, device, name), device)}
             except RuntimeError as error:
                 found[label] = {"failed": first_line(error)}
-                save(_profile_outcome(found, left))
+                save(_calls_outcome(found, left))
                 if any(words in str(error) for words in BROKEN_DEVICE):
                     raise
-            save(_profile_outcome(found, left))
-    outcome = _profile_outcome(found, left)
+            save(_calls_outcome(found, left))
+    outcome = _calls_outcome(found, left)
     save(outcome)
     return outcome
-
-
-def _profile_outcome(found: Mapping[str, Any], left: int) -> Outcome:
-    reasons = [f"{label}: {cell['failed']}" for label, cell in found.items() if "failed" in cell]
-    if left:
-        reasons.append(f"no time was left for {left} calls")
-    status = UNFINISHED if left else FAILED if reasons else PASSED
-    return Outcome(status, reasons, {"calls": dict(found)})
 
 
 def kernels_of(call: Callable[[], list[Tensor]], device: torch.device) -> list[dict[str, Any]]:

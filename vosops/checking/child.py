@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from vosops import _verdicts, backends
-from vosops.benchmarking.gpu_cases import MODES, our_call
+from vosops.benchmarking.gpu_cases import our_call
 from vosops.benchmarking.gpu_steps import BROKEN_DEVICE, first_line
 from vosops.checking.judge import judge
-from vosops.checking.problems import PROBLEMS, Problem
+from vosops.checking.problems import PROBLEMS, Problem, entry_of
 
 
 def main() -> None:
@@ -66,10 +66,7 @@ def run(problem: Problem, device: torch.device, backend: str, expected: list[tor
         reason, verdict, errors = first_line(error), "failed", list[float]()
     else:
         verdict, reason, errors = judge(results, expected, problem)
-    mode = MODES[problem.mode]
-    known = _verdicts.mode_of(mode.dtype, mode.precision)
-    assert known is not None
-    named = entries or {(problem.op, _verdicts.entry(known, problem.backward))}
+    named = entries or {(problem.op, entry_of(problem))}
     return {"verdict": verdict, "errors": errors, "reason": reason, "entries": sorted(named)}
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import vosops
-from vosops import _library
+from vosops import _library, _verdicts
 from vosops.benchmarking import gpu_cases
 from vosops.benchmarking.cases import Case
+from vosops.benchmarking.fresh import python_path
 from vosops.benchmarking.gpu_convolutions import GlobalConvSize, LstmSize
 from vosops.benchmarking.local_attention import AttentionSize
 from vosops.benchmarking.memory_read import MemorySize
@@ -111,9 +112,16 @@ def of_ops(problems: Sequence[Problem], ops: Sequence[str]) -> list[Problem]:
     return [problem for problem in problems if not ops or problem.op in ops]
 
 
+def entry_of(problem: Problem) -> str:
+    """Return the key under which the verdicts of a problem's arithmetic and direction are stored."""
+    mode = gpu_cases.MODES[problem.mode]
+    known = _verdicts.mode_of(mode.dtype, mode.precision)
+    assert known is not None
+    return _verdicts.entry(known, problem.backward)
+
+
 def base_environment() -> dict[str, str]:
     """Return the environment of every process: one thread on a CPU, nothing that earlier checks stored."""
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("VOSOPS_BACKEND", "VOSOPS_CPU_CAPABILITY")
-    }
-    return {**environment, "OMP_NUM_THREADS": "1", "VOSOPS_CACHE": os.devnull}
+    environment = {k: v for k, v in os.environ.items() if k != "VOSOPS_BACKEND"}
+    own = {"OMP_NUM_THREADS": "1", "VOSOPS_CACHE": os.devnull, "PYTHONPATH": python_path()}
+    return {**environment, **own}

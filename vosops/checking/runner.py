@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from vosops import _verdicts
-from vosops.benchmarking.gpu_cases import MODES, our_call
-from vosops.checking.problems import PROBLEMS, Candidate, Problem, base_environment, candidates
+from vosops.benchmarking.gpu_cases import our_call
+from vosops.checking.problems import PROBLEMS, Candidate, Problem, base_environment, candidates, entry_of
 
 PROBLEM_SECONDS = 30.0
 """A problem that takes longer hangs; Triton compiles several kernels for one."""
@@ -136,10 +136,9 @@ class _Process:
     def __init__(self, candidate: Candidate, keys: list[str], oracles: Path, imports: Sequence[str]) -> None:
         self._hung: float | None = None
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by end()
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vosops.checking.child"],
-            env={**base_environment(), "PYTHONPATH": path, **candidate.environment},
+            env={**base_environment(), **candidate.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -212,7 +211,7 @@ def store(device: torch.device, cells: Sequence[Cell], orders: Mapping[str, Any]
     for cell in cells:
         if not cell.candidate.stored or cell.verdict == "cannot":
             continue
-        for op, entry in cell.entries or [(cell.problem.op, _entry_of(cell.problem))]:
+        for op, entry in cell.entries or [(cell.problem.op, entry_of(cell.problem))]:
             groups.setdefault((op, cell.candidate.backend, entry), []).append(cell)
     before = _verdicts.read(device)
     found: dict[str, Any] = json.loads(json.dumps(before.found)) if before else {}
@@ -238,13 +237,6 @@ def store(device: torch.device, cells: Sequence[Cell], orders: Mapping[str, Any]
         partial.unlink(missing_ok=True)
     _verdicts.reload()
     return path
-
-
-def _entry_of(problem: Problem) -> str:
-    mode = MODES[problem.mode]
-    known = _verdicts.mode_of(mode.dtype, mode.precision)
-    assert known is not None
-    return _verdicts.entry(known, problem.backward)
 
 
 def reset(device: torch.device) -> Path | None:

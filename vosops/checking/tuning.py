@@ -132,12 +132,10 @@ def _tune(
         "cpu": device.type == "cpu",
         "problems": [(p.op, p.size.name, p.mode, p.backward) for p in problems],
     }
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    environment = {**os.environ, **base_environment(), "PYTHONPATH": path}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "vosops.checking.tuning"],
-            env=environment,
+            env=base_environment(),
             input=json.dumps(task),
             capture_output=True,
             text=True,
