@@ -143,30 +143,6 @@ class ConvPixels {
   Part parts_[kRows];
 };
 
-// Writes those of 16 numbers whose bit is set.
-template <class S>
-[[gnu::always_inline]] inline void store_some(S* to, Reg value, uint32_t which) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
-  const __mmask16 mask = static_cast<__mmask16>(which);
-  if constexpr (std::is_same_v<S, float>) {
-    _mm512_mask_storeu_ps(to, mask, (__m512)value);
-  } else if constexpr (std::is_same_v<S, Half>) {
-    _mm256_mask_storeu_epi16(to, mask, _mm512_maskz_cvtps_ph(mask, (__m512)value, _MM_FROUND_TO_NEAREST_INT));
-  } else {
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh((__m512)value));
-  }
-#else
-  for (int i = 0; i < kRows; ++i) {
-    if (!(which >> i & 1)) continue;
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      to[i].x = static_cast<uint16_t>(rounded(value)[i] >> 16);
-    } else {
-      to[i] = static_cast<S>(value[i]);
-    }
-  }
-#endif
-}
-
 // A tile of sums with a register for each output channel, pixels in its lanes.
 inline void by_channel(const float* tile, Reg (&channels)[kRows]) {
   transpose_lanes<Lanes>(tile, kRows, reinterpret_cast<float*>(channels), kRows);

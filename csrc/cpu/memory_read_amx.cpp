@@ -264,7 +264,7 @@ class Reader {
 void write_group(const std::vector<RowPanel>& panels, const float* sums, const Running& running,
                  int64_t first, int64_t n, int64_t rows, Tensor& out, Tensor& lse) {
   const int64_t queries = lse.size(1), count = std::min(kGroup, queries - first);
-  alignas(64) float inverse[kGroup];
+  alignas(64) float inverse[kGroup] = {};
   float* lse_row = lse.mutable_data_ptr<float>() + n * queries + first;
   for (int64_t p = 0; p < count; ++p) {
     const float total = running.total[p];
@@ -272,22 +272,16 @@ void write_group(const std::vector<RowPanel>& panels, const float* sums, const R
     lse_row[p] = total == 0 ? -std::numeric_limits<float>::infinity()
                             : (running.maximum[p] + std::log2(total)) / static_cast<float>(kLog2E);
   }
+  const Reg inverses[2] = {load_bits(inverse), load_bits(inverse + kRows)};
   dispatch_floating(out.scalar_type(), [&]<class S>(S) {
     if constexpr (!std::is_same_v<S, double>) {
       S* result = out.mutable_data_ptr<S>() + n * rows * queries + first;
       for (size_t i = 0; i < panels.size(); ++i) {
         for (int64_t r = 0; r < panels[i].count; ++r) {
           S* row = result + (panels[i].row + r) * queries;
-          for (int64_t j = 0; j < count; j += kRows) {
-            const float* sum = sums + (i * 2 + j / kRows) * kSums + r * kRows;
-            S lanes[kRows];
-            for (int64_t p = 0; p < kRows; ++p) lanes[p] = static_cast<S>(sum[p] * inverse[j + p]);
-            if (count - j >= kRows) {
-              std::memcpy(row + j, lanes, sizeof lanes);
-            } else {
-              std::memcpy(row + j, lanes, (count - j) * sizeof(S));
-            }
-          }
+          for (int64_t j = 0; j * kRows < count; ++j)
+            store_first(row + j * kRows, load_bits(sums + (i * 2 + j) * kSums + r * kRows) * inverses[j],
+                        count - j * kRows);
         }
       }
     }

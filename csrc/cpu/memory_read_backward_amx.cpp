@@ -598,16 +598,6 @@ class BackwardElement {
     return pair + panel / 2 * 4 * kSums + (row / kRows * 2 + panel % 2) * kSums + row % kRows * kRows;
   }
 
-  template <class S>
-  static void copy_row(const float* from, int64_t count, S* to) {
-    if (count == kRows) {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kRows; ++i) to[i] = static_cast<S>(from[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
-    }
-  }
-
   // The gradients of a pair of panels of channels of the block's values.
   void write_values(int64_t pair) {
     dispatch_floating(gradients_.value.scalar_type(), [&]<class S>(S) {
@@ -618,8 +608,8 @@ class BackwardElement {
         if (object >= objects_ || channel >= channels_) continue;
         S* to = target + (object * channels_ + channel) * positions_ + keys_.begin;
         for (int64_t first = 0; first < keys_.count; first += kRows)
-          copy_row(sums_of(sums_of_pair(pair), row, first / kRows),
-                   std::min<int64_t>(kRows, keys_.count - first), to + first);
+          store_first(to + first, Lanes::load(sums_of(sums_of_pair(pair), row, first / kRows)),
+                      keys_.count - first);
       }
     });
   }
@@ -659,9 +649,7 @@ class BackwardElement {
           sum = Lanes::fma(2 * x, squared, sum);
         }
         sum *= factor;
-        alignas(64) float gradient[kRows];
-        Lanes::store(gradient, sum);
-        copy_row(gradient, count, target + c * positions_);
+        store_first(target + c * positions_, sum, count);
       }
     });
     for (int64_t i = 0; i < count; ++i) {
