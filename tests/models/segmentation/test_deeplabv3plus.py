@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from tests.models.segmentation import originals
 from vosops.models import create_model
@@ -86,6 +87,53 @@ def test_the_smallest_sides(backbone, output_stride, least):
 def test_classes_and_channels():
     network = originals.empty("deeplabv3plus", num_classes=5, in_channels=4, backbone="mobilenet_v2")
     assert network(torch.empty(2, 4, 32, 48, device="meta")).shape == (2, 5, 32, 48)
+
+
+def test_the_head_of_the_paper():
+    """Separable convolutions in the pyramid, two of them in the decoder, epsilon 1e-3, and corners aligned."""
+    network = originals.empty("deeplabv3plus", backbone="mobilenet_v2", paper=True).to_empty(device="cpu")
+    originals.draw(network).double()
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(1e-3, 1)
+    weights = network.classifier.state_dict()
+    images = torch.rand(1, 3, 49, 66, dtype=torch.float64)
+
+    def conv(x, at, *, dilation=1, norm=True):
+        weight = weights[f"{at}.weight"]
+        x = functional.conv2d(
+            x,
+            weight,
+            weights.get(f"{at}.bias"),
+            padding=weight.shape[-1] // 2 * dilation,
+            dilation=dilation,
+            groups=x.shape[1] // weight.shape[1],
+        )
+        if not norm:
+            return x
+        prefix, _, number = at.rpartition(".")
+        mean, var, scale, shift = (
+            weights[f"{prefix}.{int(number) + 1}.{what}"]
+            for what in ("running_mean", "running_var", "weight", "bias")
+        )
+        return functional.batch_norm(x, mean, var, scale, shift, eps=1e-3).relu()
+
+    with torch.no_grad():
+        low, high = network.backbone(images)
+        maps = [conv(high, "aspp.convs.0.0")]
+        for branch, rate in enumerate((6, 12, 18), 1):
+            maps.append(conv(conv(high, f"aspp.convs.{branch}.0", dilation=rate), f"aspp.convs.{branch}.3"))
+        mean = conv(high.mean((2, 3), keepdim=True), "aspp.convs.4.1")
+        high = conv(torch.cat([*maps, mean.expand_as(maps[0])], 1), "aspp.project.0")
+        low = conv(low, "project.0")
+        high = functional.interpolate(high, low.shape[2:], mode="bilinear", align_corners=True)
+        x = torch.cat([low, high], 1)
+        for at in ("classifier.0", "classifier.3", "classifier.6", "classifier.9"):
+            x = conv(x, at)
+        logits = conv(x, "classifier.12", norm=False)
+        wanted = functional.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)
+        found = network(images)
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()  # the weights of resizing are float32
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ CASES = {  # name: model, options, size, and the part of the naive peak that it 
     "deeplab": ("deeplabv3+", {}, (65, 81), 0.4),
     "deeplab os8": ("deeplabv3+", {"output_stride": 8}, (65, 81), 0.6),
     "deeplab mobilenet": ("deeplabv3+", {"backbone": "mobilenet_v2"}, (65, 81), 0.4),
+    "deeplab paper": ("deeplabv3+", {"backbone": "mobilenet_v2", "paper": True}, (65, 81), 0.45),
     "deeplab xception": ("deeplabv3+", {"backbone": "xception"}, (80, 97), 0.5),
     "hrnet": ("hrnet_w18", {}, (65, 97), 0.5),
     "hrnet pixel centres": ("hrnet_w18", {"align_corners": False}, (64, 96), 0.5),

@@ -14,12 +14,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def conv_bn_relu(
-    inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1, bias: bool = False
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    bias: bool = False,
 ) -> list[nn.Module]:
     """Return a convolution that keeps the size (at stride 1), batch norm and a ReLU, for an `nn.Sequential`."""
     padding = kernel // 2 * dilation
     return [
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=bias),
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=bias),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]

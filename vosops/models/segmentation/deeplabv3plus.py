@@ -23,6 +23,7 @@ _BACKBONES = ("resnet50", "resnet101", "mobilenet_v2", "xception")
 _RATES = {8: (12, 24, 36), 16: (6, 12, 18)}  # for each output stride
 _CHANNELS, _LOW_CHANNELS = 256, 48  # of what the decoder sees of the coarse and of the fine map
 _DROPOUT = 0.1
+_PAPER_NORM_EPS = 1e-3
 
 
 class _ResNetMaps(ResNet):
@@ -41,15 +42,28 @@ class _ResNetMaps(ResNet):
         yield self.further_whole(held, first=2)
 
 
+def _conv3x3(inputs: int, outputs: int, *, dilation: int = 1, separable: bool) -> list[nn.Module]:
+    """Return a 3x3 convolution with batch norm and ReLU; or a depthwise and a 1x1 one, each with its own."""
+    if not separable:
+        return conv_bn_relu(inputs, outputs, 3, dilation=dilation)
+    return [
+        *conv_bn_relu(inputs, inputs, 3, dilation=dilation, groups=inputs),
+        *conv_bn_relu(inputs, outputs, 1),
+    ]
+
+
 class _ASPP(nn.Module):
     """A 1x1, three dilated 3x3 and the mean of the map, concatenated and reduced."""
 
-    def __init__(self, channels: int, rates: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, rates: tuple[int, ...], *, separable: bool) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
             [
                 nn.Sequential(*conv_bn_relu(channels, _CHANNELS, 1)),
-                *(nn.Sequential(*conv_bn_relu(channels, _CHANNELS, 3, dilation=rate)) for rate in rates),
+                *(
+                    nn.Sequential(*_conv3x3(channels, _CHANNELS, dilation=rate, separable=separable))
+                    for rate in rates
+                ),
                 nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(channels, _CHANNELS, 1)),
             ]
         )
@@ -64,23 +78,33 @@ class _ASPP(nn.Module):
         return chain([*(chain(Held(x), conv) for conv in convs), Held(everywhere)], self.project)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = [resize(branch(x), x.shape[2:], align_corners=False) for branch in self.convs]
+        *convs, of_mean = self.convs
+        found = [*(conv(x) for conv in convs), of_mean(x).expand(-1, -1, *x.shape[2:])]
         y: Tensor = self.project(torch.cat(found, 1))
         return y
 
 
 class _Head(nn.Module):
-    def __init__(self, low_channels: int, channels: int, rates: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self, low_channels: int, channels: int, rates: tuple[int, ...], num_classes: int, *, paper: bool
+    ) -> None:
         super().__init__()
+        self.align_corners = paper
         self.project = nn.Sequential(*conv_bn_relu(low_channels, _LOW_CHANNELS, 1))
-        self.aspp = _ASPP(channels, rates)
+        self.aspp = _ASPP(channels, rates, separable=paper)
         self.classifier = nn.Sequential(
-            *conv_bn_relu(_LOW_CHANNELS + _CHANNELS, _CHANNELS, 3), nn.Conv2d(_CHANNELS, num_classes, 1)
+            *_conv3x3(_LOW_CHANNELS + _CHANNELS, _CHANNELS, separable=paper),
+            *(_conv3x3(_CHANNELS, _CHANNELS, separable=True) if paper else []),
+            nn.Conv2d(_CHANNELS, num_classes, 1),
         )
+        if paper:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eps = _PAPER_NORM_EPS
 
     def joined(self, low: Tensor, high: Tensor) -> Tensor:
-        """Return what the last two convolutions read."""
-        return torch.cat([low, resize(high, low.shape[2:], align_corners=False)], 1)
+        """Return what the last convolutions read."""
+        return torch.cat([low, resize(high, low.shape[2:], align_corners=self.align_corners)], 1)
 
 
 class DeepLabV3Plus(FrameNetwork):
@@ -91,6 +115,9 @@ class DeepLabV3Plus(FrameNetwork):
         in_channels: Of the images.
         backbone: "resnet50", "resnet101", "mobilenet_v2" or "xception".
         output_stride: Of the backbone's last map: 16, or 8 for a finer one that costs more.
+        paper: Whether the head is the one of the paper and its TensorFlow code: separable 3x3 convolutions in the
+            pyramid, two of them in the decoder, batch norms with an epsilon of 1e-3, and corners aligned where maps
+            are resized. Checkpoints of DeepLabV3Plus-Pytorch do not fit it.
         recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", what the parallel convolutions give,
             "low", the 48 channels of the finer map, and "head", what the classifier reads.
 
@@ -116,6 +143,7 @@ class DeepLabV3Plus(FrameNetwork):
         in_channels: int = 3,
         backbone: str = "resnet50",
         output_stride: int = 16,
+        paper: bool = False,
         recurrent: Recurrent | None = None,
     ) -> None:
         super().__init__()
@@ -134,7 +162,11 @@ class DeepLabV3Plus(FrameNetwork):
         self.sides = Sides(least=self.backbone.least)
         self.stride = output_stride
         self.classifier = _Head(
-            self.backbone.low_channels, self.backbone.channels, _RATES[output_stride], num_classes
+            self.backbone.low_channels,
+            self.backbone.channels,
+            _RATES[output_stride],
+            num_classes,
+            paper=paper,
         )
         self.set_places({"bottleneck": _CHANNELS, "low": _LOW_CHANNELS, "head": _CHANNELS}, recurrent)
 
@@ -143,11 +175,14 @@ class DeepLabV3Plus(FrameNetwork):
         maps = self.backbone.streamed_pair(Held(images))
         low = chain(Held(next(maps)), self.classifier.project).whole()
         coarse = Held(self.at("bottleneck", self.classifier.aspp.rows(next(maps)).whole()))
-        joined = [Held(self.at("low", low)), Enlarged(coarse, low.shape[2:], align_corners=False)]
+        joined = [
+            Held(self.at("low", low)),
+            Enlarged(coarse, low.shape[2:], align_corners=self.classifier.align_corners),
+        ]
         del low
         *layers, last = self.classifier.classifier
         logits = chain(self.rows_at("head", chain(joined, *layers)), last).whole()
-        return Enlarged(Held(logits), images.shape[2:], align_corners=False)
+        return Enlarged(Held(logits), images.shape[2:], align_corners=self.classifier.align_corners)
 
     @through_time
     def forward(self, images: Tensor) -> Tensor:
@@ -156,4 +191,4 @@ class DeepLabV3Plus(FrameNetwork):
         low = self.at("low", self.classifier.project(fine))
         high = self.at("bottleneck", self.classifier.aspp(coarse))
         logits = self.classify(self.classifier.classifier, self.classifier.joined(low, high))
-        return resize(logits, images.shape[2:], align_corners=False)
+        return resize(logits, images.shape[2:], align_corners=self.classifier.align_corners)
