@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import warnings
 from dataclasses import replace
 
@@ -193,6 +194,9 @@ def test_an_order_that_was_timed_here_is_followed_and_named(cache):
     assert vosops.explain("local_matching", half, half, mask, radius=2).startswith("local_matching: cpp")
     store(CPU, [cell("global_conv", "right")])
     assert _verdicts.of(CPU).orders == orders, "a check without --tune keeps the orders"
+    timed = {"global_conv": {"bf16 forward": {"order": ["reference", "cpp"], "seconds": {}}}}
+    store(CPU, [cell("global_conv", "right")], timed)
+    assert _verdicts.of(CPU).orders == orders | timed, "one op that is timed keeps the orders of the others"
 
 
 def test_a_run_remembers_what_the_check_changed(cache):
@@ -211,13 +215,26 @@ def test_a_run_remembers_what_the_check_changed(cache):
 def test_tuning_times_only_what_is_right_and_orders_it(cache):
     sizes = [size for size in tuning.CPU_SIZES if size.op == "local_matching"][:1]
     cells = [cell("local_matching", "right"), cell("local_matching", "wrong", mode="bf16")]
-    orders = tuning.tune_device(CPU, cells, sizes=sizes)
+    came = {}
+    orders = tuning.tune_device(CPU, cells, sizes=sizes, progress=came.__setitem__)
     assert list(orders) == ["local_matching"]
+    assert came == orders
     assert list(orders["local_matching"]) == ["ieee forward"]
     timed = orders["local_matching"]["ieee forward"]
     assert sorted(timed["order"]) == ["cpp", "reference"]
     [seconds] = timed["seconds"].values()
     assert timed["order"] == sorted(seconds, key=seconds.get)
+
+
+def test_what_was_timed_before_the_time_ran_out_is_kept(monkeypatch):
+    def run(command, *, timeout, **more):
+        line = b'{"seconds": {"a": {"cpp": 1.0, "reference": 2.0}}, "entries": ["ieee forward"]}\n'
+        raise subprocess.TimeoutExpired(command, timeout, output=line + line[:20])
+
+    monkeypatch.setattr(tuning.subprocess, "run", run)
+    sizes = [size for size in tuning.CPU_SIZES if size.op == "local_matching"][:1]
+    orders = tuning.tune_device(CPU, [cell("local_matching", "right")], sizes=sizes)
+    assert orders["local_matching"]["ieee forward"]["order"] == ["cpp", "reference"]
 
 
 def test_the_order_is_by_all_sizes_and_of_what_ran_on_all():

@@ -202,7 +202,7 @@ def store(device: torch.device, cells: Sequence[Cell], orders: Mapping[str, Any]
     Args:
         device: where the cells were computed.
         cells: of `check_device`.
-        orders: of `tune_device`; None keeps those that the file has.
+        orders: of `tune_device`; those that the file has of other ops and entries are kept.
 
     Returns:
         The file.
@@ -224,7 +224,9 @@ def store(device: torch.device, cells: Sequence[Cell], orders: Mapping[str, Any]
         )
         value = {"verdict": decisive.verdict, "reason": reason, "error": error}
         found.setdefault(op, {}).setdefault(backend, {})[entry] = value
-    kept = orders if orders is not None else before.orders if before else {}
+    kept: dict[str, Any] = json.loads(json.dumps(before.orders)) if before else {}
+    for op, entries in (orders or {}).items():
+        kept.setdefault(op, {}).update(entries)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     verdicts = _verdicts.Verdicts(_verdicts.identity(device), date, found, kept)
     path = _verdicts.path_of(verdicts.identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -71,10 +72,10 @@ def tune_device(
     ops: Sequence[str] = (),
     sizes: Sequence[Problem] | None = None,
     imports: Sequence[str] = (),
-    seconds: float = 120.0,
-    progress: Callable[[str, str, Mapping[str, Any]], None] = lambda op, entry, cell: None,
+    seconds: float = 300.0,
+    progress: Callable[[str, dict[str, dict[str, Any]]], None] = lambda op, entries: None,
 ) -> Orders:
-    """Time what `check_device` found right, op by op in processes of their own, and return the orders.
+    """Time what `check_device` found right, each op in a process of its own, and return the orders.
 
     Args:
         device: "cpu" or a CUDA device.
@@ -82,8 +83,8 @@ def tune_device(
         ops: some ops; all by default.
         sizes: of the problems; `sizes_for` by default.
         imports: modules that each process imports first.
-        seconds: for one op in one arithmetic and direction; what is not finished then has no order.
-        progress: receives op, entry and the order's cell as they come.
+        seconds: for one op; what is not finished then has no order.
+        progress: receives an op and its orders as soon as they are known, to be stored for instance.
 
     Returns:
         op -> entry -> {"order": names, best first, "seconds": {size: {name: median}}}.
@@ -100,53 +101,55 @@ def tune_device(
             problem = cell.problem
             key = (problem.op, cell.candidate.backend, problem.mode, problem.backward)
             verdicts.setdefault(key, set()).add(cell.verdict)
-    for backward in (False, True):
-        for mode in gpu_cases.MODES:
-            for op in dict.fromkeys(size.op for size in sizes or sizes_for(device)):
-                if ops and op not in ops:
-                    continue
-                able = [b for b in BACKENDS[:2] if verdicts.get((op, b, mode, backward)) == {"right"}]
-                if not able:
-                    continue
-                chosen = [
-                    replace(size, mode=mode, backward=backward)
-                    for size in sizes or sizes_for(device)
-                    if size.op == op
-                ]
-                for entry, cell_found in _tune(
-                    device, chosen, [*able, "reference"], imports, seconds
-                ).items():
-                    orders.setdefault(op, {}).setdefault(entry, cell_found)
-                    progress(op, entry, cell_found)
+    of_sizes = sizes or sizes_for(device)
+    for op in dict.fromkeys(size.op for size in of_sizes):
+        if ops and op not in ops:
+            continue
+        groups = []
+        for mode, backward in itertools.product(gpu_cases.MODES, (False, True)):
+            able = [b for b in BACKENDS[:2] if verdicts.get((op, b, mode, backward)) == {"right"}]
+            if able:
+                groups.append({"mode": mode, "backward": backward, "backends": [*able, "reference"]})
+        names = [size.size.name for size in of_sizes if size.op == op]
+        found = _tune(device, op, names, groups, imports, seconds) if groups else {}
+        if found:
+            orders[op] = found
+            progress(op, found)
     return orders
 
 
 def _tune(
-    device: torch.device, problems: list[Problem], backends: list[str], imports: Sequence[str], seconds: float
+    device: torch.device,
+    op: str,
+    sizes: list[str],
+    groups: list[dict[str, Any]],
+    imports: Sequence[str],
+    seconds: float,
 ) -> dict[str, dict[str, Any]]:
-    """Return the order of one op, arithmetic and direction by the entry that its calls look up; empty if it failed."""
+    """Return the orders of one op by the entries that its calls look up: of all groups that it came to."""
     task = {
         "device": str(device),
-        "backends": backends,
         "imports": list(imports),
-        "cpu": device.type == "cpu",
-        "problems": [(p.op, p.size.name, p.mode, p.backward) for p in problems],
+        "op": op,
+        "sizes": sizes,
+        "groups": groups,
     }
     try:
-        done = subprocess.run(
+        lines = subprocess.run(
             [sys.executable, "-m", "vosops.checking.tuning"],
             env=base_environment(),
-            input=json.dumps(task),
+            input=json.dumps(task).encode(),
             capture_output=True,
-            text=True,
             timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return {}
-    if done.returncode != 0:
-        return {}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {entry: _order(found["seconds"]) for entry in found["entries"]}
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        lines = error.stdout or b""
+    orders: dict[str, dict[str, Any]] = {}
+    for line in lines.split(b"\n")[:-1]:  # what follows the last end of a line is no whole line
+        found: dict[str, Any] = json.loads(line)
+        for entry in found["entries"]:
+            orders.setdefault(entry, _order(found["seconds"]))
+    return orders
 
 
 def _order(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -160,10 +163,8 @@ def _order(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Time the problems of the task on standard input."""
+    """Time the problems of the task on standard input; each group of them is a line of the output."""
     from importlib import import_module
-
-    from vosops.checking.child import noting
 
     task: dict[str, Any] = json.load(sys.stdin)
     lines = os.fdopen(os.dup(1), "w")
@@ -172,28 +173,38 @@ def main() -> None:
         import_module(name)
     clock = Clock(task["device"])
     torch.set_num_threads(1)
-    known = {(p.op, p.size.name): p for p in (CPU_SIZES if task["cpu"] else GPU_SIZES)}
-    entries: set[tuple[str, str]] = set()
-    seconds: dict[str, dict[str, float]] = {}
-    for op, size, mode, backward in task["problems"]:
-        problem = replace(known[op, size], mode=mode, backward=backward)
-        calls = {name: gpu_cases.our_call(problem, clock.device, name) for name in task["backends"]}
-        first: dict[str, float] = {}
-        for name, call in calls.items():
-            try:
-                with noting(entries):
-                    call()
-                first[name] = clock.seconds(call)
-            except Exception as error:  # of any kind: it has no place in the order
-                print(f"{problem.key}: {name}: {first_line(error)}", file=sys.stderr)
-        least = min(first.values())
-        able = {name: calls[name] for name in first if first[name] < TOO_SLOW * least}
-        timings = interleave(able, clock, rounds=ROUNDS, least=LEAST_ROUNDS, budget=BUDGET)
-        times = {name: timing.median for name, timing in timings.items()}
-        seconds[size] = {name: times.get(name, first[name]) for name in first}
-    named = sorted({entry for op, entry in entries})
-    lines.write(json.dumps({"seconds": seconds, "entries": named}) + "\n")
-    lines.flush()
+    known = {p.size.name: p for p in sizes_for(clock.device) if p.op == task["op"]}
+    for group in task["groups"]:
+        mode, backward = group["mode"], group["backward"]
+        problems = [replace(known[size], mode=mode, backward=backward) for size in task["sizes"]]
+        entries: set[tuple[str, str]] = set()
+        seconds = {p.size.name: _times(p, clock, group["backends"], entries) for p in problems}
+        lines.write(
+            json.dumps({"seconds": seconds, "entries": sorted({entry for _, entry in entries})}) + "\n"
+        )
+        lines.flush()
+
+
+def _times(
+    problem: Problem, clock: Clock, backends: Sequence[str], entries: set[tuple[str, str]]
+) -> dict[str, float]:
+    """Return the median of each implementation, and note the entries that its call looks up."""
+    from vosops.checking.child import noting
+
+    calls = {name: gpu_cases.our_call(problem, clock.device, name) for name in backends}
+    first: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            with noting(entries):
+                call()
+            first[name] = clock.seconds(call)
+        except Exception as error:  # of any kind: it has no place in the order
+            print(f"{problem.key}: {name}: {first_line(error)}", file=sys.stderr)
+    least = min(first.values())
+    able = {name: calls[name] for name in first if first[name] < TOO_SLOW * least}
+    timings = interleave(able, clock, rounds=ROUNDS, least=LEAST_ROUNDS, budget=BUDGET)
+    times = {name: timing.median for name, timing in timings.items()}
+    return {name: times.get(name, first[name]) for name in first}
 
 
 __all__ = ["CPU_SIZES", "GPU_SIZES", "Orders", "sizes_for", "tune_device"]

@@ -75,8 +75,16 @@ def check(
             cells = check_device(each, problems, seconds=seconds, progress=advance)
         orders = None
         if tune:
-            typer.echo(f"{each}: timing what is right")
-            orders = tune_device(each, cells, ops=op or [])
+            typer.echo(f"{each}: timing what is right, op by op")
+
+            def keep(
+                op: str, found: Mapping[str, Any], each: torch.device = each, cells: Any = cells
+            ) -> None:
+                typer.echo(f"{each}: {op}: {len(found)} orders")
+                if not dry:  # at once: what was timed is not lost with what comes after it
+                    store(each, cells, {op: found})
+
+            orders = tune_device(each, cells, ops=op or [], progress=keep)
         _print(_table(each, cells))
         for line in _problems(cells):
             typer.echo(line)
