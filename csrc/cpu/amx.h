@@ -225,6 +225,33 @@ class Region {
   tile_store<3>(to + 3 * stride);
 }
 
+// Adds sums 0 to 3 to those at `to`. Where there are many terms, the rounding errors of sums that are made in
+// blocks and then added grow with the square root of the blocks, not of the terms.
+inline void add_sums(float* to) {
+  alignas(64) float block[4 * kSums];
+  store_sums(block);
+  for (int64_t i = 0; i < 4 * kSums; i += kRows)
+    Lanes::store(to + i, Lanes::load(to + i) + Lanes::load(block + i));
+}
+// Around the products of one block: its share of the sums at `at`, of which the first block makes the first.
+// Those of several pieces, kExact, are added afterwards; those of bfloat16 go on in the tiles.
+template <bool kExact>
+[[gnu::always_inline]] inline void begin_sums(bool first, const float* at) {
+  if (kExact || first) {
+    zero_sums();
+  } else {
+    load_sums(at);
+  }
+}
+template <bool kExact>
+[[gnu::always_inline]] inline void end_sums(bool first, float* at) {
+  if (!kExact || first) {
+    store_sums(at);
+  } else {
+    add_sums(at);
+  }
+}
+
 using Piece = const uint16_t*;
 
 [[gnu::always_inline]] inline void load_a(Piece a0, Piece a1, int piece) {

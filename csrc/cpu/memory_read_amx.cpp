@@ -172,13 +172,9 @@ template <int kPieces>
   const int64_t steps = block.padded / kStep;
   for (int64_t c = 0; c < block.value_panels; c += 2, sums += 4 * kSums) {
     const uint16_t* panel = block.values + c * block.value_stride;
-    if (first) {
-      zero_sums();
-    } else {
-      load_sums(sums);
-    }
+    begin_sums<(kPieces > 1)>(first, sums);
     multiply_add<kPieces>(panel, panel + block.value_stride, w0, w1, steps);
-    store_sums(sums);
+    end_sums<(kPieces > 1)>(first, sums);
   }
 }
 

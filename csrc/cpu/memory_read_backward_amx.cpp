@@ -468,13 +468,9 @@ class BackwardElement {
     float* sums = query_sums_.data() + group * key_pairs_ * 4 * kSums;
     for (int64_t c = 0; c < key_pairs_; ++c, sums += 4 * kSums) {
       const uint16_t* k = key_channels_.data() + 2 * c * groups * kPanelStep;
-      if (keys_.begin == 0) {
-        zero_sums();
-      } else {
-        load_sums(sums);
-      }
+      begin_sums<(kValues > 1)>(keys_.begin == 0, sums);
       multiply_add<kValues>(panels, panels + groups * kPanelStep, k, k + groups * kPanelStep, groups);
-      store_sums(sums);
+      end_sums<(kValues > 1)>(keys_.begin == 0, sums);
     }
   }
 
@@ -582,13 +578,9 @@ class BackwardElement {
       const uint16_t* b = (pair < value_pairs_ ? weights_.data() : slopes_.data()) + weights_at(slice);
       float* sums = sums_of_pair(pair);
       for (int64_t m = 0; m < groups; ++m, b += 2 * steps * kPanelStep, sums += 4 * kSums) {
-        if (slice == 0) {
-          zero_sums();
-        } else {
-          load_sums(sums);
-        }
+        begin_sums<(kValues > 1)>(slice == 0, sums);
         multiply_add<kValues>(a, a + steps * kPanelStep, b, b + steps * kPanelStep, steps);
-        store_sums(sums);
+        end_sums<(kValues > 1)>(slice == 0, sums);
       }
     }
   }
