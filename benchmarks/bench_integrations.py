@@ -1,6 +1,6 @@
 """The memory reads of XMem, Cutie, STCN and Mask-Propagation, before and after `accelerate`: time and peak memory.
 
-    python benchmarks/bench_integrations.py cutie stcnbuf xmem=DIR stcn=DIR mask-propagation=DIR --json FILE
+    python benchmarks/bench_integrations.py sam2 cutie stcnbuf xmem=DIR stcn=DIR mask-propagation=DIR --json FILE
 
 Installed packages by their names, checkouts with their folders. Each system runs in a process of its own, before and
 after in turn, at 480p (30 x 54 positions) with random keys; training reads are those of 4 clips of 3 frames of 24 x 24.
@@ -19,7 +19,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,7 +38,69 @@ ROUNDS = 3
 TOLERANCE = 1e-5
 _MIB = 1 << 20
 
-Case = tuple[str, Any, Callable[[], list[torch.Tensor]]]  # title, target, read
+SAM2_FRAMES, SAM2_POINTERS = 7, 16  # of its memory
+Read = Callable[[], list[torch.Tensor]]
+Case = (
+    tuple[str, Any, Read] | tuple[str, Any, Read, dict[str, Any]]
+)  # title, target, read, options of accelerate
+
+
+class _Case(NamedTuple):
+    title: str
+    target: Any
+    read: Read
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+def sam2() -> list[Case]:
+    """Its predictor's attention to a full memory, in all layers: what a tracked frame and object costs."""
+    from sam2.build_sam import build_sam2_video_predictor
+
+    cases: list[Case] = []
+    for side, objects in ((512, 1), (512, 4), (1024, 1)):
+        small = {"image_size": side, "image_encoder.trunk.embed_dim": 16, "image_encoder.trunk.stages": [1, 1, 2, 1],
+                 "image_encoder.trunk.global_att_blocks": [3],
+                 "image_encoder.neck.backbone_channel_list": [128, 64, 32, 16]}  # fmt: skip
+        predictor = build_sam2_video_predictor(
+            "configs/sam2.1/sam2.1_hiera_t.yaml",
+            None,
+            device="cpu",
+            hydra_overrides_extra=[f"++model.{name}={value}" for name, value in small.items()],
+        )
+        read = _read_of_sam2(predictor, side // 16, objects)
+        title = f"{SAM2_FRAMES} frames and {SAM2_POINTERS} pointers, {side}x{side}, {objects} at once"
+        cases += [(title, predictor, read), (f"{title}, keys kept", predictor, read, {"cache_keys": True})]
+    return cases
+
+
+def _read_of_sam2(predictor: Any, side: int, objects: int) -> Read:
+    positions = predictor.memory_encoder.position_encoding(torch.zeros(1, 64, side, side))
+    positions = positions.expand(objects, -1, -1, -1)
+    outputs = [
+        {
+            "maskmem_features": torch.randn(objects, 64, side, side).bfloat16(),
+            "maskmem_pos_enc": [positions],
+            "obj_ptr": torch.randn(objects, 256),
+        }
+        for _ in range(SAM2_POINTERS)
+    ]
+    past = {"cond_frame_outputs": {0: outputs[0]}, "non_cond_frame_outputs": dict(enumerate(outputs[1:], 1))}
+    features, places = torch.randn(2, side * side, 1, 256).expand(-1, -1, objects, -1)
+
+    def read() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            out = predictor._prepare_memory_conditioned_features(
+                frame_idx=SAM2_POINTERS,
+                is_init_cond_frame=False,
+                current_vision_feats=[features],
+                current_vision_pos_embeds=[places],
+                feat_sizes=[(side, side)],
+                output_dict=past,
+                num_frames=1000,
+            )
+        return [out.clone()]
+
+    return read
 
 
 def xmem() -> list[Case]:
@@ -190,7 +252,7 @@ def mask_propagation() -> list[Case]:
 
 
 SYSTEMS = {
-    "xmem": xmem, "cutie": cutie, "stcn": stcn, "stcnbuf": stcnbuf, "mask-propagation": mask_propagation,
+    "sam2": sam2, "xmem": xmem, "cutie": cutie, "stcn": stcn, "stcnbuf": stcnbuf, "mask-propagation": mask_propagation,
 }  # fmt: skip
 
 
@@ -234,24 +296,25 @@ def measure(name: str, folder: str | None, wanted: str) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     clock, cpu = Clock(), torch.device("cpu")
     rows = []
-    for title, target, read in SYSTEMS[name]():
+    for case in SYSTEMS[name]():
+        title, target, read, options = _Case(*case)
         if wanted not in title:
             continue
         with torch.set_grad_enabled(title.startswith("training")):
             first = read()
-            with accelerate(target):
+            with accelerate(target, **options):
                 second = read()
             differences = torch.cat([(a - b).abs().flatten() for a, b in zip(first, second, strict=True)])
             del first, second
             peaks = [peak_bytes(read, cpu)]
             times: tuple[list[float], ...] = ([], [], [])
-            with accelerate(target):
+            with accelerate(target, **options):
                 peaks.append(peak_bytes(read, cpu))
             for _ in range(ROUNDS):
                 gc.collect()
                 times[0].append(clock.seconds(read))
                 started = time.process_time()
-                with accelerate(target):
+                with accelerate(target, **options):
                     times[2].append(time.process_time() - started)
                     gc.collect()
                     times[1].append(clock.seconds(read))

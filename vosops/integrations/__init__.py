@@ -1,4 +1,4 @@
-"""Running other people's checkouts on vosops' ops: XMem, Cutie, STCN, Mask-Propagation and their forks."""
+"""Running other people's code on vosops' ops: SAM 2 and its kin, XMem, Cutie, STCN, Mask-Propagation, their forks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vosops.integrations.recipes import Recipe, find_recipe, original_of, replacement_for
+from vosops.integrations.memory_attention import ATTENTION_RECIPES, KEY_RECIPES
+from vosops.integrations.recipes import RECIPES, Recipe, find_recipe, original_of, replacement_for
+from vosops.integrations.sessions import session_recipes
+from vosops.memory import parse_bytes
 
 __all__ = ["Acceleration", "accelerate"]
 
@@ -57,9 +60,15 @@ class Acceleration:
         return f"Acceleration(replaced={self.replaced})"
 
 
-def accelerate(target: Any) -> Acceleration:
-    """Make a checkout of XMem, Cutie, STCN or Mask-Propagation read its memory by `vosops.memory_read`.
+def accelerate(
+    target: Any, *, memory_budget: int | str | None = None, cache_keys: bool | None = None
+) -> Acceleration:
+    """Make SAM 2 and its kin, XMem, Cutie, STCN or Mask-Propagation read their memory by `vosops.memory_read`.
 
+    SAM 2 (`sam2`, a clone or a fork), EdgeTAM, EfficientTAM and transformers' Sam2VideoModel: the attention to the
+    memory reads the 64 channels of the memory itself, and projects what it read; see `vosops.integrations.rotary`.
+
+    XMem, Cutie, STCN, Mask-Propagation:
     The functions that compute similarity, softmax and readout are replaced in every loaded module that holds
     them, and so for memory managers that are made later too. Their replacements return a description of the
     affinity in its place. Slices, boolean masks, `torch.cat`, `expand`, `sum`, `@`, `bmm` and `einsum` of it run on
@@ -70,14 +79,22 @@ def accelerate(target: Any) -> Acceleration:
         target: a network, an inference core, a memory manager or bank, a class, or a module or package (or its name).
             Import the checkout's modules first: what is not loaded cannot be replaced. Of an installed package all its
             loaded modules count, of a checkout all that are loaded from its folder.
+        memory_budget: of SAM 2 and transformers' Sam2VideoModel: the bytes, or a text such as "2GB", that the outputs
+            of past frames and their keys may take in a session. What no later frame reads leaves when they are
+            exceeded, the oldest first, and frames of a folder are read when they are needed; see
+            `vosops.integrations.sessions`. None: sessions grow as they do without vosops.
+        cache_keys: of SAM 2 and transformers' Sam2VideoModel: keep the projected and rotated keys of each frame that is
+            still read, of every layer: 16.8 MB in float32 for an object's frame of 64 x 64 positions. None: no.
 
     Returns:
         An :class:`Acceleration`: ``with accelerate(core): ...`` ends with the originals in place, and so does
         its ``undo()``.
 
     Raises:
-        ValueError: nothing to replace was found; or a function of a known name computes something else than its
-            replacement on a small random input (then nothing at all is replaced).
+        ValueError: nothing to replace was found; a function of a known name computes something else than its
+            replacement on a small random input; or memory_budget or cache_keys is given for a system without them
+            (then nothing at all is replaced).
+        vosops.memory.MemoryBudgetError: later, from the session: the budget does not hold what the next frame reads.
 
     Gradients reach keys, shrinkage, selection and values, as before; usage is not differentiable. With top_k
     above the size of the memory all of it is used, where the originals raise.
@@ -88,20 +105,31 @@ def accelerate(target: Any) -> Acceleration:
         >>> with accelerate(core):  # doctest: +SKIP
         ...     prob = core.step(image, mask)
     """
+    sessions = session_recipes(parse_bytes(memory_budget)) if memory_budget is not None else ()
+    wanted = (*RECIPES, *ATTENTION_RECIPES, *(KEY_RECIPES if cache_keys else ()), *sessions)
     found: dict[int, tuple[Callable[..., Any], Recipe, type | None]] = {}
     known = False
     modules = _modules(target)
     for function, owner in _functions(modules):
         known = known or original_of(function) is not None
-        recipe = None if original_of(function) is not None else find_recipe(function)
+        recipe = None if original_of(function) is not None else find_recipe(function, wanted)
         if recipe is not None:
             found.setdefault(id(function), (function, recipe, owner))
     if not found and not known:
         names = ", ".join(sorted(module.__name__ for module in modules)[:5]) or "no module"
         raise ValueError(
-            f"target must lead to the memory read of XMem, Cutie, STCN or Mask-Propagation, got {target!r:.80}: "
-            f"nothing to replace in {names}; import the checkout's modules first"
+            "target must lead to the memory read of SAM 2, XMem, Cutie, STCN or Mask-Propagation, "
+            f"got {target!r:.80}: nothing to replace in {names}; import the checkout's modules first"
         )
+    recipes = [recipe for _, recipe, _ in found.values()]
+    for option, own, value in (
+        ("memory_budget", sessions, memory_budget),
+        ("cache_keys", KEY_RECIPES, cache_keys),
+    ):
+        if value and not known and not any(recipe in own for recipe in recipes):
+            raise ValueError(
+                f"{option} must be None but for SAM 2 and its kin, got {value!r} for {target!r:.80}"
+            )
     replaced = [
         _Replaced(function, replacement_for(recipe, function), owner)
         for function, recipe, owner in found.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,25 +18,27 @@ _PROBE_TOP_K = 3
 _PROBE_TOLERANCE = 1e-4
 
 Function = Callable[..., Any]
+Probe = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a function, by position and by name."""
 
 
 class Recipe(NamedTuple):
     """A function known by its name and first parameters.
 
-    replace(original) makes what takes its place; probes yields the arguments on which both must agree.
+    replace(original) makes what takes its place; probes(original) yields the arguments on which both must agree.
     """
 
     name: str
     parameters: tuple[str, ...]
     replace: Callable[[Function], Function]
-    probes: Callable[[], Iterator[tuple[tuple[Any, ...], dict[str, Any]]]]
+    probes: Callable[[Function], Iterator[Probe]]
 
 
-def find_recipe(function: Any) -> Recipe | None:
+def find_recipe(function: Any, recipes: Sequence[Recipe]) -> Recipe | None:
     """Return the recipe for a function of this name and these first parameters."""
     if type(function) is not FunctionType:
         return None
-    for recipe in RECIPES:
+    for recipe in recipes:
         if function.__name__ == recipe.name:
             given = tuple(inspect.signature(function).parameters)
             exact = recipe.name == "forward"  # a name that tells nothing
@@ -63,7 +65,7 @@ def replacement_for(recipe: Recipe, original: Function) -> Function:
     replacement._vosops_original = original  # type: ignore[attr-defined]
     title = f"{original.__module__}.{original.__qualname__}"
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for args, kwargs in recipe.probes():
+        for args, kwargs in recipe.probes(original):
             plain = [a.build() if isinstance(a, Handle) else a for a in args]
             try:
                 expected = original(*plain, **kwargs)
@@ -81,7 +83,7 @@ def replacement_for(recipe: Recipe, original: Function) -> Function:
 def _tensors(result: Any) -> list[Tensor]:
     """Return the tensors of a result, handles built."""
     results = result if isinstance(result, tuple) else (result,)
-    return [r.build() if isinstance(r, Handle) else r for r in results]
+    return [r.build() if isinstance(r, Handle) else r for r in results if r is not None]
 
 
 # ---- XMem, Cutie: model/memory_util.py, cutie/model/utils/memory_utils.py.
@@ -102,7 +104,7 @@ def _similarity(original: Function) -> Function:
     return get_similarity
 
 
-def _similarity_probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _similarity_probes(_: Function) -> Iterator[Probe]:
     mk, ms, qk, qe = _random((1, 4, 7), (1, 1, 7), (1, 4, 5), (1, 4, 5))
     yield (mk, ms, qk, qe), {}
     yield (mk, ms, qk, None), {}
@@ -127,7 +129,7 @@ def _softmax(original: Function) -> Function:
     return do_softmax
 
 
-def _softmax_probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _softmax_probes(_: Function) -> Iterator[Probe]:
     mk, ms, qk, qe = _random((1, 4, 7), (1, 1, 7), (1, 4, 5), (1, 4, 5))
     for top_k in (None, _PROBE_TOP_K):
         yield (Similarity.of(mk, qk, shrinkage=ms, selection=qe),), {"top_k": top_k, "return_usage": True}
@@ -143,7 +145,7 @@ def _global_matching(original: Function) -> Function:
     return _global_matching
 
 
-def _global_matching_probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _global_matching_probes(_: Function) -> Iterator[Probe]:
     mk, qk = _random((1, 4, 7), (1, 4, 5))
     yield (SimpleNamespace(top_k=_PROBE_TOP_K), mk, qk), {}
 
@@ -155,7 +157,7 @@ def _l2_affinity(original: Function) -> Function:
     return get_affinity
 
 
-def _l2_affinity_probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _l2_affinity_probes(_: Function) -> Iterator[Probe]:
     mk, qk = _random((2, 4, 3, 1, 5), (2, 4, 1, 5))
     yield (SimpleNamespace(), mk, qk), {}
 
@@ -172,7 +174,7 @@ def _dot_read(original: Function) -> Function:
     return forward
 
 
-def _dot_read_probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _dot_read_probes(_: Function) -> Iterator[Probe]:
     mk, mv, qk = _random((1, 4, 2, 1, 5), (1, 3, 2, 1, 5), (1, 4, 1, 5))
     for top_k in (None, _PROBE_TOP_K):
         yield (SimpleNamespace(top_k=top_k, km=None), mk, mv, qk), {}
@@ -185,7 +187,7 @@ def _dot_read_and_query(original: Function) -> Function:
     return forward
 
 
-def _dot_read_and_query_probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _dot_read_and_query_probes(_: Function) -> Iterator[Probe]:
     mk, mv, qk, qv = _random((2, 4, 2, 1, 5), (2, 3, 2, 1, 5), (2, 4, 1, 5), (2, 3, 1, 5))
     yield (SimpleNamespace(), mk, mv, qk, qv), {}
 
@@ -197,7 +199,7 @@ def _dot_affinity(original: Function) -> Function:
     return forward
 
 
-def _dot_affinity_probes() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _dot_affinity_probes(_: Function) -> Iterator[Probe]:
     mk, qk = _random((2, 4, 1, 5), (2, 4, 1, 5))
     yield (SimpleNamespace(), mk, qk), {}
 

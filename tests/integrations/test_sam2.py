@@ -1,0 +1,163 @@
+"""SAM 2's video predictor, as it is installed, with seeded weights: the same masks, and sessions in fixed bytes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.integrations.sam2_models import small_predictor, write_frames
+from vosops.integrations import accelerate
+from vosops.integrations.rotary import KeyCache
+from vosops.integrations.sessions import reachable_bytes
+from vosops.memory import MemoryBudgetError
+
+TOLERANCE = 1e-4  # of logits
+FRAMES = 12
+HEIGHT, WIDTH = 96, 128
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    pytest.importorskip("sam2", reason="the package sam2 is not installed")
+    return small_predictor()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_frames(tmp_path_factory.mktemp("frames"), FRAMES, HEIGHT, WIDTH)
+
+
+def session(predictor, folder):
+    """Two objects by clicks and a box, corrections, a third object later, one removed -> all logits."""
+    torch.manual_seed(0)
+    results = []
+
+    def propagate(first, count):
+        for _, _, logits in predictor.propagate_in_video(state, first, count - 1):
+            results.append(logits.clone())
+
+    with torch.inference_mode():
+        state = predictor.init_state(str(folder))
+        add = predictor.add_new_points_or_box
+        add(state, 0, 1, points=[[30.0, 40.0], [90.0, 20.0]], labels=[1, 0])
+        add(state, 0, 2, box=[40.0, 30.0, 80.0, 90.0])
+        propagate(0, 5)
+        add(state, 4, 1, points=[[50.0, 50.0]], labels=[1])  # a correction
+        mask = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+        mask[10:40, 60:100] = True
+        predictor.add_new_mask(state, 4, 7, mask)
+        propagate(4, 4)
+        predictor.remove_object(state, 2)
+        propagate(8, 4)
+    return results, state
+
+
+@pytest.fixture(scope="module")
+def expected(predictor, folder):
+    return session(predictor, folder)[0]
+
+
+@pytest.mark.parametrize("cache_keys", [False, True])
+def test_the_same_masks(predictor, folder, expected, cache_keys):
+    with accelerate(predictor, cache_keys=cache_keys) as acceleration:
+        got, _ = session(predictor, folder)
+    assert any("RoPEAttention.forward" in name for name in acceleration.replaced)
+    assert len(got) == len(expected) == FRAMES + 1
+    for a, b in zip(expected, got):
+        torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE)
+    assert [len(logits) for logits in got][-1] == 2
+
+
+def test_the_memory_is_read(predictor, folder, expected, monkeypatch):
+    """A memory of zeros changes the masks: weights that ignored it would hide every error of the read."""
+    encode = predictor._encode_new_memory
+
+    def nothing(*args, **kwargs):
+        features, positions = encode(*args, **kwargs)
+        return torch.zeros_like(features), positions
+
+    monkeypatch.setattr(predictor, "_encode_new_memory", nothing)
+    got, _ = session(predictor, folder)
+    tracked = [(a - b).abs().max().item() for a, b in zip(expected, got)][1:]
+    assert min(tracked) > 100 * TOLERANCE
+
+
+def test_keys_are_made_once_a_frame(predictor, folder):
+    layers = [layer.cross_attn_image for layer in predictor.memory_attention.layers]
+    before = [KeyCache.of(layer).hits for layer in layers]
+    with accelerate(predictor, cache_keys=True):
+        _, state = session(predictor, folder)
+        held = sum(1 for _ in KeyCache.held_by(layers[0]))
+        assert 0 < held <= 3 * (predictor.num_maskmem + 1)
+    hits = [KeyCache.of(layer).hits - n for layer, n in zip(layers, before)]
+    assert min(hits) > 2 * FRAMES
+    del state
+    assert sum(1 for _ in KeyCache.held_by(layers[0])) == 0
+
+
+def test_other_weights_are_not_answered_with_old_keys(predictor, folder):
+    mine = copy.deepcopy(predictor)
+    with accelerate(mine, cache_keys=True):
+        session(mine, folder)
+        with torch.no_grad():
+            for layer in mine.memory_attention.layers:
+                layer.cross_attn_image.k_proj.weight.mul_(-1)
+        got, _ = session(mine, folder)
+    want, _ = session(mine, folder)
+    for a, b in zip(want, got):
+        torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE)
+
+
+def test_frames_are_read_when_they_are_needed(predictor, folder):
+    plain = predictor.init_state(str(folder))
+    with accelerate(predictor, memory_budget="1GB"):
+        state = predictor.init_state(str(folder))
+    assert len(state["images"]) == len(plain["images"]) == FRAMES
+    assert (state["video_height"], state["video_width"]) == (HEIGHT, WIDTH)
+    for t in (0, 7, FRAMES - 1):
+        torch.testing.assert_close(state["images"][t], plain["images"][t], rtol=0, atol=1e-6)
+    assert reachable_bytes(state["images"]) < reachable_bytes(plain["images"]) / 100
+
+
+def track(predictor, folder, **options):
+    """Bytes that tensors reachable from a session take, after each frame; and the logits."""
+    used, results = [], []
+    with accelerate(predictor, **options), torch.inference_mode():
+        state = predictor.init_state(str(folder))
+        predictor.add_new_points_or_box(state, 0, 1, points=[[30.0, 40.0]], labels=[1])
+        for _, _, logits in predictor.propagate_in_video(state):
+            used.append(reachable_bytes(state))
+            results.append(logits)
+    return used, results
+
+
+def test_a_session_does_not_grow(predictor, tmp_path):
+    frames = 44
+    folder = write_frames(tmp_path, frames, HEIGHT, WIDTH)
+    window = max(predictor.num_maskmem, predictor.max_obj_ptrs_in_encoder)
+    plain, want = track(predictor, folder)
+    growth = (plain[-1] - plain[window + 1]) / (frames - window - 2)
+    assert growth > 1000  # without a budget every frame stays
+    used, got = track(predictor, folder, memory_budget=int(growth * (window + 6)))
+    full = window + 8
+    assert len(set(used[full:])) == 1 and len(used[full:]) > 10
+    assert max(used) < min(plain)  # which hold all frames from the first
+    for a, b in zip(want, got):
+        torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE)
+
+
+def test_a_budget_that_is_too_small_says_how_much_is_needed(predictor, folder):
+    with pytest.raises(
+        MemoryBudgetError, match=r"budget must be at least [0-9]+ bytes for the [0-9]+ frames"
+    ):
+        track(predictor, folder, memory_budget="2kB")
+
+
+def test_options_of_other_systems():
+    pytest.importorskip("cutie", reason="the package rf-cutie is not installed")
+    import cutie.inference.inference_core
+
+    with pytest.raises(ValueError, match="memory_budget must be None but for SAM 2"):
+        accelerate(cutie.inference.inference_core, memory_budget="1GB")
