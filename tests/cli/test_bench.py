@@ -62,6 +62,21 @@ def test_json_holds_every_run_and_the_machine(run, tmp_path):
     assert ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
+def test_a_case_that_is_measured_again_leaves_the_others_of_this_machine(run, tmp_path):
+    file = tmp_path / "r.json"
+    assert run("local_matching", "--quick", "--json", file).exit_code == 0
+    [quick] = json.loads(file.read_text())["results"]
+    for _ in range(2):
+        assert run("local_matching", "--case", "tiny-training", "--json", file).exit_code == 0
+        report = json.loads(file.read_text())
+        assert [r["case"] for r in report["results"]] == ["tiny", "tiny-training"]
+        assert report["results"][0] == quick
+    report["machine"]["processor"] = "Another Processor"
+    file.write_text(json.dumps(report))
+    assert run("local_matching", "--case", "tiny-training", "--json", file).exit_code == 0
+    assert [r["case"] for r in json.loads(file.read_text())["results"]] == ["tiny-training"]
+
+
 def test_the_plot_is_a_picture(run, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     assert run("local_matching", "--quick", "--plot", tmp_path / "p.png").exit_code == 0

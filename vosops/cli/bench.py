@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -24,6 +25,9 @@ GIGABYTE = 1e9
 
 RESULT_KEYS = {"machine", "results"}
 """By which the file of --json is known."""
+
+RESULT_IDENTITY = ("case", "title", "threads")
+"""What tells its results apart."""
 
 
 def register(app: typer.Typer) -> None:
@@ -144,6 +148,8 @@ def measure_ops(
 
     console = Console()
     results = []
+    here = benchmarking.machine(device)
+    earlier = _measured_before(json_file, here) if case and json_file is not None else []
     for benchmark, c in work:
         with console.status(f"{benchmark.op} {c.name}: {c.title}"):
             try:
@@ -160,8 +166,8 @@ def measure_ops(
         results.append(result)
         console.print(*benchmarking.tables([result]))
         if json_file is not None:
-            report = {"machine": benchmarking.machine(device), "results": [r.to_dict() for r in results]}
-            write_json("bench", json_file, report, RESULT_KEYS)
+            found = {_which(r): r for r in [*earlier, *(result.to_dict() for result in results)]}
+            write_json("bench", json_file, {"machine": here, "results": list(found.values())}, RESULT_KEYS)
     if plot_file is not None:
         with one_line("bench"):
             benchmarking.plot(results, plot_file)
@@ -171,6 +177,20 @@ def measure_ops(
             typer.echo(f"vosops bench: {line}", err=True)
         if lost:
             raise typer.Exit(1)
+
+
+def _which(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a result of a --json file from the others."""
+    return tuple(result[key] for key in RESULT_IDENTITY)
+
+
+def _measured_before(file: Path, here: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of a --json file that were measured on this machine, whatever the build."""
+    if not file.exists():
+        return []
+    report = json.loads(file.read_text())
+    same = {**report["machine"], "build": None} == {**here, "build": None}
+    return [r for r in report["results"] if same and set(RESULT_IDENTITY) <= r.keys()]
 
 
 def _verdict(result: Result) -> list[str]:
