@@ -20,6 +20,7 @@ SLOW = (
     *("integrations/test_trackers", "benchmarking/test_measure", "models/test_feelvos"),
     "docs/test_drawings",
     *("models/segmentation", "models/test_lstm_icnet", "models/test_rgmp", "models/test_stm"),
+    *("training/test_models", "training/test_loop"),
 )
 """Folders and files of tests/ that take seconds a test: whole networks, compilers, processes."""
 

@@ -28,7 +28,7 @@ def stop_after(patch, frames):
     """Makes the command ask to stop after so many frames, as Ctrl-C does."""
 
     class Stopping:
-        def __init__(self, note):
+        def __init__(self, note, unit="frame"):
             self.asked = 0
 
         def __enter__(self):

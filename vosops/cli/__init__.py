@@ -1,4 +1,4 @@
-"""The command line: ``vosops segment | semantic | eval | demo | info | check | bench``."""
+"""The command line: ``vosops segment | semantic | eval | train | demo | info | check | bench``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-_COMMANDS = ("segment", "semantic", "eval", "demo", "info", "check", "bench")
+_COMMANDS = ("segment", "semantic", "eval", "train", "demo", "info", "check", "bench")
 _INTERRUPTED = 130
 
 
@@ -42,7 +42,7 @@ def build_app() -> typer.Typer:
             False, "--version", is_eager=True, callback=show_version, help="Show the version and exit."
         ),
     ) -> None:
-        """Segment objects through videos, score the masks, and benchmark the operators."""
+        """Segment objects through videos, score the masks, train the networks, and benchmark the operators."""
 
     for command in _COMMANDS:
         try:

@@ -195,11 +195,15 @@ def frame_rate(fps: float) -> Fraction:
 
 
 class StopSignals:
-    """Handler that stops after the current frame on the first Ctrl-C or SIGTERM, and at once on the second."""
+    """Handler that stops after the current frame on the first Ctrl-C or SIGTERM, and at once on the second.
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    unit: what is finished before it stops.
+    """
+
+    def __init__(self, note: Callable[[str], None], unit: str = "frame") -> None:
         self.requested = False
         self._note = note
+        self._unit = unit
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -214,7 +218,7 @@ class StopSignals:
         if self.requested:
             raise InterruptedRunError("stopped at once; --resume continues from the last checkpoint")
         self.requested = True
-        self._note("stopping after this frame (again: at once)")
+        self._note(f"stopping after this {self._unit} (again: at once)")
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

@@ -147,6 +147,13 @@ class FEELVOS(Network):
         labels = self.matching.resize_labels(labels, (keys.shape[-2], keys.shape[-1]))
         return [self._clip(*of_clip) for of_clip in zip(features, keys, labels, objects, strict=True)]
 
+    def clip_logits(self, frames: Tensor, labels: Tensor, objects: int) -> Tensor:
+        """See :class:`vosops.models.Network`: the labels of the first two frames are given."""
+        batch, size = frames.shape[0], frames.shape[3:]
+        logits = torch.cat(self(frames, labels[:, :2].long(), [objects] * batch))
+        full: Tensor = functional.interpolate(logits, size, mode="bilinear", align_corners=True)
+        return full.unflatten(0, (batch, -1))  # type: ignore[no-any-return]
+
     def _clip(self, features: Tensor, keys: Tensor, labels: Tensor, objects: int) -> Tensor:
         """features, keys (T,C,h,w), labels (2,h,w) -> logits (T-2,O+1,h,w)."""
         masks = one_hot(labels, objects + 1)[None]

@@ -175,6 +175,12 @@ class LSTMICNet(ICNet, SemanticNetwork):
             state,
         )
 
+    def supervised(self, clips: Tensor) -> list[tuple[float, Tensor]]:
+        """See :class:`SemanticNetwork`: the three heads, of the last frame of each clip, as the original does."""
+        found = self(clips, auxiliary=True)
+        heads = (found.sub4, found.sub24, found.logits)
+        return [(weight, head[:, -1:]) for weight, head in zip(_LOSS_WEIGHTS, heads, strict=True)]
+
     def prepare(self, frames: Tensor) -> Tensor:
         """See :class:`SemanticNetwork`."""
         return prepare_frames(frames, next(self.parameters()).dtype)

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Masks", "Memory", "Network", "TensorMasks", "objects_together", "resize_rows", "source_rows"]
+__all__ = [
+    "Masks",
+    "Memory",
+    "Network",
+    "TensorMasks",
+    "objects_together",
+    "one_mask_each",
+    "resize_rows",
+    "source_rows",
+]
 
 _BATCH_PIXELS = 1 << 20  # of the frames that a GPU computes together, an object counting as one
 
@@ -161,9 +170,32 @@ class Network(nn.Module, ABC):
     def aggregate(self, evidence: Tensor) -> Tensor:
         """Evidence (K,...), averaged over the scales -> probabilities (O+1,...) float32, background first."""
 
+    def clip_logits(self, frames: Tensor, labels: Tensor, objects: int) -> Tensor:
+        """Track objects through clips with gradients, for training by ``vosops train``.
+
+        frames (N,T,3,H,W) in [0, 1], of sides that are multiples of `stride`; labels (N,T,H,W) integer: 0 background, 1
+        to `objects`, 255 unknown. Of the labels only those of the frames that are given to the network are looked at,
+        the first or more. Returns the logits (N,T',1+objects,H,W) of the last T' frames, those that are predicted.
+
+        Raises NotImplementedError where the network does not say how it is trained.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no clip_logits, by which it could be trained")
+
     def probabilities(self, scores: Tensor, size: tuple[int, int], rows: range | None = None) -> Tensor:
         """Coarse scores of one scale -> probabilities (O+1,len(rows),w) float32 of rows of the image, or of all."""
         return self.aggregate(self.evidence(scores, size, range(size[0]) if rows is None else rows))
+
+
+def one_mask_each(labels: Tensor, objects: int) -> Tensor:
+    """Labels (N,H,W) integer -> the masks (N,objects,H,W) float32 of 1 and on; 0 where a label is anything else.
+
+    >>> import torch
+    >>> from vosops.models.network import one_mask_each
+    >>> one_mask_each(torch.tensor([[[0, 2, 255]]]), 2).tolist()
+    [[[[0.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]]]
+    """
+    ids = torch.arange(1, objects + 1, device=labels.device)
+    return (labels[:, None] == ids[:, None, None]).float()
 
 
 def objects_together(image: Tensor) -> int:

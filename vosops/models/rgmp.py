@@ -22,7 +22,15 @@ from torch.nn import functional
 from vosops import soft_aggregate
 from vosops.memory import MemoryBudgetError
 from vosops.models.convolution import Conv3x3
-from vosops.models.network import Masks, Memory, Network, TensorMasks, objects_together, resize_rows
+from vosops.models.network import (
+    Masks,
+    Memory,
+    Network,
+    TensorMasks,
+    objects_together,
+    one_mask_each,
+    resize_rows,
+)
 from vosops.models.resnet import ResNet50Encoder
 from vosops.nn import GlobalConv2d
 
@@ -87,6 +95,23 @@ class RGMP(Network):
         coarse, *others = self.Decoder(self.Encoder(frame, masks), reference)
         logits = _enlarged(coarse, frame.shape[2:], self.align_corners)
         return RGMPOutput(logits, coarse, *others)
+
+    def clip_logits(self, frames: Tensor, labels: Tensor, objects: int) -> Tensor:
+        """See :class:`vosops.models.Network`: the first frame is the reference, and each frame guides the next.
+
+        Objects are fused by soft aggregation; the soft masks carry gradients back through the clip, as the paper's last
+        phase of training does.
+        """
+        masks = one_mask_each(labels[:, 0], objects)
+        first, *others = (x.repeat_interleave(objects, 0) for x in frames.unbind(1))
+        reference = self.reference(first, masks.flatten(0, 1))
+        logits = []
+        for frame in others:
+            two = self(frame, masks.flatten(0, 1), reference).logits.float()
+            apart = (two[:, 1] - two[:, 0]).sigmoid().unflatten(0, (-1, objects))
+            logits.append(soft_aggregate(apart, return_logits=True))
+            masks = logits[-1].softmax(1)[:, 1:]
+        return torch.stack(logits, 1)
 
     def reference(self, frame: Tensor, masks: Tensor) -> Tensor:
         """Encode reference frames (N,3,H,W) and masks (N,H,W) for the decoder, once per video: (N,512,H/32,W/32).

@@ -174,6 +174,16 @@ class SemanticNetwork(nn.Module, ABC):
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (N,3,H,W) -> maps, each of N, that later frames of the same clip need no more than once."""
 
+    def supervised(self, clips: Tensor) -> list[tuple[float, Tensor]]:
+        """Return what a loss is taken of, with gradients, for training by ``vosops train``.
+
+        clips (N,T,3,H,W), uint8 or floating in [0, 1] -> the weight and the logits (N,T',K,h,w) of each output, of the
+        last T' frames of each clip.
+        """
+        length = clips.shape[1]
+        logits, _ = self.logits(self.features(self.prepare(clips.flatten(0, 1))), length)
+        return [(1.0, logits.unflatten(0, (-1, length)))]
+
     @abstractmethod
     def logits(
         self, features: tuple[Tensor, ...], length: int, state: State | None = None, *, last: bool = False
@@ -237,6 +247,9 @@ class FrameNetwork(SemanticNetwork):
 
     std: tuple[float, ...] = (1.0,)
     """What they are divided by then."""
+
+    loss_weights: tuple[float, ...] = ()
+    """Of what `forward` gives in training mode, if that is several; empty: all count alike."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Any:
@@ -353,6 +366,17 @@ class FrameNetwork(SemanticNetwork):
         Of a recurrent network the images: all of it is run for each frame of a clip, see :meth:`advance`.
         """
         return (images if self.recurrent else self._logits_inside(images),)
+
+    def supervised(self, clips: Tensor) -> list[tuple[float, Tensor]]:
+        """See :class:`SemanticNetwork`: what `forward` gives, by `loss_weights`."""
+        length = clips.shape[1]
+        images = self.prepare(clips.flatten(0, 1))
+        found = self(images.unflatten(0, (-1, length)))[0] if self.recurrent else self(images)
+        outputs = list(found) if isinstance(found, (tuple, list)) else [found]
+        if not self.recurrent:
+            outputs = [x.unflatten(0, (-1, length)) for x in outputs]
+        weights = self.loss_weights if len(self.loss_weights) == len(outputs) else None
+        return list(zip(weights or [1 / len(outputs)] * len(outputs), outputs, strict=True))
 
     def _logits_inside(self, images: Tensor) -> Tensor:
         """Return logits of images of any size; at their size where `forward` does not take it."""

@@ -19,7 +19,7 @@ from torch.nn import functional
 from vosops import _checks
 from vosops.memory import MemoryBank, MemoryBudgetError, MemorySettings
 from vosops.models.convolution import Conv3x3
-from vosops.models.network import Masks, Memory, Network, objects_together, resize_rows
+from vosops.models.network import Masks, Memory, Network, objects_together, one_mask_each, resize_rows
 from vosops.models.resnet import ResNet50Encoder
 from vosops.ops import memory_read, soft_aggregate
 
@@ -103,6 +103,11 @@ class STM(Network):
             logits.append(soft_aggregate(apart.view(batch, objects, *frame.shape[2:]), return_logits=True))
             masks = logits[-1].softmax(1)[:, 1:]
         return torch.stack(logits, 1)
+
+    def clip_logits(self, frames: Tensor, labels: Tensor, objects: int) -> Tensor:
+        """See :class:`vosops.models.Network`: the first frame's labels are given."""
+        logits: Tensor = self(frames, one_mask_each(labels[:, 0], objects))
+        return logits
 
     def memorise(self, image: Tensor, masks: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys (O,128,h/16,w/16) and values (O,512,h/16,w/16) of objects in a frame.

@@ -375,6 +375,8 @@ class HRNetW48OCR(_HRNet):
         torch.Size([1, 5, 8, 12])
     """
 
+    loss_weights = (0.4, 1.0)
+
     def __init__(
         self,
         num_classes: int = 19,

@@ -101,6 +101,7 @@ class ICNet(FrameNetwork):
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    loss_weights = (1.0, 0.4, 0.4, 0.4)
     align_corners = True
     sides = Sides(least=_QUARTER)
     stride = 32

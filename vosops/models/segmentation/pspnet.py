@@ -85,6 +85,7 @@ class PSPNet(FrameNetwork):
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    loss_weights = (1.0, 0.4)
     align_corners = True
     sides = Sides(_STRIDE, 1)
     stride = _STRIDE
