@@ -66,6 +66,13 @@ STABLE_TORCH_LIBRARY(vosops, m) {
   m.def("local_attention_weigh(Tensor weights, Tensor b, int reach, int dilation) -> Tensor");
   m.def("local_attention_spread(Tensor weights, Tensor a, int reach, int dilation) -> Tensor");
   m.def(
+      "local_attention_fused(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? relative_key, "
+      "Tensor? relative_value, int heads, int reach, int dilation, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "local_attention_fused_backward(Tensor grad, Tensor grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor? bias, Tensor lse, int heads, int reach, int dilation, float scale) -> (Tensor grad_query, "
+      "Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
+  m.def(
       "global_conv_split(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, "
       "Tensor? addend, str precision) -> Tensor");
   m.def("global_conv_merge(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor");

@@ -135,6 +135,16 @@ template <int t>
 inline void tile_store(void* to) {
   std::memcpy(to, twin_tiles[t], 1024);
 }
+template <int t>
+inline void tile_load_rows(const void* from, int64_t stride) {
+  for (int i = 0; i < kRows; ++i)
+    std::memcpy(twin_tiles[t] + i * 64, static_cast<const char*>(from) + i * stride, 64);
+}
+template <int t>
+inline void tile_store_rows(void* to, int64_t stride) {
+  for (int i = 0; i < kRows; ++i)
+    std::memcpy(static_cast<char*>(to) + i * stride, twin_tiles[t] + i * 64, 64);
+}
 // Even and odd elements in two chains of fused multiply-adds from zero, then their sum, then the sum with the
 // tile; every step flushes its result, and by MXCSR what only rounding to fewer bits would lift to 2^-126.
 template <int c, int a, int b>
@@ -181,6 +191,15 @@ template <int t>
   asm volatile("tilestored %%tmm%c3, (%1,%2,1)"
                : "=m"(*static_cast<TileBytes*>(to))
                : "r"(to), "r"(int64_t{64}), "i"(t));
+}
+// From and to rows of 64 bytes that lie `stride` bytes apart.
+template <int t>
+[[gnu::always_inline]] inline void tile_load_rows(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(t) : "memory");
+}
+template <int t>
+[[gnu::always_inline]] inline void tile_store_rows(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(t) : "memory");
 }
 template <int c, int a, int b>
 [[gnu::always_inline]] inline void tile_dot() {
@@ -462,6 +481,19 @@ struct Extent {
     }
     return found;
   }
+};
+
+// Whether any worker met a number that its pieces do not hold.
+class Outside {
+ public:
+  void note(const Extent& extent) { note(extent.outside()); }
+  void note(bool outside) {
+    if (outside) found_.store(true, std::memory_order_relaxed);
+  }
+  bool found() const { return found_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> found_{false};
 };
 
 // 16 numbers of which those whose bit is set are read, the others are 0.

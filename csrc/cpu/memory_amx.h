@@ -9,7 +9,6 @@
 #if defined(VOSOPS_AMX)
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <string_view>
@@ -230,18 +229,6 @@ template <int kPieces>
   tile_store<2>(to + kSums);
   tile_store<3>(to + 3 * kSums);
 }
-
-// Whether any worker met a number that its pieces do not hold.
-class Outside {
- public:
-  void note(const Extent& extent) {
-    if (extent.outside()) found_.store(true, std::memory_order_relaxed);
-  }
-  bool found() const { return found_.load(std::memory_order_relaxed); }
-
- private:
-  std::atomic<bool> found_{false};
-};
 
 // Calls pack(i, extent) for every i in [0, count) on the pool, with vector arithmetic as in a Region.
 template <class Pack>

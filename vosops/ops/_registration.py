@@ -249,6 +249,31 @@ def differentiate(
     return [next(grads) if need and t is not None else None for t, need in zip(values, needs, strict=True)]
 
 
+def setup_saving_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save an op's tensors for `derivative_of`, and its other arguments as `ctx.options`."""
+    ctx.options = [value for value in inputs if not isinstance(value, Tensor) and value is not None]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor) or value is None))
+
+
+def derivative_of(formula: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """Return the derivative of an op by that of `formula`, the same in differentiable PyTorch.
+
+    The op's tensors come in order, `tensors` of them before its other options; the rest after those.
+    """
+
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        options, needs = ctx.options, ctx.needs_input_grad
+        grads = differentiate(
+            lambda *saved: formula(*saved[:tensors], *options, *saved[tensors:]),
+            ctx.saved_tensors,
+            (*needs[:tensors], *needs[tensors + len(options) :]),
+            cotangents,
+        )
+        return *grads[:tensors], *(None for _ in options), *grads[tensors:]
+
+    return backward
+
+
 def has_kernel(name: str, key: str) -> bool:
     """Whether the compiled libraries have a kernel of `vosops::name` for a dispatch key."""
     return hasattr(torch.ops.vosops, name) and bool(

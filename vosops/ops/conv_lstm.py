@@ -14,12 +14,13 @@ from vosops import _checks, _library, backends
 from vosops.ops._registration import (
     Piece,
     define,
-    differentiate,
+    derivative_of,
     dispatched,
     has_kernel,
     looping_vmap,
     register_op,
     register_pieces,
+    setup_saving_inputs,
     without_argument,
     without_autocast,
 )
@@ -458,30 +459,6 @@ def _pointwise_gradients(
     return (before * slopes).to(saved.dtype), (flow * f).to(cell.dtype)
 
 
-def _setup_saving_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.options = [value for value in inputs if not isinstance(value, Tensor) and value is not None]
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor) or value is None))
-
-
-def _derivative_of(formula: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """Return the derivative of an op by that of `formula`, the same in differentiable PyTorch.
-
-    The op's tensors come in order, `tensors` of them before its other options; the rest after those.
-    """
-
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        options, needs = ctx.options, ctx.needs_input_grad
-        grads = differentiate(
-            lambda *saved: formula(*saved[:tensors], *options, *saved[tensors:]),
-            ctx.saved_tensors,
-            (*needs[:tensors], *needs[tensors + len(options) :]),
-            cotangents,
-        )
-        return *grads[:tensors], *(None for _ in options), *grads[tensors:]
-
-    return backward
-
-
 register_pieces(
     {
         "conv_lstm_pointwise": Piece(
@@ -489,8 +466,8 @@ register_pieces(
         ),
         "conv_lstm_pointwise_backward": Piece(
             _fake_pointwise_backward,
-            lambda _: _derivative_of(_pointwise_gradients, 5),
-            _setup_saving_inputs,
+            lambda _: derivative_of(_pointwise_gradients, 5),
+            setup_saving_inputs,
             schema=POINTWISE_BACKWARD,
         ),
     },
@@ -669,22 +646,22 @@ register_pieces(
         ),
         "conv_lstm_winograd_backward": Piece(
             _fake_winograd_backward,
-            lambda _: _derivative_of(_winograd_gradients, 7),
-            _setup_saving_inputs,
+            lambda _: derivative_of(_winograd_gradients, 7),
+            setup_saving_inputs,
             _looping("conv_lstm_winograd_backward"),
         ),
         "conv_lstm_winograd_cached": Piece(
             _fake_winograd_cached,
             # For a program that was exported without gradients and is differentiated after all.
-            lambda _: _derivative_of(_differentiable_winograd, 5),
-            _setup_saving_inputs,
+            lambda _: derivative_of(_differentiable_winograd, 5),
+            setup_saving_inputs,
             # Only under vmap's wrappers it is seen whether a derivative is wanted.
             lambda _: looping_vmap(_winograd),
         ),
         "conv_lstm_direct_cached": Piece(
             _fake_winograd_cached,
-            lambda _: _derivative_of(_direct_steps, 5),
-            _setup_saving_inputs,
+            lambda _: derivative_of(_direct_steps, 5),
+            setup_saving_inputs,
             lambda _: looping_vmap(_direct),
         ),
     }

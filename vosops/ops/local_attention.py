@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from vosops import _checks, backends
+from vosops import _checks, _library, backends
 from vosops.ops._registration import (
     SUFFIXES,
     Piece,
     define,
+    derivative_of,
+    differentiate,
     dispatched,
     has_kernel,
+    looping_vmap,
     register_op,
     register_pieces,
+    setup_saving_inputs,
     without_autocast,
 )
 
@@ -105,7 +109,8 @@ def local_attention(
 
     Scores, softmax and sums are float32, also under autocast. Differentiable to any order in all tensors,
     deterministic. Time O(N H W K (C + Cv)); memory beyond inputs and result: the scores, O(N heads H W K), in place of
-    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT). Where neither the
+    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT); on processors with
+    AMX none of these, but for the few calls that its kernels leave (docs/ops/local_attention.md). Where neither the
     compiled kernels nor Triton's run, PyTorch's own ops do, a shift of the window at a time.
 
     Source: Yang et al., AOT, NeurIPS 2021 (`MultiheadLocalAttentionV2`); Yang and Yang, DeAOT, NeurIPS 2022.
@@ -129,27 +134,64 @@ def local_attention(
         bias=bias,
     )
     call, window, scale = arguments
-    dtype = call.dtype
+    tensors = (query, key, value, bias, relative_key, relative_value)
     kernels = backends.choose("local_attention", call)
     with without_autocast(query.device.type):
-        q, k = (_by_head(x.to(dtype), heads) for x in (query, key))
+        fits = kernels.name == "cpp" and not return_weights and _fits_engine(call, *tensors[3:])
+        if fits and _worthwhile(query, value, heads, window, call.backward):
+            learned = (None if t is None else t.to(torch.float32) for t in tensors[3:])
+            out: Tensor = torch.ops.vosops.local_attention_whole(
+                *tensors[:3], *learned, heads, *window, scale
+            )[0]
+            return out
         as_it_is = relative_value is None and _reads_half(kernels.name, call.device)
-        v = _by_head(value if as_it_is else value.to(dtype), heads)
-        scores = kernels.run("local_attention_dot", q * scale, k, *window)
-        scores = scores.unflatten(0, (query.shape[0], heads))
-        if relative_key is not None:
-            by_head = q.unflatten(0, (query.shape[0], heads))
-            scores = scores + torch.einsum("nmchw,mck->nmkhw", by_head, relative_key.to(dtype))
-        if bias is not None:
-            scores = scores + (bias[:, :, None, None] if bias.dim() == 2 else bias).to(dtype)
-        outside = _outside(*window, query)
-        weights = scores.masked_fill(outside, -torch.inf).softmax(2)
-        out = kernels.run("local_attention_weigh", weights.flatten(0, 1), v, *window)
-        out = out.unflatten(0, (query.shape[0], heads))
-        if relative_value is not None:
-            out = out + torch.einsum("nmkhw,mck->nmchw", weights, relative_value.to(dtype))
-        out = out.flatten(1, 2).to(value.dtype)
-    return (out, weights) if return_weights else out
+        steps = _by_pieces(kernels.run, *tensors, heads, *window, scale, as_it_is)
+    return (steps.out, steps.weights) if return_weights else steps.out
+
+
+class _Steps(NamedTuple):
+    """What the pieces compute one after the other: (N,heads,K,H,W), and (N,Cv,H,W) in the dtype of value."""
+
+    scores: Tensor
+    weights: Tensor
+    out: Tensor
+
+
+def _by_pieces(
+    run: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    relative_key: Tensor | None,
+    relative_value: Tensor | None,
+    heads: int,
+    reach: int,
+    dilation: int,
+    scale: float,
+    as_it_is: bool = False,
+) -> _Steps:
+    """Attend by the three pieces, which `run(name, ...)` calls, and PyTorch's softmax between them.
+
+    as_it_is: the value is not converted to float32.
+    """
+    window, dtype = (reach, dilation), torch.promote_types(query.dtype, torch.float32)
+    q, k = (_by_head(x.to(dtype), heads) for x in (query, key))
+    v = _by_head(value if as_it_is else value.to(dtype), heads)
+    scores = run("local_attention_dot", q * scale, k, *window)
+    scores = scores.unflatten(0, (query.shape[0], heads))
+    if relative_key is not None:
+        by_head = q.unflatten(0, (query.shape[0], heads))
+        scores = scores + torch.einsum("nmchw,mck->nmkhw", by_head, relative_key.to(dtype))
+    if bias is not None:
+        scores = scores + (bias[:, :, None, None] if bias.dim() == 2 else bias).to(dtype)
+    scores = scores.masked_fill(_outside(*window, query), -torch.inf)
+    weights = scores.softmax(2)
+    out = run("local_attention_weigh", weights.flatten(0, 1), v, *window)
+    out = out.unflatten(0, (query.shape[0], heads))
+    if relative_value is not None:
+        out = out + torch.einsum("nmkhw,mck->nmchw", weights, relative_value.to(dtype))
+    return _Steps(scores, weights, out.flatten(1, 2).to(value.dtype))
 
 
 class _Attention(NamedTuple):
@@ -348,6 +390,182 @@ HAS_COMPILED = has_kernel("local_attention_dot", "CPU")
 def _reads_half(backend: str, device: torch.device) -> bool:
     """Whether the maps of an implementation may be float16 and bfloat16."""
     return backend == "triton" or (backend == "cpp" and device.type == "cuda")
+
+
+# ---- The whole by one kernel, which the library for AMX has.
+
+
+TILE = 16
+"""Pixels of a row that tiles take at a time."""
+FEW_PIXELS = 128
+"""Of an image; up to here the number of calls determines the time."""
+
+
+def _fits_engine(
+    call: backends.Call, bias: Tensor | None, relative_key: Tensor | None, relative_value: Tensor | None
+) -> bool:
+    """Whether the library for AMX has a kernel for these arguments."""
+    on_engine = HAS_FUSED and call.device.type == "cpu" and _library.CPU_CAPABILITY == "amx"
+    for_offsets = bias is None or bias.dim() == 2
+    differentiable = not call.backward or (relative_key is None and relative_value is None)
+    return on_engine and call.dtype == torch.float32 and for_offsets and differentiable
+
+
+def _worthwhile(query: Tensor, value: Tensor, heads: int, window: tuple[int, int], backward: bool) -> bool:
+    """Whether one pass on tiles is faster than the pieces.
+
+    Measured on an Intel Xeon (family 6, model 207), one thread: with three pieces for a number tiles are slower up to
+    49 offsets and beyond 256 channels, and with any where their 16 pixels of a row, a dilation apart, are few.
+    """
+    reach, dilation = window
+    height, width = query.shape[2:]
+    if height * width <= FEW_PIXELS:
+        return True
+    offsets = (2 * reach + 1) ** 2
+    channels = (query.shape[1] + value.shape[1]) // heads
+    neighbours = -(-width // dilation)
+    filled = neighbours / (-(-neighbours // TILE) * TILE)
+    if query.dtype == torch.bfloat16:
+        return filled >= (0.6 if backward else 0.3) and (not backward or offsets >= 100 or channels >= TILE)
+    return filled >= 0.5 and offsets >= 100 and channels <= 256
+
+
+def _compiled(name: str, *inputs: Any) -> Tensor:
+    result: Tensor = dispatched(name, "")(*inputs)
+    return result
+
+
+def _whole(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Attend by the matrix engine; what it cannot do is left to the pieces."""
+    out, lse = torch.ops.vosops.local_attention_fused(query, *rest)
+    if out.shape[0] == query.shape[0]:
+        return out, lse
+    return _whole_by_pieces(query, *rest)
+
+
+def _whole_by_pieces(*args: Any) -> tuple[Tensor, Tensor]:
+    """Return what the fused kernel computes, by the pieces: attended values and the log-sum-exp of the scores."""
+    steps = _by_pieces(_compiled, *args)
+    return steps.out, steps.scores.logsumexp(2)
+
+
+def _whole_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Return the gradients by the matrix engine; what it cannot do is left to the pieces."""
+    grads: tuple[Tensor, ...] = torch.ops.vosops.local_attention_fused_backward(grad, *rest)
+    return grads if grads[0].shape[0] == grad.shape[0] else _gradients_by_pieces(grad, *rest)
+
+
+def _gradients_by_pieces(
+    grad: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    heads: int,
+    reach: int,
+    dilation: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Return what the fused kernel of the backward computes, in differentiable PyTorch."""
+    window, batch = (reach, dilation), query.shape[0]
+    weights = _by_pieces(_compiled, query, key, value, bias, None, None, heads, *window, scale).weights
+    w = weights.flatten(0, 1)
+    q, k, v, g = (_by_head(x.to(w.dtype), heads) for x in (query, key, value, grad))
+    of_weights = _compiled("local_attention_dot", g, v, *window)
+    share = (w * of_weights).sum(1, keepdim=True) - grad_lse.flatten(0, 1).unsqueeze(1)
+    of_scores = w * (of_weights - share)
+    by_head = (
+        scale * _compiled("local_attention_weigh", of_scores, k, *window),
+        scale * _compiled("local_attention_spread", of_scores, q, *window),
+        _compiled("local_attention_spread", w, g, *window),
+    )
+    grads = (x.unflatten(0, (batch, heads)).flatten(1, 2).to(query.dtype) for x in by_head)
+    of_bias = of_scores.unflatten(0, (batch, heads)).sum((0, 3, 4))
+    return *grads, of_bias if bias is not None else of_bias.new_empty(0, 0)
+
+
+def _fake_whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    relative_key: Tensor | None,
+    relative_value: Tensor | None,
+    heads: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], heads, *query.shape[2:])
+    return value.new_empty(value.shape), query.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_whole_backward(
+    grad: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    grads = (x.new_empty(x.shape) for x in (query, key, value))
+    return *grads, query.new_empty((0, 0) if bias is None else bias.shape, dtype=torch.float32)
+
+
+def _setup_whole(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], output[1])
+
+
+def _backward_of_whole(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, lse = ctx.saved_tensors
+    query, key, value, bias, *relative = tensors
+    grads: Sequence[Tensor | None]
+    if relative == [None, None]:
+        *maps, of_bias = torch.ops.vosops.local_attention_whole_backward(
+            *cotangents, query, key, value, bias, lse, *ctx.options
+        )
+        grads = (*maps, None if bias is None else of_bias, None, None)
+    else:
+        grads = differentiate(
+            lambda *saved: _whole_by_pieces(*saved, *ctx.options),
+            tensors,
+            ctx.needs_input_grad[:6],
+            cotangents,
+        )
+    return *grads, *(None for _ in ctx.options)
+
+
+HAS_FUSED = has_kernel("local_attention_fused", "CPU")
+if HAS_FUSED:
+    _options = "int heads, int reach, int dilation, float scale"
+    for _name, _schema, _kernel in (
+        (
+            "local_attention_whole",
+            "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? relative_key, Tensor? relative_value, "
+            f"{_options}) -> (Tensor out, Tensor lse)",
+            _whole,
+        ),
+        (
+            "local_attention_whole_backward",
+            "(Tensor grad, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor lse, "
+            f"{_options}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+            _whole_backward,
+        ),
+    ):
+        define(_name, _schema, _kernel, "CPU")
+    register_pieces(
+        {
+            "local_attention_whole": Piece(
+                _fake_whole,
+                lambda _: _backward_of_whole,
+                _setup_whole,
+                lambda _: looping_vmap(dispatched("local_attention_whole", "")),
+            ),
+            "local_attention_whole_backward": Piece(
+                _fake_whole_backward,
+                lambda _: derivative_of(_gradients_by_pieces, 7),
+                setup_saving_inputs,
+                lambda _: looping_vmap(dispatched("local_attention_whole_backward", "")),
+            ),
+        },
+        suffixes=("",),
+    )
 
 
 register_op(
