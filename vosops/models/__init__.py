@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vosops.models.segmentation.segnet import SegNet
     from vosops.models.segmentation.unet import UNet, UNetPlusPlus
     from vosops.models.stm import STM
+    from vosops.models.vosops_s import VosopsS
 
 __all__ = [
     "FEELVOS",
@@ -65,6 +66,7 @@ __all__ = [
     "UNet",
     "UNetPlusPlus",
     "VideoTracker",
+    "VosopsS",
     "XMem",
     "create_model",
     "create_tracker",
@@ -99,6 +101,7 @@ _LAZY = {
     "SegNet": "vosops.models.segmentation.segnet",
     "UNet": "vosops.models.segmentation.unet",
     "UNetPlusPlus": "vosops.models.segmentation.unet",
+    "VosopsS": "vosops.models.vosops_s",
     "XMem": "vosops.integrations.xmem",
     "create_tracker": "vosops.inference.create",  # which needs what runs a network; here beside create_model
 }

@@ -29,14 +29,15 @@ def create_model(
         name: One of :func:`vosops.models.list_models`, or an alias.
         weights: A file of the model's weights: safetensors or a checkpoint (:func:`vosops.models.load_weights`), or an
             .npz of a TensorFlow checkpoint's variables (``lstm_icnet``, ``feelvos``). None takes what the model ships
-            with: ``propagate`` is not trained and takes no file, ``cutie`` and ``xmem`` need theirs, and a network gets
-            random weights, always the same ones.
+            with: ``propagate`` is not trained and takes no file, ``vosops_s`` takes those of the distribution
+            ``vosops-weights-s``, ``cutie`` and ``xmem`` need theirs, and a network gets random weights, always the same
+            ones.
         device: Where its parameters are.
         **options: Of the model's class.
 
     Returns:
-        A tracker (``cutie``, ``propagate``, ``xmem``) as :class:`vosops.models.VideoTracker` says, which tracks objects
-        by itself; or a network, a ``torch.nn.Module`` in eval mode, which tracks objects by
+        A tracker (``cutie``, ``propagate``, ``vosops_s``, ``xmem``) as :class:`vosops.models.VideoTracker` says, which
+        tracks objects by itself; or a network, a ``torch.nn.Module`` in eval mode, which tracks objects by
         :func:`vosops.inference.create_tracker`, or finds the class of every pixel by
         :class:`vosops.inference.SemanticTracker`.
 

