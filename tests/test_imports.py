@@ -14,7 +14,7 @@ LAYERS = [
     ["_checks", "_deprecation", "_library", "_sources", "_verdicts", "reference", "triton"],
     ["backends", "ops"],
     ["nn", "memory"],
-    ["models"],
+    ["models", "distributed"],
     ["io", "metrics", "data"],
     ["inference", "training"],
     ["runs", "integrations"],

@@ -48,6 +48,7 @@ __all__ = [
 
 _SUBMODULES = (
     "data",
+    "distributed",
     "inference",
     "integrations",
     "io",

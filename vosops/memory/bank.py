@@ -123,6 +123,18 @@ class MemoryBank:
         """Bytes of host memory that the bank has allocated: at most the host budget."""
         return self._host_arena.size
 
+    @property
+    def room(self) -> int | None:
+        """How many frames fit the budgets of device and host with the objects as they are; None: no limit.
+
+        Without a budget, and before a frame was added, none is known.
+        """
+        if self._geometry is None or self.settings.budget_bytes is None:
+            return None
+        kept = self._work.count(permanent=True)
+        plan = self._plan(self._geometry, self._groups, kept, self._has_temporary, kept)
+        return plan.frames + plan.host_frames
+
     def due(self, frame: int) -> bool:
         """Return whether `mem_every` frames have passed since the last one that was added (and was not temporary)."""
         return self._last_frame is None or abs(frame - self._last_frame) >= self.settings.mem_every
@@ -163,7 +175,7 @@ class MemoryBank:
         temporary = temporary and not permanent and known is None
         grows = known is None and not (permanent or temporary)
         groups = {**self._groups, **({self._next_group: list(new)} if new else {})}
-        geometry = self._geometry or _geometry_of(key, value, shrinkage, selection)
+        geometry = self._geometry or geometry_of(key, value, shrinkage, selection)
         kept = {slot.frame for slot in self._work.slots if slot.permanent} | ({frame} if permanent else set())
         plan = self._plan(
             geometry, groups, len(kept), self._has_temporary or temporary, len(self._work.slots) + 1
@@ -191,6 +203,32 @@ class MemoryBank:
             self._condense(self.settings.min_mid_term_frames - 1)
         return True
 
+    def declare_objects(self, objects: Sequence[int]) -> None:
+        """Make these a group of objects without a frame, so that frames added for them are not permanent by that.
+
+        Raises ValueError where one is known or given twice, or none is given.
+        """
+        if len(objects) == 0 or len(set(objects)) != len(objects) or set(objects) & set(self.objects):
+            raise ValueError(
+                f"objects must be different new ids, at least one, got {list(objects)} beside {self.objects}"
+            )
+        self._groups = {**self._groups, self._next_group: list(objects)}
+        self._next_group += 1
+
+    @torch.no_grad()
+    def remove_frames(self, frames: Iterable[int]) -> None:
+        """Forget the frames of these numbers, permanent ones too; prototypes stay.
+
+        Raises ValueError for one that is not stored.
+        """
+        gone = set(frames)
+        if gone - {slot.frame for slot in self.frames}:
+            raise ValueError(
+                f"frames must be stored ones, {[slot.frame for slot in self.frames]}, got {sorted(gone)}"
+            )
+        for store in (self._work, self._host):
+            store.remove_if(i for i, slot in enumerate(store.slots) if slot.frame in gone)
+
     @torch.no_grad()
     def remove_objects(self, objects: Iterable[int]) -> None:
         """Forget these objects, with the frames and prototypes that no other object sees.
@@ -213,7 +251,8 @@ class MemoryBank:
             masks = [self._long_rows().column(f"mask/{g}") for g in groups]
             self._keep_elements(torch.stack(masks).any(0).nonzero().flatten())
         self._groups = groups
-        assert self._geometry is not None
+        if self._geometry is None:
+            return
         kept = self._work.count(permanent=True)
         plan = self._plan(self._geometry, groups, kept, self._has_temporary, len(self._work.slots))
         self._lay_out(plan)
@@ -265,7 +304,7 @@ class MemoryBank:
         over the scores for all groups that see all prototypes or none, and one for each other group;
         for int8 and what must come from the host also that of bringing it, a frame at a time.
         """
-        if not self._groups:
+        if not self._groups or not self._has_frames():
             raise RuntimeError("the memory bank is empty: add a frame before reading")
         wanted = self.objects if objects is None else list(objects)
         if set(wanted) - set(self.objects) or not wanted:
@@ -274,11 +313,21 @@ class MemoryBank:
         members = {group: [o for o in ids if o in wanted] for group, ids in self._groups.items()}
         members = {group: some for group, some in members.items() if some}
         outs: dict[int, Tensor] = {}
-        for view in self._views(list(members)):
-            reads = self._read_view(query, view, [members[group] for group in view.groups])
-            for group, out in zip(view.groups, reads, strict=True):
-                outs.update(zip(members[group], out.to(query_key.dtype).unbind(1), strict=True))
+        for group, out in self._read_groups(query, members).items():
+            outs.update(zip(members[group], out.to(query_key.dtype).unbind(1), strict=True))
         return torch.stack([outs[o] for o in wanted], 1)
+
+    def _read_groups(self, query: Query, members: Groups) -> dict[int, Tensor]:
+        """Return what each group reads for its objects, (1,O,Cv,*Q); zeros where it sees nothing."""
+        outs: dict[int, Tensor] = {}
+        for view in self._views([group for group in members if self._parts_of(group)[0]]):
+            reads = self._read_view(query, view, [list(members[group]) for group in view.groups])
+            outs.update(zip(view.groups, reads, strict=True))
+        for group in members.keys() - outs.keys():
+            assert self._geometry is not None
+            shape = (1, len(members[group]), self._geometry.value_channels, *query.key.shape[2:])
+            outs[group] = query.key.new_zeros(shape)
+        return outs
 
     def _read_view(self, query: Query, view: View, objects: list[list[int]]) -> list[Tensor]:
         """Return what each group of the view reads for its objects; counts usage as the bank's first group reads."""
@@ -286,7 +335,7 @@ class MemoryBank:
         seen = view.parts[view.firsts[0] :]
         usage: list[Tensor] | None = None
         if self.settings.top_k is None:
-            outs = self._reader.full(query, view, objects)
+            outs = [out for out, _ in self._reader.full(query, view, objects)]
             if counts:
                 usage = self._reader.usage(query, seen, view.mask)
         else:
@@ -298,6 +347,9 @@ class MemoryBank:
                 part.column("usage").add_(used)
                 part.column("life").add_(1)
         return outs
+
+    def _has_frames(self) -> bool:
+        return self.num_positions > 0
 
     def _views(self, groups: list[int]) -> list[View]:
         """Return how these groups read: together where what each sees can be put behind what only others see."""
@@ -378,6 +430,11 @@ class MemoryBank:
         groups = {int(group): list(members) for group, members in state["groups"].items()}
         if not groups:
             self._forget()
+            return
+        if not state["geometry"]:  # objects that were declared, without a frame
+            self._forget()
+            self._groups, self._next_group = groups, state["next_group"]
+            self._last_frame = state["last_frame"]
             return
         size, *rest = state["geometry"]
         geometry = Geometry(tuple(size), *rest)
@@ -562,7 +619,7 @@ class MemoryBank:
             seen = [part for i, part in zip(frames, parts, strict=True) if group in slots[i].groups]
             for o in members:
                 if seen:
-                    (values,) = self._reader.full(query, View((group,), seen, (0,), None, True), [[o]])
+                    ((values, _),) = self._reader.full(query, View((group,), seen, (0,), None, True), [[o]])
                     values = values[0, 0].T
                     _store(torch.where(sees[:, None], values, 0), prototypes, o)
                 else:
@@ -596,6 +653,13 @@ class MemoryBank:
         rows = self._long_rows()
         self._seen = {g: int(rows.column(f"mask/{g}").sum()) for g in self._groups} if len(rows) else {}
 
+    def _check_objects(self, objects: Sequence[int]) -> None:
+        if len(objects) == 0 or len(set(objects)) != len(objects):
+            raise ValueError(f"objects must be different ids, at least one, got {list(objects)}")
+        for members in self._groups.values():
+            if 0 < len(set(members) & set(objects)) < len(members):
+                raise ValueError(f"objects must hold all of a group, {members}, or none, got {list(objects)}")
+
     def _check(
         self,
         key: Tensor,
@@ -605,11 +669,7 @@ class MemoryBank:
         selection: Tensor | None,
     ) -> None:
         """Raise TypeError or ValueError for arguments of `add` that do not fit each other or what is stored."""
-        if len(objects) == 0 or len(set(objects)) != len(objects):
-            raise ValueError(f"objects must be different ids, at least one, got {list(objects)}")
-        for members in self._groups.values():
-            if 0 < len(set(members) & set(objects)) < len(members):
-                raise ValueError(f"objects must hold all of a group, {members}, or none, got {list(objects)}")
+        self._check_objects(objects)
         _checks.check_tensor("key", key, (1, "Ck", "H", "W"))
         _checks.check_tensor("value", value, (1, len(objects), "Cv", *key.shape[2:]))
         given: dict[str, Tensor | None] = {"key": key, "value": value}
@@ -623,13 +683,14 @@ class MemoryBank:
                 _checks.check_floating(name, tensor)
         if 0 in (*key.shape, *value.shape):
             raise ValueError(f"key and value must not be empty, got {tuple(key.shape)}, {tuple(value.shape)}")
-        geometry = _geometry_of(key, value, shrinkage, selection)
+        geometry = geometry_of(key, value, shrinkage, selection)
         for name, ours, theirs in zip(Geometry._fields, self._geometry or geometry, geometry, strict=True):
             if ours != theirs:
                 raise ValueError(f"{name} must be {ours} as in the frames before, got {theirs}")
 
 
-def _geometry_of(key: Tensor, value: Tensor, shrinkage: Tensor | None, selection: Tensor | None) -> Geometry:
+def geometry_of(key: Tensor, value: Tensor, shrinkage: Tensor | None, selection: Tensor | None) -> Geometry:
+    """Return what a frame of these tensors has in common with all others of its bank."""
     size = tuple(key.shape[2:])
     return Geometry(size, key.shape[1], value.shape[2], shrinkage is not None, selection is not None)
 

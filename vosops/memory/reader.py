@@ -93,11 +93,13 @@ class Reader:
         """Return whether several groups can read in one pass: where nothing must be staged or dequantised for it."""
         return not (self.far_host and has_host) and not (self.quantised and top_k is None)
 
-    def full(self, query: Query, view: View, objects: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return each group's objects' values under the softmax over all rows it sees -> (1,O,Cv,*Q)."""
+    def full(self, query: Query, view: View, objects: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+        """Return each group's objects' values under the softmax over all rows it sees (1,O,Cv,*Q), and lse (1,*Q)."""
         if len(view.groups) > 1:
             values = [[self._values(part, some) for part in view.parts] for some in objects]
-            reads: list[Tensor] = self._read(query, view.parts, None, values, groups=_ranges(view))
+            reads: list[tuple[Tensor, Tensor]] = self._read(
+                query, view.parts, None, values, groups=_ranges(view), return_lse=True
+            )
             return reads
         parts, some = view.parts, objects[0]
 
@@ -118,7 +120,7 @@ class Reader:
             latest = read([piece])
             merged = latest if merged is None else merge_reads(*zip(merged, latest, strict=True))
         assert merged is not None
-        return [merged[0]]
+        return [merged]
 
     def average(self, query: Query, parts: Sequence[Rows], column: str) -> Tensor:
         """Return a column of scalars under the softmax over all rows without a NaN, which must be near -> (1,1,*Q)."""

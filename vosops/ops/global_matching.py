@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def global_matching(
         torch.Size([1, 3, 30, 54])
     """
     _checks.refuse_forward_mode("global_matching")
-    arguments = _resolve(
+    distance, index, _ = nearest_pixels(
         query,
         key,
         mask,
@@ -135,10 +136,21 @@ def global_matching(
         query_mask=query_mask,
         precision=precision,
     )
-    distance, index = match("global_matching", arguments)
     nearest = nearest_mean(distance, index) if neighbors > 1 else distance.squeeze(2)
     nearest = finish_distance(nearest, bias, normalize)
     return (nearest, index if neighbors > 1 else index.squeeze(2)) if return_indices else nearest
+
+
+def nearest_pixels(
+    query: Tensor, key: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor], **options: Any
+) -> tuple[Tensor, Tensor, int]:
+    """Return the raw distances and indices (N,O,k,H,W) of the nearest pixels, and how many pixels `key` has.
+
+    Arguments as those of `global_matching`, of which bias is only checked.
+    """
+    arguments = _resolve(query, key, mask, **options)
+    distance, index = match("global_matching", arguments)
+    return distance, index, math.prod(arguments.core[1].shape[2:])
 
 
 def _resolve(

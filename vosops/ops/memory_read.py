@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -288,7 +288,7 @@ def memory_read(
         torch.Size([1, 2, 512, 30, 54])
     """
     _checks.refuse_forward_mode("memory_read")
-    arguments = _resolve(
+    arguments = resolve_read(
         query_key,
         memory_key,
         memory_value,
@@ -313,15 +313,77 @@ def memory_read(
             reads = _read_selected(kernels, scores, values, top_k, return_usage)
         else:
             reads = _read(kernels, scores, values, return_usage)
-        for g, each, (out, usage, lse) in zip(together, values, reads, strict=True):
-            asked_for: list[Any] = [_shape_out(out, each, memory)]
-            if return_usage:
-                asked_for.append(memory.shape_usage(usage, scores.pieces, each))
-            if return_lse:
-                asked_for.append(memory.shape_queries(lse, each))
-            results[g] = asked_for[0] if len(asked_for) == 1 else tuple(asked_for)
+        for g, each, read in zip(together, values, reads, strict=True):
+            results[g] = _asked_for(scores, each, read, return_usage, return_lse)
     result: Tensor | tuple[Tensor | list[Tensor], ...] = results[0]
     return result if groups is None else results
+
+
+class OtherParts(Protocol):
+    """The parts of a memory that are elsewhere, for a read over all of it: see `read_part`."""
+
+    def choose(self, found: list[tuple[Tensor, Tensor]], top_k: int) -> list[Tensor]:
+        """Return the index of each group with -1 for what is not among the k best of all parts.
+
+        found: for each group the scores (N,K,P), greatest first, and indices int64 (N,K,P) of this part.
+        """
+
+    def merge(self, reads: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Return each group's out (N,O,Cv,P) and lse (N,P) over all parts, from those over this part."""
+
+
+def read_part(
+    others: OtherParts,
+    query_key: Tensor,
+    memory_key: Segments,
+    memory_value: ValueSegments,
+    *,
+    groups: GroupsValid | None = None,
+    top_k: int | None = None,
+    return_usage: bool = False,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Read a memory of which this is one part, as `memory_read` reads all of it; usage is of this part's positions.
+
+    `others` is asked once for all groups in their order, whatever each of them sees of this part.
+    """
+    _checks.refuse_forward_mode("memory_read")
+    arguments = resolve_read(query_key, memory_key, memory_value, groups=groups, top_k=top_k, **options)
+    kernels = backends.choose("memory_read", arguments.call)
+    count = sum(len(together) for together, *_ in arguments.passes)
+    places: list[tuple[Scores, int, Values]] = [None] * count  # type: ignore[list-item]
+    found: list[Any] = [None] * count
+    for together, memory, values in arguments.passes:
+        scores = Scores(memory)
+        of_pass: list[Any]
+        if top_k is None:
+            of_pass = _full_reads(kernels, scores, values)
+        else:
+            of_pass = select(kernels, scores, top_k)
+        for i, g in enumerate(together):
+            places[g], found[g] = (scores, i, values[i]), of_pass[i]
+    weights: list[Tensor] = []
+    chosen: list[Tensor] = []
+    reads: list[tuple[Tensor, Tensor]] = found
+    if top_k is not None:
+        chosen, reads = others.choose(found, top_k), []
+        for (scores, _, each), (score, _), index in zip(places, found, chosen, strict=True):
+            weight, lse = softmax_of_selected(scores, score, index)
+            weights.append(weight)
+            reads.append((_gather_selected(kernels, scores, each, weight, index), lse))
+    results: list[Any] = []
+    for g, (out, lse) in enumerate(others.merge(reads)):
+        scores, group, each = places[g]
+        usage: list[Tensor | None] = []
+        if return_usage and top_k is None:
+            usage = _usage_of_group(kernels, scores, group, lse.detach())
+        elif return_usage:
+            part, whole = reads[g][1].detach(), lse.detach()
+            share = torch.where(part.isneginf(), 0, (part - whole).exp())
+            usage = usage_of_selected(scores, weights[g].detach() * share[:, None], chosen[g])
+        results.append(_asked_for(scores, each, (out, usage, lse), return_usage, return_lse))
+    return results[0] if groups is None else results
 
 
 class _Arguments(NamedTuple):
@@ -330,8 +392,19 @@ class _Arguments(NamedTuple):
     call: backends.Call
     passes: list[tuple[list[int], Memory, list[Values]]]
 
+    @property
+    def values_alike(self) -> list[Any]:
+        """What must be alike in the parts of a memory: dtype, objects and channels of each group's values."""
+        places = {
+            g: each for together, _, values in self.passes for g, each in zip(together, values, strict=True)
+        }
+        return [
+            (each.dtype, each.per_object, each.objects, each.segments[0][0].shape[2])
+            for _, each in sorted(places.items())
+        ]
 
-def _resolve(
+
+def resolve_read(
     query_key: Tensor,
     memory_key: Segments,
     memory_value: ValueSegments,
@@ -425,10 +498,34 @@ def merge_reads(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
     return merged.to(outs[0].dtype), lse
 
 
+def _asked_for(scores: Scores, values: Values, read: Read, return_usage: bool, return_lse: bool) -> Any:
+    """Return what a call returns for a group."""
+    (out, usage, lse), memory = read, scores.memory
+    asked_for: list[Any] = [_shape_out(out, values, memory)]
+    if return_usage:
+        asked_for.append(memory.shape_usage(usage, scores.pieces, values))
+    if return_lse:
+        asked_for.append(memory.shape_queries(lse, values))
+    return asked_for[0] if len(asked_for) == 1 else tuple(asked_for)
+
+
 def _read(
     kernels: backends.Implementation, scores: Scores, values: list[Values], return_usage: bool
 ) -> list[Read]:
     """Return the full softmax for each group."""
+    results: list[Read] = []
+    for group, (out, lse) in enumerate(_full_reads(kernels, scores, values)):
+        usage: list[Tensor | None] = [None] * len(scores.pieces)
+        if return_usage:
+            usage = _usage_of_group(kernels, scores, group, lse)
+        results.append((out, usage, lse))
+    return results
+
+
+def _full_reads(
+    kernels: backends.Implementation, scores: Scores, values: list[Values]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return out and lse of the full softmax for each group."""
     members = [scores.members(group) for group in range(len(values))]
     masked = any(mask is not None for mask in scores.memory.masks)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]
@@ -441,16 +538,18 @@ def _read(
             shares = [out] if len(alike) == 1 else out.split(sizes, 1)  # a split's gradient is a copy
             for group, share in zip(alike, shares, strict=True):
                 parts[group].append((share, lse))
-    results: list[Read] = []
-    for group, reads in enumerate(parts):
-        out, lse = reads[0] if len(reads) == 1 else merge_reads(*zip(*reads, strict=True))
-        usage: list[Tensor | None] = [None] * len(scores.pieces)
-        if return_usage:
-            with torch.no_grad():
-                for i in members[group]:
-                    usage[i] = _usage(kernels, scores.pieces[i], lse)
-        results.append((out, usage, lse))
-    return results
+    return [reads[0] if len(reads) == 1 else merge_reads(*zip(*reads, strict=True)) for reads in parts]
+
+
+@torch.no_grad()
+def _usage_of_group(
+    kernels: backends.Implementation, scores: Scores, group: int, lse: Tensor
+) -> list[Tensor | None]:
+    """Return each piece's usage by a group's full read, None where the group does not see it."""
+    usage: list[Tensor | None] = [None] * len(scores.pieces)
+    for i in scores.members(group):
+        usage[i] = _usage(kernels, scores.pieces[i], lse)
+    return usage
 
 
 def _usage(kernels: backends.Implementation, piece: Piece, lse: Tensor) -> Tensor:
@@ -493,11 +592,18 @@ def _read_selected(
     results = []
     for each, (score, index) in zip(values, select(kernels, scores, top_k), strict=True):
         weights, lse = softmax_of_selected(scores, score, index)
-        offsets = [offset + start for offset, start in zip(scores.memory.offsets, each.starts, strict=True)]
-        out = gather(kernels, weights, index, each.segments, offsets)
+        out = _gather_selected(kernels, scores, each, weights, index)
         usage = usage_of_selected(scores, weights, index) if return_usage else []
         results.append((out, usage, lse))
     return results
+
+
+def _gather_selected(
+    kernels: backends.Implementation, scores: Scores, values: Values, weights: Tensor, index: Tensor
+) -> Tensor:
+    """Return the weighted sum of a group's values at the selected positions of all segments."""
+    offsets = [offset + start for offset, start in zip(scores.memory.offsets, values.starts, strict=True)]
+    return gather(kernels, weights, index, values.segments, offsets)
 
 
 def _read_with_prior(
@@ -556,7 +662,7 @@ def _side_by_side(values: list[Tensor]) -> Tensor | None:
 
 register_op(
     "memory_read",
-    resolve={"memory_read": _resolve, "memory_select": resolve_select, "memory_gather": resolve_gather},
+    resolve={"memory_read": resolve_read, "memory_select": resolve_select, "memory_gather": resolve_gather},
     reference={
         "memory_read": without_argument(7, memory_read_core),
         "memory_usage": without_argument(6, memory_usage_core),
