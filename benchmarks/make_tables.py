@@ -44,6 +44,7 @@ ORIGINALS = {
     "memory_read": ("STM or STCN", ("bmm, softmax, bmm", "STCN top-k")),
     "conv_lstm": ("eager PyTorch", ("eager",)),
     "local_attention": ("AOT", ("dense map",)),
+    "local_correlation": ("spatial-correlation-sampler", ("spatial-correlation-sampler",)),
 }
 """Op -> whose code came first, and the contenders written in its manner."""
 COMMON_OPTIONS = ("memory_budget",)

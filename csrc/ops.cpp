@@ -73,6 +73,15 @@ STABLE_TORCH_LIBRARY(vosops, m) {
       "Tensor? bias, Tensor lse, int heads, int reach, int dilation, float scale) -> (Tensor grad_query, "
       "Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
   m.def(
+      "local_correlation(Tensor query, Tensor key, int[] patch_size, int[] stride, int[] padding, int[] "
+      "dilation_patch) -> Tensor");
+  m.def(
+      "local_correlation_query(Tensor grad, Tensor key, int[] patch_size, int[] stride, int[] padding, int[] "
+      "dilation_patch) -> Tensor");
+  m.def(
+      "local_correlation_key(Tensor grad, Tensor query, int[] patch_size, int[] stride, int[] padding, int[] "
+      "dilation_patch) -> Tensor");
+  m.def(
       "global_conv_split(Tensor x, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, "
       "Tensor? addend, str precision) -> Tensor");
   m.def("global_conv_merge(Tensor x, Tensor first, Tensor second, Tensor? bias, str precision) -> Tensor");

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["_checks", "_deprecation", "_library", "_sources", "_verdicts", "reference", "triton"],
     ["backends", "ops"],
-    ["nn", "memory"],
+    ["nn", "memory", "compat"],
     ["models", "distributed"],
     ["io", "metrics", "data"],
     ["inference", "training"],

@@ -15,6 +15,7 @@ if "_vosops_cli" not in _sys.modules:
         global_conv_prepare,
         global_matching,
         local_attention,
+        local_correlation,
         local_matching,
         memory_gather,
         memory_read,
@@ -36,6 +37,7 @@ __all__ = [
     "global_matching",
     "list_ops",
     "local_attention",
+    "local_correlation",
     "local_matching",
     "memory_gather",
     "memory_read",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _SUBMODULES = (
+    "compat",
     "data",
     "distributed",
     "inference",

@@ -287,6 +287,7 @@ def _sample(op: str, device: str) -> tuple[Tensor, ...]:
             empty(2, 4, 7, 1),
         ),
         "memory_read": lambda: (*frames, empty(1, 1, 8, 8)),
+        "local_correlation": lambda: tuple(frames),
         "local_attention": lambda: (*frames, empty(1, 16, 8, 8)),
     }
     matching = (*frames, empty(1, 1, 8, 8, dtype=torch.bool))

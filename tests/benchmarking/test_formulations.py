@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +180,21 @@ def test_windows_give_the_same_values_and_gradients(variant):
     found, wanted = (v.call(inputs, backward=True)() for v in (variant, plain))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [v for v in BENCHMARKS["local_correlation"].variants if v.package is None],
+    ids=lambda v: v.name,
+)
+def test_correlations_give_the_same_values_and_gradients(variant):
+    for case in ("training", "FlowNetC"):
+        inputs = replace(BENCHMARKS["local_correlation"].case(case), backward=True).small().inputs(CPU)
+        found, wanted = (
+            v.call(inputs, backward=True)() for v in (variant, BENCHMARKS["local_correlation"].variants[0])
+        )
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prepared_half_gives_the_values_of_the_whole():

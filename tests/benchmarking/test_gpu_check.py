@@ -723,10 +723,11 @@ def test_every_op_is_timed_in_every_arithmetic_forward_and_backward():
         assert {c.mode for c in CELLS if c.op == op and not c.backward} == set(MODES)
         assert {c.mode for c in CELLS if c.op == op and c.backward} == set(MODES)
         assert any(c.compiled for c in CELLS if c.op == op)
-    for backward in (False, True):  # which computes in float32 whatever is allowed
-        cells = [c for c in CELLS if c.op == "local_attention" and c.backward == backward]
-        assert {c.mode for c in cells} == {"ieee", "bf16", "f16"}
-    assert any(c.compiled for c in CELLS if c.op == "local_attention")
+    for op in ("local_attention", "local_correlation"):  # which compute in float32 whatever is allowed
+        for backward in (False, True):
+            cells = [c for c in CELLS if c.op == op and c.backward == backward]
+            assert {c.mode for c in cells} == {"ieee", "bf16", "f16"}
+        assert any(c.compiled for c in CELLS if c.op == op)
     assert len({cell.key for cell in CELLS}) == len(CELLS)
 
 
@@ -737,6 +738,7 @@ DIFFERENTIATED = {
     "global_conv": 5,
     "conv_lstm": 4,
     "local_attention": 3,
+    "local_correlation": 2,
 }
 ATTENTION = Cell("memory_read", MemorySize("attention", 20, 3, 2, 8, 16, batch=2), "ieee")
 
@@ -884,6 +886,7 @@ def test_the_profile_has_every_op_in_bfloat16_and_float32():
         "global_conv",
         "conv_lstm",
         "local_attention",
+        "local_correlation",
     ):
         assert {cell.mode for cell in gpu_cases.PROFILED if cell.op == op} == {"bf16", "ieee"}
 

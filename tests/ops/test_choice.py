@@ -28,6 +28,13 @@ def attention(make, query, key, value):
     return tuple(make(1, 4, 6, 6, dtype=dtype) for dtype in (query, key, value)), {"radius": 1}
 
 
+def correlation(**options):
+    def case(make, query, key, _):
+        return (make(1, 4, 6, 6, dtype=query), make(1, 4, 6, 6, dtype=key)), {"patch_size": 3, **options}
+
+    return case
+
+
 def sequence(make, x, weight, cell):
     state = (make(1, 3, 6, 6, dtype=x), make(1, 3, 6, 6, dtype=cell))
     return (make(1, 2, 4, 6, 6, dtype=x), make(12, 7, 3, 3, dtype=weight), None, state), {}
@@ -91,6 +98,8 @@ CASES = {
     "local_matching": (vosops.local_matching, matching(radius=0)),
     "global_matching": (vosops.global_matching, matching()),
     "local_attention": (vosops.local_attention, attention),
+    "local_correlation": (vosops.local_correlation, correlation()),
+    "local_correlation of a kernel": (vosops.local_correlation, correlation(kernel_size=3, stride=2)),
     "conv_lstm": (vosops.conv_lstm, sequence),
     "global_conv": (vosops.global_conv, lines(7)),
     "global_conv of long lines": (vosops.global_conv, lines(19)),

@@ -266,6 +266,34 @@ LOCAL_ATTENTION = changed(
     ],
 )
 
+LOCAL_CORRELATION = changed(
+    partial(vosops.local_correlation, patch_size=3),
+    {"query": zeros(1, 4, 5, 6), "key": zeros(1, 4, 5, 6)},
+    [
+        ({"key": zeros(1, 4, 5, 7)}, V, "key must have shape (1, 4, 5, 6), got (1, 4, 5, 7)"),
+        (
+            {"key": zeros(1, 4, 5, 6, dtype=half)},
+            T,
+            "key must have the dtype of query (torch.float32), got torch.float16",
+        ),
+        (
+            {"query": zeros(1, 0, 5, 6), "key": zeros(1, 0, 5, 6)},
+            V,
+            "query and key must have at least one channel, got C = 0",
+        ),
+        ({"patch_size": 0}, V, "patch_size must be at least 1, got 0"),
+        ({"patch_size": (3, 3, 3)}, V, "patch_size must be an int or a pair of ints, got (3, 3, 3)"),
+        ({"stride": 1.5}, T, "stride must be an int, got float"),
+        ({"padding": -1}, V, "padding must be at least 0, got -1"),
+        ({"dilation_patch": (1, 0)}, V, "dilation_patch must be at least 1, got 0"),
+        (
+            {"kernel_size": 3, "dilation": 4, "padding": 1},
+            V,
+            "kernel_size and dilation must fit the padded query, H = 5 + 2 * 1, got a kernel of 9",
+        ),
+    ],
+)
+
 weights = {
     "l1_weight": zeros(5, 4, 7, 1),
     "l2_weight": zeros(3, 5, 1, 5),
@@ -469,6 +497,7 @@ ARGUMENTS = [
     *MEMORY_GATHER,
     *MERGE_READS,
     *LOCAL_ATTENTION,
+    *LOCAL_CORRELATION,
     *GLOBAL_CONV,
     *CONV_LSTM,
     *SOFT_AGGREGATE,

@@ -71,6 +71,11 @@ def problem(op: str) -> tuple[dict[str, Tensor], tuple]:
         if op == "local_attention_dot":
             return {"a": maps, "b": torch.randn_like(maps)}, (1, 1)
         return {"weights": torch.randn(2, 9, 4, 5), "maps": maps}, (1, 1)
+    if op.startswith("local_correlation"):
+        maps, options = torch.randn(2, 3, 4, 5), ([3, 3], [2, 1], [1, 0], [1, 2])
+        if op == "local_correlation":
+            return {"query": maps, "key": torch.randn_like(maps)}, options
+        return {"grad": torch.randn(2, 3, 3, 3, 5), "maps": maps}, options
     query, key, value = torch.randn(2, 3, 5), torch.randn(2, 3, 7), torch.randn(2, 2, 4, 7)
     vectors = {
         "shrinkage": torch.rand(2, 7) + 0.5,
@@ -98,6 +103,7 @@ def problem(op: str) -> tuple[dict[str, Tensor], tuple]:
 OPS = ("local_matching", "global_matching", "matching_backward", "memory_read", "memory_read_backward")
 OPS += ("memory_usage", "memory_select", "memory_gather", "memory_gather_backward")
 OPS += ("local_attention_dot", "local_attention_weigh", "local_attention_spread")
+OPS += ("local_correlation", "local_correlation_query", "local_correlation_key")
 MATCHING = ("local_matching", "global_matching")
 
 

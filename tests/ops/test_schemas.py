@@ -22,6 +22,7 @@ def test_every_op_of_the_kernels_has_a_triton_twin():
     assert len(TWINS) >= 17
     kernels = ("local_matching", "global_matching", "matching_backward", "memory_read", "memory_select")
     kernels += ("memory_gather", "conv_lstm_pointwise", "global_conv_split", "local_attention_dot")
+    kernels += ("local_correlation", "local_correlation_query", "local_correlation_key")
     assert {f"{kernel}_triton" for kernel in kernels} <= set(TWINS)
 
 

@@ -24,6 +24,10 @@ from vosops.benchmarking.gpu_convolutions import (
     channels_last,
 )
 from vosops.benchmarking.local_attention import SIZE_480P, SIZE_1080P, AttentionSize
+from vosops.benchmarking.local_correlation import SIZE_480P as CORRELATION_480P
+from vosops.benchmarking.local_correlation import SIZE_480P_WIDE as CORRELATION_480P_WIDE
+from vosops.benchmarking.local_correlation import SIZE_AOT as CORRELATION_AOT
+from vosops.benchmarking.local_correlation import CorrelationSize
 from vosops.benchmarking.local_matching import normalise
 from vosops.benchmarking.memory_read import (
     MemoryInputs,
@@ -37,6 +41,8 @@ from vosops.benchmarking.memory_read import (
 from vosops.benchmarking.runner import BENCHMARKS
 
 IMPLEMENTATIONS = ("cpp", "triton")
+
+WindowSize = AttentionSize | CorrelationSize
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Cell:
     """
 
     op: str
-    size: Case | MemorySize | ConvolutionSize | AttentionSize
+    size: Case | MemorySize | WindowSize | ConvolutionSize
     mode: str
     backward: bool = False
     compiled: bool = False
@@ -120,6 +126,7 @@ TELLING: tuple[Any, ...] = (
     CONV_RGMP,
     LSTM_128,
     SIZE_480P,
+    CORRELATION_480P,
     LOCAL_TRAINING,
 )
 TELLING += (GLOBAL_TRAINING, READ_TRAINING, LSTM_TRAINING)
@@ -131,7 +138,7 @@ def _cells() -> tuple[Cell, ...]:
 
     def modes(
         op: str,
-        size: Case | MemorySize | ConvolutionSize | AttentionSize,
+        size: Case | MemorySize | WindowSize | ConvolutionSize,
         names: str,
         backward: bool = False,
     ) -> list[Cell]:
@@ -139,6 +146,7 @@ def _cells() -> tuple[Cell, ...]:
 
     local, over_all, read = "local_matching", "global_matching", "memory_read"
     conv, lstm, attention = "global_conv", "conv_lstm", "local_attention"
+    correlation = "local_correlation"
     first = [
         *modes(local, LOCAL_480P, "bf16 ieee tf32x3 tf32 f16"),
         *modes(over_all, GLOBAL_480P, "bf16 ieee tf32x3 tf32 f16"),
@@ -147,12 +155,14 @@ def _cells() -> tuple[Cell, ...]:
         *modes(conv, CONV_RGMP, "bf16 ieee tf32 tf32x3 f16"),
         *modes(lstm, LSTM_128, "bf16 ieee tf32 tf32x3 f16"),
         *modes(attention, SIZE_480P, "ieee bf16 f16"),
+        *modes(correlation, CORRELATION_480P, "ieee bf16 f16"),
         *modes(local, LOCAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
         *modes(over_all, GLOBAL_TRAINING, "ieee bf16 tf32 tf32x3 f16", backward=True),
         *modes(read, READ_TRAINING, "bf16 ieee tf32 tf32x3 f16", backward=True),
         *modes(conv, CONV_RGMP, "bf16 ieee tf32 tf32x3 f16", backward=True),
         *modes(lstm, LSTM_TRAINING, "bf16 ieee tf32 tf32x3 f16", backward=True),
         *modes(attention, SIZE_480P, "ieee bf16 f16", backward=True),
+        *modes(correlation, CORRELATION_480P, "ieee bf16 f16", backward=True),
         *modes(conv, CONV_PREPARED, "bf16 ieee"),
         *modes(conv, CONV_STRIDE_16, "bf16 ieee tf32"),
         *modes(conv, CONV_STRIDE_8, "bf16 ieee tf32"),
@@ -164,6 +174,8 @@ def _cells() -> tuple[Cell, ...]:
         *modes(read, READ_1080P, "bf16"),
         *modes(attention, SIZE_1080P, "ieee bf16"),
         *modes(attention, SIZE_1080P, "ieee", backward=True),
+        *modes(correlation, CORRELATION_480P_WIDE, "ieee bf16"),
+        *modes(correlation, CORRELATION_AOT, "ieee bf16"),
     ]
     compiled = [
         *modes(local, LOCAL_480P, "ieee"),
@@ -175,6 +187,7 @@ def _cells() -> tuple[Cell, ...]:
         *modes(conv, CONV_RGMP, "bf16"),
         *modes(lstm, LSTM_128, "bf16"),
         *modes(attention, SIZE_480P, "ieee"),
+        *modes(correlation, CORRELATION_AOT, "ieee"),
     ]
     return (*sorted(first, key=_urgency), *(replace(cell, compiled=True) for cell in compiled))
 
@@ -197,6 +210,7 @@ SMALL = (
     Cell("global_conv", GlobalConvSize("small", 20, 5, 9, True, 12, 10, 5, 2), "ieee"),
     Cell("conv_lstm", LstmSize("small", 6, 5, 9, 2, 2), "ieee"),
     Cell("local_attention", AttentionSize("small", 5, 9, 12, 2, 2, 2), "ieee"),
+    Cell("local_correlation", CorrelationSize("small", 5, 9, 12, 5, 2, 2), "ieee"),
     Cell("memory_read", MemorySize("small", 35, 3, 2, 24, 40, batch=2, anisotropic=True), "ieee"),
     Cell("memory_read", MemorySize("small-top", 35, 3, 2, 24, 40, batch=2, top_k=7), "ieee"),
 )
@@ -274,9 +288,9 @@ def our_read(
 
 
 def our_formulation(
-    size: ConvolutionSize | AttentionSize, backend: str | None, precision: str | None
+    size: WindowSize | ConvolutionSize, backend: str | None, precision: str | None
 ) -> Formulation:
-    """Return a convolution or windowed attention by one implementation of vosops, or by the chosen one."""
+    """Return a convolution or an op on windows by one implementation of vosops, or by the chosen one."""
     formulation = size.ours(precision)
 
     def run(*given: Tensor) -> Tensor:
@@ -420,10 +434,10 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, {}, flops, moved)
 
 
-# ---- Convolutions and windowed attention.
+# ---- Convolutions, windowed attention and correlation.
 
 
-def _formulated(cell: Cell, size: ConvolutionSize | AttentionSize, device: torch.device) -> Problem:
+def _formulated(cell: Cell, size: WindowSize | ConvolutionSize, device: torch.device) -> Problem:
     """vosops beside the size's other formulations, each in both memory formats."""
     mode = MODES[cell.mode]
     tensors, count = size.tensors(mode.dtype, device), size.differentiated
@@ -447,7 +461,7 @@ def _formulated(cell: Cell, size: ConvolutionSize | AttentionSize, device: torch
         contenders[f"{name}, channels_last"] = call(formulation, last, count, cell.backward)
     on_cpu = [t.float() for t in size.tensors(mode.dtype, torch.device("cpu"))]
     oracle = call(size.naive, on_cpu, count, cell.backward)
-    left_out = dict(size.left_out) if isinstance(size, AttentionSize) else {}
+    left_out = dict(size.left_out) if isinstance(size, WindowSize) else {}
     return Problem(
         tuple(tensors), oracle, contenders, left_out, *size.work(mode.dtype.itemsize, cell.backward)
     )

@@ -21,6 +21,7 @@ from vosops.benchmarking import (
     global_conv,
     global_matching,
     local_attention,
+    local_correlation,
     local_matching,
     memory_read,
 )
@@ -40,7 +41,15 @@ from vosops.benchmarking.measure import (
 
 BENCHMARKS: dict[str, Benchmark] = {
     module.BENCHMARK.op: module.BENCHMARK
-    for module in (local_matching, global_matching, memory_read, local_attention, global_conv, conv_lstm)
+    for module in (
+        local_matching,
+        global_matching,
+        memory_read,
+        local_attention,
+        local_correlation,
+        global_conv,
+        conv_lstm,
+    )
 }
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}

@@ -15,6 +15,7 @@ from vosops.benchmarking.cases import Case
 from vosops.benchmarking.fresh import python_path
 from vosops.benchmarking.gpu_convolutions import GlobalConvSize, LstmSize
 from vosops.benchmarking.local_attention import AttentionSize
+from vosops.benchmarking.local_correlation import CorrelationSize
 from vosops.benchmarking.memory_read import MemorySize
 from vosops.ops._registration import HAS_TRITON, TRITON_INTERPRETED
 
@@ -33,6 +34,7 @@ OTHERS = (
     Problem("global_conv", GlobalConvSize("70x9x17", 70, 9, 17, False, 36, 40, 7, 1), "ieee"),
     Problem("conv_lstm", LstmSize("34x13x19", 34, 13, 19, 2, 1), "ieee"),
     Problem("local_attention", AttentionSize("13x19", 13, 19, 48, 2, 4, 1), "ieee"),
+    Problem("local_correlation", CorrelationSize("13x35", 13, 35, 34, 9, 1, 2), "ieee"),
 )
 SIZES: tuple[Problem, ...] = (*gpu_cases.SMALL, *MATCHINGS, *READS, *OTHERS)
 """One problem of each op with tails in every dimension, and one that fills several tiles."""

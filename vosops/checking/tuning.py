@@ -19,6 +19,7 @@ from vosops.benchmarking.cases import Case
 from vosops.benchmarking.gpu_convolutions import GlobalConvSize, LstmSize
 from vosops.benchmarking.gpu_steps import LEAST_ROUNDS, first_line
 from vosops.benchmarking.local_attention import AttentionSize
+from vosops.benchmarking.local_correlation import CorrelationSize
 from vosops.benchmarking.measure import Clock, interleave
 from vosops.benchmarking.memory_read import MemorySize
 from vosops.checking.problems import Problem, base_environment
@@ -41,6 +42,8 @@ GPU_SIZES: tuple[Problem, ...] = (
       for c, h, w in ((64, 60, 107), (128, 30, 54), (256, 30, 54))),
     *(Problem("local_attention", AttentionSize(f"{h}x{w}", h, w), "ieee")
       for h, w in ((30, 54), (60, 107), (68, 120))),
+    *(Problem("local_correlation", CorrelationSize(f"{h}x{w}", h, w, c, p), "ieee")
+      for h, w, c, p in ((30, 54, 256, 15), (60, 107, 128, 21), (120, 214, 64, 31))),
 )  # fmt: skip
 CPU_SIZES: tuple[Problem, ...] = (
     *(Problem("local_matching", Case(n, h, w, objects=1, radius=r), "ieee")
@@ -55,6 +58,8 @@ CPU_SIZES: tuple[Problem, ...] = (
       for c, h, w in ((16, 30, 54), (64, 15, 27), (64, 30, 54))),
     *(Problem("local_attention", AttentionSize(f"{h}x{w}", h, w, 64, 4, r), "ieee")
       for h, w, r in ((15, 27, 4), (30, 54, 4), (30, 54, 7))),
+    *(Problem("local_correlation", CorrelationSize(f"{h}x{w}", h, w, 64, p), "ieee")
+      for h, w, p in ((15, 27, 9), (30, 54, 9), (30, 54, 15))),
 )  # fmt: skip
 
 Orders = dict[str, dict[str, dict[str, Any]]]

@@ -39,8 +39,8 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="local_matching, global_matching, memory_read, local_attention, global_conv, conv_lstm, or all; "
-            "systems: whole networks."
+            help="local_matching, global_matching, memory_read, local_attention, local_correlation, global_conv, "
+            "conv_lstm, or all; systems: whole networks."
         ),
     ],
     case: Annotated[

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vosops import _checks, _library, backends
+from vosops.ops._bilinear import bilinear_piece
 from vosops.ops._registration import (
     SUFFIXES,
     Piece,
@@ -336,46 +337,16 @@ def _fake_map(weights: Tensor, x: Tensor, reach: int, dilation: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, *ctx.window = inputs
-    ctx.save_for_backward(first, second)
-
-
-def _backward_by(adjoints: Callable[..., Any]) -> Callable[[str], Callable[..., Any]]:
-    """Return the derivative of a piece by the other two.
-
-    `adjoints(first, second, grad)`: for each input, the name and the inputs of the piece that gives its gradient.
-    """
-
-    def of_library(suffix: str) -> Callable[..., Any]:
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            calls = zip(adjoints(*ctx.saved_tensors, grad), ctx.needs_input_grad, strict=False)
-            grads = (
-                dispatched(f"local_attention_{name}", suffix)(*inputs, *ctx.window) if need else None
-                for (name, *inputs), need in calls
-            )
-            return *grads, None, None
-
-        return backward
-
-    return of_library
-
-
 def _piece(first: str, second: str, fake: Callable[..., Tensor], adjoints: Callable[..., Any]) -> Piece:
     schema = f"(Tensor {first}, Tensor {second}, int reach, int dilation) -> Tensor"
-    return Piece(fake, _backward_by(adjoints), _setup_context, schema=schema)
+    return bilinear_piece(schema, fake, adjoints)
 
 
+DOT, WEIGH, SPREAD = "local_attention_dot", "local_attention_weigh", "local_attention_spread"
 PIECES = {
-    "local_attention_dot": _piece(
-        "a", "b", _fake_dot, lambda a, b, grad: (("weigh", grad, b), ("spread", grad, a))
-    ),
-    "local_attention_weigh": _piece(
-        "weights", "b", _fake_map, lambda w, b, grad: (("dot", grad, b), ("spread", w, grad))
-    ),
-    "local_attention_spread": _piece(
-        "weights", "a", _fake_map, lambda w, a, grad: (("dot", a, grad), ("weigh", w, grad))
-    ),
+    DOT: _piece("a", "b", _fake_dot, lambda a, b, grad: ((WEIGH, grad, b), (SPREAD, grad, a))),
+    WEIGH: _piece("weights", "b", _fake_map, lambda w, b, grad: ((DOT, grad, b), (SPREAD, w, grad))),
+    SPREAD: _piece("weights", "a", _fake_map, lambda w, a, grad: ((DOT, a, grad), (WEIGH, w, grad))),
 }
 SHIFTS = "_shifts"
 """The suffix of the pieces by PyTorch's own ops."""

@@ -4,6 +4,7 @@ from vosops.reference.conv_lstm import conv_lstm
 from vosops.reference.global_conv import global_conv
 from vosops.reference.global_matching import global_matching, global_matching_core
 from vosops.reference.local_attention import local_attention
+from vosops.reference.local_correlation import local_correlation
 from vosops.reference.local_matching import local_matching, local_matching_core
 from vosops.reference.memory_read import memory_read
 from vosops.reference.soft_aggregate import soft_aggregate
@@ -14,6 +15,7 @@ __all__ = [
     "global_matching",
     "global_matching_core",
     "local_attention",
+    "local_correlation",
     "local_matching",
     "local_matching_core",
     "memory_read",
