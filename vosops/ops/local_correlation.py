@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -158,7 +157,7 @@ def _resolve(
             )
         outputs.append(max(0, (room - 1) // step + 1))
     common = [
-        step if pixels == 1 else math.gcd(step, spacing)
+        step if pixels == 1 else _common_divisor(step, spacing)
         for pixels, step, spacing in zip(kernel, steps, spacings, strict=True)
     ]
     summed = _Kernel(
@@ -169,6 +168,13 @@ def _resolve(
     )
     call = backends.Call(query.device, query.dtype, backward=_checks.wants_gradients(query, key))
     return _Correlation(call, query, key, (list(patch), common, list(pads), list(shifts)), summed)
+
+
+def _common_divisor(a: int, b: int) -> int:
+    """Return the greatest common divisor; torch.compile cannot trace math.gcd."""
+    while b:
+        a, b = b, a % b
+    return a
 
 
 def _pair(name: str, value: Pair, least: int = 1) -> tuple[int, int]:

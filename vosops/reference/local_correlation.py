@@ -86,4 +86,5 @@ def local_correlation(
                     first = [i * spread[0] - pad[0], j * spread[1] - pad[1]]
                     plane = plane + _products(q, k, first, step, offset, counts)
             planes.append(plane)
-    return torch.stack(planes, 1).unflatten(1, patch).to(query.dtype)
+    out: Tensor = torch.stack(planes, 1).unflatten(1, patch).to(query.dtype)
+    return out
