@@ -155,7 +155,8 @@ def unfold(query: Tensor, key: Tensor, patch: int, dilation: int) -> Tensor:
     reach = patch // 2 * dilation
     windows = functional.unfold(functional.pad(key, [reach] * 4), patch, dilation=dilation)
     products = torch.einsum("nchw,nckhw->nkhw", query, windows.view(n, c, patch * patch, h, w))
-    return products.unflatten(1, (patch, patch))
+    result: Tensor = products.unflatten(1, (patch, patch))
+    return result
 
 
 def rows(query: Tensor, key: Tensor, patch: int, dilation: int) -> Tensor:
