@@ -1,6 +1,7 @@
 """A training step of STM, FEELVOS and LSTM-ICNet at their published shapes: time and memory, fused and naive.
 
     python benchmarks/bench_training.py [--cases stm feelvos] [--ways fused recomputed naive] [--limit 14]
+    python benchmarks/bench_training.py --loading DAVIS      # what reading and augmenting a clip takes
 
 fused: this package's ops, whose backward needs no affinity matrix. recomputed: also without the maps of encoders and
 decoder, which are computed again (`recompute` of a configuration). naive: ops in plain PyTorch, which autograd keeps
@@ -34,8 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int, tuple[int, int], int, tuple[str
     "stm": ("stm", {}, 3, (384, 384), 1, ("Encoder_*.res*", "Decoder.*")),
     "stm-20": ("stm", {}, 20, (480, 864), 1, ("Encoder_*.res*", "Decoder.*")),
     "feelvos": ("feelvos", {"output_stride": 16}, 3, (465, 465), 1, ("deeplab.encoder*", "head.layers.*")),
-    "lstm_icnet": ("lstm_icnet", {}, 4, (512, 1024), 19, ()),
+    "lstm_icnet": ("lstm_icnet", {}, 4, (512, 1024), 18, ()),
 }
+LOADED = 12  # clips that are read
 WAYS = ("fused", "recomputed", "naive")
 
 
@@ -101,9 +103,17 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--limit", type=float, default=14.0, help="GB of address space that a step may take")
+    parser.add_argument(
+        "--loading", type=Path, help="measure the loader on a data set in DAVIS' layout instead"
+    )
     arguments = parser.parse_args()
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"results": {}}
     content["machine"] = machine()
+    if arguments.loading is not None:
+        content["loading"] = run_fresh("bench_training", "measure_loading", str(arguments.loading))
+        print(content["loading"])
+        write_text(RESULTS, json.dumps(content, indent=1) + "\n")
+        return
     for case in arguments.cases:
         for way in arguments.ways:
             if way == "recomputed" and not CASES[case][-1]:
@@ -115,6 +125,27 @@ def main() -> None:
             content["results"].setdefault(case, {})[way] = found
             print(case, way, found, flush=True)
             write_text(RESULTS, json.dumps(content, indent=1) + "\n")
+
+
+def measure_loading(davis: str) -> dict[str, Any]:
+    """CPU seconds of a clip of the shapes of STM's and FEELVOS' training, read for the first time and again."""
+    from vosops.training.config import load_config
+    from vosops.training.samples import ClipSamples
+
+    torch.set_num_threads(1)
+    found = {}
+    for name in ("stm", "feelvos"):
+        config = load_config(name, [f"data.train=[{{kind: videos, root: {davis}, binary: true}}]"])
+        samples = ClipSamples(config.data, config.data.clips.size, seed=0, per_step=1, objects=True)
+        samples[LOADED]  # loads libraries
+        times = []
+        for _ in range(2):
+            start = time.process_time()
+            for number in range(LOADED):
+                samples[number]
+            times.append((time.process_time() - start) / LOADED)
+        found[name] = {"first": round(times[0], 3), "again": round(times[1], 3)}
+    return found
 
 
 def limited(case: str, way: str, limit: float) -> dict[str, Any]:

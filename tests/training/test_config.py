@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("pydantic")
@@ -11,6 +13,7 @@ from vosops.io.errors import InputError  # noqa: E402
 from vosops.models import list_models  # noqa: E402
 from vosops.training.config import Clips, Gap, list_recipes, load_config  # noqa: E402
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = """
 model: unet
 steps: 10
@@ -30,6 +33,12 @@ def test_every_network_has_a_recipe():
     assert set(list_recipes()) >= {*list_models("mask network"), *list_models("semantic network")}
     for name in list_recipes():
         assert load_config(name).model == name
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.name)
+def test_examples_are_configurations(file):
+    config = load_config(file)
+    assert config.data.held_out.sources and config.model in list_recipes()
 
 
 def test_an_alias_stands_for_its_model():

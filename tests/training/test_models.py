@@ -32,6 +32,7 @@ HEAVY = {
     "deconvnet": "250 million parameters, and SegNet has its layers",
     "hrnet_w32": "a wider hrnet_w18",
     "hrnet_w48": "a wider hrnet_w18",
+    "hrnet_w48_ocr": "a wider hrnet_w18 with two outputs, as pspnet has",
     "danet": "the ResNet of pspnet and icnet",
 }
 NETWORKS = [*list_models("mask network"), *list_models("semantic network")]  # without those of a test
@@ -76,7 +77,7 @@ def test_a_step_changes_what_is_trained(name, davis):
     before = {n: p.detach().clone() for n, p in trained.items()}
     loss, _ = task.loss(task.network, next(task.batches(0)))
     loss.backward()
-    assert loss.ndim == 0 and math.isfinite(float(loss))
+    assert loss.ndim == 0 and math.isfinite(float(loss.detach()))
     reached = {n for n, p in trained.items() if p.grad is not None and p.grad.abs().max() > 0}
     optimizer.step()
     moved = {n for n, p in trained.items() if not torch.equal(p, before[n])}
@@ -84,7 +85,7 @@ def test_a_step_changes_what_is_trained(name, davis):
 
 
 def test_a_recurrent_network_learns_from_clips(davis):
-    config = config_of("unet", davis, options={"num_classes": 3, "recurrent": "bottleneck"})
+    config = config_of("unet", davis, options={"num_classes": 3, "recurrent": "head"})
     task = create_task(config, Shard())
     loss, _ = task.loss(task.network.train(), next(task.batches(0)))
     loss.backward()
@@ -96,7 +97,7 @@ def test_a_clip_is_learned_by_heart(davis, tmp_path):
     config = config_of(
         "rgmp",
         davis,
-        steps=25,
+        steps=15,
         batch=1,
         loss={},
         data__train=[{"kind": "videos", "root": str(davis), "sequences": ["one"]}],
@@ -116,13 +117,13 @@ def test_a_clip_is_learned_by_heart(davis, tmp_path):
     optimizer = create_optimizer(task.network, config.optimizer)
     batch = next(task.batches(0))
     losses = []
-    for _ in range(25):
+    for _ in range(15):
         loss, _ = task.loss(task.network, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < 0.3 * losses[0]
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_clips_of_unequal_objects_are_averaged_alike(davis):
@@ -150,7 +151,8 @@ def test_what_is_computed_again_gives_the_same_gradients(davis):
         task = create_task(config, Shard())
         loss, _ = task.loss(task.network, next(task.batches(0)))
         loss.backward()
-        found.append({n: p.grad for n, p in task.network.named_parameters()})
+        found.append({n: p.grad for n, p in task.network.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 100
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
