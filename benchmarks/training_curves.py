@@ -2,8 +2,8 @@
 
     python benchmarks/training_curves.py NAME=RUN [NAME=RUN ...] [--out docs/images/training.png]
 
-RUN is the --out of `vosops train`. Its log.csv and scores.csv are copied to benchmarks/results/training/NAME_*.csv, from
-which the picture is drawn again where RUN is left out: `python benchmarks/training_curves.py NAME NAME`.
+RUN is the --out of `vosops train`. Its log.csv and scores.csv are copied to benchmarks/results/training/NAME_*.csv;
+from these the picture is drawn again where RUN is left out: `python benchmarks/training_curves.py NAME NAME`.
 """
 
 from __future__ import annotations
