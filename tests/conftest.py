@@ -19,6 +19,7 @@ SLOW = (
     *("cli/test_segment", "integrations/test_accelerate", "integrations/test_packages"),
     *("integrations/test_trackers", "benchmarking/test_measure", "models/test_feelvos"),
     "docs/test_drawings",
+    "studio/browser",
     *("models/segmentation", "models/test_lstm_icnet", "models/test_rgmp", "models/test_stm"),
     *("training/test_models", "training/test_loop"),
 )

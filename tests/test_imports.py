@@ -20,6 +20,7 @@ LAYERS = [
     ["runs", "integrations"],
     ["benchmarking", "info"],
     ["checking"],
+    ["studio"],
     ["cli"],
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

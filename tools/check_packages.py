@@ -40,8 +40,10 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def python_files() -> set[str]:
-    """Return every file of the package, as both packages name it."""
-    return {str(path.relative_to(ROOT)) for path in (ROOT / "vosops").rglob("*.py")} | {"vosops/py.typed"}
+    """Return every file of the package but its libraries, as both packages name it."""
+    page = {file for file in (ROOT / "vosops/studio/static").rglob("*") if file.is_file()}
+    found = {str(path.relative_to(ROOT)) for path in {*(ROOT / "vosops").rglob("*.py"), *page}}
+    return found | {"vosops/py.typed"}
 
 
 def check_wheel(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``vosops segment | semantic | eval | train | demo | info | check | bench``."""
+"""The command line: ``vosops segment | semantic | studio | eval | train | demo | info | check | bench``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-_COMMANDS = ("segment", "semantic", "eval", "train", "demo", "info", "check", "bench")
+_COMMANDS = ("segment", "semantic", "studio", "eval", "train", "demo", "info", "check", "bench")
 _INTERRUPTED = 130
 
 

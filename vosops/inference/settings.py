@@ -149,11 +149,17 @@ def default_model(options: Mapping[str, Any] = MappingProxyType({}), weights: Pa
     return DEFAULT_MODEL
 
 
-def make_tracker(settings: ModelSettings) -> VideoTracker:
-    """Return what tracks objects with these settings, at the size of the frames it gets; errors are one line."""
+def check_tracker(settings: ModelSettings) -> ModelEntry:
+    """Return the entry of what tracks objects, before it is made; an InputError for settings that it cannot have."""
     entry = _find_entry(settings, "mask network", "tracker")
     _check_options(entry, settings)
     _check_weights(entry, settings)
+    return entry
+
+
+def make_tracker(settings: ModelSettings) -> VideoTracker:
+    """Return what tracks objects with these settings, at the size of the frames it gets; errors are one line."""
+    entry = check_tracker(settings)
     options = dict(settings.options)
     if settings.memory_budget is not None:
         try:

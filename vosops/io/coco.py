@@ -36,13 +36,21 @@ class CocoFrame(Protocol):
 class CocoFile:
     """Streams annotations into a COCO JSON file; :meth:`write` consumes frames one at a time.
 
-    ``score`` is the object's confidence on the frame; ``bbox`` is x, y, width, height in pixels.
+    ``score`` is the object's confidence on the frame; ``bbox`` is x, y, width, height in pixels. ``names`` are those of
+    objects that have one.
     """
 
-    def __init__(self, path: Path | OwnedFile, size: tuple[int, int], object_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        path: Path | OwnedFile,
+        size: tuple[int, int],
+        object_ids: Iterable[int],
+        names: Mapping[int, str] | None = None,
+    ) -> None:
         self.path = path
         self.size = size
         self.object_ids = sorted(object_ids)
+        self.names = names or {}
 
     def write(self, frames: Iterable[tuple[CocoFrame, Labels]]) -> None:
         """Write the file from (frame, (H, W) label map) pairs."""
@@ -57,7 +65,7 @@ class CocoFile:
                 for annotation in self._annotations(record, labels):
                     count += 1
                     out.write((",\n" if count > 1 else "") + json.dumps({"id": count, **annotation}))
-            categories = [{"id": i, "name": f"object {i}"} for i in self.object_ids]
+            categories = [{"id": i, "name": self.names.get(i, f"object {i}")} for i in self.object_ids]
             out.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
 
     def _annotations(self, record: CocoFrame, labels: Labels) -> Iterable[dict[str, Any]]:

@@ -44,7 +44,7 @@ class VideoFile(FrameSource):
         self._times = array("q")  # presentation times of the first frames, while they ascend
         self._times_ascend = True
         with self._open() as container:
-            stream = _video_stream(container)
+            stream = video_stream(container)
             self.average_rate = stream.average_rate or stream.guessed_rate or DEFAULT_FPS
             self.time_base = stream.time_base or 1 / self.average_rate
             self.sample_aspect_ratio = stream.sample_aspect_ratio
@@ -59,7 +59,7 @@ class VideoFile(FrameSource):
             )
         self._start_time = first.pts or 0
         try:
-            self.size = _upright(first).shape[:2]
+            self.size = upright(first).shape[:2]
         except Exception as error:
             raise InputError(
                 f"{self.title} cannot be converted to RGB ({reason(error)}): convert it"
@@ -73,7 +73,7 @@ class VideoFile(FrameSource):
         if target is None:
             return
         with self._open() as container:
-            for index, frame in enumerate(self._decode(container, _video_stream(container))):
+            for index, frame in enumerate(self._decode(container, video_stream(container))):
                 self._remember_time(index, frame.pts)
                 if index == target:
                     raw = self._raw(index, frame)
@@ -83,8 +83,7 @@ class VideoFile(FrameSource):
                     target = next(wanted, None)
                     if target is None:
                         return
-        if self.problem is None and is_cut_off(self.path):
-            self.problem = f"{self.title} is truncated: the file ends before its stated length"
+        self._note_cut_off()
 
     def backward(self, indices: Sequence[int]) -> Iterator[RawFrame]:
         """Yield the frames of descending ``indices``, a chunk at a time."""
@@ -115,7 +114,7 @@ class VideoFile(FrameSource):
         if not container.streams.video:
             container.close()
             raise InputError(f"{self.title} has no video stream")
-        _video_stream(container).thread_type = "AUTO"
+        video_stream(container).thread_type = "AUTO"
         return container
 
     def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -133,10 +132,14 @@ class VideoFile(FrameSource):
                 "it is truncated or damaged"
             )
 
+    def _note_cut_off(self) -> None:
+        if self.problem is None and is_cut_off(self.path):
+            self.problem = f"{self.title} is truncated: the file ends before its stated length"
+
     def _raw(self, index: int, frame: VideoFrame) -> RawFrame | None:
         """Return a decoded frame; None, with ``problem`` set, if it is of another size or cannot be converted."""
         try:
-            image = _upright(frame)
+            image = upright(frame)
         except Exception as error:
             self.problem = f"{self.title}: frame {index} cannot be converted to RGB ({reason(error)})"
             return None
@@ -175,7 +178,7 @@ class VideoFile(FrameSource):
         wanted = set(indices)
         frames = []
         with self._open() as container:
-            stream = _video_stream(container)
+            stream = video_stream(container)
             try:
                 container.seek(self._times[indices[0]], stream=stream, backward=True, any_frame=False)
             except av.FFmpegError:  # this container cannot be sought
@@ -194,17 +197,20 @@ class VideoFile(FrameSource):
         return frames
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
+def video_stream(container: InputContainer) -> VideoStream:
     """Return the main video stream, not a cover picture."""
     stream: VideoStream = container.streams.best("video")  # type: ignore[assignment]
     return stream
 
 
-def _upright(frame: VideoFrame) -> Image:
-    """Return (H, W, 3) uint8 RGB, turned and mirrored by the frame's display matrix."""
+def upright(frame: VideoFrame, scale: float = 1) -> Image:
+    """Return (H, W, 3) uint8 RGB, turned and mirrored by the frame's display matrix, at a share of its size."""
     import numpy as np
 
-    image: Any = frame.to_ndarray(format="rgb24")
+    sides: dict[str, Any] = {}
+    if scale != 1:
+        sides = {"width": _scaled(frame.width, scale), "height": _scaled(frame.height, scale)}
+    image: Any = frame.to_ndarray(format="rgb24", **sides)
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return np.ascontiguousarray(image)
@@ -216,3 +222,7 @@ def _upright(frame: VideoFrame) -> Image:
         rows_reversed, columns_reversed = d < 0, a < 0
     image = image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
     return np.ascontiguousarray(image)
+
+
+def _scaled(side: int, scale: float) -> int:
+    return max(1, round(side * scale))

@@ -96,14 +96,21 @@ def write_cutout(path: Path | OwnedFile, image: Image, labels: Labels, binary: b
     import numpy as np
     from PIL import Image as PILImage
 
-    inside = labels > 0 if binary else (labels > 0) & (labels != IGNORE)
-    padded = np.pad(inside.astype(np.uint16), 1, mode="edge")
-    rows = padded[:-2] + padded[1:-1] + padded[2:]
-    summed = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    alpha = (summed * 255 // 9).astype(np.uint8)
+    alpha = soft_alpha(labels > 0 if binary else (labels > 0) & (labels != IGNORE))
     rgba = np.dstack([np.where(alpha[..., None] > 0, image, 0), alpha])
     with complete_or_absent(path) as file:
         PILImage.fromarray(rgba.astype(np.uint8), "RGBA").save(file, format="PNG")
+
+
+def soft_alpha(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Return the alpha (H, W) of a mask, softened over one pixel at its border."""
+    import numpy as np
+
+    padded = np.pad(inside.astype(np.uint16), 1, mode="edge")
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    summed = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    alpha: npt.NDArray[np.uint8] = (summed * 255 // 9).astype(np.uint8)
+    return alpha
 
 
 class ContactSheet:

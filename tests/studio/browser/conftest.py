@@ -1,0 +1,114 @@
+"""`vosops studio` in a process of its own, and Chromium.
+
+Without a browser these tests are skipped, unless VOSOPS_TEST_BROWSER=1 says that there must be one. VOSOPS_SCREENSHOTS
+names a folder for the pictures that they make (`make studio-screenshots`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+WIDTH, HEIGHT = 1360, 850
+FRAMES = 10
+
+
+def absent(reason: str) -> None:
+    if os.environ.get("VOSOPS_TEST_BROWSER") == "1":
+        pytest.fail(f"{reason}, and VOSOPS_TEST_BROWSER=1 says that there must be one")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    for package in ("playwright", "starlette", "uvicorn", "cv2"):
+        try:
+            __import__(package)
+        except ImportError:
+            absent(f"no browser test: {package} is not installed (pip install 'vosops[studio,dev]')")
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        absent("no browser test: Chromium is not installed (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The first frames of the demo clip, and its truth, which scores alone."""
+    from vosops.data import DemoClip
+
+    root = tmp_path_factory.mktemp("demo")
+    clip, truth = DemoClip(60), []
+    (root / "clip").mkdir()
+    for index in range(FRAMES):
+        frame, labels = clip[index]
+        Image.fromarray(frame).save(root / "clip" / f"{index:05d}.jpg", quality=95)
+        truth.append(labels)
+    return root / "clip", truth
+
+
+@pytest.fixture(scope="session")
+def address(browser, clip, tmp_path_factory):
+    """The URL that the command prints, of a server on the clip."""
+    work = tmp_path_factory.mktemp("work")
+    command = [
+        sys.executable,
+        "-m",
+        "vosops.cli",
+        "studio",
+        str(clip[0]),
+        "--no-browser",
+        "--work",
+        str(work),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+    try:
+        line = server.stdout.readline()
+        found = re.fullmatch(r"vosops studio: (http://127\.0\.0\.1:\d+/\?token=\S+)\n", line)
+        assert found, f"expected the URL on one line, got {line!r}"
+        yield found[1]
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) in (0, 130)
+
+
+@pytest.fixture
+def page(browser):
+    """A page that fails the test where it logs an error."""
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    troubles = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    yield page
+    context.close()
+    assert not troubles
+
+
+@pytest.fixture
+def screenshot(page, tmp_path):
+    folder = Path(os.environ.get("VOSOPS_SCREENSHOTS") or tmp_path)
+
+    def take(name: str) -> None:
+        page.wait_for_timeout(150)
+        picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        picture.quantize(256, dither=Image.Dither.NONE).save(folder / f"studio-{name}.png", optimize=True)
+
+    return take

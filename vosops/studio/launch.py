@@ -1,0 +1,74 @@
+"""Running the server: an address with a random token, on this machine alone."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vosops.io.errors import VosopsError, require
+
+if TYPE_CHECKING:
+    from .assist import ClickTool
+    from .follow import Engine
+
+__all__ = ["serve"]
+
+HOST = "127.0.0.1"
+
+
+def serve(
+    work: Path,
+    engine: Engine,
+    *,
+    video: Path | None = None,
+    port: int = 0,
+    click: ClickTool | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        work: The work folder: everything that is written is in it.
+        engine: Follows objects.
+        video: What the page shows first; None: it asks.
+        port: Where to listen; 0: any that is free.
+        click: What a click selects with; None: no such tool.
+        announce: Called once, with the URL, when the server listens.
+
+    Raises:
+        InputError: The video cannot be used.
+        VosopsError: A package is not installed, or the port is taken.
+    """
+    uvicorn: Any = require("uvicorn", "studio")
+    require("starlette", "studio")
+    require("websockets", "studio")
+    require("av")
+    from .server import Studio, build_app
+
+    studio = Studio(work, engine, click)
+    project = None if video is None else studio.open_path(video)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        studio.close()
+        raise VosopsError(f"--port {port} cannot be used ({error.strerror}): choose another, or 0") from error
+    port = listener.getsockname()[1]
+    token = secrets.token_urlsafe(24)
+    app = build_app(studio, token=token, hosts=[f"{HOST}:{port}", f"localhost:{port}"])
+    address = f"http://{HOST}:{port}/?token={token}" + (f"#{project.id}" if project else "")
+
+    class Server(uvicorn.Server):  # type: ignore[misc]
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            announce(address)
+
+    limits = {"ws_max_size": 1 << 16, "timeout_graceful_shutdown": 3}
+    config = uvicorn.Config(app, log_level="warning", access_log=False, **limits)
+    with listener:
+        Server(config).run(sockets=[listener])
