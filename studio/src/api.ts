@@ -43,6 +43,8 @@ export interface ProjectState {
   exports: { name: string; bytes: number }[];
   export_kinds: { kind: string; title: string; about: string }[];
   model: string;
+  /** The licence of its installed weights; empty if it uses none. */
+  weights: string;
   size: number;
   sizes: number[];
   device: string;

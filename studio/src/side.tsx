@@ -235,12 +235,13 @@ function Export({ store }: { store: Store }) {
 }
 
 function Settings({ store }: { store: Store }) {
-  const { model, device, size, sizes } = store.state;
+  const { model, weights, device, size, sizes } = store.state;
   return (
     <section aria-labelledby="settings-title">
       <h2 id="settings-title">How it computes</h2>
       <p class="soft">
         {model} on {device}
+        {weights && `, weights ${weights}`}
       </p>
       <label class="until">
         at

@@ -26,7 +26,13 @@ def studio(
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")
     ] = True,
-    model: Annotated[str, typer.Option(help="Name of the model; vosops info lists them.")] = "propagate",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the model; vosops info lists them. Default: vosops_s where its weights are installed, else "
+            "propagate."
+        ),
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of the model.")] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     device: Annotated[
@@ -55,7 +61,7 @@ def studio(
     """
     import webbrowser
 
-    from vosops.inference.settings import DEFAULT_SIZE, check_tracker, model_options
+    from vosops.inference.settings import DEFAULT_SIZE, check_tracker, default_model, model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.errors import InputError
     from vosops.io.resize import wanted_size
@@ -75,7 +81,9 @@ def studio(
         tool = ClassClicks(ClickSettings(click, click_weights, chosen, device, dtype))
     elif sam2:
         tool = Sam2Clicks(sam2, device or "cpu")
-    settings = Settings(model, weights, model_options(option or []), device, dtype, memory_budget, size=size)
+    options = model_options(option or [])
+    chosen_model = model or default_model(options, weights)
+    settings = Settings(chosen_model, weights, options, device, dtype, memory_budget, size=size)
     check_tracker(settings)
     wanted_size((DEFAULT_SIZE, DEFAULT_SIZE), size)
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vosops.inference.settings import DEFAULT_MODEL, DEFAULT_SIZE
+from vosops.inference.settings import DEFAULT_SIZE
 from vosops.io.coco import CocoFile
 from vosops.io.errors import InputError, VosopsError, require
 from vosops.io.frames import RawFrame
@@ -252,8 +252,7 @@ def command(project: Project, settings: Settings, marks: Path | None = None) -> 
     """
     words = ["vosops", "segment", str(project.path), "--out", f"{slug(project)}-masks"]
     words += ["--mask", str(marks if marks is not None else project.mark_path(0).parent)]
-    if settings.model != DEFAULT_MODEL:
-        words += ["--model", settings.model]
+    words += ["--model", settings.model]  # what is usual depends on what is installed
     if settings.weights is not None:
         words += ["--weights", str(settings.weights)]
     for name, value in settings.options.items():

@@ -166,6 +166,7 @@ class Studio:
                 for kind, entry in EXPORT_KINDS.items()
             ],
             "model": settings.model,
+            "weights": settings.weights_notice,
             "size": settings.size,
             "sizes": sorted({*_SIZES, settings.size}, key=lambda size: size if size > 0 else 1 << 30),
             "device": str(settings.place),
