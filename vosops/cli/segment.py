@@ -61,6 +61,18 @@ def segment(
         bool,
         typer.Option("--instances", help="Each connected part of a class of --init is an object of its own."),
     ] = False,
+    points: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ID:X,Y, a pixel of an object in the first frame; ID:X,Y,0 is one that is not. For sam2. Repeatable."
+        ),
+    ] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ID:LEFT,TOP,RIGHT,BOTTOM, around an object in the first frame. For sam2. Repeatable."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +130,7 @@ def segment(
     Writes one palette PNG per frame, contact_sheet.png and report.json to --out.
     """
     from vosops.inference.initial import InitialClasses
+    from vosops.inference.prompts import InitialPrompts
     from vosops.inference.settings import default_model, model_options
     from vosops.inference.usage import keep_freed_memory
     from vosops.io.datasets import is_dataset
@@ -162,8 +175,8 @@ def segment(
             should_stop=lambda: signals.requested,
         )
         if is_dataset(Path(input)):
-            if mask or init:
-                flag = "--mask" if mask else "--init"
+            if mask or init or points or box:
+                flag = "--mask" if mask else "--init" if init else "--points" if points else "--box"
                 raise InputError(
                     f"{flag} cannot be combined with the root of a data set, which has its own masks"
                 )
@@ -171,11 +184,15 @@ def segment(
         else:
             if sequence or resolution:
                 raise InputError("--sequence and --resolution require the root of a data set as INPUT")
-            if not mask and not init:
+            if not mask and not init and not points and not box:
                 raise InputError(
                     "no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable), or --init NAME:CLASS"
                 )
-            initial = None
+            initial: InitialClasses | InitialPrompts | None = None
+            if init and (points or box):
+                raise InputError("--init cannot be combined with --points or --box")
+            if points or box:
+                initial = InitialPrompts.parse(points or [], box or [])
             if init:
                 name, classes = InitialClasses.parse(init)
                 chosen = model_options(init_option or [], flag=InitialClasses.flags.option)

@@ -16,6 +16,7 @@ from vosops.models.weights import load_weights
 if TYPE_CHECKING:
     from vosops.inference.create import create_tracker
     from vosops.integrations.cutie import Cutie
+    from vosops.integrations.sam2 import SAM2
     from vosops.integrations.xmem import XMem
     from vosops.models.feelvos import FEELVOS
     from vosops.models.lstm_icnet import LSTMICNet
@@ -41,6 +42,7 @@ __all__ = [
     "ICNN",
     "RFCN",
     "RGMP",
+    "SAM2",
     "STM",
     "Cutie",
     "DANet",
@@ -80,6 +82,7 @@ _LAZY = {
     "FEELVOS": "vosops.models.feelvos",
     "RFCN": "vosops.models.lstm_segnet",
     "RGMP": "vosops.models.rgmp",
+    "SAM2": "vosops.integrations.sam2",
     "STM": "vosops.models.stm",
     "Cutie": "vosops.integrations.cutie",
     "DANet": "vosops.models.segmentation.danet",

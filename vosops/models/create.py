@@ -30,14 +30,14 @@ def create_model(
         weights: A file of the model's weights: safetensors or a checkpoint (:func:`vosops.models.load_weights`), or an
             .npz of a TensorFlow checkpoint's variables (``lstm_icnet``, ``feelvos``). None takes what the model ships
             with: ``propagate`` is not trained and takes no file, ``vosops_s`` takes those of the distribution
-            ``vosops-weights-s``, ``cutie`` and ``xmem`` need theirs, and a network gets random weights, always the same
-            ones.
+            ``vosops-weights-s``, ``cutie``, ``sam2`` and ``xmem`` need theirs, and a network gets random weights,
+            always the same ones.
         device: Where its parameters are.
         **options: Of the model's class.
 
     Returns:
-        A tracker (``cutie``, ``propagate``, ``vosops_s``, ``xmem``) as :class:`vosops.models.VideoTracker` says, which
-        tracks objects by itself; or a network, a ``torch.nn.Module`` in eval mode, which tracks objects by
+        A tracker (``cutie``, ``propagate``, ``sam2``, ``vosops_s``, ``xmem``) as :class:`vosops.models.VideoTracker`
+        says, which tracks objects by itself; or a network, a ``torch.nn.Module`` in eval mode, which tracks objects by
         :func:`vosops.inference.create_tracker`, or finds the class of every pixel by
         :class:`vosops.inference.SemanticTracker`.
 

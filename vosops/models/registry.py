@@ -204,6 +204,17 @@ _BUILT_IN = (
         page=_CHECKOUT_PAGE,
     ),
     ModelEntry(
+        "sam2",
+        "vosops.integrations.sam2:SAM2",
+        "tracker",
+        "SAM 2 and 2.1, from clicks, boxes or masks; vosops reads and bounds its memory",
+        paper="Ravi et al., ICLR 2025",
+        checkpoint="sam2.1_hiera_small.pt and its like",
+        package="sam2",
+        install="pip install 'vosops[sam2]'",
+        page="../sam2.md",
+    ),
+    ModelEntry(
         "stm",
         "vosops.models.stm:STM",
         "mask network",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vosops import _verdicts
 from vosops.inference.loop import TrackingLoop, frame_range
+from vosops.inference.prompts import InitialPrompts
 from vosops.inference.settings import DEFAULT_SIZE, ModelSettings, find_dtype, make_tracker
 from vosops.io.datasets import VideoSequence, find_sequences, masks_of_sequence, open_source
 from vosops.io.errors import IncompleteInputError, InputError, disk_errors
@@ -77,9 +78,12 @@ class Job:
     should_stop: Callable[[], bool] = never
 
     def video(
-        self, path: str | Path, mask_specs: Sequence[str], initial: InitialClasses | None = None
+        self,
+        path: str | Path,
+        mask_specs: Sequence[str],
+        initial: InitialClasses | InitialPrompts | None = None,
     ) -> Summary:
-        """Segment a video file or a folder of frames, with masks as ``--mask`` gives them, or the first by classes."""
+        """Segment a video or a folder, with masks as ``--mask`` gives them; the first, if so asked, by `initial`."""
         source = open_source(path, self.fps, self._indices())
         indices = self._indices(source.count if source.count_is_exact else None)
         masks = find_masks(mask_specs, source, indices)
@@ -92,7 +96,11 @@ class Job:
         protect_inputs(inputs, written_folders(self.out))  # before a model is made
         if initial is not None:
             check_folder(OwnedFolder(self.out, RESUME), self.mode)
-            masks.append(initial.given_mask(source, indices[0]))
+            if isinstance(initial, InitialPrompts):
+                first = initial.given_mask(source, indices[0], self._tracker, self.settings.model)
+            else:
+                first = initial.given_mask(source, indices[0])
+            masks.append(first)
         return self._run(self.out, source, indices, masks, inputs)
 
     def dataset(
