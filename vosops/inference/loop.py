@@ -18,6 +18,8 @@ from vosops.io.masks import IGNORE, MaskSet
 from vosops.io.resize import bounded_size, resize_frame, resize_labels, resize_probability, to_labels
 from vosops.memory import MemoryBudgetError
 
+from .chunks import Chunks
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -142,6 +144,7 @@ class TrackingLoop:
         dtype: Autocast type of the tracker's computation; float32 means no autocast.
         keep_probabilities: Fill ``SegmentedFrame.probabilities``.
         naive: Run the ops in plain PyTorch.
+        chunks: Start the tracker afresh at the seams between these; None: one chunk.
     """
 
     def __init__(
@@ -156,8 +159,10 @@ class TrackingLoop:
         dtype: torch.dtype = torch.float32,
         keep_probabilities: bool = False,
         naive: bool = False,
+        chunks: Chunks | None = None,
     ) -> None:
         self.tracker = tracker
+        self.chunks = chunks
         self.source = source
         self.masks = masks
         self.indices = indices
@@ -185,6 +190,7 @@ class TrackingLoop:
             "position": self.position,
             "problem": self.problem,
             "tracker": self.tracker.state_dict() if self._started else None,
+            "chunks": self.chunks.state_dict() if self.chunks is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -195,6 +201,8 @@ class TrackingLoop:
         if state["tracker"] is not None:
             self.tracker.load_state_dict(state["tracker"])
             self._started = True
+        if self.chunks is not None:
+            self.chunks.load_state_dict(state["chunks"], self.device)
 
     def __iter__(self) -> Iterator[SegmentedFrame]:
         if not self._started:
@@ -222,6 +230,8 @@ class TrackingLoop:
         self.phase = "backward" if self.first > self.indices.start else "done"
         self.position = self.first
         self._started = False
+        if self.chunks is not None:
+            self.chunks.clear()
 
     def _backward(self) -> Iterator[SegmentedFrame]:
         step = -self.indices.step
@@ -259,6 +269,8 @@ class TrackingLoop:
         import numpy as np
 
         probabilities = None
+        if self.chunks is not None and self._started:
+            self.chunks.before(self.tracker)
         if given:
             labels = self._apply_mask(raw.index, frame, last)
             best = torch.ones(self.size)
@@ -271,6 +283,8 @@ class TrackingLoop:
             labels, best = labels.cpu(), best.cpu()
         self._started = True
         ids = list(self.tracker.object_ids)
+        if self.chunks is not None:
+            self.chunks.after(frame, labels, ids)
         array = labels.numpy()
         areas = np.bincount(array.ravel(), minlength=256)
         sums = np.bincount(array.ravel(), weights=best.numpy().ravel(), minlength=256)

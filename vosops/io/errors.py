@@ -22,6 +22,10 @@ class InputError(VosopsError):
     exit_code = 2
 
 
+class FolderInUseError(InputError):
+    """Another run is writing into the output folder."""
+
+
 class IncompleteInputError(VosopsError):
     """The input ended early; what could be read was processed and written."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from .errors import InputError, disk_errors
+from .errors import FolderInUseError, InputError, disk_errors
 
 STATE_FOLDER = ".vosops"
 PART_PREFIX = ".vosops-part-"
@@ -302,7 +302,7 @@ class OwnedFolder:
         """Keep other runs out of the folder, which must exist; the lock ends with the process, however it ends.
 
         Raises:
-            InputError: Another run is writing here.
+            FolderInUseError: Another run is writing here.
         """
         try:
             import fcntl
@@ -315,7 +315,7 @@ class OwnedFolder:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(
+                raise FolderInUseError(
                     f"another run is writing into {self.root}: wait for it, or choose another --out"
                 ) from None
             except OSError:  # a file system without locks
