@@ -169,7 +169,9 @@ class ColourTracker:
         self._learn(frame, labels)
 
     def remove_object(self, object_id):
-        raise NotImplementedError
+        kept = [0, *(1 + i for i, known in enumerate(self.object_ids) if known != object_id)]
+        self.object_ids = [known for known in self.object_ids if known != object_id]
+        self.means = self.means[kept]
 
     def _learn(self, frame, labels):
         pixels = frame.float().div(255)

@@ -25,11 +25,12 @@ if "_vosops_cli" not in _sys.modules:
     )
 
 if _typing.TYPE_CHECKING:
-    from vosops.inference import segment
+    from vosops.inference import Session, segment
 
 __version__ = "0.1.0"
 __all__ = [
     "MemoryWeights",
+    "Session",
     "conv_lstm",
     "explain",
     "global_conv",
@@ -72,7 +73,7 @@ def __dir__() -> list[str]:
 if not _typing.TYPE_CHECKING:  # so that type checkers still report names that do not exist
 
     def __getattr__(name: str) -> object:
-        """Import on first use what `import vosops` does not bring: the submodules, and `segment`."""
+        """Import on first use what `import vosops` does not bring: the submodules, `segment` and `Session`."""
         if name in _SUBMODULES:
             return _importlib.import_module(f"vosops.{name}")
         if name in __all__:

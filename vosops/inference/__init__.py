@@ -10,11 +10,13 @@ from .create import create_tracker
 from .loop import SegmentedFrame, TrackingLoop
 from .network_tracker import NetworkTracker
 from .semantic_tracker import SemanticTracker
+from .session import Session
 
 __all__ = [
     "NetworkTracker",
     "SegmentedFrame",
     "SemanticTracker",
+    "Session",
     "TrackingLoop",
     "VosopsError",
     "create_tracker",
