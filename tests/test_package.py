@@ -56,6 +56,7 @@ def test_import_brings_neither_models_nor_commands():
 
 SUBMODULES = [
     "data",
+    "distributed",
     "inference",
     "integrations",
     "io",

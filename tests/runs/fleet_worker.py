@@ -46,7 +46,7 @@ def main(root: str, out: str, shard: str, when: str, seconds: str) -> None:
     run.write_labels = write_labels
     job.make_tracker = lambda *args, **options: Slow()
     settings = job.Settings(size=-1, device="cpu")
-    work = job.Job(Path(out), settings=settings, shard=Shard.parse(shard), steal=True, lease_seconds=1.0)
+    work = job.Job(Path(out), settings=settings, shard=Shard.parse(shard), steal=True, lease_seconds=3.0)
     work.dataset(Path(root))
 
 

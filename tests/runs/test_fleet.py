@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.commands import error_line, run_command
 from tests.clips import moving, picture, read_png, truth, write_folder, write_mask
 from vosops.io.errors import InputError, InterruptedRunError
 from vosops.runs.fleet import Fleet, LeaseLostError, Outcome, Shard, divide
@@ -237,8 +238,40 @@ def test_four_workers_of_which_two_are_killed(tmp_path):
     assert report["complete"] and not report["unfinished"]
     assert {name: s["frames"] for name, s in report["sequences"].items()} == LENGTHS
     taken_over = [name for name, s in report["sequences"].items() if s["takeovers"]]
-    assert len(taken_over) == 2
+    assert len(taken_over) >= 2  # more where a worker that lives waits for a processor
     for name, count in LENGTHS.items():  # each frame is recorded once, in order
         lines = (out / name / ".vosops/frames.jsonl").read_text().splitlines()
         assert [json.loads(line)["index"] for line in lines] == list(range(count))
         assert not list((out / name).glob(".vosops-part-*"))
+
+
+class TestCommand:
+    def run(self, monkeypatch, capsys, *arguments):
+        return run_command(monkeypatch, capsys, "segment", *arguments, "--size", "-1", "--device", "cpu")
+
+    def test_workers_by_the_command(self, tmp_path, monkeypatch, capsys):
+        root, out = dataset(tmp_path / "d", {"bear": 3, "dog": 2, "goat": 2}), tmp_path / "out"
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert self.run(monkeypatch, capsys, root, "--out", out, "--shard", "auto")[0] == 0
+        report = json.loads((out / "report.json").read_text())
+        assert list(report["sequences"]) == ["bear"] and report["unfinished"] == ["dog", "goat"]
+        assert self.run(monkeypatch, capsys, root, "--out", out, "--steal")[0] == 0
+        assert json.loads((out / "report.json").read_text())["complete"]
+
+    def test_chunks_by_the_command(self, tmp_path, monkeypatch, capsys):
+        root, out = dataset(tmp_path / "d", {"bear": 6}), tmp_path / "out"
+        chunks = ("--chunk-frames", "3", "--chunk-overlap", "1")
+        assert self.run(monkeypatch, capsys, root, "--out", out, *chunks)[0] == 0
+        recorded = json.loads((out / "bear/.vosops/arguments.json").read_text())
+        assert recorded["chunk-frames"] == 3 and recorded["chunk-overlap"] == 1
+
+    @pytest.mark.parametrize("flag", [("--shard", "0/2"), ("--steal",), ("--ray", "local")])
+    def test_a_single_video_has_no_workers(self, flag, tmp_path, monkeypatch, capsys):
+        clip = write_folder(tmp_path / "clip", [picture(b) for b in moving(2)])
+        code, printed = self.run(
+            monkeypatch, capsys, clip, "--out", tmp_path / "out", "--mask", "m.png", *flag
+        )
+        assert code == 2 and "--shard, --steal and --ray require the root of a data set" in error_line(
+            printed
+        )

@@ -19,6 +19,7 @@ from vosops.io.listing import shown
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from vosops.runs.job import Settings
     from vosops.runs.run import Mode, Summary
 
 _EVENTS_SHOWN = 8
@@ -124,6 +125,51 @@ def segment(
     coco: Annotated[bool, typer.Option("--json", help="Also write the masks as COCO JSON.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Be one of several workers on a data set, all with the same --out: i/n with i from 0, or auto "
+            "(torchrun, Open MPI, Slurm)."
+        ),
+    ] = None,
+    steal: Annotated[
+        bool,
+        typer.Option("--steal", help="Also take sequences that other workers have not begun, or died on."),
+    ] = False,
+    chunk_frames: Annotated[
+        int | None,
+        typer.Option(help="Start the tracker afresh after this many frames, for very long videos."),
+    ] = None,
+    chunk_overlap: Annotated[
+        int, typer.Option(help="Frames before such a seam from whose masks it starts.")
+    ] = 8,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="INPUT is a stream (rtsp://, srt://, ...) or a camera (/dev/video0), read as it comes.",
+        ),
+    ] = False,
+    drop: Annotated[
+        str,
+        typer.Option(
+            help="Of --live: oldest drops all but the newest frame when late; none makes the sender wait."
+        ),
+    ] = "oldest",
+    input_option: Annotated[
+        list[str] | None,
+        typer.Option(help="FFmpeg's option for --live, NAME=VALUE, such as rtsp_transport=tcp. Repeatable."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Segment a data set on a Ray cluster: its address, auto, or local for one on this machine."
+        ),
+    ] = None,
+    ray_workers: Annotated[int, typer.Option(help="Workers of --ray.")] = 2,
+    lease: Annotated[
+        float, typer.Option(help="Seconds that a worker may stand still before others take over.")
+    ] = 60.0,
 ) -> None:
     """Track the objects of a mask, or those of a network's classes, through a video.
 
@@ -136,10 +182,14 @@ def segment(
     from vosops.io.datasets import is_dataset
     from vosops.io.errors import InputError
     from vosops.runs.drawing_pass import Outputs
+    from vosops.runs.fleet import Shard, device_of_worker
     from vosops.runs.job import Job, Settings
 
     mode, rate = run_mode(resume, overwrite), frame_rate(fps)
     options = model_options(option or [], backbone=backbone, checkout=checkout)
+    part = Shard.parse(shard) if shard else None
+    if shard == "auto" and device is None:
+        device = device_of_worker()
     settings = Settings(
         model or default_model(options, weights),
         weights,
@@ -153,6 +203,8 @@ def segment(
         start,
         end,
         step,
+        chunk_frames,
+        chunk_overlap,
     )
     for flag, given in (
         ("--init-weights", init_weights),
@@ -162,6 +214,13 @@ def segment(
         if given and not init:
             raise InputError(f"{flag} requires --init")
     keep_freed_memory()
+    if live:
+        if init or points or box or len(mask or []) != 1 or shard or steal:
+            raise InputError(
+                "--live requires one --mask, of the first frame, and no --init, --points, --box, --shard or --steal"
+            )
+        _live(input, out, settings, str((mask or [])[0]), drop, input_option or [], mode, end)
+        return
     with Console() as console, StopSignals(console.note) as signals:
         if settings.weights_notice:
             console.note(f"model {settings.model}, weights {settings.weights_notice}")
@@ -173,6 +232,10 @@ def segment(
             fps=rate,
             progress=console,
             should_stop=lambda: signals.requested,
+            shard=part,
+            steal=steal,
+            lease_seconds=lease,
+            note=console.note,
         )
         if is_dataset(Path(input)):
             if mask or init or points or box:
@@ -180,10 +243,19 @@ def segment(
                 raise InputError(
                     f"{flag} cannot be combined with the root of a data set, which has its own masks"
                 )
+            if ray:
+                from vosops.integrations.ray import segment_dataset
+
+                names = segment_dataset(job, Path(input), sequence or [], resolution, ray, ray_workers)
+                console.note(f"{out}: {len(names)} sequences")
+                return
             job.dataset(Path(input), sequence or [], resolution, console.sequence)
         else:
-            if sequence or resolution:
-                raise InputError("--sequence and --resolution require the root of a data set as INPUT")
+            if sequence or resolution or shard or steal or ray:
+                flags = "--sequence and --resolution"
+                if shard or steal or ray:
+                    flags = "--shard, --steal and --ray"
+                raise InputError(f"{flags} require the root of a data set as INPUT")
             if not mask and not init and not points and not box:
                 raise InputError(
                     "no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable), or --init NAME:CLASS"
@@ -200,6 +272,57 @@ def segment(
                     name, init_weights, chosen, device, dtype, classes=classes, instances=instances
                 )
             console.summary(job.video(input, mask or [], initial))
+
+
+def _live(
+    name: str,
+    out: Path,
+    settings: Settings,
+    mask: str,
+    drop: str,
+    texts: list[str],
+    mode: Mode,
+    end: int | None,
+) -> None:
+    """Segment a stream."""
+    from typing import cast
+
+    from vosops.inference.session import Session
+    from vosops.io.errors import InputError
+    from vosops.io.live import Drop, LiveSource
+    from vosops.runs.live import LiveRun
+
+    options = dict(text.partition("=")[::2] for text in texts)
+    if "" in options:
+        raise InputError(f"--input-option must be NAME=VALUE, got {options['']}")
+    session = Session(
+        settings.model,
+        settings.weights,
+        device=settings.device,
+        dtype=settings.dtype,
+        size=settings.size,
+        memory_budget=settings.memory_budget,
+        naive=settings.naive,
+        scales=settings.scales,
+        **settings.options,
+    )
+    with (
+        Console() as console,
+        StopSignals(console.note) as signals,
+        LiveSource(name, options, cast("Drop", drop)) as source,
+    ):
+        run = LiveRun(
+            out,
+            source,
+            session,
+            Path(mask),
+            {"input": name, "drop": drop, **settings.arguments()},
+            mode,
+            end,
+            console,
+            lambda: signals.requested,
+        )
+        console.summary(run.execute())
 
 
 def run_mode(resume: bool, overwrite: bool) -> Mode:

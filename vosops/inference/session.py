@@ -23,7 +23,7 @@ from vosops.models.network import Network
 
 from .create import create_tracker
 from .loop import SegmentedFrame
-from .settings import DEFAULT_MODEL, DEFAULT_SIZE, ModelSettings, find_device, find_dtype, make_tracker
+from .settings import DEFAULT_SIZE, ModelSettings, default_model, find_device, find_dtype, make_tracker
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -42,7 +42,7 @@ class Session:
     do not touch each other, and share a network that is given to each of them.
 
     Args:
-        model: Name of a model, or a network or tracker that was made before.
+        model: Name of a model, or a network or tracker that was made before; None: as of `vosops.segment`.
         weights: File of the model's weights, for models that take one.
         device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
         dtype: "float32", or "bfloat16" or "float16" for autocast.
@@ -71,7 +71,7 @@ class Session:
 
     def __init__(
         self,
-        model: str | Network | VideoTracker = DEFAULT_MODEL,
+        model: str | Network | VideoTracker | None = None,
         weights: str | Path | None = None,
         *,
         device: str | None = None,
@@ -87,8 +87,10 @@ class Session:
         self._short_side = size
         self._naive = naive
         self._settings: ModelSettings | None = None
+        file = None if weights is None else Path(weights)
+        if model is None:
+            model = default_model(options, file)
         if isinstance(model, str):
-            file = None if weights is None else Path(weights)
             self._settings = ModelSettings(
                 model, file, options, device, dtype, memory_budget, naive, tuple(scales)
             )

@@ -238,7 +238,9 @@ class Fleet:
         number = 0 if number is None else number + 1
         with disk_errors(str(self.folder)):
             try:
-                descriptor = os.open(self.lease_path(name, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                descriptor = os.open(
+                    self.lease_path(name, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666
+                )
             except FileExistsError:
                 return None
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
