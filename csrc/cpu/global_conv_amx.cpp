@@ -21,10 +21,6 @@ namespace {
 amx::Counter by_engine("global_conv.lines");
 amx::Counter out_of_range("global_conv.range");
 
-// Pixels from which on oneDNN's gradient of a bfloat16 weight was faster: 16 ms against 28 for 256x60x107,
-// but 70 against 27 for 4096x15x27, most of it writing the weights (256 outputs, 7 taps, one thread).
-constexpr int64_t kManyPixels = 2048;
-
 bool takes(const LineTerm& term) {
   const ScalarType dtype = term.map.scalar_type();
   return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) &&
@@ -124,17 +120,9 @@ bool amx_lines(const std::vector<LineTerm>& terms, const MaybeTensor& bias, Tens
   return done;
 }
 
-bool amx_sums_weights(const Tensor& grad) {
-  const int64_t pixels = grad.size(0) * grad.size(2) * grad.size(3);
-  return grad.scalar_type() == ScalarType::BFloat16 && pixels >= kManyPixels && amx::ready();
-}
-
 #else
 
 bool amx_lines(const std::vector<LineTerm>&, const MaybeTensor&, Tensor&) {
-  return false;
-}
-bool amx_sums_weights(const Tensor&) {
   return false;
 }
 

@@ -20,8 +20,8 @@ struct LineTerm {
 // written, where the engine is not to be used or cannot: then another way must be taken.
 bool amx_lines(const std::vector<LineTerm>& terms, const MaybeTensor& bias, Tensor& out);
 
-// Whether PyTorch's sums by the engine make the gradient of a bfloat16 weight faster than Winograd
-// arithmetic.
-bool amx_sums_weights(const Tensor& grad);
+// Writes the gradient of dense bfloat16 weights (M,C,k,1) or (M,C,1,k), from a map (N,C,H,W) and the gradient
+// (N,M,H,W) of its convolution. False, and nothing is written, where the engine is not to be used.
+bool amx_weights(const Tensor& x, const Tensor& grad, Tensor& weight);
 
 }  // namespace vosops::cpu::global_conv

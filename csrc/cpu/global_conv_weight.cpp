@@ -228,7 +228,8 @@ Tensor weight_gradient(const Tensor& x, const Tensor& grad, int64_t kernel_h, in
   Tensor weight = torch::stable::new_empty(x, shape);
   const Lines lines{x.size(0), x.size(2), x.size(3), kernel_h == 1};
   const int64_t taps = std::max(kernel_h, kernel_w);
-  if (precision != "winograd" || x.scalar_type() == ScalarType::Double || amx_sums_weights(grad) ||
+  if (precision == "winograd" && amx_weights(x, grad, weight)) return weight;
+  if (precision != "winograd" || x.scalar_type() == ScalarType::Double ||
       !winograd_helps(outputs, inputs, taps, lines.length()))
     return torch::stable::contiguous(conv_backward(grad, x, weight, kOfWeight));
   const ChannelsLastMap x_map(x), grad_map(grad);

@@ -23,13 +23,14 @@ SUMS = {torch.bfloat16: 1e-6, torch.float16: 1e-5}
 """Dtype -> the error of the sums beside it, of the greatest one: float32's, and the products of float16's last bits."""
 
 
-def counted_by(call):
+def counted_by(call, *names):
     """Return a call's result, and how many sums of lines were served and left to other arithmetic meanwhile."""
+    names = names or ("lines", "range")
 
     def counts():
         listed = (entry.split("=") for entry in OPS.amx_counts().split())
         found = {name: int(value) for name, value in listed}
-        return found["global_conv.lines"], found["global_conv.range"]
+        return tuple(found[f"global_conv.{name}"] for name in names)
 
     before = counts()
     result = call()
@@ -80,6 +81,48 @@ def test_results_are_the_rounded_sums(n, c, h, w, m1, m2, kh, kw, dtype, layout,
     assert_rounded(gradient, global_conv_merge_core(grad.double(), *flipped, None), dtype)
 
 
+@settings(deadline=None, max_examples=examples(20))
+@given(
+    n=st.integers(1, 3),
+    c=st.integers(16, 70),
+    m=st.integers(16, 70),
+    h=st.integers(1, 9),
+    w=st.integers(1, 40),
+    taps=st.sampled_from([1, 3, 7, 11]),
+    along_width=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 2**16),
+)
+def test_gradients_of_weights_are_the_rounded_sums(n, c, m, h, w, taps, along_width, layout, seed):
+    torch.manual_seed(seed)
+    x, grad = (embeddings((n, channels, h, w), torch.bfloat16, layout) for channels in (c, m))
+    kernel = (1, taps) if along_width else (taps, 1)
+    got, served = counted_by(lambda: OPS.global_conv_weight(x, grad, *kernel, "winograd"), "weights")
+    assert served == (1,) and got.is_contiguous()
+    padding = tuple(size // 2 for size in kernel)
+    want = torch.nn.grad.conv2d_weight(x.double(), (m, c, *kernel), grad.double(), padding=padding)
+    assert_rounded(got, want, torch.bfloat16)
+
+
+def test_other_gradients_of_weights_are_left_to_winograd():
+    for dtype, channels in ((torch.float32, 16), (torch.float16, 16), (torch.bfloat16, 8)):
+        x = embeddings((1, channels, 3, 9), dtype)
+        _, served = counted_by(lambda x=x: OPS.global_conv_weight(x, x, 3, 1, "winograd"), "weights")
+        assert served == (0,)
+
+
+@pytest.mark.parametrize("along_width", [False, True])
+def test_a_gradient_that_is_not_finite_stays_in_its_channels(along_width):
+    x, grad = (embeddings((1, 32, 5, 30), torch.bfloat16) for _ in range(2))
+    x[0, 3, 2, 7] = torch.nan
+    grad[0, 5, 1, 1] = torch.inf
+    kernel = (1, 3) if along_width else (3, 1)
+    bad = ~OPS.global_conv_weight(x, grad, *kernel, "winograd").isfinite()
+    assert bad[:, 3].any(1).all() and bad[5].any(1).all()
+    bad[:, 3] = bad[5] = False
+    assert not bad.any()
+
+
 def test_many_channels_are_summed_in_chunks():
     arguments = problem(1, 700, 9, 20, 40, 33, 7, 7, torch.bfloat16)
     got, served = counted_by(lambda: OPS.global_conv_split(*arguments, None, "winograd"))
@@ -126,7 +169,9 @@ def test_threads_change_nothing(dtype):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(OPS.global_conv_split(*arguments, None, "winograd"))
+            split = OPS.global_conv_split(*arguments, None, "winograd")
+            results.append((split, OPS.global_conv_weight(arguments[0], split, 1, 7, "winograd")))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*results)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
