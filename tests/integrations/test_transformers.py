@@ -116,3 +116,42 @@ def test_a_stream_does_not_grow(model):
     assert len(set(used[window + 8 :])) == 1 and len(used[window + 8 :]) > 4
     for a, b in zip(want, got):
         torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["sam3_tracker_video", "edgetam_video"])
+def test_models_of_the_same_form(name):
+    """Each model's memory attention, with a memory of two frames and object pointers."""
+    import importlib
+
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = f"transformers.models.{name}"
+    module = importlib.import_module(f"{folder}.modeling_{name}")
+    configs = importlib.import_module(f"{folder}.configuration_{name}")
+    title = {"sam3_tracker_video": "Sam3TrackerVideo", "edgetam_video": "EdgeTamVideo"}[name]
+    config = getattr(configs, f"{title}Config")()
+    config._attn_implementation = "sdpa"
+    config.memory_attention_rope_feat_sizes = [4, 4]
+    config.memory_attention_rope_q_sizes, config.memory_attention_rope_k_sizes = [4, 4], [2, 2]
+    torch.manual_seed(0)
+    attention = getattr(module, f"{title}MemoryAttention")(config).eval()
+    for layer in attention.layers:
+        torch.nn.init.normal_(layer.cross_attn_image.v_proj.weight)
+    options = {} if name.startswith("sam3") else {"num_spatial_memory_tokens": 2}
+    frame = 16 if name.startswith("sam3") else 4 + 3  # three summaries without a position
+    query, place = torch.randn(2, 16, 1, 256)
+    memory, codes = torch.randn(2, 2 * frame + 4, 1, 64)
+
+    @torch.no_grad()
+    def attend(memory):
+        names = ("current_vision_features", "memory", "current_vision_position_embeddings")
+        arguments = dict(zip(names, (query, memory, place)))
+        return attention(
+            **arguments, memory_posision_embeddings=codes, num_object_pointer_tokens=4, **options
+        )
+
+    want = attend(memory)
+    with accelerate(attention) as acceleration:
+        got = attend(memory)
+    assert any(title in replaced for replaced in acceleration.replaced)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert (attend(0 * memory) - want).abs().max() > 1e-3

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vosops.integrations.recipes import Function, Probe, Recipe
-from vosops.integrations.rotary import FrameRecorder, Pooling, attend, can_attend
+from vosops.integrations.rotary import FrameRecorder, Pooling, Rotation, attend, can_attend
 
 _SIDE, _CHANNELS, _MEMORY_CHANNELS = 4, 16, 8  # of the small layers that replacements are compared on
-_POINTERS = 3  # unrotated tokens there
+_FRAMES, _POINTERS = 2, 3  # frames, and unrotated tokens there
 _SIDE_OF_KEYS = 2  # of EdgeTAM's summaries of a frame
 _POOLINGS = (None, Pooling(bias=2 * math.log(2)), Pooling(shift=2 * math.log(2)))  # SAM 2; EfficientTAM's two
 
@@ -65,7 +65,7 @@ def _rope_attention_probes(original: Function) -> Iterator[Probe]:
         yield (layer, *memory), {"num_k_exclude_rope": _POINTERS}
 
 
-# ---- EdgeTAM: RoPEAttentionv2, whose keys are summaries of frames with positions of their own.
+# ---- EdgeTAM: RoPEAttentionv2. A frame is summaries without a position, then a grid of summaries.
 
 
 def _rope_attention_v2(original: Function) -> Function:
@@ -73,26 +73,31 @@ def _rope_attention_v2(original: Function) -> Function:
         self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0, rope_k_repeat: int = -1
     ) -> Any:
         of_query, of_key = self.freqs_cis_q.to(q.device), self.freqs_cis_k.to(q.device)
-        frames = (k.shape[1] - num_k_exclude_rope) // of_key.shape[0]
-        rotated = rope_k_repeat * of_key.shape[0] == k.shape[1] - num_k_exclude_rope
+        of_frame = _of_frame(of_key, k.shape[1] - num_k_exclude_rope, rope_k_repeat)
         if (
-            not rotated
-            or frames < 1
+            of_frame is None
             or q.shape[1] != of_query.shape[0]
-            or not can_attend(self, q, k, of_key.shape[0], num_k_exclude_rope, self.num_heads)
+            or not can_attend(self, q, k, of_frame.shape[0], num_k_exclude_rope, self.num_heads)
         ):
             return original(self, q, k, v, num_k_exclude_rope, rope_k_repeat)
-        return attend(self, q, k, v, (of_query, of_key), num_k_exclude_rope, self.out_proj)
+        return attend(self, q, k, v, (of_query, of_frame), num_k_exclude_rope, self.out_proj)
 
     return forward
+
+
+def _of_frame(grid: Rotation, count: int, frames: int) -> Rotation | None:
+    """Return how the positions of a frame are turned, of which the last ones are a grid; None if frames differ."""
+    if frames < 1 or count % frames or count // frames < grid.shape[0]:
+        return None
+    return torch.cat([grid.new_ones(count // frames - grid.shape[0], grid.shape[1]), grid])
 
 
 def _rope_attention_v2_probes(original: Function) -> Iterator[Probe]:
     sizes = {"q_sizes": (_SIDE, _SIDE), "k_sizes": (_SIDE_OF_KEYS, _SIDE_OF_KEYS)}
     layer = _small_layer(original, _CHANNELS, 1, kv_in_dim=_MEMORY_CHANNELS, **sizes)
-    for q, k, v in _small_memories(_SIDE_OF_KEYS**2):
-        frames = (k.shape[1] - _POINTERS) // _SIDE_OF_KEYS**2
-        yield (layer, q, k, v), {"num_k_exclude_rope": _POINTERS, "rope_k_repeat": frames}
+    for without_position in (0, 3):
+        for q, k, v in _small_memories(_SIDE_OF_KEYS**2 + without_position):
+            yield (layer, q, k, v), {"num_k_exclude_rope": _POINTERS, "rope_k_repeat": _FRAMES}
 
 
 # ---- transformers: Sam2VideoRoPEAttention and the classes generated from it.
@@ -108,44 +113,104 @@ def _transformers_attention(original: Function) -> Function:
         num_k_exclude_rope: int = 0,
         **kwargs: Any,
     ) -> Any:
-        cos, sin = position_embeddings
-        frame, heads = cos.shape[-2], self.num_attention_heads
-        if (
-            kwargs
-            or query.dim() != 4
-            or query.shape[1] != 1
-            or query.shape[2] != frame
-            or not can_attend(self, query[:, 0], key[:, 0], frame, num_k_exclude_rope, heads)
-        ):
+        rotation = _of_angles(position_embeddings, query.device)
+        if kwargs or not _can_attend_once(self, query, key, rotation, rotation, num_k_exclude_rope):
             return original(self, query, key, value, position_embeddings, num_k_exclude_rope, **kwargs)
-        rotation = torch.complex(cos[..., ::2].float(), sin[..., ::2].float()).to(query.device)
-        rotation = rotation.reshape(frame, -1)
-        recorder = FrameRecorder.current()
-        keys = key[:, 0] if recorder is None else recorder.alias(key[:, 0], key)
-        out = attend(
-            self, query[:, 0], keys, value[:, 0], (rotation, rotation), num_k_exclude_rope, self.o_proj
-        )
-        return out.unsqueeze(1), None
+        return _attend_once(self, query, key, value, (rotation, rotation), num_k_exclude_rope)
 
     return forward
 
 
+def _transformers_cross_attention(original: Function) -> Function:
+    """Return the forward of EdgeTamVideoModel's attention."""
+
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings_k: tuple[Tensor, Tensor],
+        num_k_exclude_rope: int = 0,
+        rope_k_repeat: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        of_query = _of_angles(position_embeddings, query.device)
+        of_key = _of_angles(position_embeddings_k, query.device)
+        of_frame = _of_frame(of_key, key.shape[-2] - num_k_exclude_rope, rope_k_repeat)
+        if (
+            kwargs
+            or of_frame is None
+            or not _can_attend_once(self, query, key, of_query, of_frame, num_k_exclude_rope)
+        ):
+            places = position_embeddings, position_embeddings_k
+            return original(self, query, key, value, *places, num_k_exclude_rope, rope_k_repeat, **kwargs)
+        return _attend_once(self, query, key, value, (of_query, of_frame), num_k_exclude_rope)
+
+    return forward
+
+
+def _of_angles(places: tuple[Tensor, Tensor], device: torch.device) -> Rotation:
+    """Return the rotation of cosines and sines (...,P,C), each of them twice."""
+    cos, sin = (each[..., ::2].float().flatten(0, -2).to(device) for each in places)
+    return torch.complex(cos, sin)
+
+
+def _can_attend_once(
+    layer: Any, query: Tensor, key: Tensor, of_query: Rotation, of_frame: Rotation, unrotated: int
+) -> bool:
+    """Return whether `attend` computes what a layer does with (B,1,P,C)."""
+    if query.dim() != 4 or query.shape[1] != 1 or query.shape[2] != of_query.shape[0]:
+        return False
+    frame, heads = of_frame.shape[0], layer.num_attention_heads
+    return can_attend(layer, query[:, 0], key[:, 0], frame, unrotated, heads)
+
+
+def _attend_once(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotations: tuple[Rotation, Rotation],
+    unrotated: int,
+) -> tuple[Tensor, None]:
+    """Return what is read for (B,1,P,C), and no weights."""
+    recorder = FrameRecorder.current()
+    keys = key[:, 0] if recorder is None else recorder.alias(key[:, 0], key)
+    out = attend(layer, query[:, 0], keys, value[:, 0], rotations, unrotated, layer.o_proj)
+    return out.unsqueeze(1), None
+
+
 def _transformers_attention_probes(original: Function) -> Iterator[Probe]:
-    config = SimpleNamespace(
+    layer = _small_layer(original, _small_config(), kv_in_dim=_MEMORY_CHANNELS, rope_k_repeat=True)
+    angles = _small_angles(_SIDE)
+    for q, k, v in _small_memories(_SIDE**2):
+        yield (layer, q[:, None], k[:, None], v[:, None], angles), {"num_k_exclude_rope": _POINTERS}
+
+
+def _transformers_cross_attention_probes(original: Function) -> Iterator[Probe]:
+    layer = _small_layer(original, _small_config(), kv_in_dim=_MEMORY_CHANNELS)
+    places = _small_angles(_SIDE), _small_angles(_SIDE_OF_KEYS)
+    for without_position in (0, 3):
+        for q, k, v in _small_memories(_SIDE_OF_KEYS**2 + without_position):
+            options = {"num_k_exclude_rope": _POINTERS, "rope_k_repeat": _FRAMES}
+            yield (layer, q[:, None], k[:, None], v[:, None], *places), options
+
+
+def _small_config() -> SimpleNamespace:
+    return SimpleNamespace(
         memory_attention_hidden_size=_CHANNELS,
         memory_attention_downsample_rate=1,
         memory_attention_num_attention_heads=1,
         memory_attention_rope_dropout=0.0,
         _attn_implementation="sdpa",
     )
-    layer = _small_layer(original, config, kv_in_dim=_MEMORY_CHANNELS, rope_k_repeat=True)
-    [angles] = _random((_SIDE**2, _CHANNELS // 2))
+
+
+def _small_angles(side: int) -> tuple[Tensor, Tensor]:
+    [angles] = _random((side**2, _CHANNELS // 2))
     angles = angles.repeat_interleave(2, -1)
-    for q, k, v in _small_memories(_SIDE**2):
-        yield (
-            (layer, q[:, None], k[:, None], v[:, None], (angles.cos(), angles.sin())),
-            {"num_k_exclude_rope": _POINTERS},
-        )
+    return angles.cos(), angles.sin()
 
 
 # ---- Where a model puts its memory together from frames: what they are is watched there.
@@ -180,6 +245,15 @@ ATTENTION_RECIPES = (
         _transformers_attention,
         _transformers_attention_probes,
     ),
+    Recipe(
+        "forward",
+        (
+            *("self", "query", "key", "value", "position_embeddings", "position_embeddings_k"),
+            *("num_k_exclude_rope", "rope_k_repeat", "kwargs"),
+        ),
+        _transformers_cross_attention,
+        _transformers_cross_attention_probes,
+    ),
 )
 KEY_RECIPES = (Recipe("_prepare_memory_conditioned_features", ("self",), _watched, _nothing_to_compare),)
 
@@ -201,10 +275,10 @@ def _small_memories(frame: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     query, pointers, place, *rest = _random(
         (1, _SIDE**2, _CHANNELS),
         (_POINTERS, 1, _MEMORY_CHANNELS),
-        *[cells] * 3,
+        *[cells] * (_FRAMES + 1),
         *[(1, 1, _MEMORY_CHANNELS)] * 3,
     )
-    features, ages = rest[:2], rest[2:]
+    features, ages = rest[:_FRAMES], rest[_FRAMES:]
 
     def joined(first: int, second: int) -> tuple[Tensor, Tensor, Tensor]:
         memory = torch.cat([*features, pointers]).transpose(0, 1)

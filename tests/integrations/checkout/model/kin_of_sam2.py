@@ -84,7 +84,7 @@ class PooledByKey(Pooled):
 
 
 class Summaries(Projections):
-    """EdgeTAM: a frame is a small grid of summaries, with positions of its own."""
+    """EdgeTAM: a frame is summaries without a position, then a small grid of summaries with positions of their own."""
 
     def __init__(self, *args, q_sizes=(4, 4), k_sizes=(2, 2), **kwargs):
         super().__init__(*args, **kwargs)
@@ -94,5 +94,8 @@ class Summaries(Projections):
     def forward(self, q, k, v, num_k_exclude_rope=0, rope_k_repeat=-1):
         q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
         count = k.shape[1] - num_k_exclude_rope
-        k = torch.cat([turn(k[:, :count], self.freqs_cis_k), k[:, count:]], 1)
-        return self.read(turn(q, self.freqs_cis_q), k, v)
+        turned = []
+        for frame in k[:, :count].chunk(rope_k_repeat, 1):
+            still = frame.shape[1] - self.freqs_cis_k.shape[0]
+            turned += [frame[:, :still], turn(frame[:, still:], self.freqs_cis_k)]
+        return self.read(turn(q, self.freqs_cis_q), torch.cat([*turned, k[:, count:]], 1), v)
