@@ -183,6 +183,23 @@ class TestTracker:
         assert torch.equal(carried[0, CELL : 2 * CELL, CELL : 2 * CELL], model._latest[0, :CELL, :CELL])
         assert motion[:, 1, 1].tolist() == [-1 / 8, -1 / 8] and not motion[:, 0].any()
 
+    def test_the_backbone_sees_what_is_searched(self, monkeypatch):
+        monkeypatch.setattr("vosops.models.propagate.SEARCH_RADIUS", 2)
+        monkeypatch.setattr("vosops.models.vosops_s.MARGIN", 1)
+        monkeypatch.setattr("vosops.models.vosops_s.DOUBTFUL", 0.0)
+        part, whole = make_model(Refiner().eval()), make_model(Refiner().eval())
+        monkeypatch.setattr(whole, "_searched_features", whole._features)
+        clip = list(moving(2))
+        found = []
+        for model in (part, whole):
+            model.initialize(*clip[0])
+            found.append(model.step(clip[1][0], output="labels"))
+        known = part._recent_keys[-1].any(0)
+        assert not known.all() and known[part._search_region()].all()
+        assert not part._recent_classes(1)[:, ~known].any()
+        assert whole._recent_keys[-1].any(0).all()
+        assert (found[0] == found[1]).float().mean() > 0.95
+
     def test_looks_farther_for_a_doubtful_object(self):
         model = make_model()
         model.initialize(*render({1: (8, 8)}))

@@ -182,3 +182,55 @@ class TestTrainer:
                 lost.append(trainer.lost[0])
         assert lost == [1, 2, 0]
         assert trainer.trackers[0]._recent_probabilities[-1][1].max() > 0.5
+
+
+class TestTask:
+    """`vosops train` on streams."""
+
+    @pytest.fixture
+    def config(self, shots):
+        for package in ("pydantic", "yaml", "lightning_fabric", "safetensors"):
+            pytest.importorskip(package)
+        from vosops.training.config import load_config
+
+        still = shots[1][0].frames[0][0].parent
+        sources = [{"kind": "stills", "images": str(still), "masks": str(still.parent / "masks")}]
+        (still.parent / "masks").mkdir(exist_ok=True)
+        (still.parent / "masks" / "0.png").write_bytes((still / "0_mask.png").read_bytes())
+        changes = {
+            "data.train": sources,
+            "task": {"window": list(WINDOW), "shortest": 2, "longest": 5},
+            "options": {"pretrained": False},
+            "steps": 4,
+            "batch": 1,
+            "every": {"log": 1, "score": 4, "save": 2, "pictures": 4},
+            "tensorboard": False,
+            "device": "cpu",
+        }
+        return lambda **more: load_config("vosops_s", [f"{k}={v!r}" for k, v in {**changes, **more}.items()])
+
+    def test_trains_and_goes_on_to_the_bit(self, config, tmp_path):
+        from safetensors.torch import load_file
+
+        from vosops.io.errors import InterruptedRunError
+        from vosops.models.vosops_s import load_refiner
+        from vosops.training.loop import train
+
+        whole = train(config(), tmp_path / "whole")
+        stops = iter((False, False, True))
+        with pytest.raises(InterruptedRunError):
+            train(config(), tmp_path / "parts", should_stop=lambda: next(stops))
+        parts = train(config(), tmp_path / "parts", resume=True)
+        one, other = load_file(whole.weights), load_file(parts.weights)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert next(iter(one.values())).dtype == torch.float16
+        assert load_refiner(whole.weights).last.weight.abs().max() > 0
+        assert list((tmp_path / "whole" / "pictures").iterdir())
+
+    def test_what_it_cannot_use_is_refused(self, config):
+        from vosops.training.task import create_task
+
+        with pytest.raises(InputError, match="options of vosops_s must be among pretrained, got backbone"):
+            create_task(config(options={"backbone": "x"}))
+        with pytest.raises(InputError, match="task: options of streams must be among"):
+            create_task(config(task={"windows": 1}))

@@ -200,7 +200,7 @@ class Propagate(KeepsConfidence):
         after which nothing need be remembered. output: "probs", or "labels" for a map of ids (H,W), uint8 where the
         ids fit, else int64.
         """
-        features, keys, fine = self._segment(frame, output)
+        features, keys, fine = self._segment(frame, output, whole=permanent or labels is not None)
         probabilities = _resized(fine, (frame.shape[1], frame.shape[2]))
         if labels is not None:
             check_labels(labels, frame)
@@ -285,13 +285,16 @@ class Propagate(KeepsConfidence):
         if self._frame_size is None:
             raise RuntimeError("initialize must be called before the first step")
 
-    def _segment(self, frame: Tensor, output: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (C,h,w), keys (D,h,w) and probabilities (O+1,*size) of the computation of the next frame."""
+    def _segment(self, frame: Tensor, output: str, *, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (C,h,w), keys (D,h,w) and probabilities (O+1,*size) of the computation of the next frame.
+
+        whole: the features are wanted of all of the frame, not only of what is searched.
+        """
         self._check_started()
         check_frame(frame, self._frame_size)
         check_output(output)
         image = self._image(frame)
-        features = self._features(image)
+        features = self._features(image) if whole else self._searched_features(image)
         keys = self._embedded(features)
         return features, keys, self._classify(keys, image)
 
@@ -315,6 +318,10 @@ class Propagate(KeepsConfidence):
     def _features(self, image: Tensor) -> Tensor:
         """Image (3,H,W) -> (C,H/8,W/8): both maps of the backbone, of unit length, and their context."""
         return self._joined(*self.backbone(image[None]))
+
+    def _searched_features(self, image: Tensor) -> Tensor:
+        """Return `_features`, which may be 0 far from what is searched."""
+        return self._features(image)
 
     @staticmethod
     def _joined(*maps: Tensor) -> Tensor:
@@ -495,7 +502,7 @@ class Propagate(KeepsConfidence):
             vosops.local_matching(
                 query[None],
                 self._recent_keys[-age][None],
-                _hard(self._recent_probabilities[-age])[None],
+                self._recent_classes(age)[None],
                 radius=radius,
                 normalize=False,
                 query_mask=search[None],
@@ -523,6 +530,10 @@ class Propagate(KeepsConfidence):
             weight = MEMORY_WEIGHT * local[unexplained]
             logits[:, unexplained] += weight * memory[:, unexplained].clamp(min=MEMORY_FLOOR).log()
         return Evidence(search, far, cosines, recent[0][1][0], local, score, memory, logits)
+
+    def _recent_classes(self, age: int) -> Tensor:
+        """Return bool (O+1,h,w): the class of each cell of a recent frame; a cell may be of none."""
+        return _hard(self._recent_probabilities[-age])
 
     def _search_region(self) -> Tensor:
         """bool (h,w): the cells near the objects, or all cells when one of the objects is lost."""

@@ -39,6 +39,8 @@ WIDE_SEARCH_RADIUS = 24  # cells, instead of SEARCH_RADIUS while an object is do
 DOUBTFUL = 0.6  # an object whose cells are, on average, less probable than this may be elsewhere
 STRIDES = (2, 4, 8, 16)  # of the backbone's maps
 MAP_SCALES = (1 / 4, 1 / 8, 6.0, 10.0)  # of these maps, so that all of them are of the order of 1
+MARGIN = 4  # cells around what is searched, in which the backbone is computed too
+MOST_OF_FRAME = 0.85  # of its cells, from which on the backbone is computed on all of a frame
 _COARSEST = 4  # cells in the side of a pixel of stride 32
 _SIMILARITY_LIMIT = 0.4  # of a difference of cosines that the network sees
 
@@ -201,6 +203,11 @@ class _Box:
         high = [min(end + -end % _COARSEST, size) for (_, end), size in zip(found, cells.shape, strict=True)]
         return cls(low[0], high[0], low[1], high[1])
 
+    @property
+    def area(self) -> int:
+        """Its cells."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
     def of(self, x: Tensor, stride: int) -> Tensor:
         """Return the part of a map (...,8h/stride,8w/stride)."""
         rows, columns = (
@@ -333,6 +340,25 @@ class VosopsS(Propagate):
         probabilities = self._enlarge(self._joint(logits, look), image)
         self._remember(look.keys, probabilities)
         return probabilities
+
+    def _searched_features(self, image: Tensor) -> Tensor:
+        """Compute the backbone on what is searched and a margin around it; all else is 0."""
+        search = self._search_region()
+        box = _Box.around(base._around(search, MARGIN)) if search.any() else None
+        height, width = search.shape
+        if box is None or box.area > MOST_OF_FRAME * height * width:
+            return self._features(image)
+        maps = []
+        for x, stride in zip(self.pyramid(box.of(image[None], 1)), STRIDES, strict=True):
+            whole = x.new_zeros(1, x.shape[1], height * 8 // stride, width * 8 // stride)
+            whole = whole.contiguous(memory_format=torch.channels_last)
+            box.of(whole, stride).copy_(x)
+            maps.append(whole)
+        return self._see(tuple(maps))
+
+    def _recent_classes(self, age: int) -> Tensor:
+        """Propagate's, but cells whose features were not computed are of none."""
+        return super()._recent_classes(age) & self._recent_keys[-age].any(0)
 
     def latest(self) -> Tensor:
         """Return the probabilities (O+1,H/2,W/2) of the latest frame, at half the size of the computation."""

@@ -20,7 +20,7 @@ from vosops.io.errors import InputError
 from vosops.models.vosops_s import CELL, STRIDE, Look, Refiner, RefinerInput, VosopsS
 from vosops.training.footage import Mix, Scene, Shot, degraded
 
-__all__ = ["Begin", "StreamFrame", "StreamSettings", "StreamTrainer", "Streams"]
+__all__ = ["Batch", "Begin", "StreamFrame", "StreamSettings", "StreamTrainer", "Streams"]
 
 IGNORED = 255
 _LEAST_PIXELS = 60  # of an object in the labelled frame
@@ -130,8 +130,12 @@ class StreamFrame:
 class Batch:
     """A frame of each stream, and the files that could not be read, a line each."""
 
-    frames: list[StreamFrame]
-    problems: list[str]
+    frames: tuple[StreamFrame, ...]
+    problems: tuple[str, ...] = ()
+
+    def to(self, device: str | torch.device) -> Batch:
+        """Return it on a device."""
+        return Batch(tuple(frame.to(device) for frame in self.frames), self.problems)
 
 
 class Streams:
@@ -159,8 +163,8 @@ class Streams:
         problems: list[str] = []
         streams = [self.stream(k, first, problems) for k in range(self.first, self.first + self.count)]
         while True:
-            frames = [next(stream) for stream in streams]
-            yield Batch(frames, list(problems))
+            frames = tuple(next(stream) for stream in streams)
+            yield Batch(frames, tuple(problems))
             problems.clear()
 
     def stream(self, number: int, first: int, problems: list[str]) -> Iterator[StreamFrame]:

@@ -81,6 +81,7 @@ class Task(ABC):
 _TASKS = {
     "mask network": "vosops.training.masks:MaskTask",
     "semantic network": "vosops.training.semantic:SemanticTask",
+    "vosops_s": "vosops.training.stream_task:StreamTask",
 }
 """The task of each kind of model, or of one model, by its name, which comes before its kind."""
 
