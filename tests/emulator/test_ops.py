@@ -24,6 +24,7 @@ from vosops.reference.local_attention import (
     local_attention_spread_core,
     local_attention_weigh_core,
 )
+from vosops.reference.local_correlation import local_correlation_core
 from vosops.reference.local_matching import local_matching_core
 from vosops.reference.memory_read import memory_read_core, memory_select_core
 
@@ -101,9 +102,17 @@ ATTENTION_CASES = {
     "phases of unequal size": ((2, 5, 11, 37), 2, 3, HALF),
     "a window beyond the image on all sides": ((1, 8, 3, 2), 7, 1, BFLOAT),
 }
+# (N,C,H,W), patch, stride, padding, dilation of the patch, dtype
+CORRELATION_CASES = {
+    "two warps of outputs, the second in part": ((1, 3, 2, 41), (3, 3), (1, 1), (0, 0), (1, 1), FLOAT),
+    "two blocks of displacements each way": ((1, 2, 5, 6), (9, 17), (1, 1), (0, 0), (1, 1), HALF),
+    "two blocks of channels, the second in part": ((1, 131, 3, 4), (3, 2), (1, 1), (0, 0), (1, 1), FLOAT),
+    "a stride, padding and displacements apart": ((2, 17, 9, 10), (5, 6), (2, 3), (3, 1), (2, 2), BFLOAT),
+    "a patch beyond the image on all sides": ((1, 5, 3, 2), (9, 9), (1, 1), (0, 0), (2, 1), FLOAT),
+}
 MORE_CASES = 3  # popular keys, a long backward, long lists
 ALL_CASES = len(LOCAL_CASES) + len(GLOBAL_CASES) + len(READ_CASES) + len(CONV_CASES)
-ALL_CASES += len(ATTENTION_CASES) + MORE_CASES
+ALL_CASES += len(ATTENTION_CASES) + len(CORRELATION_CASES) + MORE_CASES
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +232,21 @@ def test_local_attention(case: str) -> None:
         assert torch.equal(got, want.to(got.dtype))
 
 
+@pytest.mark.parametrize("case", CORRELATION_CASES)
+def test_local_correlation(case: str) -> None:
+    """Sums of small integers are exact."""
+    shape, *options, dtype = CORRELATION_CASES[case]
+    ops, options = torch.ops.vosops_emulated, [list(option) for option in options]
+    query, key = integers(shape, dtype), integers(shape, dtype).mT.contiguous().mT
+    leaves = [t.double().requires_grad_() for t in (query, key)]
+    want = local_correlation_core(*leaves, *options)
+    assert torch.equal(ops.local_correlation(query, key, *options), want.to(dtype))
+    grad = integers(tuple(want.shape), dtype)
+    of_query, of_key = torch.autograd.grad(want, leaves, grad.double())
+    assert torch.equal(ops.local_correlation_query(grad, key, *options), of_query.to(dtype))
+    assert torch.equal(ops.local_correlation_key(grad, query, *options), of_key.to(dtype))
+
+
 @pytest.mark.parametrize("width", [5, 8])
 def test_a_cell_of_float32_goes_with_gates_of_16_bits(width: int) -> None:
     gates, cell = torch.randn(2, 8, 3, width).half(), torch.randn(2, 2, 3, width)
@@ -313,6 +337,8 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.Monke
         lambda: (ops.local_attention_dot(image, image.flip(3), 2, 1),),
         lambda: (ops.local_attention_weigh(scores, image, 2, 2),),
         lambda: (ops.local_attention_spread(scores, image, 2, 2),),
+        lambda: (ops.local_correlation(image, image.flip(3), [3, 5], [2, 1], [1, 0], [1, 2]),),
+        lambda: (ops.local_correlation_key(volume, image, [3, 5], [1, 1], [0, 0], [1, 2]),),
     ]
     read = read_inputs((1, 2, 16, 24, 70, 200), BFLOAT, BFLOAT, True)
     local, across = local_inputs("tensor: phases of the dilation"), global_inputs("tensor: sorted lists")
@@ -320,6 +346,7 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch: pytest.Monke
     image = torch.randn(2, 20, 9, 11)
     lines = image[:, :, :3, :1], image[:, :, :1, :3]
     scores = torch.randn(2, 25, 9, 11)
+    volume = torch.randn(2, 3, 5, 9, 11)
     in_order = [call() for call in calls]
     for seed in ("1", "2"):
         monkeypatch.setenv("VOSOPS_EMULATOR_SHUFFLE", seed)
@@ -346,4 +373,6 @@ if __name__ == "__main__":
         test_global_conv(name)
     for name in ATTENTION_CASES:
         test_local_attention(name)
+    for name in CORRELATION_CASES:
+        test_local_correlation(name)
     print(ALL_CASES, "cases")
