@@ -1,6 +1,6 @@
-"""The memory reads of XMem, Cutie, STCN and Mask-Propagation, before and after `accelerate`: time and peak memory.
+"""The reads and matchings of SAM 2, XMem, Cutie, STCN, AOT and CFBI before and after `accelerate`: time, peak memory.
 
-    python benchmarks/bench_integrations.py sam2 cutie stcnbuf xmem=DIR stcn=DIR mask-propagation=DIR --json FILE
+    python benchmarks/bench_integrations.py aot sam2 cutie stcnbuf xmem=DIR stcn=DIR mask-propagation=DIR cfbi=DIR
 
 Installed packages by their names, checkouts with their folders. Each system runs in a process of its own, before and
 after in turn, at 480p (30 x 54 positions) with random keys; training reads are those of 4 clips of 3 frames of 24 x 24.
@@ -30,6 +30,7 @@ from vosops.io.outputs import write_text
 
 FRAME = (30, 54)
 PIXELS = FRAME[0] * FRAME[1]
+AOT_FRAMES, AOT_TOP_K = 5, 30
 FRAMES, OBJECTS, LONG = 20, 3, 10_000
 SEQUENCE = 60
 WORKING = 10  # frames, beside a full long-term memory
@@ -251,8 +252,64 @@ def mask_propagation() -> list[Case]:
     return [(f"{FRAMES} frames, {OBJECTS} objects", module, read), ("training, 1 object", module, train)]
 
 
+def aot() -> list[Case]:
+    """Layers of AOT-L (8 heads of 32) and DeAOT-L (a head of 128, values of 1024): the package deaotpy."""
+    from vosops import compat
+
+    compat.install("spatial_correlation_sampler")
+    from aot.networks.layers import attention as module
+
+    long_term = module.MultiheadAttention(256, 8, use_linear=False).eval()
+    top_k = module.MultiheadAttention(256, 8, use_linear=False, top_k=AOT_TOP_K).eval()
+    short_term = module.MultiheadLocalAttentionV2(256, 8, use_linear=False).eval()
+    gated = module.GatedPropagation(256, 512, 1, use_linear=False, d_att=128).eval()
+    gated_locally = module.LocalGatedPropagation(256, 512, 1, use_linear=False, d_att=128).eval()
+    query, key, value = (torch.randn(n * PIXELS, 1, 256) for n in (1, AOT_FRAMES, AOT_FRAMES))
+    maps = torch.randn(3, 1, 256, *FRAME)
+    slim, wide = torch.randn(2, 1, 128, *FRAME), torch.randn(1, 1024, *FRAME)
+    gate = torch.randn(PIXELS, 1, 1024)
+    return [
+        (f"long-term attention, {AOT_FRAMES} frames", module, lambda: [long_term(query, key, value)[0]]),
+        (f"long-term attention, top {AOT_TOP_K}", module, lambda: [top_k(query, key, value)[0]]),
+        ("short-term attention", module, lambda: [short_term(*maps)[0]]),
+        (
+            f"gated propagation, {AOT_FRAMES} frames",
+            module,
+            lambda: [gated(query[..., :128], key[..., :128], value.repeat(1, 1, 4), gate, FRAME)[0]],
+        ),
+        (
+            "local gated propagation",
+            module,
+            lambda: [gated_locally(*slim, wide, gate, FRAME)[0]],
+        ),
+    ]
+
+
+def cfbi() -> list[Case]:
+    """Its matching at 480p, stride 4, as its configuration calls it: local at half that, global in chunks."""
+    from networks.layers import matching as module
+
+    query, previous, first = torch.rand(3, 121, 213, 100) * 0.25
+    labels = torch.nn.functional.one_hot(torch.arange(213) * (OBJECTS + 1) // 213).float().expand(121, -1, -1)
+    plain = {"dis_bias": torch.zeros(OBJECTS + 1), "use_float16": False}
+    windows = [2, 4, 6, 8, 10, 12]
+    return [
+        (
+            f"local matching, {OBJECTS + 1} objects",
+            module,
+            lambda: [module.local_matching(previous, query, labels, multi_local_distance=windows, **plain)],
+        ),
+        (
+            f"global matching, {OBJECTS + 1} objects",
+            module,
+            lambda: [module.global_matching_for_eval([first], query, [labels.clone()], 4, **plain)],
+        ),
+    ]
+
+
 SYSTEMS = {
-    "sam2": sam2, "xmem": xmem, "cutie": cutie, "stcn": stcn, "stcnbuf": stcnbuf, "mask-propagation": mask_propagation,
+    "aot": aot, "cfbi": cfbi, "sam2": sam2, "xmem": xmem, "cutie": cutie, "stcn": stcn, "stcnbuf": stcnbuf,
+    "mask-propagation": mask_propagation,
 }  # fmt: skip
 
 

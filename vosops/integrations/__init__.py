@@ -1,4 +1,4 @@
-"""Running other people's code on vosops' ops: SAM 2 and its kin, XMem, Cutie, STCN, Mask-Propagation, their forks."""
+"""Running other people's code on vosops' ops: SAM 2 and its kin, XMem, Cutie, STCN, AOT, CFBI and their forks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vosops.integrations.aot import AOT_RECIPES
+from vosops.integrations.cfbi import CFBI_RECIPES
 from vosops.integrations.memory_attention import ATTENTION_RECIPES, KEY_RECIPES
 from vosops.integrations.recipes import RECIPES, Recipe, find_recipe, original_of, replacement_for
 from vosops.integrations.sessions import session_recipes
@@ -63,10 +65,14 @@ class Acceleration:
 def accelerate(
     target: Any, *, memory_budget: int | str | None = None, cache_keys: bool | None = None
 ) -> Acceleration:
-    """Make SAM 2 and its kin, XMem, Cutie, STCN or Mask-Propagation read their memory by `vosops.memory_read`.
+    """Make SAM 2 and its kin, XMem, Cutie, STCN, Mask-Propagation, AOT, DeAOT or CFBI compare by vosops' ops.
 
     SAM 2 (`sam2`, a clone or a fork), EdgeTAM, EfficientTAM and transformers' Sam2VideoModel: the attention to the
     memory reads the 64 channels of the memory itself, and projects what it read; see `vosops.integrations.rotary`.
+
+    AOT and DeAOT: the layers of long-term attention read by `vosops.memory_read`, those of short-term attention by
+    `vosops.local_attention`; the long-term weights come back as a tensor that is built where something looks at it.
+    CFBI and CFBI+: local and global matching by `vosops.local_matching` and `vosops.global_matching`.
 
     XMem, Cutie, STCN, Mask-Propagation:
     The functions that compute similarity, softmax and readout are replaced in every loaded module that holds
@@ -106,7 +112,8 @@ def accelerate(
         ...     prob = core.step(image, mask)
     """
     sessions = session_recipes(parse_bytes(memory_budget)) if memory_budget is not None else ()
-    wanted = (*RECIPES, *ATTENTION_RECIPES, *(KEY_RECIPES if cache_keys else ()), *sessions)
+    others = (*ATTENTION_RECIPES, *AOT_RECIPES, *CFBI_RECIPES)
+    wanted = (*RECIPES, *others, *(KEY_RECIPES if cache_keys else ()), *sessions)
     found: dict[int, tuple[Callable[..., Any], Recipe, type | None]] = {}
     known = False
     modules = _modules(target)
@@ -118,7 +125,7 @@ def accelerate(
     if not found and not known:
         names = ", ".join(sorted(module.__name__ for module in modules)[:5]) or "no module"
         raise ValueError(
-            "target must lead to the memory read of SAM 2, XMem, Cutie, STCN or Mask-Propagation, "
+            "target must lead to the memory read of SAM 2, XMem, Cutie, STCN, Mask-Propagation, AOT or CFBI, "
             f"got {target!r:.80}: nothing to replace in {names}; import the checkout's modules first"
         )
     recipes = [recipe for _, recipe, _ in found.values()]

@@ -23,7 +23,7 @@ Probe = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Recipe(NamedTuple):
-    """A function known by its name and first parameters.
+    """A function known by its name and first parameters, and a method by its class where others have the same.
 
     replace(original) makes what takes its place; probes(original) yields the arguments on which both must agree.
     """
@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
     parameters: tuple[str, ...]
     replace: Callable[[Function], Function]
     probes: Callable[[Function], Iterator[Probe]]
+    owner: str | None = None
 
 
 def find_recipe(function: Any, recipes: Sequence[Recipe]) -> Recipe | None:
@@ -39,7 +40,8 @@ def find_recipe(function: Any, recipes: Sequence[Recipe]) -> Recipe | None:
     if type(function) is not FunctionType:
         return None
     for recipe in recipes:
-        if function.__name__ == recipe.name:
+        owned = recipe.owner is None or function.__qualname__ == f"{recipe.owner}.{recipe.name}"
+        if function.__name__ == recipe.name and owned:
             given = tuple(inspect.signature(function).parameters)
             exact = recipe.name == "forward"  # a name that tells nothing
             if given == recipe.parameters or (
@@ -105,7 +107,7 @@ def _similarity(original: Function) -> Function:
 
 
 def _similarity_probes(_: Function) -> Iterator[Probe]:
-    mk, ms, qk, qe = _random((1, 4, 7), (1, 1, 7), (1, 4, 5), (1, 4, 5))
+    mk, ms, qk, qe = random_tensors((1, 4, 7), (1, 1, 7), (1, 4, 5), (1, 4, 5))
     yield (mk, ms, qk, qe), {}
     yield (mk, ms, qk, None), {}
 
@@ -130,7 +132,7 @@ def _softmax(original: Function) -> Function:
 
 
 def _softmax_probes(_: Function) -> Iterator[Probe]:
-    mk, ms, qk, qe = _random((1, 4, 7), (1, 1, 7), (1, 4, 5), (1, 4, 5))
+    mk, ms, qk, qe = random_tensors((1, 4, 7), (1, 1, 7), (1, 4, 5), (1, 4, 5))
     for top_k in (None, _PROBE_TOP_K):
         yield (Similarity.of(mk, qk, shrinkage=ms, selection=qe),), {"top_k": top_k, "return_usage": True}
 
@@ -146,7 +148,7 @@ def _global_matching(original: Function) -> Function:
 
 
 def _global_matching_probes(_: Function) -> Iterator[Probe]:
-    mk, qk = _random((1, 4, 7), (1, 4, 5))
+    mk, qk = random_tensors((1, 4, 7), (1, 4, 5))
     yield (SimpleNamespace(top_k=_PROBE_TOP_K), mk, qk), {}
 
 
@@ -158,7 +160,7 @@ def _l2_affinity(original: Function) -> Function:
 
 
 def _l2_affinity_probes(_: Function) -> Iterator[Probe]:
-    mk, qk = _random((2, 4, 3, 1, 5), (2, 4, 1, 5))
+    mk, qk = random_tensors((2, 4, 3, 1, 5), (2, 4, 1, 5))
     yield (SimpleNamespace(), mk, qk), {}
 
 
@@ -175,7 +177,7 @@ def _dot_read(original: Function) -> Function:
 
 
 def _dot_read_probes(_: Function) -> Iterator[Probe]:
-    mk, mv, qk = _random((1, 4, 2, 1, 5), (1, 3, 2, 1, 5), (1, 4, 1, 5))
+    mk, mv, qk = random_tensors((1, 4, 2, 1, 5), (1, 3, 2, 1, 5), (1, 4, 1, 5))
     for top_k in (None, _PROBE_TOP_K):
         yield (SimpleNamespace(top_k=top_k, km=None), mk, mv, qk), {}
 
@@ -188,7 +190,7 @@ def _dot_read_and_query(original: Function) -> Function:
 
 
 def _dot_read_and_query_probes(_: Function) -> Iterator[Probe]:
-    mk, mv, qk, qv = _random((2, 4, 2, 1, 5), (2, 3, 2, 1, 5), (2, 4, 1, 5), (2, 3, 1, 5))
+    mk, mv, qk, qv = random_tensors((2, 4, 2, 1, 5), (2, 3, 2, 1, 5), (2, 4, 1, 5), (2, 3, 1, 5))
     yield (SimpleNamespace(), mk, mv, qk, qv), {}
 
 
@@ -200,7 +202,7 @@ def _dot_affinity(original: Function) -> Function:
 
 
 def _dot_affinity_probes(_: Function) -> Iterator[Probe]:
-    mk, qk = _random((2, 4, 1, 5), (2, 4, 1, 5))
+    mk, qk = random_tensors((2, 4, 1, 5), (2, 4, 1, 5))
     yield (SimpleNamespace(), mk, qk), {}
 
 
@@ -215,7 +217,7 @@ RECIPES = (
 )
 
 
-def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
+def random_tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
     """Positive numbers, always the same; the global generator stays as it is."""
     generator = torch.Generator("cpu").manual_seed(0)
     return [torch.rand(shape, generator=generator, device="cpu") for shape in shapes]
