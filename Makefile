@@ -132,7 +132,7 @@ $(VENV)/ready: pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q torch$(if $(TORCH),==$(TORCH)) torchvision "$(NUMPY)" ninja pybind11 "setuptools>=77" wheel
 	$(BIN)/pip install -v --no-build-isolation -e ".[dev]" torch$(if $(TORCH),==$(TORCH)) "$(NUMPY)" > $(VENV)/build.log 2>&1 || (tail -40 $(VENV)/build.log; false)
-	$(BIN)/pip install -q --no-deps "stcnbuf>=0.2" "deaotpy>=1.11"  # its own dependencies are not those of its memory bank
+	$(BIN)/pip install -q --no-deps "stcnbuf>=0.2" "deaotpy>=1.11"  # the tests need none of their dependencies
 	@grep -h "^ *vosops: built" $(VENV)/build.log || true
 	touch $@
 
