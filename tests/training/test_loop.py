@@ -262,6 +262,16 @@ def test_files_that_are_skipped_are_counted(classes_config, stills, tmp_path):
     assert [note for note in notes.notes if note.startswith("skipped (1): ")]
 
 
+def test_a_held_out_file_that_cannot_be_read_ends_nothing(classes_config, stills, tmp_path):
+    root = shutil.copytree(stills, tmp_path / "stills")
+    break_file(root / "masks" / "00000.png")
+    source = {"kind": "stills", "images": str(root / "images"), "masks": str(root / "masks")}
+    notes = Notes()
+    result = train(classes_config(data__held_out={"sources": [source]}), tmp_path / "run", progress=notes)
+    assert result.steps == 6 and result.score is None
+    assert any("no score" in note and "00000.png" in note for note in notes.notes)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(classes_config, tmp_path):
     with pytest.raises(VosopsError, match="the loss is no number in the steps up to"):
         train(classes_config(optimizer={"kind": "sgd", "rate": 1e30}), tmp_path / "run")

@@ -160,6 +160,15 @@ def test_what_cannot_be_trained_is_named(davis, changes, message):
         create_optimizer(create_task(config, Shard()).network, config.optimizer)
 
 
+def test_held_out_sources_are_looked_at_first(davis, stills, tmp_path):
+    nothing = {"kind": "stills", "images": str(tmp_path), "masks": str(tmp_path)}
+    with pytest.raises(InputError, match="holds no image that has a mask of its name"):
+        create_task(config_of("unet", davis, data__held_out={"sources": [nothing]}), Shard())
+    still = {"kind": "stills", "images": str(stills / "images"), "masks": str(stills / "masks")}
+    with pytest.raises(InputError, match="must be videos for a network of masks, got stills"):
+        create_task(config_of("rgmp", davis, data__held_out={"sources": [still]}), Shard())
+
+
 def test_a_network_that_does_not_say_how_it_is_trained(davis):
     task = create_task(config_of("stranger_masks", davis), Shard())
     with pytest.raises(

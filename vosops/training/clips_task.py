@@ -18,6 +18,7 @@ from vosops.models.create import create_model
 from vosops.training.config import TrainConfig
 from vosops.training.loading import Batch, batches
 from vosops.training.samples import ClipSamples
+from vosops.training.sources import sequences_of
 from vosops.training.task import Shard, Task
 
 __all__ = ["ClipTask", "create_network", "is_batch_norm", "recompute"]
@@ -38,6 +39,8 @@ class ClipTask(Task):
         self.config = config
         self.shard = shard
         self.network = create_network(config)
+        for source in config.data.held_out.sources:
+            sequences_of(source)  # so that a source with nothing in it is refused before hours of training
         height, width = config.data.clips.size
         self.samples = ClipSamples(
             config.data,

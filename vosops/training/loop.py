@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vosops.inference.usage import peak_memory
-from vosops.io.errors import InterruptedRunError, VosopsError
+from vosops.io.errors import InputError, InterruptedRunError, VosopsError
 from vosops.io.outputs import OwnedFolder
 from vosops.training.clips_task import is_batch_norm
 from vosops.training.config import TrainConfig
@@ -85,8 +85,7 @@ class _Run:
         self.out = out
         self.should_stop = should_stop
         self.fabric = create_fabric(config)
-        self.first = self.fabric.global_rank == 0
-        self.progress = progress if self.first else Silent()
+        self.progress = progress if self.fabric.global_rank == 0 else Silent()
         self.step = 0
         self.best: float | None = None
         self.score: float | None = None
@@ -96,7 +95,7 @@ class _Run:
     def execute(self, resume: bool) -> Result:
         """Train from where the folder is to the end."""
         config, fabric = self.config, self.fabric
-        self.records = Records(self.out, config, resume=resume) if self.first else None
+        self.records = Records(self.out, config, resume=resume) if fabric.global_rank == 0 else None
         fabric.barrier()
         torch.manual_seed(config.seed)
         self.task = create_task(config, Shard(fabric.global_rank, fabric.world_size))
@@ -222,8 +221,7 @@ class _Run:
             found[name] = float(self.fabric.all_reduce(mean, reduce_op="mean"))
         if not math.isfinite(found["loss"]):
             raise VosopsError(
-                f"the loss is no number in the steps up to {self.step}: lower optimizer.rate, or set "
-                "optimizer.clip_norm, by which steps whose gradients are no numbers are left out"
+                f"the loss is no number in the steps up to {self.step}: lower optimizer.rate or set clip_norm"
             )
         if self.records is not None:
             self.records.log(self.step, {**found, "seconds": self.seconds})
@@ -244,7 +242,11 @@ class _Run:
     def _evaluate(self) -> None:
         if self.records is not None:
             began = time.monotonic()
-            scores = self.task.evaluate(self._scored.eval(), self.out)
+            try:
+                scores = self.task.evaluate(self._scored.eval(), self.out)
+            except InputError as error:  # of a held-out file, which is no reason to end hours of training
+                scores = {}
+                self.progress.note(f"step {self.step}: no score, {error}")
             self._lay_out()
             if scores:
                 self.score = scores["score"]

@@ -18,10 +18,11 @@ from vosops.metrics import evaluate_sequence
 from vosops.models.network import Network
 from vosops.models.video_tracker import VideoTracker
 from vosops.training.clips_task import ClipTask
-from vosops.training.config import HeldOut, Source
+from vosops.training.config import HeldOut, Source, TrainConfig
 from vosops.training.loading import Batch
 from vosops.training.objectives import sample_loss
 from vosops.training.sources import IGNORED, AnnotatedFrames, sequences_of
+from vosops.training.task import Shard
 
 __all__ = ["MaskTask", "scores_of_videos"]
 
@@ -35,6 +36,11 @@ class MaskTask(ClipTask):
     """
 
     objects = True
+
+    def __init__(self, config: TrainConfig, shard: Shard) -> None:
+        if any(source.kind == "stills" for source in config.data.held_out.sources):
+            raise InputError("data.held_out.sources must be videos for a network of masks, got stills")
+        super().__init__(config, shard)
 
     def side(self, wanted: int) -> int:
         """See :class:`ClipTask`."""
@@ -87,12 +93,10 @@ def scores_of_videos(
     Returns "score", J&F, "J" and "F" over all objects, and J&F of each video; nothing if none is held out.
 
     Raises:
-        InputError: A source is not of videos, or cannot be read.
+        InputError: A video cannot be read, or shows no object.
     """
     scores = {}
     for source in held_out.sources:
-        if source.kind != "videos":
-            raise InputError("data.held_out.sources must be videos for a network of masks, got stills")
         for sequence in sequences_of(source):
             scores[sequence.name] = _score(model, sequence, source, held_out, precision, device)
     if not scores:
