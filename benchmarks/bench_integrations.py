@@ -378,6 +378,7 @@ def measure(name: str, folder: str | None, wanted: str) -> list[dict[str, Any]]:
         rows.append(
             {
                 "system": name,
+                "torch": torch.__version__,
                 "case": title,
                 "seconds": [statistics.median(runs) for runs in times[:2]],
                 "seconds_of_accelerate": statistics.median(times[2]),

@@ -16,6 +16,7 @@ from vosops.integrations.aot import AOT_RECIPES
 from vosops.integrations.cfbi import CFBI_RECIPES
 from vosops.integrations.memory_attention import ATTENTION_RECIPES, KEY_RECIPES
 from vosops.integrations.recipes import RECIPES, Recipe, find_recipe, original_of, replacement_for
+from vosops.integrations.rotary import KeyCache
 from vosops.integrations.sessions import session_recipes
 from vosops.memory import parse_bytes
 
@@ -43,6 +44,8 @@ class Acceleration:
 
     def undo(self) -> None:
         """Put the original functions back, wherever the replacements are now; a second call does nothing."""
+        if self._replaced:
+            KeyCache.clear_all()
         while self._replaced:
             original, replacement, owner = self._replaced.pop()
             _swap(replacement, original, owner)

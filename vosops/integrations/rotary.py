@@ -293,6 +293,12 @@ class KeyCache:
         self._objects.clear()
 
     @classmethod
+    def clear_all(cls) -> None:
+        """Forget the frames of all layers; what reads them again makes their keys anew."""
+        for cache in list(cls._caches.values()):
+            cache.clear()
+
+    @classmethod
     def held_by(cls, layer: nn.Module) -> Iterator[Tensor]:
         """Yield the keys that are held of a layer, but for frames whose features no longer exist."""
         found = cls._caches.get(layer)
