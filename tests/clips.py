@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -97,6 +99,14 @@ def rotate_file(path, degrees_clockwise):
     start = data.index(b"tkhd") + 4 + 4 + 20 + 16
     data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
+
+
+def resident():
+    """Bytes of memory that this process has."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        pytest.skip("the memory of this process cannot be seen here")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cut(path, share):

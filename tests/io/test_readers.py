@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.clips import cut, moving, picture, rotate_file, write_folder, write_video
+from tests.clips import cut, moving, picture, resident, rotate_file, write_folder, write_video
 from vosops.io.containers import is_cut_off
 from vosops.io.datasets import open_source
 from vosops.io.errors import InputError
@@ -83,6 +83,17 @@ class TestVideoFile:
         frame = next(source.forward([0]))
         assert close(frame.image, np.rot90(FRAMES[0], turns))
         assert source.size == frame.image.shape[:2]
+
+    def test_frames_are_freed(self, tmp_path):
+        """PyAV 18 never frees a frame whose side data was looked at."""
+        frames = [np.full((720, 1280, 3), 5 * i, np.uint8) for i in range(40)]  # 2.6 MiB each when decoded
+        source = VideoFile(write_video(tmp_path / "v.mp4", frames, lossless=False))
+        for _ in source.forward(range(10)):
+            pass
+        before = resident()
+        for _ in source.forward(range(40)):
+            pass
+        assert resident() - before < 50 << 20
 
     def test_variable_frame_rate(self, tmp_path):
         pts = [0, 1, 2, 10, 11, 30]

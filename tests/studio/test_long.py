@@ -2,13 +2,13 @@
 
 import random
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
 from tests import clips
+from tests.clips import resident
 from vosops.io.seeking import SeekableVideo
 from vosops.studio.previews import Previews
 
@@ -53,13 +53,6 @@ def decoded(monkeypatch):
 
     monkeypatch.setattr(SeekableVideo, "_decode", counted)
     return found
-
-
-def resident():
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        pytest.skip("the memory of this process cannot be seen here")
-    return int(status.read_text().split()[1]) * 4096
 
 
 def test_opening_decodes_one_frame(video, decoded):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .frames import RawFrame
-from .video import VideoFile, upright, video_stream
+from .video import VideoFile, video_stream
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
 
     from .frames import Image
 
@@ -24,13 +27,15 @@ class SeekableVideo(VideoFile):
 
     Frames have the numbers that :class:`VideoFile` gives them: those of the decoded frames, in order. Until the
     times are known, and in a file whose packets do not tell them, it reads as :class:`VideoFile` does, from the
-    start. Memory grows by 8 bytes a frame.
+    start. Memory grows by 8 bytes a frame. One reading at a time: see :meth:`twin`.
     """
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
         self._known: array[int] | None = None
         self._key_times: array[int] = array("q")
+        self._idle: InputContainer | None = None
+        self._scaler: VideoReformatter | None = None
 
     @property
     def has_times(self) -> bool:
@@ -118,7 +123,7 @@ class SeekableVideo(VideoFile):
         place = bisect_right(self._key_times, known[first])
         starts = [self._key_times[i] for i in range(place - 1, max(-1, place - 1 - _KEY_FRAMES_TRIED), -1)]
         for start in [*starts, None]:
-            with self._open() as container:
+            with self._open() if start is None else self._borrowed() as container:
                 stream = video_stream(container)
                 if start is not None:
                     try:
@@ -137,6 +142,30 @@ class SeekableVideo(VideoFile):
             if begun:
                 return
 
+    def close(self) -> None:
+        """Close the file, which is kept open between two readings; it is opened again when it is read again."""
+        idle, self._idle = self._idle, None
+        if idle is not None:
+            idle.close()
+
+    @contextmanager
+    def _borrowed(self) -> Generator[InputContainer, None, None]:
+        """Yield an open container, the one that an earlier reading left if there is one.
+
+        FFmpeg's decoder holds a dozen frames, and PyAV frees it when Python's garbage collector comes by: opening the
+        file for each look at a 4K video would take gigabytes.
+        """
+        container, self._idle = self._idle, None
+        if container is None:
+            container = self._open()
+        try:
+            yield container
+        finally:
+            if self._idle is None and self.problem is None:
+                self._idle = container
+            else:
+                container.close()
+
     def previews(self, first: int, longest: int, kept: int | None = None) -> Iterator[tuple[int, Image]]:
         """Yield (number, small RGB picture) of the frames from ``first`` on.
 
@@ -145,10 +174,16 @@ class SeekableVideo(VideoFile):
             longest: Most pixels of a side.
             kept: Yield frames on the way too, from this number on; None: none.
         """
+        from av.video.reformatter import VideoReformatter
+
         scale = min(1.0, longest / max(self.size))
+        if self._scaler is None:
+            self._scaler = VideoReformatter()
         for number, frame in self.decoded(first):
             if number >= (first if kept is None else kept):
-                yield number, upright(frame, scale)
+                width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+                picture = self._scaler.reformat(frame, width=width, height=height, format="rgb24")
+                yield number, self._orientation.upright(picture.to_ndarray(), frame)
 
     def _adopt(self, times: array[int], keys: array[int]) -> None:
         self._known, self._key_times = times, keys

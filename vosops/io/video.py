@@ -43,6 +43,7 @@ class VideoFile(FrameSource):
         self.title = title or str(path)
         self._times = array("q")  # presentation times of the first frames, while they ascend
         self._times_ascend = True
+        self._orientation = Orientation()
         with self._open() as container:
             stream = video_stream(container)
             self.average_rate = stream.average_rate or stream.guessed_rate or DEFAULT_FPS
@@ -59,7 +60,7 @@ class VideoFile(FrameSource):
             )
         self._start_time = first.pts or 0
         try:
-            self.size = upright(first).shape[:2]
+            self.size = self._upright(first).shape[:2]
         except Exception as error:
             raise InputError(
                 f"{self.title} cannot be converted to RGB ({reason(error)}): convert it"
@@ -132,6 +133,9 @@ class VideoFile(FrameSource):
                 "it is truncated or damaged"
             )
 
+    def _upright(self, frame: VideoFrame) -> Image:
+        return self._orientation.upright(frame.to_ndarray(format="rgb24"), frame)
+
     def _note_cut_off(self) -> None:
         if self.problem is None and is_cut_off(self.path):
             self.problem = f"{self.title} is truncated: the file ends before its stated length"
@@ -139,7 +143,7 @@ class VideoFile(FrameSource):
     def _raw(self, index: int, frame: VideoFrame) -> RawFrame | None:
         """Return a decoded frame; None, with ``problem`` set, if it is of another size or cannot be converted."""
         try:
-            image = upright(frame)
+            image = self._upright(frame)
         except Exception as error:
             self.problem = f"{self.title}: frame {index} cannot be converted to RGB ({reason(error)})"
             return None
@@ -203,26 +207,38 @@ def video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def upright(frame: VideoFrame, scale: float = 1) -> Image:
-    """Return (H, W, 3) uint8 RGB, turned and mirrored by the frame's display matrix, at a share of its size."""
-    import numpy as np
+class Orientation:
+    """How the frames of a video are turned and mirrored: by their display matrices, each looked up once.
 
-    sides: dict[str, Any] = {}
-    if scale != 1:
-        sides = {"width": _scaled(frame.width, scale), "height": _scaled(frame.height, scale)}
-    image: Any = frame.to_ndarray(format="rgb24", **sides)
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
+    PyAV 18 never frees a frame whose ``side_data`` was looked at, so that is done once for each angle of
+    ``frame.rotation``, not for each frame.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, ...] | None] = {}
+
+    def upright(self, image: Any, frame: VideoFrame) -> Image:
+        """Return an RGB picture (H, W, 3) of a frame, of any size, as it is to be seen."""
+        import numpy as np
+
+        matrix = self._matrix(frame)
+        if matrix is None:
+            return np.ascontiguousarray(image)
+        a, b, _, c, d, *_ = matrix
+        if abs(b) > abs(a):  # a quarter turn: columns become rows
+            image = image.transpose(1, 0, 2)
+            rows_reversed, columns_reversed = b < 0, c < 0
+        else:
+            rows_reversed, columns_reversed = d < 0, a < 0
+        image = image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
         return np.ascontiguousarray(image)
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
-    if abs(b) > abs(a):  # a quarter turn: columns become rows
-        image = image.transpose(1, 0, 2)
-        rows_reversed, columns_reversed = b < 0, c < 0
-    else:
-        rows_reversed, columns_reversed = d < 0, a < 0
-    image = image[:: -1 if rows_reversed else 1, :: -1 if columns_reversed else 1]
-    return np.ascontiguousarray(image)
 
-
-def _scaled(side: int, scale: float) -> int:
-    return max(1, round(side * scale))
+    def _matrix(self, frame: VideoFrame) -> tuple[int, ...] | None:
+        angle = getattr(frame, "rotation", None)  # not in old versions, which free their frames
+        if angle is not None and angle in self._known:
+            return self._known[angle]
+        found: Any = frame.side_data.get("DISPLAYMATRIX")
+        matrix = None if found is None else struct.unpack("=9i", bytes(found))
+        if angle is not None:
+            self._known[angle] = matrix
+        return matrix

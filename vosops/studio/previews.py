@@ -109,13 +109,13 @@ class Previews:
     def replace_source(self, source: FrameSource) -> None:
         """Read from another source of the same video from now on, such as one that knows its frames' times."""
         with self._lock:
-            self._stop_reading()
+            self._close()
             self.source = source
 
     def close(self) -> None:
         """Close the decoder."""
         with self._lock:
-            self._stop_reading()
+            self._close()
 
     def _decode(self, frame: int) -> bytes:
         name = f"preview/{frame:07d}.jpg"
@@ -147,6 +147,11 @@ class Previews:
             for raw in self.source.forward(range(frame, frame + 1)):
                 return raw.image
         raise InputError(f"frame {frame} cannot be read: {self.source.problem or 'the video ends before it'}")
+
+    def _close(self) -> None:
+        self._stop_reading()
+        if isinstance(self.source, SeekableVideo):
+            self.source.close()
 
     def _stop_reading(self) -> None:
         if isinstance(self._reading, Generator):
