@@ -14,6 +14,7 @@ def check(t: Tensor, masks: Tensor, flag: bool) -> None:
     assert_type(vosops.global_matching(t, [t, t], [masks, masks], neighbors=2), Tensor)
     assert_type(vosops.global_matching(t, t, masks, return_indices=True), tuple[Tensor, Tensor])
     assert_type(vosops.local_attention(t, t, t, heads=2), Tensor)
+    assert_type(vosops.local_correlation(t, t, patch_size=(3, 5)), Tensor)
     assert_type(vosops.local_attention(t, t, t, return_weights=True), tuple[Tensor, Tensor])
 
     assert_type(vosops.memory_read(t, t, t, similarity="l2", top_k=3), Tensor)

@@ -42,7 +42,8 @@ class _Read(NamedTuple):
             scores = scores + given["bias"].unsqueeze(1)
         if given.get("top_k") is not None:
             best, index = scores.topk(given["top_k"], dim=2)
-            return torch.zeros_like(scores).scatter(2, index, best.softmax(2))
+            weights: Tensor = torch.zeros_like(scores).scatter(2, index, best.softmax(2))
+            return weights
         return scores.softmax(2)
 
 
@@ -62,7 +63,8 @@ class AttentionMap(Handle):
 
     def build(self) -> Tensor:
         """Return the weights."""
-        return self._read.weights().unflatten(0, (-1, self._heads))
+        weights: Tensor = self._read.weights().unflatten(0, (-1, self._heads))
+        return weights
 
 
 AttentionMap._answers = {}
@@ -76,19 +78,19 @@ def _drops(layer: Any) -> bool:
 def _attend(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, AttentionMap]:
     """Read (M,batch,heads * Cv) at (L,batch,heads * d): (L,batch,heads * Cv) and the weights."""
     heads = layer.num_head
-    by_head = [t.unflatten(2, (heads, -1)).permute(1, 2, 3, 0).flatten(0, 1) for t in (query, key, value)]
+    q, k, v = (t.unflatten(2, (heads, -1)).permute(1, 2, 3, 0).flatten(0, 1) for t in (query, key, value))
     length, memory = query.shape[0], key.shape[0]
     scale, longest = 1 / layer.T, getattr(layer, "max_mem_len_ratio", -1)
     if not layer.training and longest > 0 and memory / length > longest:
         scale *= math.log(memory / length) / math.log(longest)
     options: dict[str, Any] = {"scale": scale}
     if getattr(layer, "use_dis", False):
-        options = {"scale": 2 * scale, "bias": -by_head[1].square().sum(1)}
+        options = {"scale": 2 * scale, "bias": -k.square().sum(1)}
     top_k = getattr(layer, "top_k", -1)
     if not layer.training and top_k != -1 and top_k < memory:
         options["top_k"] = _chosen(top_k, length, memory)
-    read = _Read(*by_head, options)
-    out: Tensor = memory_read(*read[:3], similarity="dot", **options)
+    read = _Read(q, k, v, options)
+    out: Tensor = memory_read(q, k, v, similarity="dot", **options)
     attended = out.unflatten(0, (-1, heads)).permute(3, 0, 1, 2).flatten(2)
     return attended, AttentionMap.of(read, heads)
 
