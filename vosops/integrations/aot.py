@@ -42,9 +42,9 @@ class _Read(NamedTuple):
             scores = scores + given["bias"].unsqueeze(1)
         if given.get("top_k") is not None:
             best, index = scores.topk(given["top_k"], dim=2)
-            weights: Tensor = torch.zeros_like(scores).scatter(2, index, best.softmax(2))
-            return weights
-        return scores.softmax(2)
+            return torch.zeros_like(scores).scatter(2, index, best.softmax(2))
+        weights: Tensor = scores.softmax(2)
+        return weights
 
 
 class AttentionMap(Handle):
