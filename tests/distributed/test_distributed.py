@@ -282,7 +282,7 @@ def test_ranks_on_separate_hosts(hosts, tmp_path):
         command = ["ip", "netns", "exec", name, sys.executable, "-c", HOST, str(rank), str(tmp_path)]
         ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
     try:
-        ends = [rank.communicate(timeout=120)[1] for rank in ranks]
+        ends = [rank.communicate(timeout=500)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

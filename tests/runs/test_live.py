@@ -176,3 +176,5 @@ def test_what_cannot_be(mask, tmp_path, monkeypatch, capsys):
     command = ["segment", "rtsp://127.0.0.1:9/x", "--live", "--out", tmp_path / "out"]
     code, printed = run_command(monkeypatch, capsys, *command)
     assert code == 2 and "--live requires one --mask" in error_line(printed)
+    code, printed = run_command(monkeypatch, capsys, *command, "--mask", mask, "--overlay")
+    assert code == 2 and "--overlay cannot be combined with --live" in error_line(printed)

@@ -215,10 +215,24 @@ def segment(
             raise InputError(f"{flag} requires --init")
     keep_freed_memory()
     if live:
-        if init or points or box or len(mask or []) != 1 or shard or steal:
-            raise InputError(
-                "--live requires one --mask, of the first frame, and no --init, --points, --box, --shard or --steal"
-            )
+        unused = {
+            "--init": init,
+            "--points": points,
+            "--box": box,
+            "--start": start,
+            "--step": step != 1,
+            "--overlay": overlay,
+            "--cutout": cutout,
+            "--json": coco,
+            "--chunk-frames": chunk_frames,
+            "--shard": shard,
+            "--steal": steal,
+            "--ray": ray,
+        }
+        for flag in (flag for flag, given in unused.items() if given):
+            raise InputError(f"{flag} cannot be combined with --live")
+        if len(mask or []) != 1:
+            raise InputError("--live requires one --mask, that of the first frame")
         _live(input, out, settings, str((mask or [])[0]), drop, input_option or [], mode, end)
         return
     with Console() as console, StopSignals(console.note) as signals:
