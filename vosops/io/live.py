@@ -15,7 +15,7 @@ from .errors import InputError, require
 from .frames import RawFrame
 from .listing import shown
 from .pictures import reason
-from .video import upright, video_stream
+from .video import Orientation, video_stream
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -126,13 +126,14 @@ class LiveSource:
         return container
 
     def _read(self) -> None:
+        orientation = Orientation()
         try:
             with self._container as container:
                 for frame in container.decode(video_stream(container)):
                     when = time.monotonic()
                     seconds = Fraction(frame.pts or 0) * (frame.time_base or Fraction(1))
                     index = self.received
-                    image = upright(frame)
+                    image = orientation.upright(frame)
                     self._put(LiveFrame(RawFrame(index, f"{index:07d}", image, seconds), when))
                     if self._stop:
                         return

@@ -183,7 +183,7 @@ class SeekableVideo(VideoFile):
             if number >= (first if kept is None else kept):
                 width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
                 picture = self._scaler.reformat(frame, width=width, height=height, format="rgb24")
-                yield number, self._orientation.upright(picture.to_ndarray(), frame)
+                yield number, self._orientation.upright(frame, picture.to_ndarray())
 
     def _adopt(self, times: array[int], keys: array[int]) -> None:
         self._known, self._key_times = times, keys

@@ -60,7 +60,7 @@ class VideoFile(FrameSource):
             )
         self._start_time = first.pts or 0
         try:
-            self.size = self._upright(first).shape[:2]
+            self.size = self._orientation.upright(first).shape[:2]
         except Exception as error:
             raise InputError(
                 f"{self.title} cannot be converted to RGB ({reason(error)}): convert it"
@@ -133,9 +133,6 @@ class VideoFile(FrameSource):
                 "it is truncated or damaged"
             )
 
-    def _upright(self, frame: VideoFrame) -> Image:
-        return self._orientation.upright(frame.to_ndarray(format="rgb24"), frame)
-
     def _note_cut_off(self) -> None:
         if self.problem is None and is_cut_off(self.path):
             self.problem = f"{self.title} is truncated: the file ends before its stated length"
@@ -143,7 +140,7 @@ class VideoFile(FrameSource):
     def _raw(self, index: int, frame: VideoFrame) -> RawFrame | None:
         """Return a decoded frame; None, with ``problem`` set, if it is of another size or cannot be converted."""
         try:
-            image = self._upright(frame)
+            image = self._orientation.upright(frame)
         except Exception as error:
             self.problem = f"{self.title}: frame {index} cannot be converted to RGB ({reason(error)})"
             return None
@@ -217,10 +214,11 @@ class Orientation:
     def __init__(self) -> None:
         self._known: dict[int, tuple[int, ...] | None] = {}
 
-    def upright(self, image: Any, frame: VideoFrame) -> Image:
-        """Return an RGB picture (H, W, 3) of a frame, of any size, as it is to be seen."""
+    def upright(self, frame: VideoFrame, picture: Any = None) -> Image:
+        """Return a frame as it is to be seen, (H, W, 3) uint8 RGB; or a picture of it in another size."""
         import numpy as np
 
+        image = frame.to_ndarray(format="rgb24") if picture is None else picture
         matrix = self._matrix(frame)
         if matrix is None:
             return np.ascontiguousarray(image)
