@@ -91,6 +91,7 @@ def test_errors(tmp_path, monkeypatch):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1800)  # a cluster starts a dozen processes
 def test_a_worker_that_is_killed_loses_nothing(tmp_path):
     ray = pytest.importorskip("ray")
     root = dataset(tmp_path / "d")
