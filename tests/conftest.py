@@ -16,7 +16,12 @@ SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "sh
 SLOW = (
     "cpu",
     *("emulator", "triton", "docs/test_examples", "cli/test_bench", "cli/test_demo", "cli/test_networks"),
-    *("cli/test_segment", "integrations/test_accelerate", "integrations/test_packages"),
+    *(
+        "cli/test_segment",
+        "integrations/test_accelerate",
+        "integrations/test_aot",
+        "integrations/test_packages",
+    ),
     *("integrations/test_trackers", "benchmarking/test_measure", "models/test_feelvos"),
     "docs/test_drawings",
     "studio/browser",

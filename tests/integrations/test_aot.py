@@ -140,7 +140,7 @@ SCALE, TOLERANCE = 3, 2e-5
 """Of the seeded weights, so that the masks that they remember change the logits, and of those logits."""
 
 
-@pytest.mark.parametrize("name", ["aott", "r50_deaotl"])
+@pytest.mark.parametrize("name", ["aott", pytest.param("r50_deaotl", marks=pytest.mark.exhaustive)])
 def test_networks_segment_the_same(attention, name):
     """A reference frame and a few more, by the package's own engine."""
     from aot.configs.default import DefaultEngineConfig
