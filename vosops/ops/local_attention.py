@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -141,9 +141,9 @@ def local_attention(
         fits = kernels.name == "cpp" and not return_weights and _fits_engine(call, *tensors[3:])
         if fits and _worthwhile(query, value, heads, window, call.backward):
             learned = (None if t is None else t.to(torch.float32) for t in tensors[3:])
-            out: Tensor = torch.ops.vosops.local_attention_whole(
-                *tensors[:3], *learned, heads, *window, scale
-            )[0]
+            out: Tensor = kernels.run("local_attention_whole", *tensors[:3], *learned, heads, *window, scale)[
+                0
+            ]
             return out
         as_it_is = relative_value is None and _reads_half(kernels.name, call.device)
         steps = _by_pieces(kernels.run, *tensors, heads, *window, scale, as_it_is)
@@ -539,8 +539,22 @@ if HAS_FUSED:
     )
 
 
+def _kernels(suffix: str) -> Mapping[str, Callable[..., Any]]:
+    """Return the pieces of a library, and the whole: by one kernel where there is one, by the pieces elsewhere."""
+    pieces = {name: dispatched(name, suffix) for name in ("local_attention_dot", "local_attention_weigh")}
+
+    def whole(*args: Any) -> tuple[Tensor, Tensor]:
+        steps = _by_pieces(lambda name, *inputs: pieces[name](*inputs), *args)
+        return steps.out, steps.scores.logsumexp(2)
+
+    fused = suffix == "" and HAS_FUSED
+    return {**pieces, "local_attention_whole": dispatched("local_attention_whole", "") if fused else whole}
+
+
 register_op(
     "local_attention",
     resolve={"local_attention": _resolve},
-    reference={name: dispatched(name, SHIFTS) for name in ("local_attention_dot", "local_attention_weigh")},
+    reference=_kernels(SHIFTS),
+    kernels=_kernels,
+    needs=("local_attention_dot", "local_attention_weigh"),
 )
