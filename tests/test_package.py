@@ -55,6 +55,7 @@ def test_import_brings_neither_models_nor_commands():
 
 
 SUBMODULES = [
+    "compat",
     "data",
     "distributed",
     "inference",

@@ -38,6 +38,7 @@ class Segmenter:
         out: Folder that all workers see, or fsspec URL (``s3://bucket/masks``), to which finished masks are copied.
         settings: `vosops.runs.job.Settings` as keywords: ``model``, ``weights``, ``size``, ...
 
+    Example:
         >>> import ray
         >>> from vosops.integrations.ray import Segmenter
         >>> rows = [{"video": "a.mp4", "mask": "a.png", "name": "a"}]
