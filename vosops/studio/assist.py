@@ -195,7 +195,10 @@ class Sam2Clicks:
 
     def _model(self) -> tuple[Any, Any]:
         if self._made is None:
-            transformers: Any = require("transformers", "studio")
+            try:
+                import transformers
+            except ImportError as error:
+                raise VosopsError("--sam2 needs transformers: pip install transformers") from error
             try:
                 model = transformers.Sam2Model.from_pretrained(self.folder, local_files_only=True)
                 processor = transformers.Sam2Processor.from_pretrained(self.folder, local_files_only=True)
