@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -196,7 +197,7 @@ class Sam2Clicks:
     def _model(self) -> tuple[Any, Any]:
         if self._made is None:
             try:
-                import transformers
+                transformers: Any = import_module("transformers")
             except ImportError as error:
                 raise VosopsError("--sam2 needs transformers: pip install transformers") from error
             try:
