@@ -215,6 +215,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from memory_cases(chip)
     yield from convolution_cases(chip, precisions)
     yield from attention_cases()
+    yield from correlation_cases()
 
 
 def memory_cases(chip: Any) -> Iterator[Case]:
@@ -432,6 +433,32 @@ def attention_cases() -> Iterator[Case]:
             | {"weights_x": 1, "maps_x": 1, "dilation": 1},
             options,
         )
+
+
+def correlation_cases() -> Iterator[Case]:
+    """Yield the kernels of local_correlation: contiguous maps, neighbouring displacements."""
+    from vosops.triton import _common, local_correlation
+
+    for dtype in (torch.bfloat16, torch.float32):
+        data, options = POINTER[dtype], _common.compile_options(4)
+        plain = {"stride_y": 1, "stride_x": 1, "dilation_y": 1, "dilation_x": 1}
+        yield Case(
+            f"local correlation {data[1:]}",
+            local_correlation._correlate,
+            {"query": data, "key": data, "out": data},
+            {"BLOCK_P": local_correlation.BLOCK_P, "BLOCK_J": local_correlation.BLOCK_J}
+            | {"query_x": 1, "key_x": 1, **plain},
+            options,
+        )
+        for of_query, name in ((True, "query"), (False, "key")):
+            yield Case(
+                f"local correlation gradient of {name} {data[1:]}",
+                local_correlation._weigh,
+                {"grad": data, "maps": data, "out": data},
+                {"BLOCK_P": local_correlation.BLOCK_P, "BLOCK_C": local_correlation.MOST_BLOCK_C}
+                | {"OF_QUERY": of_query, "grad_x": 1, "maps_x": 1, **plain},
+                options,
+            )
 
 
 def compile_case(case: Case, target: str) -> tuple[Any, str]:

@@ -11,6 +11,9 @@ from vosops.runs.job import Settings
 from vosops.studio.follow import Engine
 
 pytest.importorskip("starlette", reason="vosops[studio] is not installed")
+pytest.importorskip(
+    "starlette.testclient", reason="Starlette's client needs httpx2", exc_type=(ImportError, RuntimeError)
+)
 
 HOST = "127.0.0.1:8000"
 TOKEN = "the-token"
