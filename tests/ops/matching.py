@@ -119,6 +119,10 @@ class MatchingTester:
             backend is INTERPRETED and dtype == torch.float16 and case != "plain",
             "the interpreter differs between float16 and bfloat16 in how values are loaded alone",
         )
+        leave_out(
+            backend is INTERPRETED and case == "dilation beyond a word of mask",
+            "its window of 133 x 133 takes the interpreter 90 seconds, and no word of mask is in its kernel",
+        )
         query, key, mask, options = self.inputs(case, dtype, backend.device)
         distance, index = self.core(backend, query, key, mask, options)
         assert distance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
