@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "cpu/gemm.h"
+#include "cpu/narrow.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
 #include "cpu/vec.h"
@@ -87,23 +88,10 @@ inline void transpose(const float* from, int64_t from_stride, int64_t rows, int6
   }
 }
 
-// Loops that become vector code.
+// A loop that becomes vector code; its inverse is narrow_row().
 template <class S>
 void widen_row(const S* __restrict from, int64_t count, float* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-}
-template <class S>
-void narrow_row(const float* __restrict from, int64_t count, S* __restrict to) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, from + i, 4);
-      const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = 0x7fc0;
-      to[i].x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
-  }
 }
 
 // A map of float32, channels last: pixel (n, h, w) at data + ((n * height + h) * width + w) * stride.
