@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import vosops.distributed
 from tests.distributed import cases
-from vosops.distributed import Exchange, ShardedMemoryBank
+from vosops.distributed import Exchange, ShardedMemoryBank, exchange
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this PyTorch has no gloo", allow_module_level=True)
@@ -219,6 +219,35 @@ def test_what_needs_no_other_rank(tmp_path):
             bank.read(torch.randn(1, 2, 3))
         with pytest.raises(ValueError, match="state must be of rank 0 of 1, got one of rank 1 of 2"):
             bank.load_state_dict({"rank": 1, "ranks": 2})
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_rank_whose_messages_are_lost_is_alive(monkeypatch):
+    """gloo closes a rank's connections to all others once it waited in vain for one."""
+
+    def lost(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(exchange, "_PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(dist, "isend", lost)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        asking, answering = Exchange(), Exchange()
+        asking.size, asking.global_rank, answering.rank = 3, lambda rank: rank, 1
+        assert asking._missing() == [1, 2]
+        answering._answer()
+        assert asking._missing() == [2]
+
+        class Stopped:
+            def check(self, keys):
+                time.sleep(20)
+
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Stopped)
+        began = time.monotonic()
+        assert not asking._is_asked() and not asking._has_answered(1)
+        assert time.monotonic() - began < 10, "a store that hangs is asked once"
     finally:
         dist.destroy_process_group()
 

@@ -142,7 +142,7 @@ def main(rank: int, folder: Path) -> None:
     query, key, value = torch.randn(1, 8, 4), torch.randn(1, 8, 6), torch.randn(1, 3, 6)
     if rank == DEAD:
         os._exit(9)
-    exchange._PROBE_SECONDS = 20.0  # for a machine that has other things to do
+    exchange._PROBE_SECONDS = 15.0  # for a machine that has other things to do
     others = [r for r in range(RANKS) if r != DEAD]
     for what, group, timeout in (("dead", groups[RANKS], 60.0), ("hanging", living, 2.0)):
         noticed: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from torch import Tensor
 
 _PROBE_SECONDS = 5.0  # how long a rank has to answer when somebody asks whether it is alive
 _LOOK_SECONDS = 1.0  # after which a rank that waits looks whether somebody asks
+_STORE_SECONDS = 0.1  # between two looks for a late answer
 _LEAST_SECONDS = 0.001
 _PROBE_TAG = 18_018  # of the messages that ask
 _HASH_BYTES = 7  # of a digest, so that it fits a positive int64
@@ -100,6 +102,7 @@ class Exchange:
             raise ValueError("group must contain this process, got a group that does not")
         self.size = dist.get_world_size(self.group)
         self.timeout = timeout
+        self._store_hangs = False
 
     # ---- Slices: each rank works on its part of the pixels.
 
@@ -217,9 +220,14 @@ class Exchange:
         return dist.get_global_rank(self.group, rank)
 
     def _missing(self) -> list[int] | None:
-        """Return the ranks of the group that answer no message; None where the backend sends none from the CPU."""
+        """Return the ranks of the group that answer no message; None where the backend sends none from the CPU.
+
+        gloo closes all connections of a rank that waited in vain for one other, so that a living rank's answer may
+        be lost: one that says so in the store is alive too.
+        """
         if not self._speaks("cpu"):
             return None
+        self._answer()
         token = torch.zeros(1, dtype=torch.uint8)
         pending: list[tuple[int, Any]] = []
         came = []  # what is received into must live as long as the work
@@ -240,7 +248,11 @@ class Exchange:
                 work.wait(timedelta(seconds=max(until - time.monotonic(), _LEAST_SECONDS)))
             except RuntimeError:
                 missing.add(rank)
-        return sorted(missing)
+        while True:
+            missing = {rank for rank in missing if not self._has_answered(rank)}
+            if not missing or self._store_hangs or time.monotonic() > until:
+                return sorted(missing)
+            time.sleep(_STORE_SECONDS)
 
     # ---- How it is done.
 
@@ -283,21 +295,37 @@ class Exchange:
 
     def _ask(self) -> None:
         """Make the ranks that wait in a collective answer `_missing` too."""
-        with suppress(Exception):  # the store may have been on the rank that died
-            self._store().set(self._question, b"1")
+        self._in_store(lambda store: store.set(self._question, b"1"))
 
     def _is_asked(self) -> bool:
-        with suppress(Exception):
-            return bool(self._store().check([self._question]))
-        return False
+        return bool(self._in_store(lambda store: store.check([self._question])))
+
+    def _answer(self) -> None:
+        """Tell the ranks whose messages are lost that this one is alive."""
+        self._in_store(lambda store: store.set(f"{self._question}/{self.rank}", b"1"))
+
+    def _has_answered(self, rank: int) -> bool:
+        return bool(self._in_store(lambda store: store.check([f"{self._question}/{rank}"])))
 
     @property
     def _question(self) -> str:
         return f"vosops/{self.group.group_name}/who is alive"
 
-    @staticmethod
-    def _store() -> Any:
-        return dist.distributed_c10d._get_default_store()
+    def _in_store(self, call: Callable[[Any], Any]) -> Any:
+        """Return what a call of the group's store returns; None if its host died, and from when it hangs on."""
+        if self._store_hangs:
+            return None
+        answers: list[Any] = []
+
+        def work() -> None:
+            with suppress(Exception):  # the store may have been on the rank that died
+                answers.append(call(dist.distributed_c10d._get_default_store()))
+
+        asker = threading.Thread(target=work, daemon=True)  # a stopped host lets a call wait for minutes
+        asker.start()
+        asker.join(_PROBE_SECONDS)
+        self._store_hangs = asker.is_alive()
+        return answers[0] if answers else None
 
     def _all_to_all(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Send buffer i, uint8, to rank i -> what came from each rank; all are of equal size."""
