@@ -222,6 +222,10 @@ def test_core_read_usage_and_gradients(backend, dtype, case):
 def test_core_selects_the_greatest_scores(backend, dtype, case, top_k):
     if backend is INTERPRETED and top_k != 5 and (dtype != torch.float32 or case == "many positions"):
         pytest.skip("seconds a case in Triton's interpreter; other lengths are selected in float32")
+    leave_out(
+        backend is INTERPRETED and dtype.itemsize == 2 and case not in ("plain", "anisotropic"),
+        "the interpreter differs between dtypes in how values are loaded alone",
+    )
     query, key, _, vectors = core_problem(case, dtype, backend.device)
     got = backend.op("memory_select")(query, key, *vectors.values(), SCALE, "ieee", top_k)
     assert_selects(*got, memory_scores(*wide_core(query, key, *vectors.values()), SCALE), top_k)
