@@ -120,6 +120,8 @@ def interleave(
         budget: seconds after which a function that ran `least` times is left out of the later rounds.
     """
     runs: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    gc.freeze()  # what is alive now, imports above all, need not be looked through before each run
     for _ in range(rounds):
         for name, function in functions.items():
             if len(runs[name]) < least or sum(runs[name]) < budget:
