@@ -1,4 +1,7 @@
-"""The cases of test_ops.py under AddressSanitizer, in a process that preloads it."""
+"""The cases of test_ops.py under AddressSanitizer, in a process that preloads it; a step of its own of .ci/run.
+
+Compiling the kernels once more for it takes a minute.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from tests.emulator.build import compiler
 from tests.emulator.test_ops import ALL_CASES
 from tests.sanitized import WITHOUT_TRITON, preloaded
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux and g++")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux and g++"),
+    pytest.mark.exhaustive,
+]
 
 
 def test_no_access_out_of_bounds() -> None:
