@@ -8,6 +8,7 @@ import torch
 
 import vosops
 import vosops.distributed
+from tests.effort import EXHAUSTIVE
 from vosops.distributed import ShardedMemoryBank, count_traffic
 from vosops.memory import MemoryBank
 
@@ -185,6 +186,88 @@ def bank_case(name: str, group: Any = None, budget: int | None = None) -> dict[s
         assert other.owners == bank.owners
     frames = [slot.frame for slot in bank.frames] if group is None else list(bank.owners)
     return {"reads": reads, "stored": stored, "frames": sorted(frames), "bytes": bank.bytes_used}
+
+
+LONG_TERM: dict[str, Any] = {
+    "policy": "long_term",
+    "max_mid_term_frames": 4,
+    "min_mid_term_frames": 2,
+    "num_prototypes": 7,
+    "max_long_term_elements": 17,
+}
+LONG_TERMS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "top_k": {"top_k": 9},
+    "int8": {"dtype": torch.int8, "key_dtype": torch.float32, "top_k": 9},
+    "half": {"dtype": torch.float16, "key_dtype": torch.float32},
+    "Cutie": {"evict_ties": False, "buffer_tokens": 2, "top_k": 2},
+    "oldest first": {"enable_long_term_count_usage": False, "top_k": 9},
+    "selection": {"selection": True},
+}
+
+
+def sizes_of_long_term(name: str) -> tuple[int, ...]:
+    """The numbers of ranks with which a case of LONG_TERMS is run: one for what differs in a rank's own columns."""
+    return SIZES if EXHAUSTIVE or name == "top_k" else (4,) if name == "softmax" else (3,)
+
+
+def long_term_case(name: str, group: Any = None, budget: int | None = None) -> dict[str, Any]:
+    """Reads and prototypes of a bank that condenses and evicts, of one bank or of one over a group."""
+    random = torch.Generator().manual_seed(8)
+    settings = {**LONG_TERM, **LONG_TERMS[name], "budget": budget}
+    selects = settings.pop("selection", False)
+    bank = MemoryBank(**settings) if group is None else ShardedMemoryBank(**settings, group=group)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    def read(**options: Any) -> torch.Tensor:
+        query = rand(1, CK, *Q)
+        return bank.read(query, rand(1, CK, *Q).sigmoid() if selects else None, **options)
+
+    reads, sizes, prototypes = [], [], []
+    for frame in range(17):
+        objects = [1, 2] if frame < 4 else [1, 2, 7] if frame < 14 else [1, 7]
+        if frame == 4:  # a new object in a frame of its own
+            bank.add(100, rand(1, CK, H, W), rand(1, 1, CV, H, W), [7], **_beside(rand, selects))
+        if frame == 14:
+            bank.remove_objects([2])
+        if frame > 0:
+            reads += [read() for _ in range(1 + frame % 2)]
+        value = rand(1, len(objects), CV, H, W)
+        kept = {"permanent": frame == 8, "temporary": frame == 10}
+        bank.add(
+            frame if frame != 12 else 11, rand(1, CK, H, W), value, objects, **_beside(rand, selects), **kept
+        )
+        if frame == 12 and group is not None:
+            other = ShardedMemoryBank(**settings, group=group)
+            other.load_state_dict(bank.state_dict())
+            bank = other
+        sizes.append(bank.num_prototypes)
+        prototypes.append(_prototypes(bank))
+    reads += [read(objects=[7]), read()]
+    frames = [slot.frame for slot in bank.frames] if group is None else list(bank.owners)
+    return {
+        "reads": reads,
+        "sizes": sizes,
+        "prototypes": prototypes,
+        "frames": sorted(frames),
+        "bytes": bank.bytes_used,
+        "reserved": bank.bytes_reserved,
+    }
+
+
+def _beside(rand: Any, selects: bool) -> dict[str, torch.Tensor]:
+    selection = {"selection": rand(1, CK, H, W).sigmoid()} if selects else {}
+    return {"shrinkage": 1 + rand(1, 1, H, W).abs(), **selection}
+
+
+def _prototypes(bank: MemoryBank) -> dict[int, torch.Tensor]:
+    """The keys of the prototypes by their numbers; of one bank in the order in which it has them."""
+    rows = bank._long_rows()
+    keys = rows.column("key").float().clone() if len(rows) else torch.zeros(0, CK)
+    numbers = bank._serials.tolist() if isinstance(bank, ShardedMemoryBank) else range(len(rows))
+    return dict(zip(numbers, keys, strict=True))
 
 
 def traffic_case(group: Any, frames: int, top_k: int | None) -> tuple[int, int]:

@@ -121,6 +121,36 @@ def test_a_bank_over_ranks_reads_what_one_bank_reads(found, name, size):
     assert sum(part["bytes"] for part in parts) >= expected["bytes"]
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [(n, size) for n in cases.LONG_TERMS for size in cases.sizes_of_long_term(n)]
+)
+def test_a_long_term_memory_over_ranks_is_that_of_one_bank(found, name, size):
+    parts, expected = found[f"long term {name} {size}"], cases.long_term_case(name)
+    bound = 2e-3 if name == "half" else 5 * EXACT  # stored and merged in float16
+    assert max(expected["sizes"]) > 10 and len({tuple(p) for p in expected["prototypes"]}) > 2
+    for part in parts:
+        assert part["frames"] == expected["frames"]
+        for ours, theirs, one in zip(part["reads"], parts[0]["reads"], expected["reads"], strict=True):
+            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, one, rtol=bound, atol=bound)
+    for step, keys in enumerate(
+        expected["prototypes"]
+    ):  # the same positions, each on one rank, in the same order
+        ours = {n: key for part in parts for n, key in part["prototypes"][step].items()}
+        assert sum(len(part["prototypes"][step]) for part in parts) == len(ours) == len(keys)
+        ordered = [ours[n] for n in sorted(ours)]
+        assert all(torch.equal(a, b) for a, b in zip(ordered, keys.values(), strict=True))
+    for sizes in zip(*(part["sizes"] for part in parts), strict=True):
+        assert max(sizes) <= -(-cases.LONG_TERM["max_long_term_elements"] // size)
+
+
+@pytest.mark.parametrize("size", cases.sizes_of_long_term("softmax"))
+def test_the_budget_of_a_long_term_memory_is_each_ranks_own(found, size):
+    parts = found[f"bounded long term {size}"]
+    assert all(part["bytes"] <= part["reserved"] <= 9000 for part in parts)
+    assert all(torch.equal(*both) for p in parts for both in zip(p["reads"], parts[0]["reads"], strict=True))
+
+
 @pytest.mark.parametrize("size", cases.SIZES)
 def test_budgets_are_each_ranks_own(found, size):
     parts = found[f"bounded {size}"]
@@ -210,8 +240,6 @@ def test_what_needs_no_other_rank(tmp_path):
     try:
         with pytest.raises(ValueError, match="timeout must be above 0"):
             Exchange(timeout=0)
-        with pytest.raises(ValueError, match="policy must be 'every' or 'window'"):
-            ShardedMemoryBank(policy="long_term")
         with pytest.raises(TypeError, match="query_key must be a tensor unless query_from"):
             vosops.distributed.memory_read(None, torch.randn(1, 2, 3), torch.randn(1, 2, 3))
         bank = ShardedMemoryBank()
@@ -250,6 +278,33 @@ def test_a_rank_whose_messages_are_lost_is_alive(monkeypatch):
         assert time.monotonic() - began < 10, "a store that hangs is asked once"
     finally:
         dist.destroy_process_group()
+
+
+TORCHRUN = """
+import sys, torch, torch.distributed as dist
+from tests.distributed import cases
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+torch.save(cases.read_case("top_k l2", size, rank, dist.group.WORLD), f"{sys.argv[1]}/{rank}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.exhaustive
+def test_ranks_of_torchrun(tmp_path):
+    (tmp_path / "read.py").write_text(TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run(
+        [*command, str(tmp_path / "read.py"), str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=500,
+    )
+    compare([torch.load(tmp_path / f"{r}.pt") for r in range(3)], cases.read_case("top_k l2"), EXACT)
 
 
 HOST = """

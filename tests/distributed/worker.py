@@ -125,6 +125,11 @@ def main(rank: int, folder: Path) -> None:
             found[f"matching {neighbors} {size}"] = cases.matching_case(size, rank, group, neighbors)
         for name in cases.BANKS:
             found[f"bank {name} {size}"] = cases.bank_case(name, group)
+        for name in cases.LONG_TERMS:
+            if size in cases.sizes_of_long_term(name):
+                found[f"long term {name} {size}"] = cases.long_term_case(name, group)
+        if size in cases.sizes_of_long_term("softmax"):
+            found[f"bounded long term {size}"] = cases.long_term_case("top_k", group, budget=9000)
         found[f"bounded {size}"] = cases.bank_case("top_k", group, budget=6000)
         for top_k in (None, 3):
             found[f"traffic {top_k} {size}"] = [cases.traffic_case(group, f, top_k) for f in (2, 40)]

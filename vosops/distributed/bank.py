@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vosops.distributed.exchange import Exchange, RankError
-from vosops.distributed.ranks import Ranks, broadcast
-from vosops.memory import MemoryBank, MemoryBudgetError, MemorySettings
+from vosops.distributed.exchange import RankError
+from vosops.distributed.long_term import Entry, LongTermMemory, Room
+from vosops.distributed.ranks import broadcast
+from vosops.memory import MemoryBudgetError, MemorySettings
 from vosops.memory.bank import geometry_of
-from vosops.memory.plan import Groups
+from vosops.memory.plan import Geometry, Groups, Plan
 from vosops.memory.reader import Query, View
 from vosops.ops import MemoryWeights
 
@@ -22,32 +23,25 @@ _FINE, _OVER_BUDGET, _FAILED = range(3)
 _UNLIMITED = -1
 
 
-@dataclass
-class _Entry:
-    """A frame that some rank stores."""
-
-    frame: int
-    rank: int
-    permanent: bool
-    temporary: bool
+Result = TypeVar("Result")
 
 
-class ShardedMemoryBank(MemoryBank):
+class ShardedMemoryBank(LongTermMemory):
     """A memory of past frames that the ranks of a group hold together, and that is read as one.
 
     Every rank makes a bank with the same settings (the budgets may differ) and makes the same calls with the same
     arguments. A frame is stored by one rank, the one that has the least in it, and stays there; reads are those of
     `vosops.distributed.memory_read`, so that every rank receives what one bank with all frames would read. A policy
-    counts the frames of all ranks: "window" keeps the latest of them, and where all budgets are full the oldest one
-    goes.
+    counts the frames and prototypes of all ranks: "window" keeps the latest frames, "long_term" condenses older ones
+    as one bank would, by the usage of all ranks, and where all budgets are full the oldest frame goes.
 
     Args:
-        settings: as of `MemoryBank`, with the policy "every" or "window"; the budgets are those of this rank.
+        settings: as of `MemoryBank`; the budgets are those of this rank.
         group: the process group; None: the default one.
         timeout: seconds that a rank may keep the others waiting; None: as the group was made.
         device: where this rank's part lies, and queries come from.
 
-    `frames`, `num_positions`, `bytes_used` and the like tell of this rank's part; `owners` of all.
+    `frames`, `num_prototypes`, `bytes_used` and the like are of this rank's part; `owners` of all.
 
     Raises `RankError`, in every method, when a rank died, hangs or failed.
 
@@ -73,16 +67,7 @@ class ShardedMemoryBank(MemoryBank):
         device: str | torch.device = "cpu",
         **options: Any,
     ) -> None:
-        super().__init__(settings, device=device, **options)
-        if self.settings.policy == "long_term":
-            raise ValueError(
-                "policy must be 'every' or 'window' for a bank on several ranks, got 'long_term', which condenses "
-                "frames together"
-            )
-        self.exchange = Exchange(group, timeout)
-        self._ranks = Ranks(self.exchange)
-        self._entries: list[_Entry] = []
-        self._bytes = [0] * self.exchange.size
+        super().__init__(settings, group, timeout, device, **options)
         self._rooms: list[int] = [_UNLIMITED] * self.exchange.size
         self._value_channels = 0
 
@@ -129,6 +114,12 @@ class ShardedMemoryBank(MemoryBank):
             f"store frame {frame}",
             lambda: self._rehearse(frame, key, value, objects, new, shrinkage, selection, mine, permanent),
         )
+        room = None
+        if self._is_long_term:
+            coming = Entry(frame, owner, permanent, temporary)
+            geometry = geometry_of(key, value, shrinkage, selection) if mine and key is not None else None
+            room = self._prepare(coming, known, new, geometry)
+            known = self._find(frame)
         before = self._stored()
         stored = False
         if mine:
@@ -149,15 +140,20 @@ class ShardedMemoryBank(MemoryBank):
         if flag:
             if not mine:
                 self._drop_temporary()
-                if new:
+                if room is not None:
+                    self._settle(new)
+                elif new:
                     self.declare_objects(new)
-            self.remove_frames(self._beyond_window(grows) & self._stored())
+            if room is None or not sum(room.prototypes):
+                self.remove_frames(self._beyond_window(grows) & self._stored())
             self._entries = [entry for entry in self._entries if not entry.temporary]
             if known is None:
-                self._entries.append(_Entry(frame, owner, permanent, temporary))
+                self._entries.append(Entry(frame, owner, permanent, temporary))
             else:
                 known.permanent = permanent
         self._account(before - self._stored())
+        if flag and room is not None:
+            self._condense_when_due(room)
         return bool(flag)
 
     @torch.no_grad()
@@ -171,18 +167,20 @@ class ShardedMemoryBank(MemoryBank):
     def set_budget(self, budget: int | str | None) -> None:
         """Change this rank's budget; every rank makes the call, each with its own. See `MemoryBank.set_budget`."""
 
-        def rehearse() -> None:
+        def rehearse() -> Plan | None:
             settings = self.settings
             self.settings = replace(settings, budget=budget)
             try:
-                if self._geometry is not None:
-                    kept = self._work.count(permanent=True)
-                    slots = len(self._work.slots)
-                    self._plan(self._geometry, self._groups, kept, self._has_temporary, slots)
+                return self._plan_of_contents(self._groups) if self._geometry is not None else None
             finally:
                 self.settings = settings
 
-        self._together("change the budget", rehearse)
+        plan = self._together("change the budget", rehearse)
+        if self._is_long_term and plan is not None:
+            room = self._common_room(plan, self._work.count(permanent=True), self._has_temporary)
+            within = [min(pair) for pair in zip(room.laid_out, room.prototypes, strict=True)]
+            passing = [entry for entry in self._entries if entry.passing]
+            self._make_room_together(room._replace(laid_out=within), None, passing)
         before = self._stored()
         super().set_budget(budget)
         self._account(before - self._stored())
@@ -194,6 +192,8 @@ class ShardedMemoryBank(MemoryBank):
         if kept:
             self.remove_frames(self._stored() - kept)
             self._last_frame = None
+            self._elements, self._seen = 0, {}
+            self._reset_prototypes()
         else:
             self._forget()
         self._entries = [entry for entry in self._entries if entry.frame in kept]
@@ -228,10 +228,11 @@ class ShardedMemoryBank(MemoryBank):
         seen = [group for group in members if self._parts_of(group)[0]]
         views = self._views(seen)
         pixels = query.key.shape[2:].numel()
+        chosen: dict[int, MemoryWeights] = {}
         if top_k is None:
             found = self._full_reads(query, views, members)
         else:
-            found = self._selected_reads(query, views, members, top_k)
+            found, chosen = self._selected_reads(query, views, members, top_k)
         reads = []
         for group, ids in members.items():
             if group in found:
@@ -243,8 +244,30 @@ class ShardedMemoryBank(MemoryBank):
                 lse = torch.full((1, pixels), -torch.inf, device=self.device)
             reads.append((out.flatten(3), lse.flatten(1)))
         merged = self._ranks.merge(reads)
+        first = next(iter(self._groups))
+        if self._is_long_term and first in members:
+            _, lse = merged[list(members).index(first)]
+            self._count_usage_of(query, views, first, chosen.get(first), lse)
         size = tuple(query.key.shape[2:])
         return {g: out.unflatten(3, size) for g, (out, _) in zip(members, merged, strict=True)}
+
+    def _count_usage_of(
+        self,
+        query: Query,
+        views: Sequence[View],
+        group: int,
+        chosen: MemoryWeights | None,
+        lse: Tensor,
+    ) -> None:
+        """Count what the group's read used of this rank's part, under the softmax over all parts."""
+        for view in views:
+            if group in view.groups:
+                parts = view.parts[view.firsts[view.groups.index(group)] :]
+                if chosen is None:
+                    usage = self._reader.usage(query, parts, view.mask, lse)
+                else:
+                    usage = self._reader.usage_of_chosen(chosen, parts, lse)
+                self._count_usage(parts, usage)
 
     def _full_reads(
         self, query: Query, views: Sequence[View], members: Groups
@@ -258,8 +281,8 @@ class ShardedMemoryBank(MemoryBank):
 
     def _selected_reads(
         self, query: Query, views: Sequence[View], members: Groups, top_k: int
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return what those of this rank's positions say that are among the best of all."""
+    ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, MemoryWeights]]:
+        """Return what those of this rank's positions say that are among the best of all, and which these are."""
         selected: dict[int, tuple[MemoryWeights, View, int]] = {}
         for view in views:
             chosen, _ = self._reader.select(query, view, top_k, False)
@@ -277,14 +300,15 @@ class ShardedMemoryBank(MemoryBank):
                 found.append((torch.full((1, top_k, pixels), -torch.inf, device=self.device), nothing))
         kept = dict(zip(members, self._ranks.choose(found, top_k), strict=True))
         reads: dict[int, tuple[Tensor, Tensor]] = {}
+        chosen_of_all: dict[int, MemoryWeights] = {}
         for group, (best, view, first) in selected.items():
             narrowed = _narrowed(best, kept[group].view_as(best.indices))
             out = self._reader.gather(narrowed, view.parts[first:], list(members[group]))
-            reads[group] = (out, narrowed.lse)
-        return reads
+            reads[group], chosen_of_all[group] = (out, narrowed.lse), narrowed
+        return reads, chosen_of_all
 
     def _has_frames(self) -> bool:
-        return bool(self._entries)
+        return bool(self._entries) or sum(self._prototypes) > 0
 
     # ---- Saving.
 
@@ -297,6 +321,7 @@ class ShardedMemoryBank(MemoryBank):
             "bytes": list(self._bytes),
             "rooms": list(self._rooms),
             "value_channels": self._value_channels,
+            **self._prototypes_state(),
             "part": super().state_dict(),
         }
 
@@ -312,21 +337,23 @@ class ShardedMemoryBank(MemoryBank):
                 f"got one of rank {came[0]} of {came[1]}"
             )
         super().load_state_dict(state["part"])
-        self._entries = [_Entry(**entry) for entry in state["entries"]]
+        self._entries = [Entry(**entry) for entry in state["entries"]]
         self._bytes, self._rooms = list(state["bytes"]), list(state["rooms"])
         self._value_channels = state["value_channels"]
+        self._load_prototypes_state(state)
 
     # ---- How it is done.
 
     def _forget(self) -> None:
         super()._forget()
         self._entries = []
+        self._reset_prototypes()
 
     def _stored(self) -> set[int]:
         """Return the frames of this rank."""
         return {slot.frame for slot in self.frames}
 
-    def _find(self, frame: int) -> _Entry | None:
+    def _find(self, frame: int) -> Entry | None:
         return next((e for e in self._entries if e.frame == frame and not e.temporary), None)
 
     def _place(self) -> int:
@@ -362,7 +389,7 @@ class ShardedMemoryBank(MemoryBank):
         permanent: bool,
     ) -> None:
         """Raise what storing the frame would raise on this rank, and change nothing."""
-        groups = {**self._groups, **({self._next_group: list(new)} if new else {})}
+        groups = self._groups_with(new)
         geometry = self._geometry
         kept = {slot.frame for slot in self._work.slots if slot.permanent}
         if mine:
@@ -377,11 +404,51 @@ class ShardedMemoryBank(MemoryBank):
         if geometry is not None:
             self._plan(geometry, groups, len(kept), self._has_temporary, len(self._work.slots) + mine)
 
-    def _together(self, what: str, attempt: Any) -> None:
+    def _prepare(
+        self, coming: Entry, known: Entry | None, new: Sequence[int], geometry: Geometry | None
+    ) -> Room:
+        """Condense what leaves no room for a frame, and return what each rank has room for with it."""
+        common = self._common_geometry(self._geometry or geometry)
+        assert common is not None  # whoever stores the frame knows
+        mine = coming.rank == self.exchange.rank
+        kept = {slot.frame for slot in self._work.slots if slot.permanent}
+        kept |= {coming.frame} if mine and coming.permanent else set()
+        temporary = self._has_temporary or (mine and coming.temporary)
+        groups = self._groups_with(new)
+        plan = self._together(
+            f"store frame {coming.frame}",
+            lambda: self._plan(common, groups, len(kept), temporary, len(self._work.slots) + mine),
+        )
+        self._geometry = common
+        self._work.pixels = self._host.pixels = common.pixels
+        room = self._common_room(plan, len(kept), temporary)
+        if coming.permanent or room.places[coming.rank] > 0:
+            passing = [e for e in self._entries if e.passing and not (e is known and coming.permanent)]
+            self._make_room_together(room, coming if known is None else None, passing)
+        return room
+
+    def _settle(self, new: Sequence[int]) -> None:
+        """Lay out the storage for the objects that there are and new ones, whose prototypes may come here."""
+        plan = self._plan_of_contents(self._groups_with(new))
+        self._make_room(plan, self._work.count(permanent=True), None, grows=False)
+        if new:
+            self.declare_objects(new)
+        self._lay_out(plan)
+
+    def _groups_with(self, new: Sequence[int]) -> Groups:
+        return {**self._groups, self._next_group: list(new)} if new else self._groups
+
+    def _plan_of_contents(self, groups: Groups) -> Plan:
+        assert self._geometry is not None
+        kept, slots = self._work.count(permanent=True), len(self._work.slots)
+        return self._plan(self._geometry, groups, kept, self._has_temporary, slots)
+
+    def _together(self, what: str, attempt: Callable[[], Result]) -> Result:
         """Run on every rank what may fail there; raise on all where it failed on one."""
         failure: Exception | None = None
+        result: Result
         try:
-            attempt()
+            result = attempt()
         except (TypeError, ValueError, MemoryBudgetError) as error:
             failure = error
         over = isinstance(failure, MemoryBudgetError)
@@ -395,15 +462,25 @@ class ShardedMemoryBank(MemoryBank):
                 raise MemoryBudgetError(f"rank {name} cannot {what}: the budget is too small there")
             if each == _FAILED:
                 raise RankError(f"rank {name} cannot {what}, as its own error says", [name])
+        return result
 
     def _account(self, lost: set[int]) -> None:
         """Bring every rank to the same knowledge of all: which frames this one lost, its bytes and room."""
         room = self.room
+        if room is not None and self._is_long_term:
+            room -= self._has_temporary
         channels = 0 if self._geometry is None else self._geometry.value_channels
-        numbers = [self.bytes_used, _UNLIMITED if room is None else room, channels, len(lost)]
+        numbers = [
+            self.bytes_used,
+            _UNLIMITED if room is None else room,
+            channels,
+            len(lost),
+            self._elements,
+        ]
         every = self.exchange.numbers(numbers, self.device)
         self._bytes, self._rooms = [each[0] for each in every], [each[1] for each in every]
         self._value_channels = max(each[2] for each in every)
+        self._prototypes = [each[4] for each in every]
         counts = [each[3] for each in every]
         if max(counts):
             padded = [*sorted(lost), *[0] * (max(counts) - len(lost))]

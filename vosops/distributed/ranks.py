@@ -112,6 +112,13 @@ class _Shared(torch.autograd.Function):
         return None, ctx.exchange.sum(grad.contiguous()), None
 
 
+def check_served(exchange: Exchange, what: str, device: torch.device) -> None:
+    """Raise ValueError unless the group has a backend for tensors on this device: NCCL has none for the CPU."""
+    served = sorted({each.type for each in getattr(exchange.group, "_device_types", ())})
+    if exchange.size > 1 and served and device.type not in served:
+        raise ValueError(f"{what} one of the group's devices ({', '.join(served)}), got {device.type}")
+
+
 def shared(exchange: Exchange, tensor: Tensor) -> Tensor:
     """Return a tensor that is alike on all ranks; its gradient is summed over them in the backward pass."""
     if exchange.size == 1 or not (torch.is_grad_enabled() and tensor.requires_grad):

@@ -13,7 +13,7 @@ from vosops import _checks
 from vosops.distributed.exchange import Exchange
 from vosops.distributed.matching import nearest_of_all
 from vosops.distributed.placements import local_arguments
-from vosops.distributed.ranks import Ranks, broadcast, shared
+from vosops.distributed.ranks import Ranks, broadcast, check_served, shared
 from vosops.ops._matching import finish_distance
 from vosops.ops._memory_scores import GroupsValid, Segments, Valid, ValueSegments
 from vosops.ops.global_matching import nearest_pixels
@@ -111,6 +111,10 @@ def memory_read(
     if wrap is not None and (group is not None or groups is not None or query_from is not None):
         raise ValueError("group, groups and query_from must be None with DTensors, whose mesh has the group")
     exchange = Exchange(mesh_group if wrap is not None else group, timeout)
+    keys = local["memory_key"]
+    first = keys if isinstance(keys, Tensor) else next(iter(keys), None)
+    if isinstance(first, Tensor):
+        check_served(exchange, "memory_key must be on", first.device)
     query, selected = _query(
         exchange, local["query_key"], local["selection"], query_from, local["memory_key"]
     )
@@ -201,6 +205,7 @@ def global_matching(
     _checks.refuse_forward_mode("global_matching")
     exchange = Exchange(group, timeout)
     _checks.check_tensor("query", query, ("N", "C", "H", "W"))
+    check_served(exchange, "query must be on", query.device)
     query = shared(exchange, query)
     failure, nearest_here = None, None
     try:

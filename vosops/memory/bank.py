@@ -20,7 +20,7 @@ from vosops.memory.settings import MemorySettings
 
 _INT8_MAX = 127
 _MOST_RUNS = 6  # of frames that the same groups see, which one pass reads: each is read by itself and merged
-_NEW_LIFE = 1e-7  # reads that a new position has seen, so that usage / life is defined
+NEW_LIFE = 1e-7  # reads that a new position has seen, so that usage / life is defined
 
 
 class MemoryBank:
@@ -342,11 +342,16 @@ class MemoryBank:
             chosen, usage = self._reader.select(query, view, self.settings.top_k, counts)
             rest = [view.parts[first:] for first in view.firsts]
             outs = [self._reader.gather(*read) for read in zip(chosen, rest, objects, strict=True)]
-        for part, used in zip(seen, usage or [], strict=False):
+        if usage is not None:
+            self._count_usage(seen, usage)
+        return outs
+
+    def _count_usage(self, parts: Sequence[Rows], usage: Sequence[Tensor]) -> None:
+        """Add what a read used of each part, (rows,), and that it was read."""
+        for part, used in zip(parts, usage, strict=True):
             if part.table == WORK or self.settings.enable_long_term_count_usage:
                 part.column("usage").add_(used)
                 part.column("life").add_(1)
-        return outs
 
     def _has_frames(self) -> bool:
         return self.num_positions > 0
@@ -476,7 +481,7 @@ class MemoryBank:
 
     def _plan(self, geometry: Geometry, groups: Groups, permanent: int, temporary: bool, frames: int) -> Plan:
         return make_plan(
-            self.settings,
+            self._own_settings(),
             geometry,
             groups,
             permanent=permanent,
@@ -485,6 +490,10 @@ class MemoryBank:
             room=self._arena.capacity(WORK) // geometry.pixels,
             staged=self._reader.far_host,
         )
+
+    def _own_settings(self) -> MemorySettings:
+        """Return the settings by which this bank's storage is laid out."""
+        return self.settings
 
     def _most_frames(self, plan: Plan, permanent: int) -> int:
         """Return how many frames come together before "long_term" condenses them."""
@@ -576,13 +585,13 @@ class MemoryBank:
             rows.column("selection").copy_(selection[0].flatten(1).T)
         if rows.has("usage"):
             rows.column("usage").zero_()
-            rows.column("life").fill_(_NEW_LIFE)
+            rows.column("life").fill_(NEW_LIFE)
         for group, members in self._groups.items():
             if members[0] in objects:
                 rows.column(f"mask/{group}").fill_(True)
                 slot.groups = sorted({*slot.groups, group})
         for i, o in enumerate(objects):
-            _store(value[0, i].flatten(1).T, rows, o)
+            store_values(value[0, i].flatten(1).T, rows, o)
 
     # ---- Long-term memory.
 
@@ -595,7 +604,7 @@ class MemoryBank:
         if not frames:
             return
         parts = [self._work.rows(i) for i in frames]
-        usage = torch.cat([_usage_of(part) for part in parts])
+        usage = torch.cat([usage_of(part) for part in parts])
         room = self._arena.capacity(LONG)
         count = min(self.settings.num_prototypes, len(usage), room)
         chosen = torch.sort(usage, descending=True, stable=True).indices[:count]
@@ -610,9 +619,10 @@ class MemoryBank:
         prototypes = Rows(self._arena, LONG, self._elements, self._elements + count)
         prototypes.column("key").copy_(columns["key"][chosen])
         if "shrinkage" in columns:
-            prototypes.column("shrinkage").copy_(self._reader.average(query, parts, "shrinkage").flatten())
+            average, _ = self._reader.average(query, parts, "shrinkage")
+            prototypes.column("shrinkage").copy_(average.flatten())
         prototypes.column("usage").zero_()
-        prototypes.column("life").fill_(_NEW_LIFE)
+        prototypes.column("life").fill_(NEW_LIFE)
         for group, members in self._groups.items():
             sees = columns[f"mask/{group}"][chosen]
             prototypes.column(f"mask/{group}").copy_(sees)
@@ -621,7 +631,7 @@ class MemoryBank:
                 if seen:
                     ((values, _),) = self._reader.full(query, View((group,), seen, (0,), None, True), [[o]])
                     values = values[0, 0].T
-                    _store(torch.where(sees[:, None], values, 0), prototypes, o)
+                    store_values(torch.where(sees[:, None], values, 0), prototypes, o)
                 else:
                     prototypes.column(f"value/{o}").zero_()
         self._work.remove_if(frames)
@@ -633,16 +643,17 @@ class MemoryBank:
         over = self._elements - room
         if over <= 0:
             return
-        rows = self._long_rows()
-        if not self.settings.enable_long_term_count_usage or room == 0:
-            self._keep_elements(torch.arange(over, self._elements, device=self.device))
-            return
-        usage = _usage_of(rows)
+        self._keep_elements(self._survivors(usage_of(self._long_rows()), over))
+
+    def _survivors(self, usage: Tensor, over: int) -> Tensor:
+        """Return the indices, ascending, of the prototypes that stay where `over` must go; usage: in their order."""
+        if not self.settings.enable_long_term_count_usage or over >= len(usage):
+            return torch.arange(over, len(usage), device=usage.device)
         gone = torch.sort(usage, stable=True).indices[:over]
         keep = usage > usage[gone[-1]]
         if not self.settings.evict_ties:
             keep = torch.ones_like(keep).index_fill(0, gone, False)
-        self._keep_elements(keep.nonzero().flatten())
+        return keep.nonzero().flatten()
 
     def _keep_elements(self, survivors: Tensor) -> None:
         self._arena.keep_rows(LONG, survivors)
@@ -695,13 +706,13 @@ def geometry_of(key: Tensor, value: Tensor, shrinkage: Tensor | None, selection:
     return Geometry(size, key.shape[1], value.shape[2], shrinkage is not None, selection is not None)
 
 
-def _usage_of(rows: Rows) -> Tensor:
+def usage_of(rows: Rows) -> Tensor:
     """Return the usage per read since a row was stored; -1, the least, for NaN rows, which torch.sort puts first."""
     usage = rows.column("usage") / rows.column("life")
     return usage.masked_fill(~defined(rows, ("key", "shrinkage", "selection")) | usage.isnan(), -1)
 
 
-def _store(values: Tensor, rows: Rows, o: int) -> None:
+def store_values(values: Tensor, rows: Rows, o: int) -> None:
     """Write an object's values (rows,Cv); for int8 rounded to 127ths of each row's greatest magnitude.
 
     An int8 row with a NaN or an infinity becomes NaN as a whole.

@@ -12,6 +12,7 @@ from torch import Tensor
 from vosops.memory.arena import Arena
 from vosops.memory.plan import FLOATS, STAGE
 from vosops.ops import MemoryWeights, memory_gather, memory_read, memory_select, merge_reads
+from vosops.ops.memory_read import usage_under
 
 _SCORED = ("key", "shrinkage")  # the columns that make a row's score
 
@@ -122,18 +123,40 @@ class Reader:
         assert merged is not None
         return [merged]
 
-    def average(self, query: Query, parts: Sequence[Rows], column: str) -> Tensor:
-        """Return a column of scalars under the softmax over all rows without a NaN, which must be near -> (1,1,*Q)."""
+    def average(self, query: Query, parts: Sequence[Rows], column: str) -> tuple[Tensor, Tensor]:
+        """Return a column of scalars under the softmax over all rows without a NaN (1,1,*Q), and the lse (1,*Q).
+
+        The rows must be near.
+        """
         values = [part.column(column)[None, None] for part in parts]
         valid = [defined(part, (*_SCORED, column))[None] for part in parts]
-        out: Tensor = self._read(query, parts, None, values, valid=valid)
-        return out
+        out, lse = self._read(query, parts, None, values, valid=valid, return_lse=True)
+        return out, lse
 
-    def usage(self, query: Query, parts: Sequence[Rows], mask: str | None) -> list[Tensor]:
-        """For each part, which must be near, the weight of its rows summed over the queries: (rows,) float32."""
-        values = [part.column("key").T[None, :1] for part in parts]
-        _, usage = self._read(query, parts, mask, values, return_usage=True)
-        return [part[0] for part in usage]
+    def usage(
+        self, query: Query, parts: Sequence[Rows], mask: str | None, lse: Tensor | None = None
+    ) -> list[Tensor]:
+        """For each part, which must be near, the weight of its rows summed over the queries: (rows,) float32.
+
+        lse: (1,P) over all rows, where there are others than these.
+        """
+        keys = [part.column("key").T[None] for part in parts]
+        if lse is not None:
+            of_parts = usage_under(lse, query.key, keys, **self._options(query, parts, mask))
+        else:
+            _, of_parts = self._read(query, parts, mask, [key[:, :1] for key in keys], return_usage=True)
+        return [part[0] for part in of_parts]
+
+    def usage_of_chosen(self, chosen: MemoryWeights, parts: Sequence[Rows], lse: Tensor) -> list[Tensor]:
+        """For each part the weights of its chosen rows summed over the queries: (rows,) float32; lse as of `usage`."""
+        share = (chosen.lse.flatten(1) - lse).exp()
+        weights = chosen.weights.flatten(2) * share[:, None]
+        sizes = [len(part) for part in parts]
+        counted = (chosen.indices.flatten(2) >= 0) & ~weights.isnan()
+        sums = weights.new_zeros(sum(sizes) + 1)  # the last place takes what counts nowhere
+        places = torch.where(counted, chosen.indices.flatten(2).long(), sum(sizes))
+        sums = sums.scatter_add(0, places.flatten(), torch.where(counted, weights, 0).flatten())
+        return list(sums[:-1].split(sizes))
 
     def select(
         self, query: Query, view: View, top_k: int, usage: bool

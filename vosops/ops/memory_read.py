@@ -386,6 +386,18 @@ def read_part(
     return results[0] if groups is None else results
 
 
+@torch.no_grad()
+def usage_under(lse: Tensor, query_key: Tensor, memory_key: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """Return each segment's usage (N,*M) by a full read whose lse (N,P) over all parts of the memory is known."""
+    arguments = resolve_read(query_key, memory_key, [key[:, :1] for key in memory_key], **options)
+    kernels = backends.choose("memory_read", arguments.call)
+    ((_, memory, (values,)),) = arguments.passes
+    scores = Scores(memory)
+    usage = _usage_of_group(kernels, scores, 0, lse)
+    of_segments: list[Tensor] = memory.shape_usage(usage, scores.pieces, values)
+    return of_segments
+
+
 class _Arguments(NamedTuple):
     """The checked arguments of a read: groups that share their scores, the inputs of these, and the values of each."""
 
