@@ -55,6 +55,13 @@ class TestShard:
             {"RANK": "1", "WORLD_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"},
             {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"},
             {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "7"},
+            {
+                "SLURM_ARRAY_TASK_ID": "3",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "1",
+                "SLURM_ARRAY_TASK_MAX": "5",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
             {"SLURM_PROCID": "1", "SLURM_NTASKS": "3"},
         ],
     )
@@ -67,6 +74,15 @@ class TestShard:
             ({}, "finds none of RANK/WORLD_SIZE"),
             ({"RANK": "3", "WORLD_SIZE": "3"}, "RANK=3 must be one of WORLD_SIZE=3"),
             ({"RANK": "one", "WORLD_SIZE": "3"}, "must be numbers"),
+            (
+                {
+                    "SLURM_ARRAY_TASK_ID": "5",
+                    "SLURM_ARRAY_TASK_COUNT": "3",
+                    "SLURM_ARRAY_TASK_MIN": "1",
+                    "SLURM_ARRAY_TASK_MAX": "7",
+                },
+                "must be a range such as 0-9 or 1-9:2, got 3 tasks from 1 to 7 in steps of 1",
+            ),
         ],
     )
     def test_of_none(self, environment, error):
@@ -133,6 +149,35 @@ class TestLease:
         assert self.other(fleet).take("bear") is None
         lease.release()
 
+    def die(self, fleet, number, checkpoint="none"):
+        """What a worker leaves that died at a sequence, a second ago."""
+        path = fleet.lease_path("bear", number)
+        path.write_text(f"host:{number}\n{checkpoint}\n")
+        os.utime(path, (1, path.stat().st_mtime - 1))
+
+    def test_a_sequence_that_kills_its_workers_is_left_alone(self, fleet):
+        for number in range(2):
+            self.die(fleet, number)
+        lease = fleet.take("bear")
+        assert lease.number == 2 and fleet.trouble("bear", 2) is None
+        lease._ended.set()
+        self.die(fleet, 2)
+        lease = fleet.take("bear")
+        said = "3 workers died at it without a checkpoint between: host:0, host:1, host:2; --resume tries it again"
+        assert fleet.trouble("bear", lease.number) == said
+        lease.release()
+        assert fleet.trouble("bear", fleet.take("bear").number) is None  # whoever is asked to try it again
+
+    def test_a_checkpoint_is_progress(self, fleet):
+        for number in range(3):
+            self.die(fleet, number)
+        checkpoint = fleet.out / "bear/.vosops/checkpoint.pt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        lease = fleet.take("bear")
+        assert fleet.trouble("bear", lease.number) is None
+        lease.release()
+
     def test_other_arguments_are_refused(self, fleet):
         Fleet(fleet.out).join({"model": "propagate"})
         with pytest.raises(InputError, match="other arguments: --model was propagate, is stm"):
@@ -184,6 +229,20 @@ class TestShards:
             not report["complete"] and len(report["problems"]) == 1 and set(report["sequences"]) == {"bear"}
         )
         Job(tmp_path / "out", settings=SETTINGS, steal=True).dataset(root)  # is not tried again
+
+    def test_what_kills_its_workers_is_a_problem_until_it_is_resumed(self, tmp_path):
+        root, out = dataset(tmp_path / "d", {"bear": 3, "dog": 2}), tmp_path / "out"
+        Job(out, settings=SETTINGS, shard=Shard(1, 2)).dataset(root)
+        for number in range(3):
+            path = Fleet(out).lease_path("bear", number)
+            path.write_text(f"host:{number}\nnone\n")
+            os.utime(path, (1, 1))
+        with pytest.raises(Exception, match="bear: 3 workers died at it"):
+            Job(out, settings=SETTINGS, shard=Shard(0, 2)).dataset(root)
+        report = json.loads((out / "report.json").read_text())
+        assert set(report["sequences"]) == {"dog"} and "bear: 3 workers died" in report["problems"][0]
+        Job(out, "resume", SETTINGS, shard=Shard(0, 2)).dataset(root)
+        assert json.loads((out / "report.json").read_text())["complete"]
 
     def test_overwrite_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="--overwrite cannot be combined with --shard"):

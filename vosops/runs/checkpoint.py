@@ -16,6 +16,7 @@ from vosops.io.outputs import OwnedFolder, complete_or_absent, sync_file, sync_f
 from .report import RESUME, Record
 
 CHECKPOINT_EVERY = 50
+CHECKPOINT = "checkpoint.pt"
 _VERSION = 1
 
 
@@ -27,7 +28,7 @@ class RunState:
         self.folder = out.state
         self.record = Record(self.folder / "frames.jsonl")
         self._arguments = self.folder / "arguments.json"
-        self._checkpoint = self.folder / "checkpoint.pt"
+        self._checkpoint = self.folder / CHECKPOINT
         self._complete = self.folder / "complete.json"
 
     @property

@@ -4,7 +4,8 @@ Workers share nothing but the output folder. In ``<out>/.vosops/fleet`` are
 
 - ``job.json``: the arguments of the first worker, which those of the others must equal;
 - ``SEQUENCE.lease.N``: the N-th taking of a sequence. A file is made by one worker alone (``O_EXCL``), which renews its
-  modification time while it works; when that stands still, whoever makes number N + 1 first takes over;
+  modification time while it works; when that stands still, whoever makes number N + 1 first takes over. It says who
+  took the sequence, and which checkpoint there was;
 - ``SEQUENCE.done``: what a sequence came to.
 
 Ages are differences of modification times that the file system of the folder made itself, so that the clocks of the
@@ -29,7 +30,7 @@ from typing import Any
 from vosops.io.errors import InputError, InterruptedRunError, VosopsError, disk_errors
 from vosops.io.outputs import STATE_FOLDER, write_text
 
-from .checkpoint import differences
+from .checkpoint import CHECKPOINT, differences
 from .progress import never
 
 LEASE_SECONDS = 60.0
@@ -37,6 +38,7 @@ FLEET_FOLDER = "fleet"
 _JOB = "job.json"
 _REPORT_LEASE = "report"  # with a slash before it no sequence has this name
 _RENEWALS = 4  # of a lease before it would expire
+_MOST_DEATHS = 3  # of workers at a sequence, one after the other without a checkpoint between
 _LONGEST_POLL = 5.0
 _VARIABLES = (
     ("RANK", "WORLD_SIZE"),
@@ -44,7 +46,7 @@ _VARIABLES = (
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
-_FIRST_TASK = "SLURM_ARRAY_TASK_MIN"
+_FIRST_TASK, _LAST_TASK, _STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
@@ -60,7 +62,7 @@ class Shard:
         """Return the shard of ``i/n``, i from 0, or for ``auto`` that of torchrun, Open MPI or Slurm.
 
         ``auto`` reads RANK and WORLD_SIZE, OMPI_COMM_WORLD_RANK and _SIZE, SLURM_ARRAY_TASK_ID and _COUNT (whose ids
-        may start at any number, in steps of 1), SLURM_PROCID and SLURM_NTASKS: the first pair that is set.
+        may start anywhere and have any step, but no gaps), SLURM_PROCID and SLURM_NTASKS: the first pair that is set.
         """
         if text == "auto":
             return cls._of_environment(environment)
@@ -77,7 +79,7 @@ class Shard:
             try:
                 found = cls(int(environment[index]), int(environment[count]))
                 if index == "SLURM_ARRAY_TASK_ID":
-                    found = cls(found.index - int(environment.get(_FIRST_TASK, "0")), found.count)
+                    found = cls(_place_in_array(found, environment), found.count)
             except ValueError as error:
                 raise InputError(f"--shard auto: {index} and {count} must be numbers: {error}") from error
             if not 0 <= found.index < found.count:
@@ -87,6 +89,18 @@ class Shard:
             return found
         names = ", ".join("/".join(pair) for pair in _VARIABLES)
         raise InputError(f"--shard auto finds none of {names}: give --shard i/n")
+
+
+def _place_in_array(task: Shard, environment: Mapping[str, str]) -> int:
+    """Return how many tasks of a job array are before this one."""
+    first, step = int(environment.get(_FIRST_TASK, "0")), int(environment.get(_STEP, "1"))
+    last = int(environment.get(_LAST_TASK, str(first + (task.count - 1) * step)))
+    if step < 1 or last - first != (task.count - 1) * step or (task.index - first) % step:
+        raise InputError(
+            f"--shard auto: the ids of a job array must be a range such as 0-9 or 1-9:2, got {task.count} tasks "
+            f"from {first} to {last} in steps of {step}: give --shard i/n"
+        )
+    return (task.index - first) // step
 
 
 def divide(frames: Mapping[str, int], count: int) -> list[list[str]]:
@@ -244,8 +258,36 @@ class Fleet:
             except FileExistsError:
                 return None
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.worker + "\n")
+                file.write(f"{self.worker}\n{self._checkpoint(name)}\n")
         return Lease(self, name, number)
+
+    def trouble(self, name: str, number: int) -> str | None:
+        """Return what is wrong with a sequence at which workers die, one after the other; None if it may be tried.
+
+        It is said to whoever takes it for the N-th time, before a model has seen it. A worker that released its lease
+        did not die, and a checkpoint made since is progress.
+        """
+        dead: list[str] = []
+        now = self._checkpoint(name)
+        for before in range(number - 1, -1, -1):
+            path = self.lease_path(name, before)
+            with disk_errors(str(path)):
+                worker, checkpoint = [*path.read_text(encoding="utf-8").splitlines(), "", ""][:2]
+                if path.stat().st_mtime == 0 or checkpoint != now:
+                    break
+            dead.append(worker)
+        if len(dead) < _MOST_DEATHS:
+            return None
+        return (
+            f"{len(dead)} workers died at it without a checkpoint between: {', '.join(reversed(dead))}; "
+            "--resume tries it again"
+        )
+
+    def _checkpoint(self, name: str) -> str:
+        """Return a text that differs once a sequence has another checkpoint."""
+        with suppress(FileNotFoundError):
+            return str((self.out / name / STATE_FOLDER / CHECKPOINT).stat().st_mtime_ns)
+        return "none"
 
     def _latest(self, name: str) -> int | None:
         prefix = f"{name}.lease."

@@ -205,9 +205,12 @@ class Job:
         unusable: set[str] = set()
         for name, lease in fleet.each(own, others, unusable, self.should_stop, self.note):
             on_sequence(name, None)
-            summary, problem = None, None
+            summary, problem = None, fleet.trouble(name, lease.number)
             try:
-                summary = self._leased(by_name[name], lease, inputs)
+                if problem is None:
+                    summary = self._leased(by_name[name], lease, inputs)
+                else:
+                    problems.append(f"{name}: {problem}")
             except (LeaseLostError, FolderInUseError) as error:  # somebody else has it, or is about to notice
                 self.note(str(error))
                 time.sleep(fleet.poll_seconds)
