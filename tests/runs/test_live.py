@@ -166,6 +166,65 @@ def test_a_stream_that_breaks_keeps_what_came(mask, tmp_path):
     assert not json.loads((tmp_path / "out/report.json").read_text())["complete"]
 
 
+def test_a_stream_that_changes_its_size_keeps_what_came(mask, tmp_path):
+    frames = [*(picture(b) for b in BOXES[:3]), np.zeros((10, 10, 3), np.uint8), picture(BOXES[4])]
+    with pytest.raises(
+        IncompleteInputError, match=r"x ended at frame 3: frame must be .* The 3 masks until then"
+    ):
+        run(tmp_path / "out", Scripted(frames, "none"), mask)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert not report["complete"] and report["frames_done"] == 3 and "got 10x10" in report["problem"]
+
+
+class Paced:
+    """A session in whose turns a script puts the next frames, as a camera does while a slow model computes."""
+
+    def __init__(self, source, arrivals):
+        self.session, self.source, self.arrivals = (
+            Session(ColourTracker(), size=-1, device="cpu"),
+            source,
+            arrivals,
+        )
+        self.taken = []
+
+    def push(self, image, labels, *, time):
+        for number in self.arrivals.pop(0) if self.arrivals else ():
+            self.source._put(frame_of(number))
+        if not self.arrivals:
+            self.source._ended = True
+        self.taken.append(round(time * 10))
+        return self.session.push(image, labels, time=time)
+
+
+def frame_of(number):
+    return LiveFrame(
+        RawFrame(number, f"{number:07d}", picture(BOXES[number]), Fraction(number, 10)), time.monotonic()
+    )
+
+
+@pytest.mark.parametrize(
+    ("drop", "taken"), [("oldest", [0, 1, 4, 5, 9]), ("none", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])]
+)
+def test_what_is_segmented_is_the_newest_frame_of_its_turn(drop, taken, mask, tmp_path):
+    """While frame 0 is computed 1 comes, then 2 to 4, then 5, then 6 to 9."""
+    source = Scripted([], drop)
+    source._thread.join()
+    source._ended = False
+    source._put(frame_of(0))
+    session = Paced(source, [[1], [2, 3, 4], [5], [6, 7, 8, 9], []])
+    LiveRun(tmp_path / "out", source, session, mask).execute()
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert session.taken == taken and [row["frame"] for row in report["frames"]] == taken
+    assert report["frames_received"] == 10 and report["frames_dropped"] == 10 - len(taken) == source.dropped
+    assert sorted(path.stem for path in (tmp_path / "out").glob("0*.png")) == [f"{i:07d}" for i in taken]
+
+
+def test_a_password_is_in_no_message(tmp_path):
+    with pytest.raises(InputError) as error:
+        LiveSource("rtsp://me:secret@127.0.0.1:9/x")
+    assert "rtsp://me:***@127.0.0.1:9/x cannot be opened" in str(error.value)
+
+
 def test_what_cannot_be(mask, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="neither a stream"):
         LiveSource("clip.mp4")

@@ -330,7 +330,7 @@ def _live(
             source,
             session,
             Path(mask),
-            {"input": name, "drop": drop, **settings.arguments()},
+            {"input": source.title, "drop": drop, **settings.arguments()},
             mode,
             end,
             console,

@@ -25,6 +25,7 @@ DROPS: tuple[Drop, ...] = ("oldest", "none")
 
 _SCHEME = re.compile(r"(rtsp|rtsps|rtmp|rtmps|rtp|udp|srt|tcp|http|https)://", re.IGNORECASE)
 _CAMERA = re.compile(r"/dev/video\d+")
+_PASSWORD = re.compile(r"(://[^/@:]*):[^/@]*@")
 _OPEN_SECONDS = 60.0  # until a stream must have answered
 _READ_SECONDS = 10.0  # without a packet, after which a stream is over
 _MOST_WAITING = 8  # decoded frames that "none" keeps before the reader waits
@@ -51,7 +52,7 @@ class LiveSource:
     is at most one frame late; ``"none"`` keeps all, and lets the sender wait once eight are waiting.
 
     Attributes:
-        size: (H, W) of the first frame.
+        title: The name, without the password that it may have.
         received: Frames that came.
         dropped: Frames of these that nobody took.
         problem: Set when the stream ended with an error; one line.
@@ -65,7 +66,8 @@ class LiveSource:
                 f"{shown(name)} is neither a stream (rtsp://, rtmp://, srt://, udp://, ...) nor a camera (/dev/video0)"
             )
         require("av")
-        self.title = name
+        self._name = name
+        self.title = _PASSWORD.sub(r"\1:***@", name)
         self.problem: str | None = None
         self.received = self.dropped = 0
         self._drop = drop
@@ -108,11 +110,11 @@ class LiveSource:
     def _open(self) -> InputContainer:
         import av
 
-        camera = _CAMERA.fullmatch(self.title)
+        camera = _CAMERA.fullmatch(self._name)
         options: dict[str, Any] = {"format": "v4l2"} if camera else {}
         try:
             container: InputContainer = av.open(
-                self.title,
+                self._name,
                 options=self._options,
                 timeout=(_OPEN_SECONDS, _READ_SECONDS),
                 metadata_errors="replace",

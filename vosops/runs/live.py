@@ -76,7 +76,7 @@ class LiveRun:
     def _run(self, folder: OwnedFolder, state: RunState, labels: Any, palette: bytes) -> Summary:
         latencies: deque[float] = deque(maxlen=_LATEST)
         started = time.monotonic()
-        done = 0
+        done, problem = 0, None
         first_area: dict[int, int] = {}
         self.progress.begin("live", self.end, 0)
         try:
@@ -86,7 +86,13 @@ class LiveRun:
                     if self.end is not None and raw.index >= self.end:
                         break
                     given = labels if done == 0 else None
-                    segmented = self.session.push(raw.image, given, time=float(raw.time))
+                    try:
+                        segmented = self.session.push(raw.image, given, time=float(raw.time))
+                    except InputError as error:
+                        if not done:
+                            raise
+                        problem = f"{self.source.title} ended at frame {raw.index}: {error}"
+                        break
                     first_area = first_area or dict(segmented.areas)
                     write_labels(folder.file(f"{raw.name}.png"), segmented.labels.numpy(), palette)
                     record = FrameRecord.of(segmented)
@@ -100,9 +106,10 @@ class LiveRun:
         finally:
             self.progress.end()
         seconds = time.monotonic() - started
+        problem = problem or self.source.problem
         facts = {
-            "complete": self.source.problem is None,
-            "problem": self.source.problem,
+            "complete": problem is None,
+            "problem": problem,
             "frames_done": done,
             "frames_received": self.source.received,
             "frames_dropped": self.source.received - done,
@@ -112,11 +119,9 @@ class LiveRun:
         }
         events = write_report(folder.file(REPORT), state.record, first_area, facts)
         if not done:
-            raise IncompleteInputError(self.source.problem or f"{self.source.title} sent no frame")
-        if self.source.problem is not None:
-            raise IncompleteInputError(
-                f"{self.source.problem}. The {done} masks until then are in {self.out}"
-            )
+            raise IncompleteInputError(problem or f"{self.source.title} sent no frame")
+        if problem is not None:
+            raise IncompleteInputError(f"{problem}. The {done} masks until then are in {self.out}")
         dropped = facts["frames_dropped"]
         return Summary(self.out, done, seconds, [f"{dropped} frames dropped"] * bool(dropped) + events, False)
 
