@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -107,8 +108,8 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path):
             until = time.monotonic() + 120
             while time.monotonic() < until:
                 if len(list((out / "bear").glob("0*.png"))) > 5:
-                    worker = (leases / "bear.lease.0").read_text()
-                    os.kill(int(worker.strip().rpartition(":")[2]), signal.SIGKILL)
+                    worker = (leases / "bear.lease.0").read_text().splitlines()[0]
+                    os.kill(int(worker.rpartition(":")[2]), signal.SIGKILL)
                     return
                 time.sleep(0.02)
 
@@ -131,5 +132,43 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path):
             concurrency=1,
         )
         assert [row["frames"] for row in data.take_all()] == [LENGTHS["goat"]]
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+def test_a_memory_over_two_actors(tmp_path):
+    """Actors that form a group with gloo read together, with gradients, what one process reads."""
+    ray = pytest.importorskip("ray")
+    torch = pytest.importorskip("torch")
+    from tests.distributed import cases
+    from tests.distributed.test_distributed import EXACT, compare
+
+    class Reader:
+        def __init__(self, rank, store):
+            import torch.distributed as dist
+
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+            self.rank, self.group = rank, dist.group.WORLD
+
+        def read(self, name):
+            return cases.read_case(name, 2, self.rank, self.group)
+
+        def long_term(self, name):
+            return cases.long_term_case(name, self.group)["reads"]
+
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
+    try:
+        actors = [ray.remote(Reader).remote(rank, str(tmp_path / "store")) for rank in range(2)]
+        for name in ("softmax", "top_k l2", "from rank 0"):
+            parts = ray.get([actor.read.remote(name) for actor in actors], timeout=600)
+            compare(parts, cases.read_case(name), EXACT)
+        ours, theirs = ray.get([actor.long_term.remote("top_k") for actor in actors], timeout=600)
+        for one, other, whole in zip(ours, theirs, cases.long_term_case("top_k")["reads"], strict=True):
+            assert torch.equal(one, other)
+            torch.testing.assert_close(one, whole, rtol=5 * EXACT, atol=5 * EXACT)
     finally:
         ray.shutdown()
