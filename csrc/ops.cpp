@@ -103,6 +103,13 @@ STABLE_TORCH_LIBRARY(vosops, m) {
   m.def(
       "conv_lstm_direct_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, Tensor? hidden, Tensor? "
       "cell, float forget_bias) -> (Tensor output, Tensor new_cell)");
+  m.def(
+      "conv_lstm_direct_states(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, float "
+      "forget_bias) -> (Tensor output, Tensor new_cell, Tensor saved)");
+  m.def(
+      "conv_lstm_direct_gradients(Tensor grad_output, Tensor grad_cell, Tensor x, Tensor weight, Tensor? "
+      "hidden, Tensor? cell, Tensor output, Tensor saved) -> (Tensor grad_x, Tensor grad_weight, Tensor "
+      "grad_bias, Tensor grad_hidden, Tensor grad_previous_cell)");
   m.def("conv_lstm_winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_lstm_winograd_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? hidden, Tensor? cell, float "

@@ -148,6 +148,31 @@ inline void by_channel(const float* tile, Reg (&channels)[kRows]) {
   transpose_lanes<Lanes>(tile, kRows, reinterpret_cast<float*>(channels), kRows);
 }
 
+// ---- The gradient of weights
+
+// Gradients of bfloat16 weights, dense (M,C,height,width) of odd sides: sums over images and pixels. Every
+// plane is dense, height x width, or null where it is zero.
+struct ConvWeightSizes {
+  int64_t height, width;  // of the planes
+  int64_t outputs, inputs, kernel_height, kernel_width;
+
+  int64_t taps() const { return kernel_height * kernel_width; }
+};
+using ConvPlaneOf = std::function<const uint16_t*(int64_t image, int64_t channel)>;
+
+class ConvWeightGradient {
+ public:
+  explicit ConvWeightGradient(const ConvWeightSizes& sizes) : sizes_(sizes) {}
+
+  // Adds the share of some images: maps input(image, channel), gradients grad(image, output). `first`: there
+  // are no sums yet; `weight`: where all sums go after these images, or null if there are more to come.
+  void add(int64_t images, const ConvPlaneOf& input, const ConvPlaneOf& grad, bool first, BFloat16* weight);
+
+ private:
+  const ConvWeightSizes sizes_;
+  std::optional<Workspace<float>> held_;  // the sums between calls
+};
+
 }  // namespace vosops::cpu::amx
 
 #endif

@@ -329,6 +329,31 @@ def test_the_points_of_interpolation_have_a_third_of_the_usual_ones_error():
 
 
 @WINOGRAD
+@pytest.mark.parametrize("with_state", [True, False])
+def test_core_of_the_matrix_engine_without_it(with_state):
+    """In float64, which the engine does not take: PyTorch's convolutions serve the op, forward and backward."""
+    x, weights, bias, state = problem(n=2, t=3, c=3, hidden=2, h=3, w=4, dtype=torch.float64)
+    leaves = leaves_of(x, weights, bias, state if with_state else None, torch.float64)
+    padded = [*leaves, *([] if with_state else [None, None])]
+    output, cell, _ = torch.ops.vosops.conv_lstm_direct(*padded, 1.0)
+    want, (_, want_cell) = reference.conv_lstm(*leaves[:3], tuple(leaves[3:]) or None)
+    directions = [torch.randn_like(output), torch.randn_like(cell)]
+    got = torch.autograd.grad([output, cell], leaves, directions)
+    wanted = torch.autograd.grad([want, want_cell], leaves, directions)
+    for a, b in zip((output, cell, *got), (want, want_cell, *wanted), strict=True):
+        assert_near(a, b, TOLERANCE[torch.float64])
+
+
+@WINOGRAD
+def test_core_of_the_matrix_engine_of_nothing():
+    x, weight = torch.empty(0, 2, 3, 4, 5).bfloat16().requires_grad_(), torch.randn(8, 5, 3, 3).bfloat16()
+    output, cell, _ = torch.ops.vosops.conv_lstm_direct(x, weight.requires_grad_(), None, None, None, 1.0)
+    assert output.shape == (0, 2, 2, 4, 5) and cell.shape == (0, 2, 4, 5)
+    of_x, of_weight = torch.autograd.grad(output.sum() + cell.sum(), (x, weight))
+    assert of_x.shape == x.shape and torch.equal(of_weight, torch.zeros_like(weight))
+
+
+@WINOGRAD
 def test_winograd_second_derivatives():
     given = winograd_problem("less than a tile")
     found = []

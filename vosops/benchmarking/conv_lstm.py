@@ -222,6 +222,16 @@ BENCHMARK = Benchmark(
             goal_memory=HALF_OF_EAGER,
         ),
         LstmCase(
+            "training-bfloat16",
+            128,
+            30,
+            54,
+            4,
+            dtype=torch.bfloat16,
+            backward=True,
+            only=(EAGER, CHANNELS_LAST, COMPILE, EXACT),
+        ),
+        LstmCase(
             "128-30x54-bfloat16",
             128,
             30,

@@ -77,8 +77,8 @@ def conv_lstm(
         precision: "exact" convolves directly, "winograd" by Winograd's F(4x4,3x3), which has a quarter of the
             multiplications and a relative error of up to 2e-5. None takes Winograd where it applies (float32 on
             the CPU, 3x3 "convolution", C + hidden up to 2048) unless torch.use_deterministic_algorithms is on; and
-            for float16 and bfloat16, without gradients, the library for AMX where that serves, whose sums are
-            direct and whose gates are not rounded.
+            for bfloat16, and float16 without gradients, the library for AMX where that serves, whose sums are
+            direct and whose gates are not rounded before they are activated.
 
     Returns:
         output (N,T,hidden,H,W), the hidden state of every step, and the last (h, c), each (N,hidden,H,W).
@@ -285,11 +285,19 @@ def _wants_gradient(args: Sequence[Any]) -> bool:
 
 
 def _direct(*args: Any) -> tuple[Tensor, Tensor]:
-    """Call the steps, which are differentiable, or, without gradients, the op of the matrix engine."""
+    """Call the op that saves what a derivative needs or, without gradients, the one that keeps packed weights."""
     if _wants_gradient(args):
-        return _direct_steps(*args)
+        return _differentiable_direct(*args)
     result: tuple[Tensor, Tensor] = torch.ops.vosops.conv_lstm_direct_cached(*args)
     return result
+
+
+def _differentiable_direct(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call the matrix engine's op in bfloat16; of float16, whose products take two pieces each, the steps."""
+    if args[0].dtype != torch.bfloat16:
+        return _direct_steps(*args)
+    output, new_cell, _ = torch.ops.vosops.conv_lstm_direct(*args)
+    return output, new_cell
 
 
 def _direct_steps(
@@ -476,7 +484,7 @@ register_pieces(
 HAS_POINTWISE = has_kernel("conv_lstm_pointwise", "CPU")
 
 
-# ---- The registered pieces of Winograd's algorithm, which the CPU library has.
+# ---- The registered pieces of Winograd's algorithm and of the matrix engine, which the CPU library has.
 
 
 def _fake_winograd(
@@ -521,6 +529,38 @@ def _backward_winograd(ctx: Any, grad_output: Tensor, grad_cells: Tensor) -> tup
     )
     given = (x, weight, bias, hidden, cell)
     return *(None if t is None else grad for t, grad in zip(given, grads, strict=True)), None
+
+
+def _fake_direct(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, t, _, h, w = x.shape
+    channels = weight.shape[0] // GATES
+    saved = x.new_empty((n, t, _saved_size(channels, h, w)))
+    return x.new_empty((n, t, channels, h, w)), x.new_empty((n, channels, h, w)), saved
+
+
+def _backward_direct(
+    ctx: Any, grad_output: Tensor, grad_cell: Tensor, _grad_saved: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Nothing but this formula reads what was saved: its gradient is zero."""
+    *given, output, _, saved = ctx.saved_tensors
+    grads = torch.ops.vosops.conv_lstm_direct_backward(
+        grad_output, grad_cell, *given, ctx.forget_bias, output, saved
+    )
+    return *(None if t is None else grad for t, grad in zip(given, grads, strict=True)), None
+
+
+def _direct_gradients(grad_output: Tensor, grad_cell: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """Return what conv_lstm_direct_backward computes, in differentiable PyTorch."""
+    output = rest[-2]
+    earlier = torch.zeros_like(output[:, 1:])
+    return _winograd_gradients(grad_output, torch.cat([earlier, grad_cell.unsqueeze(1)], 1), *rest)
 
 
 def _winograd_gradients(
@@ -602,6 +642,94 @@ def _direct_cached(
     return output.contiguous(), new_cell.contiguous()
 
 
+def _direct_saving(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all hidden states, the last cell, and what `_direct_backward` needs of every step.
+
+    What the matrix engine cannot do is left to PyTorch's convolutions, which save plain gates and cells.
+    """
+    states: tuple[Tensor, Tensor, Tensor] = torch.ops.vosops.conv_lstm_direct_states(
+        x, weight, bias, hidden, cell, forget_bias
+    )
+    if states[1].numel() > 0:
+        return states
+    channels = weight.shape[0] // GATES
+    of_x, of_hidden = _split_weights([weight], x.shape[2], "convolution")
+    cell = x.new_zeros((x.shape[0], channels, *x.shape[3:])) if cell is None else cell
+    output, saved = [], []
+    for frame in x.unbind(1):
+        gates = _convolve(frame, of_x, bias, "convolution")
+        more_gates = None if hidden is None else _convolve(hidden, of_hidden, None, "convolution")
+        hidden, cell, active = torch.ops.vosops.conv_lstm_pointwise(gates, more_gates, cell, forget_bias)
+        output.append(hidden)
+        saved.append(torch.cat([active.flatten(1), cell.flatten(1)], 1))
+    plain = torch.stack(saved, 1)
+    room = _saved_size(channels, x.shape[3], x.shape[4]) - plain.shape[2]
+    return torch.stack(output, 1), cell.contiguous(), torch.nn.functional.pad(plain, (0, room))
+
+
+def _saved_size(hidden: int, height: int, width: int) -> int:
+    """Return how many numbers of a step are saved: csrc/cpu/conv_lstm_amx.h has their places."""
+    panels, groups = (hidden + 15) // 16, (height * (width + 1) - 1 + 31) // 32
+    return panels * groups * 2 * (GATES + 1) * 16 * 16
+
+
+def _direct_backward(
+    grad_output: Tensor,
+    grad_cell: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    forget_bias: float,
+    output: Tensor,
+    saved: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients from what `_direct_saving` saved."""
+    grads: tuple[Tensor, ...] = torch.ops.vosops.conv_lstm_direct_gradients(
+        grad_output, grad_cell, x, weight, hidden, cell, output, saved
+    )
+    if grads[1].shape == weight.shape:
+        return grads
+    n, steps, channels, h, w = output.shape
+    plain = saved[:, :, : (GATES + 1) * channels * h * w].unflatten(2, (-1, h, w))
+    gates, cells = plain[:, :, : GATES * channels], plain[:, :, GATES * channels :]
+    zeros = output.new_zeros((n, channels, h, w))
+    of_hidden, of_cell = zeros, grad_cell
+    of_weight, of_bias = torch.zeros_like(weight), weight.new_zeros(len(weight))
+    of_x = []
+    for t in reversed(range(steps)):
+        before = cells[:, t - 1] if t else zeros if cell is None else cell
+        state = output[:, t - 1] if t else zeros if hidden is None else hidden
+        of_gates, of_cell = torch.ops.vosops.conv_lstm_pointwise_backward(
+            grad_output[:, t] + of_hidden, of_cell, gates[:, t], before, cells[:, t]
+        )
+        of_input, of_filter, of_constant = torch.ops.aten.convolution_backward(
+            of_gates,
+            torch.cat([x[:, t], state], 1),
+            weight,
+            [len(weight)],
+            (1, 1),
+            (1, 1),
+            (1, 1),
+            False,
+            (0, 0),
+            1,
+            (True, True, True),
+        )
+        of_x.append(of_input[:, : x.shape[2]])
+        of_hidden = of_input[:, x.shape[2] :]
+        of_weight, of_bias = of_weight + of_filter, of_bias + of_constant
+    return torch.stack(of_x[::-1], 1), of_weight, of_bias, of_hidden.contiguous(), of_cell
+
+
 def _kept(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
     """Return what `pack` makes of a weight, which is kept until the weight changes or dies."""
     packed: Tensor | None = None
@@ -639,8 +767,32 @@ if HAS_WINOGRAD:
             _kernel,
             "CPU",
         )
+    define(
+        "conv_lstm_direct",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell, float forget_bias)"
+        " -> (Tensor output, Tensor new_cell, Tensor saved)",
+        _direct_saving,
+        "CPU",
+    )
+    define(
+        "conv_lstm_direct_backward",
+        "(Tensor grad_output, Tensor grad_cell, Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? cell,"
+        " float forget_bias, Tensor output, Tensor saved)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_hidden, Tensor grad_previous_cell)",
+        _direct_backward,
+        "CPU",
+    )
 register_pieces(
     {
+        "conv_lstm_direct": Piece(
+            _fake_direct, lambda _: _backward_direct, _setup_winograd, _looping("conv_lstm_direct")
+        ),
+        "conv_lstm_direct_backward": Piece(
+            _fake_winograd_backward,
+            lambda _: derivative_of(_direct_gradients, 7),
+            setup_saving_inputs,
+            _looping("conv_lstm_direct_backward"),
+        ),
         "conv_lstm_winograd": Piece(
             _fake_winograd, lambda _: _backward_winograd, _setup_winograd, _looping("conv_lstm_winograd")
         ),
@@ -660,7 +812,7 @@ register_pieces(
         ),
         "conv_lstm_direct_cached": Piece(
             _fake_winograd_cached,
-            lambda _: derivative_of(_direct_steps, 5),
+            lambda _: derivative_of(_differentiable_direct, 5),
             setup_saving_inputs,
             lambda _: looping_vmap(_direct),
         ),
