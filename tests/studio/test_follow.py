@@ -1,12 +1,17 @@
 """Following from the page: the product's loop, in every direction, paused and continued."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tests import clips
 from tests.studio.conftest import COUNT, finished
-from vosops.io.errors import InputError
+from vosops.io import masks, outputs
+from vosops.io.errors import InputError, disk_errors
 from vosops.runs.job import Job, Settings
+from vosops.runs.report import RESUME
 from vosops.studio.follow import Engine, FollowRequest, WithReferences
 
 
@@ -125,15 +130,115 @@ def test_what_was_running_when_the_server_died_is_paused(studio, project, truth,
     later.close()
 
 
-def test_marks_that_changed_end_a_paused_run(studio, project, truth):
+@pytest.mark.parametrize("change", ["begun with", "passed"])
+def test_a_mark_that_changed_where_a_run_has_been_ends_it(studio, project, truth, change):
     project.write_mark(0, truth[0])
     stop_at(studio, 3, "pause")
     paused = follow(studio, project, direction="all")
-    project.write_mark(0, truth[1])
+    frame = 0 if change == "begun with" else 1
+    project.write_mark(frame, truth[2])
     studio.queue.resume(project, paused["number"])
     failed = finished(studio, project, paused["number"])
     assert failed["state"] == "failed"
-    assert "the mask of frame 0 changed" in failed["message"]
+    assert f"it has passed frame {frame}, whose mark changed since" in failed["message"]
+
+
+def test_marks_ahead_of_a_paused_run_are_met_as_vosops_segment_does(studio, project, truth):
+    for frame in (0, 5):
+        project.write_mark(frame, truth[frame])
+    follow(studio, project, direction="all")
+    whole = results(project)
+    project.remove_mark(5)
+    stop_at(studio, 3, "pause")
+    paused = follow(studio, project, direction="all")
+    project.write_mark(5, truth[5])
+    studio.queue.resume(project, paused["number"])
+    assert finished(studio, project, paused["number"])["state"] == "done"
+    for frame, labels in results(project).items():
+        assert (labels == whole[frame]).all()
+
+
+def test_a_correction_of_the_frame_where_a_run_rests_is_what_it_goes_on_from(studio, project, truth, engine):
+    """The tracker keeps what it remembers, and sees the whole label map: an object that was erased is not there."""
+    project.write_mark(0, truth[0])
+    stop_at(studio, 3, "pause")
+    paused = follow(studio, project, direction="all")
+    corrected = np.where(truth[2] == 2, 0, truth[2]).astype(np.uint8)
+    corrected[:4] = 1
+    project.write_mark(2, corrected)
+    stop_at(studio, 5, "pause")  # to go on from a checkpoint that has the correction does not repeat it
+    studio.queue.resume(project, paused["number"])
+    finished(studio, project, paused["number"])
+    studio.queue.resume(project, paused["number"])
+    assert finished(studio, project, paused["number"])["state"] == "done"
+
+    tracker = clips.ColourTracker()
+    tracker.initialize(frame_of(0), torch_of(truth[0]))
+    for frame in (1, 2):
+        tracker.step(frame_of(frame))
+    tracker.step(frame_of(2), labels=torch_of(corrected), permanent=True)
+    for frame in range(3, COUNT):
+        labels = tracker.step(frame_of(frame), output="labels")
+        assert (project.labels(frame, "result") == labels.numpy()).all()
+    assert (project.labels(2) == corrected).all()
+
+
+def test_a_run_from_a_result_continues(studio, project, truth):
+    project.write_mark(0, truth[0])
+    follow(studio, project, direction="forward", frame=0, until=3)
+    stop_at(studio, 2, "pause")
+    paused = follow(studio, project, direction="forward", frame=3)
+    assert (paused["state"], paused["done"]) == ("paused", 2)
+    studio.queue.resume(project, paused["number"])
+    done = finished(studio, project, paused["number"])
+    assert (done["state"], done["done"]) == ("done", COUNT - 3)
+
+
+def test_a_job_continues_where_the_work_folder_has_another_path(studio, project, truth, engine, monkeypatch):
+    from vosops.studio.server import Studio
+
+    project.write_mark(0, truth[0])
+    stop_at(studio, 3, "pause")
+    number = follow(studio, project, direction="all")["number"]
+    studio.close()
+    monkeypatch.chdir(studio.work.parent)
+    later = Studio(Path(studio.work.name), engine)
+    again = later.project(project.id)
+    later.queue.resume(again, number)
+    assert finished(later, again, number)["state"] == "done"
+    assert len(list((again.folder / "runs").iterdir())) == 1
+    later.close()
+
+
+def test_a_full_disk_pauses_a_run_and_the_queue_lives(studio, project, truth, monkeypatch):
+    """Nothing can be written from the third frame on, the job's own file included, until there is room again."""
+    project.write_mark(0, truth[0])
+    full = []
+
+    def write_labels(path, labels, palette):
+        full.extend([1] * path.name.startswith("00002"))
+        fail_where(full)
+        masks.write_labels(path, labels, palette)
+
+    def write_text(path, text):
+        fail_where(full)
+        outputs.write_text(path, text)
+
+    monkeypatch.setattr("vosops.studio.follow.write_labels", write_labels)
+    monkeypatch.setattr("vosops.studio.jobs.write_text", write_text)
+    paused = follow(studio, project, direction="all")
+    assert paused["state"] == "paused"
+    assert paused["message"].endswith("the disk is full; free some space and continue")
+    monkeypatch.undo()
+    studio.queue.resume(project, paused["number"])
+    assert finished(studio, project, paused["number"])["state"] == "done"
+    assert project.shown_frames() == list(range(COUNT))
+
+
+def fail_where(full):
+    if full:
+        with disk_errors("it", RESUME):
+            raise OSError(errno.ENOSPC, "no space")
 
 
 def test_stopping_keeps_what_was_found(studio, project, truth):

@@ -1,6 +1,8 @@
 """Small pictures: the right frame, whatever was asked for before, and files that need not be there."""
 
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -100,3 +102,33 @@ def test_what_the_engine_decodes_is_kept(previews):
 def test_small_keeps_the_shape():
     assert small(np.zeros((100, 400, 3), np.uint8), 100).shape == (25, 100, 3)
     assert small(np.zeros((10, 40, 3), np.uint8), 100).shape == (10, 40, 3)
+
+
+def test_what_is_far_from_the_start_waits_until_it_is_known_where(tmp_path, monkeypatch):
+    path = clips.write_video(tmp_path / "v.mp4", [shade(i % 40) for i in range(60)], keyframe_every=15)
+    source, settled = SeekableVideo(path), threading.Event()
+    previews = Previews(source, tmp_path / "cache", settled=settled)
+    assert number_of(previews.preview(3)) == 3  # the first frames do not wait
+    firsts = []
+    decoded = SeekableVideo.decoded
+    monkeypatch.setattr(
+        SeekableVideo, "decoded", lambda self, first: firsts.append(self.has_times) or decoded(self, first)
+    )
+    with ThreadPoolExecutor(3) as threads:
+        asked = [threads.submit(ask, 55) for ask in (previews.preview, previews.thumbnail, previews.whole)]
+        assert not any(future.done() for future in asked)
+        later = source.twin()
+        assert later.read_times()
+        previews.replace_source(later)
+        settled.set()
+        assert [number_of(future.result(60)) for future in asked] == [15, 5, 15]
+    assert firsts
+    assert all(firsts)
+
+
+def test_pictures_are_shown_where_nothing_can_be_kept(video, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    previews = Previews(SeekableVideo(video), tmp_path / "cache")
+    assert number_of(previews.preview(5)) == 5
+    assert number_of(previews.thumbnail(2)) == 2
+    previews.offer(7, shade(7))

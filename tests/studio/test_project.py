@@ -45,7 +45,8 @@ def test_an_object_that_is_drawn_joins_the_list(opened, truth):
 
 
 def test_a_mark_is_shown_before_the_result(opened, truth):
-    path, add = opened.begin_run()
+    path = opened.begin_run()
+    add = opened.run_of(path)
     clips.write_mask(path / "00002.png", np.full(clips.SIZE, 2, np.uint8))
     add(record(2))
     assert (opened.labels(2) == 2).all()
@@ -58,7 +59,8 @@ def test_a_mark_is_shown_before_the_result(opened, truth):
 
 def test_the_latest_run_is_shown_and_the_one_before_is_kept(opened):
     for value in (1, 2):
-        path, add = opened.begin_run()
+        path = opened.begin_run()
+        add = opened.run_of(path)
         clips.write_mask(path / "00001.png", np.full(clips.SIZE, value, np.uint8))
         add(record(1, confidence=value / 4))
     assert (opened.labels(1, "result") == 2).all()
@@ -70,7 +72,7 @@ def test_the_latest_run_is_shown_and_the_one_before_is_kept(opened):
 
 
 def test_discarding_leaves_what_somebody_else_put_there(opened):
-    path, _ = opened.begin_run()
+    path = opened.begin_run()
     (path / "notes.txt").write_text("mine")
     opened.discard_last_run()
     assert (path / "notes.txt").read_text() == "mine"

@@ -57,6 +57,30 @@ def test_the_page_hears_of_each_frame(client, studio, project, truth):
     assert frames == list(range(COUNT))
 
 
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_other_pages_hear_what_a_page_changed(client, project, truth, method):
+    with client.websocket_connect(f"/api/events?token={TOKEN}", headers={"host": HOST}) as socket:
+        runs = runs_of_labels.encode(truth[2])
+        headers = {"x-vosops-page": "page-1"}
+        client.request(method, f"{base(project)}/frames/2/mark", content=runs, headers=headers)
+        heard = socket.receive_json()
+    assert heard == {"type": "project", "project": project.id, "by": "page-1", "frame": 2}
+
+
+def test_videos_that_are_not_looked_at_are_closed(studio, tmp_path):
+    names = []
+    for number in range(4):
+        frames = [clips.picture(boxes) for boxes in clips.moving(2 + number)]
+        project = studio.open_path(clips.write_video(tmp_path / f"{number}.mp4", frames))
+        studio.wait_for_times()
+        studio.previews(project.id).preview(1)
+        names.append(project.id)
+    open_ones = [name for name in names if studio._open[name][1].source._idle is not None]
+    reading = [name for name in names if studio._open[name][1]._reading is not None]
+    assert set(open_ones + reading) <= set(names[-2:])
+    assert studio.previews(names[0]).preview(0)
+
+
 def test_a_frame_without_mask_has_no_content(client, project):
     assert client.get(f"{base(project)}/frames/0/labels/shown").status_code == 204
 
@@ -87,6 +111,7 @@ def test_a_video_is_sent_and_opened(client, studio, tmp_path):
     studio.wait_for_times()
     state = client.get(f"/api/projects/{name}").json()
     assert (state["count"], state["exact"], state["width"]) == (3, True, 64)
+    assert not state["reading"]
     [listed] = client.get("/api/projects").json()
     assert listed["title"] == "phone.mp4"
 

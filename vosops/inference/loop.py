@@ -17,6 +17,7 @@ from vosops.io.frames import FrameSource, RawFrame, read_ahead, with_last
 from vosops.io.masks import IGNORE, MaskSet
 from vosops.io.resize import bounded_size, resize_frame, resize_labels, resize_probability, to_labels
 from vosops.memory import MemoryBudgetError
+from vosops.models._tracking import ids_of
 
 from .chunks import Chunks
 
@@ -211,6 +212,21 @@ class TrackingLoop:
             yield from self._forward()
         if self.phase == "backward":
             yield from self._backward()
+
+    def correct(self, image: Tensor, labels: Tensor) -> None:
+        """Show the tracker the truth of the frame that came last, before the next one; it is kept for good.
+
+        Unlike a given mask, and unlike :meth:`vosops.Session.add_objects`, it speaks of every object: one that it does
+        not show is not in the frame.
+
+        Args:
+            image: (H, W, 3) uint8 RGB at the input's size.
+            labels: (H, W) integer ids of the given masks.
+        """
+        frame = resize_frame(image.permute(2, 0, 1), self.compute_size).to(self.device)
+        small = self._small(labels, ids_of(labels))
+        with torch.inference_mode(), self._autocast(), self._backend():
+            self.tracker.step(frame, labels=small, permanent=True)
 
     def _forward(self) -> Iterator[SegmentedFrame]:
         step = self.indices.step

@@ -22,6 +22,10 @@ class InputError(VosopsError):
     exit_code = 2
 
 
+class DiskError(VosopsError):
+    """Something cannot be written: the disk is full, a permission is missing and the like."""
+
+
 class FolderInUseError(InputError):
     """Another run is writing into the output folder."""
 
@@ -44,7 +48,7 @@ class InterruptedRunError(VosopsError):
 
 @contextmanager
 def disk_errors(what: str, then: str = "run the same command again") -> Iterator[None]:
-    """Turn an ``OSError`` raised while writing ``what`` into a one-line :class:`VosopsError`.
+    """Turn an ``OSError`` raised while writing ``what`` into a one-line :class:`DiskError`.
 
     ``then`` is what to do when the trouble is over.
     """
@@ -62,7 +66,7 @@ def disk_errors(what: str, then: str = "run the same command again") -> Iterator
         else:
             reason = " ".join(str(error.strerror or error).split())
             advice = f"{reason}; mend that and {then}"
-        raise VosopsError(f"cannot write {what}: {advice}") from error
+        raise DiskError(f"cannot write {what}: {advice}") from error
 
 
 def require(module: str, extra: str = "video") -> ModuleType:

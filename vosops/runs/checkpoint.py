@@ -62,13 +62,21 @@ class RunState:
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Raise a ``ResumeError`` that lists how ``arguments`` differ from those of the run here."""
-        before = _read_json(self._arguments)
+        before = self.arguments()
         found = differences(before, json.loads(json.dumps(arguments)))
         if found:
             raise ResumeError(
                 f"cannot resume {self.folder.parent}: {'; '.join(found)}. "
                 "Give the same arguments, or --overwrite"
             )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what :meth:`start` or :meth:`amend` kept."""
+        return _read_json(self._arguments)
+
+    def amend(self, arguments: dict[str, Any]) -> None:
+        """Replace the arguments of a run with others that would have led to where its checkpoint is."""
+        write_text(self._arguments, json.dumps(arguments, indent=1), sync=True, advice=RESUME)
 
     def save(self, propagation: dict[str, Any], done: int, seconds: float, masks: Iterable[Path]) -> None:
         """Write a checkpoint: the loop's state, how much of the record belongs to it, the time spent.

@@ -25,7 +25,7 @@ from vosops.io.video_writer import VideoWriter
 from vosops.runs.drawing import colour_table, overlay, soft_alpha
 from vosops.runs.job import Settings
 
-from .follow import own_reader
+from .follow import reading
 from .jobs import Control, Job
 from .project import EXPORTS, Project
 
@@ -211,14 +211,14 @@ class _Task:
 
     def _pictures(self) -> Iterator[tuple[RawFrame, Labels]]:
         """Yield each frame that has a mask, and its label map."""
-        reader = own_reader(self.project.source)
-        for raw in reader.forward(self.frames):
-            labels = self.project.labels(raw.index)
-            if labels is not None:
-                yield raw, labels
-            self._advance()
-        if reader.problem:
-            raise VosopsError(reader.problem)
+        with reading(self.project.source) as reader:
+            for raw in reader.forward(self.frames):
+                labels = self.project.labels(raw.index)
+                if labels is not None:
+                    yield raw, labels
+                self._advance()
+            if reader.problem:
+                raise VosopsError(reader.problem)
 
     def _records(self) -> Iterator[tuple[Any, Labels]]:
         for frame, labels in self._labels():

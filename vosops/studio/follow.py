@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
     from vosops.io.frames import Image
     from vosops.models import VideoTracker
 
-__all__ = ["Engine", "FollowRequest", "WithReferences", "own_reader"]
+__all__ = ["Engine", "FollowRequest", "WithReferences", "own_reader", "reading"]
 
 Direction = Literal["all", "forward", "backward"]
 _MOST_REFERENCES = 16
+_MARKS = ("masks", "other masks")  # of a run's arguments: what a person may change while it rests
 
 
 @dataclass(frozen=True)
@@ -131,23 +133,10 @@ class Engine:
         """Do a job of the kind "follow"; return what came of it."""
         request = FollowRequest.parse(job.request, project)
         settings = self.settings_of(project)
-        source = own_reader(project.source)
-        indices, given, others = _given(project, request)
-        masks = MaskSet(given, source.size)
+        known = project.run_folder(job.memory["run"]) if "run" in job.memory else None
+        indices, given, others = _given(project, request, known)
+        masks = MaskSet(given, project.source.size)
         tracker = self._tracker(settings)
-        loop = TrackingLoop(
-            tracker,
-            source,
-            masks,
-            indices,
-            short_side=settings.size,
-            device=settings.place,
-            dtype=find_dtype(settings.dtype),
-            naive=settings.naive,
-        )
-        if others:
-            shown = partial(_references, source, others, loop)
-            loop.tracker = WithReferences(tracker, shown)  # type: ignore[assignment]
         arguments = {
             "request": [request.direction, request.frame, request.until],
             "masks": masks.digests(),
@@ -155,13 +144,24 @@ class Engine:
             **settings.arguments(),
             **_verdicts.arguments(settings.place),
         }
-        folder = Path(job.memory["run"]) if "run" in job.memory else None
-        if folder is None:
-            path, add = project.begin_run()
-            job.memory["run"] = str(path)
-        else:
-            path, add = folder, project.run_of(folder)
-        return _Run(project, path, loop, masks, control, self.offer).execute(arguments, add)
+        with reading(project.source) as source:
+            loop = TrackingLoop(
+                tracker,
+                source,
+                masks,
+                indices,
+                short_side=settings.size,
+                device=settings.place,
+                dtype=find_dtype(settings.dtype),
+                naive=settings.naive,
+            )
+            if others:
+                shown = partial(_references, project.source, others, loop)
+                loop.tracker = WithReferences(tracker, shown)  # type: ignore[assignment]
+            folder = known or project.begin_run()
+            job.memory["run"] = folder.name
+            run = _Run(project, folder, loop, masks, control, self.offer)
+            return run.execute(arguments, project.run_of(folder))
 
     def _tracker(self, settings: Settings) -> VideoTracker:
         model = replace(settings, size=self.settings.size)
@@ -218,27 +218,72 @@ class _Run:
             state.start(arguments)
             return 0, 0.0
         try:
-            state.check(arguments)
+            before = state.arguments()
+            state.check({**arguments, **{key: before.get(key) for key in _MARKS}})
+            checkpoint = state.load()
         except ResumeError as error:
-            reason = (
-                str(error)
-                .partition(": ")[2]
-                .removesuffix("Give the same arguments, or --overwrite")
-                .rstrip(" .")
-            )
             raise InputError(
-                f"this cannot continue, for {reason}: follow again from the frame you want"
+                f"this cannot continue, for {_reason(error)}: follow again from the frame you want"
             ) from error
-        checkpoint = state.load()
         self.project.reload_run(self.folder)
         if checkpoint is None:
+            state.start(arguments)
             return 0, 0.0
         self.loop.load_state_dict(checkpoint["propagation"])
-        return checkpoint["done"], checkpoint["seconds"]
+        done, seconds = checkpoint["done"], checkpoint["seconds"]
+        if any(before.get(key) != arguments[key] for key in _MARKS):
+            corrected = self._corrected(before, arguments)
+            if corrected is not None:
+                self._correct(corrected)
+                state.save(self.loop.state_dict(), done, seconds, [])
+            state.amend(arguments)
+        return done, seconds
+
+    def _corrected(self, before: dict[str, Any], now: dict[str, Any]) -> int | None:
+        """Return the frame behind which the run rests, if it was corrected, else None.
+
+        Marks on frames that are still to come were no part of what was done: the loop meets them on its way.
+
+        Raises:
+            InputError: A mark changed that the run has used, or on a frame that it has passed.
+        """
+        changed = sorted(
+            int(frame)
+            for key in _MARKS
+            for frame in {*before[key], *now[key]}
+            if before[key].get(frame) != now[key].get(frame)
+        )
+        latest = self.loop.position - 1
+        used = {int(frame) for frame in before["masks"] if int(frame) <= latest}
+        forward = self.loop.phase == "forward" and before["other masks"] == now["other masks"]
+        for frame in changed:
+            passed = frame < latest or frame in used or (frame == latest and frame not in self.masks.frames)
+            if passed or not forward:
+                raise InputError(
+                    f"this cannot continue: it has passed frame {frame}, whose mark changed since. Go to that frame "
+                    "and choose Forward from here or Backward from here"
+                )
+        return latest if latest in changed else None
+
+    def _correct(self, frame: int) -> None:
+        labels, _ = self.masks.labels(frame)
+        with reading(self.project.source) as reader:
+            for raw in reader.forward(range(frame, frame + 1)):
+                self.loop.correct(torch.from_numpy(raw.image), torch.from_numpy(labels))
 
 
-def _given(project: Project, request: FollowRequest) -> tuple[range, list[GivenMask], list[GivenMask]]:
-    """Return the frames to process, the masks on them, and masks of other frames to remember."""
+def _reason(error: ResumeError) -> str:
+    reason = str(error).partition(": ")[2]
+    return reason.removesuffix("Give the same arguments, or --overwrite").rstrip(" .")
+
+
+def _given(
+    project: Project, request: FollowRequest, run: Path | None
+) -> tuple[range, list[GivenMask], list[GivenMask]]:
+    """Return the frames to process, the masks on them, and masks of other frames to remember.
+
+    run: the folder of what this has found already, which is not what it began with.
+    """
     source = project.source
     count = source.count if source.count_is_exact else None
     marks = {frame: mask for frame in project.marks if (mask := _mark(project, frame)) is not None}
@@ -249,10 +294,10 @@ def _given(project: Project, request: FollowRequest) -> tuple[range, list[GivenM
     frame = request.frame
     start = marks.get(frame)
     if start is None:
-        labels = None if frame in project.marks else project.labels(frame, "result")
+        labels = None if frame in project.marks else project.labels(frame, "result", without=run)
         if labels is None or not labels.any():
             raise InputError(f"frame {frame} shows no object: mark one there, or follow from another frame")
-        record = project.record(frame)
+        record = project.record(frame, without=run)
         title = f"found on frame {frame}"
         digest = f"{frame} {record}"
         start = GivenMask(frame, title, digest, array=labels)
@@ -285,14 +330,26 @@ def _references(
     source: FrameSource, masks: list[GivenMask], loop: TrackingLoop
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the frames of masks and their labels at the size of the computation."""
-    for mask in masks:
-        labels = torch.from_numpy(mask.read()[0])
-        for raw in source.forward(range(mask.frame, mask.frame + 1)):
-            frame = resize_frame(torch.from_numpy(raw.image).permute(2, 0, 1), loop.compute_size)
-            small = resize_labels(labels, loop.compute_size, ids_of(labels))
-            yield frame.to(loop.device), small.long().to(loop.device)
+    with reading(source) as reader:
+        for mask in masks:
+            labels = torch.from_numpy(mask.read()[0])
+            for raw in reader.forward(range(mask.frame, mask.frame + 1)):
+                frame = resize_frame(torch.from_numpy(raw.image).permute(2, 0, 1), loop.compute_size)
+                small = resize_labels(labels, loop.compute_size, ids_of(labels))
+                yield frame.to(loop.device), small.long().to(loop.device)
 
 
 def own_reader(source: FrameSource) -> FrameSource:
     """Return a source for another thread than the one that reads this one."""
     return source.twin() if isinstance(source, SeekableVideo) else source
+
+
+@contextmanager
+def reading(source: FrameSource) -> Iterator[FrameSource]:
+    """Yield :func:`own_reader` of a source, and close its decoder at the end."""
+    reader = own_reader(source)
+    try:
+        yield reader
+    finally:
+        if isinstance(reader, SeekableVideo):
+            reader.close()

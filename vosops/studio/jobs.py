@@ -7,17 +7,19 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vosops.io.errors import InputError, VosopsError
+from vosops.io.errors import DiskError, InputError, VosopsError
 from vosops.io.outputs import write_text
+from vosops.runs.report import RESUME
 
 from .project import JOBS, Project
 
-__all__ = ["Control", "Job", "JobQueue", "Perform"]
+__all__ = ["Control", "Job", "JobQueue", "Perform", "said"]
 
 State = Literal["waiting", "running", "paused", "done", "failed", "stopped"]
 _UNFINISHED = ("waiting", "running", "paused")
@@ -57,7 +59,7 @@ class Job:
 class Control:
     """What a job in progress asks and tells."""
 
-    def __init__(self, job: Job, changed: Callable[[Job, dict[str, Any]], None]) -> None:
+    def __init__(self, job: Job, changed: Callable[[Job, dict[str, Any], bool], None]) -> None:
         self.job = job
         self.wish: Literal["", "pause", "stop"] = ""
         self._changed = changed
@@ -68,10 +70,10 @@ class Control:
         return bool(self.wish)
 
     def begin(self, total: int | None, done: int = 0) -> None:
-        """Say how many frames there are, and how many were done before."""
+        """Say how many frames there are, and how many were done before; what the job remembers is on the disk then."""
         self.job.total, self.job.done = total, done
         self._recent.clear()
-        self._tell({})
+        self._changed(self.job, {}, True)
 
     def advance(self, **news: Any) -> None:
         """Count a frame; ``news`` goes to the page with it."""
@@ -85,18 +87,33 @@ class Control:
         self._tell(news)
 
     def _tell(self, news: dict[str, Any]) -> None:
-        self._changed(self.job, news)
+        self._changed(self.job, news, False)
 
 
 class Perform:
-    """Kinds of jobs: what does each of them, by name."""
+    """Kinds of jobs: what does each of them, by name.
 
-    def __init__(self, kinds: Mapping[str, Callable[[Project, Job, Control], str]]) -> None:
+    Args:
+        kinds: What does each kind.
+        continuing: The kinds that continue from where they were; others begin again.
+    """
+
+    def __init__(
+        self,
+        kinds: Mapping[str, Callable[[Project, Job, Control], str]],
+        continuing: Collection[str] = (),
+    ) -> None:
         self.kinds = dict(kinds)
+        self.continuing = frozenset(continuing)
 
     def __call__(self, project: Project, job: Job, control: Control) -> str:
         """Do the job; return what came of it, in one line."""
         return self.kinds[job.kind](project, job, control)
+
+
+def said(error: VosopsError) -> str:
+    """Return an error's line in the words of the page, which knows no commands."""
+    return str(error).replace(RESUME, "continue").replace("run the same command again", "try again")
 
 
 class JobQueue:
@@ -248,8 +265,11 @@ class JobQueue:
                 job.message = self._perform(project, job, control)
                 if control.wish:
                     state = "paused" if control.wish == "pause" else "stopped"
+            except DiskError as error:
+                state = "paused" if job.kind in self._perform.continuing else "failed"
+                job.message = said(error)
             except VosopsError as error:
-                state, job.message = "failed", str(error)
+                state, job.message = "failed", said(error)
             except Exception as error:  # the queue goes on whatever a job does
                 traceback.print_exc()
                 state, job.message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -259,16 +279,18 @@ class JobQueue:
                 self._write(job)
             self._tell(job, {})
 
-    def _changed(self, job: Job, news: dict[str, Any]) -> None:
+    def _changed(self, job: Job, news: dict[str, Any], at_once: bool) -> None:
         now = time.monotonic()
-        if now - self._written > _WRITE_EVERY:
+        if at_once or now - self._written > _WRITE_EVERY:
             self._written = now
             self._write(job)
         self._tell(job, news)
 
     def _write(self, job: Job) -> None:
+        """Write a job's file. Where the disk is full it keeps an earlier state, from which the job goes on too."""
         path = self._folders[job.project] / f"{job.number:04d}.json"
-        write_text(path, json.dumps(asdict(job), indent=1))
+        with suppress(VosopsError):
+            write_text(path, json.dumps(asdict(job), indent=1))
 
     def _tell(self, job: Job, news: dict[str, Any]) -> None:
         self._publish({"type": "job", "project": job.project, "job": asdict(job), **news})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vosops.io.errors import VosopsError, require
+from vosops.io.errors import FolderInUseError, VosopsError, disk_errors, require
+from vosops.io.outputs import OwnedFolder
 
 if TYPE_CHECKING:
     from .assist import ClickTool
@@ -39,7 +41,7 @@ def serve(
         announce: Called once, with the URL, when the server listens.
 
     Raises:
-        InputError: The video cannot be used.
+        InputError: The video cannot be used, or another server uses the work folder.
         VosopsError: A package is not installed, or the port is taken.
     """
     uvicorn: Any = require("uvicorn", "studio")
@@ -48,27 +50,57 @@ def serve(
     require("av")
     from .server import Studio, build_app
 
-    studio = Studio(work, engine, click)
-    project = None if video is None else studio.open_path(video)
+    with _only_one(work):
+        studio = Studio(work, engine, click)
+        try:
+            project = None if video is None else studio.open_path(video)
+            listener = _listener(port)
+        except VosopsError:
+            studio.close()
+            raise
+        port = listener.getsockname()[1]
+        token = secrets.token_urlsafe(24)
+        app = build_app(studio, token=token, hosts=[f"{HOST}:{port}", f"localhost:{port}"])
+        address = f"http://{HOST}:{port}/?token={token}" + (f"#{project.id}" if project else "")
+
+        class Server(uvicorn.Server):  # type: ignore[misc]
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets=sockets)
+                announce(address)
+
+        limits = {"ws_max_size": 1 << 16, "timeout_graceful_shutdown": 3}
+        config = uvicorn.Config(app, log_level="warning", access_log=False, **limits)
+        with listener:
+            Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _only_one(work: Path) -> Iterator[None]:
+    """Hold the work folder, whose jobs two servers would take from each other; it is not left behind empty."""
+    with disk_errors(str(work), "choose another --work"):
+        work.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(OwnedFolder(work).locked())
+        except FolderInUseError as error:
+            raise FolderInUseError(
+                f"another vosops studio uses {work}: open its page, or give another --work"
+            ) from error
+        stack.callback(_remove_if_empty, work)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # there is something in it
+        folder.rmdir()
+
+
+def _listener(port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
     except OSError as error:
         listener.close()
-        studio.close()
         raise VosopsError(f"--port {port} cannot be used ({error.strerror}): choose another, or 0") from error
-    port = listener.getsockname()[1]
-    token = secrets.token_urlsafe(24)
-    app = build_app(studio, token=token, hosts=[f"{HOST}:{port}", f"localhost:{port}"])
-    address = f"http://{HOST}:{port}/?token={token}" + (f"#{project.id}" if project else "")
-
-    class Server(uvicorn.Server):  # type: ignore[misc]
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
-            announce(address)
-
-    limits = {"ws_max_size": 1 << 16, "timeout_graceful_shutdown": 3}
-    config = uvicorn.Config(app, log_level="warning", access_log=False, **limits)
-    with listener:
-        Server(config).run(sockets=[listener])
+    return listener

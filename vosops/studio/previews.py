@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vosops.io.errors import InputError
+from vosops.io.errors import DiskError, InputError
 from vosops.io.frames import FrameSource
 from vosops.io.outputs import complete_or_absent
 from vosops.io.seeking import SeekableVideo
@@ -37,16 +37,28 @@ _CHECK_EVERY = 256  # writes between two looks at the size of the cache
 class Previews:
     """The small pictures of one video.
 
+    Until it is known where the frames of a video are, what is far from its first frame is waited for: decoding a long
+    video from its start would take minutes.
+
     Args:
         source: The frames; nobody else reads them.
-        folder: Where the pictures are kept. What is in it may be deleted at any time.
+        folder: Where the pictures are kept. What is in it may be deleted at any time, and where it cannot be written
+            to nothing is kept.
         limit: Bytes of the folder above which the pictures that were not used for longest are deleted.
+        settled: Set when no more becomes known of the source; None: nothing is being looked for.
     """
 
-    def __init__(self, source: FrameSource, folder: Path, limit: int = _CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        source: FrameSource,
+        folder: Path,
+        limit: int = _CACHE_BYTES,
+        settled: threading.Event | None = None,
+    ) -> None:
         self.source = source
         self.folder = folder
         self.limit = limit
+        self._settled = settled
         self._lock = threading.Lock()  # of the decoder
         self._writing = threading.Lock()
         self._reading: Iterator[tuple[int, Image]] | None = None
@@ -59,7 +71,11 @@ class Previews:
         Raises:
             InputError: It cannot be read.
         """
-        return self._kept(f"preview/{frame:07d}.jpg") or self._decode(frame)
+        kept = self._kept(f"preview/{frame:07d}.jpg")
+        if kept is not None:
+            return kept
+        self._wait_for(frame)
+        return self._decode(frame)
 
     def thumbnail(self, frame: int) -> bytes:
         """Return the frame, or the key frame before it, as a JPEG of at most 160 pixels.
@@ -67,6 +83,7 @@ class Previews:
         Raises:
             InputError: It cannot be read.
         """
+        self._wait_for(frame)
         source = self.source
         if isinstance(source, SeekableVideo) and source.has_times:
             keys = source.key_frames
@@ -93,6 +110,7 @@ class Previews:
         Raises:
             InputError: It cannot be read.
         """
+        self._wait_for(frame)
         with self._lock:
             for raw in self.source.forward(range(frame, frame + 1)):
                 return raw.image
@@ -113,9 +131,13 @@ class Previews:
             self.source = source
 
     def close(self) -> None:
-        """Close the decoder."""
+        """Close the decoder; it is opened again when something is asked for."""
         with self._lock:
             self._close()
+
+    def _wait_for(self, frame: int) -> None:
+        if self._settled is not None and frame >= _READ_ON:
+            self._settled.wait()
 
     def _decode(self, frame: int) -> bytes:
         name = f"preview/{frame:07d}.jpg"
@@ -170,8 +192,11 @@ class Previews:
     def _keep(self, name: str, image: Image, quality: int) -> bytes:
         content = jpeg(image, quality)
         with self._writing:
-            with complete_or_absent(self.folder / name) as file:
-                file.write(content)
+            try:
+                with complete_or_absent(self.folder / name) as file:
+                    file.write(content)
+            except DiskError:
+                return content
             self._writes += 1
             if self._writes % _CHECK_EVERY == 0:
                 self._trim()

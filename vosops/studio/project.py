@@ -20,6 +20,7 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -201,16 +202,17 @@ class Project:
             self.mark_path(frame).unlink(missing_ok=True)
             self._marks.discard(frame)
 
-    def labels(self, frame: int, layer: Layer = "shown") -> Labels | None:
+    def labels(self, frame: int, layer: Layer = "shown", *, without: Path | None = None) -> Labels | None:
         """Return a frame's label map (H, W), None if it has none.
 
         Args:
             frame: Its number.
             layer: "mark" is what was drawn, "result" what the latest run found, "before" what the run before that
                 found, "shown" the first of the first two.
+            without: The folder of a run that does not count.
         """
         self.check_frame(frame)
-        path = self._layer(frame, layer)
+        path = self._layer(frame, layer, without)
         if path is None:
             return None
         try:
@@ -218,26 +220,31 @@ class Project:
         except InputError:  # deleted while it was looked for
             return None
 
-    def _layer(self, frame: int, layer: Layer) -> Path | None:
+    def _layer(self, frame: int, layer: Layer, without: Path | None = None) -> Path | None:
         with self._lock:
             if layer in ("shown", "mark") and frame in self._marks:
                 return self.mark_path(frame)
             if layer == "mark":
                 return None
-            with_frame = [run for run in reversed(self._runs) if frame in run.frames]
+            with_frame = self._runs_with(frame, without)
             place = 1 if layer == "before" else 0
             return with_frame[place].folder / f"{self.name(frame)}.png" if len(with_frame) > place else None
 
     # Results
 
-    def begin_run(self) -> tuple[Path, Callable[[FrameRecord], None]]:
-        """Return the folder of a new run, and what to call with each frame that is written there."""
+    def begin_run(self) -> Path:
+        """Return the folder of a new run; :meth:`run_of` returns what to call with each frame that is written there."""
         with self._lock:
             numbers = [int(path.name) for path in self._folders(RUNS)]
             folder = self.folder / RUNS / f"{max(numbers, default=0) + 1:04d}"
             folder.mkdir(parents=True)
             self._runs.append(Run(folder))
-            return folder, self.run_of(folder)
+            return folder
+
+    def run_folder(self, name: str) -> Path | None:
+        """Return the folder of a run, of which only the name counts; None if the run was taken back."""
+        with self._lock:
+            return next((run.folder for run in self._runs if run.folder.name == Path(name).name), None)
 
     def run_of(self, folder: Path) -> Callable[[FrameRecord], None]:
         """Return what to call with each frame that is written to a run's folder."""
@@ -280,10 +287,14 @@ class Project:
         with self._lock:
             return sorted({*self._marks, *self._done()})
 
-    def record(self, frame: int) -> FrameRecord | None:
-        """Return what the latest run that reached a frame knows of it."""
+    def record(self, frame: int, *, without: Path | None = None) -> FrameRecord | None:
+        """Return what the latest run that reached a frame knows of it; ``without``: a run that does not count."""
         with self._lock:
-            return next((run.frames[frame] for run in reversed(self._runs) if frame in run.frames), None)
+            return next((run.frames[frame] for run in self._runs_with(frame, without)), None)
+
+    def _runs_with(self, frame: int, without: Path | None = None) -> list[Run]:
+        """Return the runs that reached a frame, the latest first."""
+        return [run for run in reversed(self._runs) if frame in run.frames and run.folder != without]
 
     def _done(self) -> set[int]:
         return {frame for run in self._runs for frame in run.frames}
@@ -335,7 +346,7 @@ class Project:
             records, marks = self._latest(), sorted(self._marks)
             table = colour_table(davis_palette(), binary=False)
             height, width = self.source.size
-            before = {frame for frame in records if self._layer(frame, "before") is not None}
+            reached = Counter(frame for run in self._runs for frame in run.frames)
             return {
                 "id": self.id,
                 "title": self.title,
@@ -352,7 +363,7 @@ class Project:
                 "marks": marks,
                 "frames": sorted(records),
                 "confidence": [confidence_of(record) for record in records.values()],
-                "before": sorted(before),
+                "before": [frame for frame in records if reached[frame] > 1],
                 "look": look_at(records, set(marks)),
                 "settings": self.settings,
             }

@@ -31,9 +31,9 @@ from . import runs_of_labels
 from .assist import ClickTool, grab_cut
 from .events import Hub
 from .export import EXPORT_KINDS, Exporter, command
-from .follow import Engine, FollowRequest
+from .follow import Engine, FollowRequest, own_reader
 from .guard import Guard
-from .jobs import JobQueue, Perform
+from .jobs import JobQueue, Perform, said
 from .previews import Previews
 from .project import CACHE, EXPORTS, PROJECT, Project, StudioObject, projects_in
 
@@ -46,6 +46,8 @@ UPLOADS, PROJECTS = "uploads", "projects"
 _MOST_MASK_BYTES = 64 << 20
 _SPARE_BYTES = 256 << 20  # of the disk, that an upload leaves free
 _SIZES = (240, 360, 480, 720, 1080, -1)
+_MOST_DECODERS = 2  # of projects that are looked at in turn; a 4K decoder holds some hundred megabytes
+_PAGE_HEADER, _LONGEST_PAGE = "x-vosops-page", 40
 _RUNS_TYPE = "application/octet-stream"
 _PICTURES = {"preview": Previews.preview, "thumbnail": Previews.thumbnail, "whole": Previews.whole}
 
@@ -71,11 +73,13 @@ class Studio:
         self.hub = Hub()
         self._lock = threading.RLock()
         self._open: dict[str, tuple[Project, Previews]] = {}
+        self._looked_at: list[str] = []
         self._closing = threading.Event()
-        self._readers: list[threading.Thread] = []
+        self._readers: dict[str, threading.Thread] = {}
         engine.offer = self._offer
         exporter = Exporter(engine.settings_of)
-        self.queue = JobQueue(Perform({"follow": engine.follow, "export": exporter.export}), self.hub.publish)
+        perform = Perform({"follow": engine.follow, "export": exporter.export}, continuing=["follow"])
+        self.queue = JobQueue(perform, self.hub.publish)
 
     def open_path(self, path: Path) -> Project:
         """Open a video file or a folder of frames: its project, or a new one.
@@ -97,7 +101,13 @@ class Studio:
 
     def previews(self, name: str) -> Previews:
         """Return the small pictures of a project; see :meth:`project`."""
-        return self._entry(name)[1]
+        previews = self._entry(name)[1]
+        with self._lock:
+            self._looked_at = [*(other for other in self._looked_at if other != name), name]
+            rest, self._looked_at = self._looked_at[:-_MOST_DECODERS], self._looked_at[-_MOST_DECODERS:]
+        for other in rest:
+            self._open[other][1].close()
+        return previews
 
     def _entry(self, name: str) -> tuple[Project, Previews]:
         with self._lock:
@@ -112,28 +122,36 @@ class Studio:
         if project.id in self._open:
             return self._open[project.id][0]
         reader: FrameSource = project.source
-        self._open[project.id] = (project, Previews(_twin(reader), project.folder / CACHE))
+        settled = threading.Event() if isinstance(reader, SeekableVideo) else None
+        previews = Previews(own_reader(reader), project.folder / CACHE, settled=settled)
+        self._open[project.id] = (project, previews)
         self.queue.adopt(project)
-        if isinstance(reader, SeekableVideo):
-            thread = threading.Thread(target=self._read_times, args=(project,), name="vosops-studio-times")
-            self._readers.append(thread)
+        if settled is not None:
+            arguments = (project, previews, settled)
+            thread = threading.Thread(target=self._read_times, args=arguments, name="vosops-studio-times")
+            self._readers[project.id] = thread
             thread.start()
         return project
 
-    def _read_times(self, project: Project) -> None:
+    def _read_times(self, project: Project, previews: Previews, settled: threading.Event) -> None:
         """Find where each frame is, while the page shows the first ones."""
         source = project.source
         assert isinstance(source, SeekableVideo)
-        with contextlib.suppress(VosopsError):
-            if source.read_times(self._closing.is_set):
-                with self._lock:
-                    previews = self._open[project.id][1]
-                previews.replace_source(source.twin())
-        self.hub.publish({"type": "project", "project": project.id})
+        try:
+            with contextlib.suppress(VosopsError):
+                if source.read_times(self._closing.is_set):
+                    previews.replace_source(source.twin())
+        finally:
+            settled.set()
+            with self._lock:
+                self._readers.pop(project.id, None)
+            self.hub.publish({"type": "project", "project": project.id})
 
     def wait_for_times(self) -> None:
         """Return when every open video was read through."""
-        for thread in list(self._readers):
+        with self._lock:
+            readers = list(self._readers.values())
+        for thread in readers:
             thread.join()
 
     def _offer(self, project: Project, frame: int, image: Any) -> None:
@@ -155,6 +173,7 @@ class Studio:
         files = sorted(exports.iterdir(), key=os.path.getmtime) if exports.is_dir() else []
         return {
             **project.state(),
+            "reading": project.id in self._readers,
             "jobs": self.queue.jobs(project)[:50],
             "exports": [
                 {"name": file.name, "bytes": file.stat().st_size}
@@ -173,10 +192,6 @@ class Studio:
             "click": self.click.title if self.click else None,
             "command": command(project, settings),
         }
-
-
-def _twin(source: FrameSource) -> FrameSource:
-    return source.twin() if isinstance(source, SeekableVideo) else source
 
 
 def build_app(studio: Studio, *, token: str, hosts: list[str]) -> Starlette:
@@ -235,7 +250,8 @@ async def _page(request: Request) -> Response:
 
 
 async def _say(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 400)
+    assert isinstance(error, VosopsError)
+    return JSONResponse({"error": said(error)}, 400)
 
 
 async def _say_absent(request: Request, error: Exception) -> Response:
@@ -303,6 +319,7 @@ class _Api:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("objects must be a list of {id, name}") from error
         await run_in_threadpool(project.write_objects, objects)
+        self._changed(request, project)
         return JSONResponse({})
 
     async def write_settings(self, request: Request) -> Response:
@@ -311,6 +328,7 @@ class _Api:
         if size not in _SIZES and size != self.studio.engine.settings.size:
             raise InputError(f"size must be one of {', '.join(map(str, _SIZES))}, got {size!r}")
         await run_in_threadpool(project.write_settings, {**project.settings, "size": size})
+        self._changed(request, project)
         return JSONResponse({})
 
     async def picture(self, request: Request) -> Response:
@@ -339,11 +357,13 @@ class _Api:
             project.write_mark(frame, runs_of_labels.decode(data, project.source.size))
 
         await run_in_threadpool(write)
+        self._changed(request, project, frame=frame)
         return JSONResponse({"marks": project.marks})
 
     async def remove_mark(self, request: Request) -> Response:
         project, frame = await self._frame(request)
         await run_in_threadpool(project.remove_mark, frame)
+        self._changed(request, project, frame=frame)
         return JSONResponse({"marks": project.marks})
 
     async def box(self, request: Request) -> Response:
@@ -437,6 +457,7 @@ class _Api:
             project.discard_last_run()
 
         await run_in_threadpool(discard)
+        self._changed(request, project)
         return JSONResponse({})
 
     async def download(self, request: Request) -> Response:
@@ -449,6 +470,11 @@ class _Api:
         ):
             raise AbsentError(name)
         return FileResponse(folder / name, filename=name)
+
+    def _changed(self, request: Request, project: Project, **what: Any) -> None:
+        """Tell every page that shows a project that it changed, and which page changed it."""
+        by = request.headers.get(_PAGE_HEADER, "")[:_LONGEST_PAGE]
+        self.studio.hub.publish({"type": "project", "project": project.id, "by": by, **what})
 
     async def _project(self, request: Request) -> Project:
         return await run_in_threadpool(self.studio.project, request.path_params["project"])
