@@ -1,6 +1,8 @@
 // The server's requests. The token is in the page's URL; no cookie holds it.
 
 const token = new URLSearchParams(location.search).get("token") ?? "";
+/** By which a page knows the changes that it made itself. */
+export const page = crypto.randomUUID();
 
 export type Layer = "shown" | "mark" | "result" | "before";
 export type JobState = "waiting" | "running" | "paused" | "done" | "failed" | "stopped";
@@ -32,6 +34,8 @@ export interface ProjectState {
   height: number;
   count: number;
   exact: boolean;
+  /** Whether it is still being found out where each frame is. */
+  reading: boolean;
   rate: number;
   objects: StudioObject[];
   marks: number[];
@@ -54,13 +58,13 @@ export interface ProjectState {
 
 export type ServerEvent =
   | { type: "job"; project: string; job: Job; frame?: number; confidence?: number | null }
-  | { type: "project"; project: string }
+  | { type: "project"; project: string; by?: string; frame?: number }
   | { type: "again" };
 
 async function request(path: string, options: RequestInit = {}): Promise<Response> {
   let response: Response;
   try {
-    response = await fetch(path, { ...options, headers: { "x-vosops-token": token } });
+    response = await fetch(path, { ...options, headers: { "x-vosops-token": token, "x-vosops-page": page } });
   } catch {
     throw new Error("the server does not answer: is vosops studio still running?");
   }
@@ -120,9 +124,10 @@ export class ProjectApi {
 
   state = () => json<ProjectState>(this.base);
 
-  picture(frame: number, size: "preview" | "thumbnail" | "whole"): string {
-    return `${this.base}/frames/${frame}/${size}.jpg?token=${encodeURIComponent(token)}`;
-  }
+  thumbnail = (frame: number) => `${this.base}/frames/${frame}/thumbnail.jpg?token=${encodeURIComponent(token)}`;
+
+  picture = async (frame: number, size: "preview" | "whole") =>
+    (await request(`${this.base}/frames/${frame}/${size}.jpg`)).blob();
 
   labels = (frame: number, layer: Layer) => words(`${this.base}/frames/${frame}/labels/${layer}`);
 

@@ -15,8 +15,7 @@ export interface Point {
 
 const LONGEST_RUN = 0xffffff;
 
-export function decode(words: Uint32Array, pixels: number): Uint8Array {
-  const data = new Uint8Array(pixels);
+export function decode(words: Uint32Array, pixels: number, data: Uint8Array = new Uint8Array(pixels)): Uint8Array {
   let place = 0;
   for (const word of words) {
     const length = word & LONGEST_RUN;
@@ -166,16 +165,18 @@ export class LabelMap {
 
   /** Give the pixels of a mask a label. */
   paint(mask: Uint8Array, value: number, may: (label: number) => boolean): Rect | null {
-    let rect: Rect | null = null;
-    for (let y = 0; y < this.height; y++) {
-      for (let x = 0; x < this.width; x++) {
-        const place = y * this.width + x;
+    const rect: Rect = { left: this.width, top: this.height, right: 0, bottom: 0 };
+    for (let y = 0, place = 0; y < this.height; y++) {
+      for (let x = 0; x < this.width; x++, place++) {
         if (!mask[place] || !may(this.data[place])) continue;
         this.data[place] = value;
-        rect = union(rect, { left: x, top: y, right: x + 1, bottom: y + 1 });
+        if (x < rect.left) rect.left = x;
+        if (x >= rect.right) rect.right = x + 1;
+        if (y < rect.top) rect.top = y;
+        rect.bottom = y + 1;
       }
     }
-    return rect;
+    return rect.right ? rect : null;
   }
 
   crop(rect: Rect): Uint8Array {

@@ -8,28 +8,11 @@ import { Side } from "./side";
 import { Stage, tellStage } from "./stage";
 import { Store, useStore } from "./store";
 import "./style.css";
+import { applyTheme, ThemeButton } from "./theme";
 import { Timeline } from "./timeline";
 import { pressKey, Toolbar, ToolOptions } from "./toolbar";
 
 const MASK_NAME = /\.(png|tiff?|bmp|webp)$/i;
-
-function applyTheme(theme: string | null): void {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = theme ?? (dark ? "dark" : "light");
-}
-
-function ThemeButton() {
-  const toggle = () => {
-    const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-    localStorage.setItem("theme", theme);
-    applyTheme(theme);
-  };
-  return (
-    <button type="button" class="quiet" aria-label="Dark or light" title="Dark or light" onClick={toggle}>
-      <Icon name="theme" />
-    </button>
-  );
-}
 
 function Start({ open, trouble }: { open: (id: string) => void; trouble: string }) {
   const [known, setKnown] = useState<{ id: string; title: string; path: string }[]>([]);
@@ -195,10 +178,12 @@ function Work({ store, close }: { store: Store; close: () => void }) {
       removeEventListener("keydown", pressed);
       removeEventListener("dragover", over);
       removeEventListener("drop", dropped);
+      store.close();
     };
   }, [store]);
+  const shape = { "--shape": store.state.height / store.state.width };
   return (
-    <div class="work">
+    <div class="work" style={shape}>
       <header>
         <button type="button" class="quiet" aria-label="All videos" title="All videos" onClick={close}>
           <Icon name="left" />
@@ -269,5 +254,7 @@ function App() {
   );
 }
 
-applyTheme(localStorage.getItem("theme"));
+const chosenTheme = () => applyTheme(localStorage.getItem("theme"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", chosenTheme);
+chosenTheme();
 render(<App />, document.getElementById("app")!);

@@ -64,7 +64,7 @@ function Progress({ job }: { job: Job }) {
         {job.state === "waiting" ? "waiting" : `${job.done} of ${job.total ?? "?"} frames`}
         {job.rate ? `, ${job.rate.toFixed(1)} frames a second` : ""}
         {job.state === "running" ? time : ""}
-        {job.state === "paused" ? ", paused" : ""}
+        {job.state === "paused" ? `, paused${job.message ? `: ${job.message}` : ""}` : ""}
       </p>
     </>
   );
@@ -111,6 +111,9 @@ function Follow({ store }: { store: Store }) {
                 <Icon name="play" /> Continue
               </button>
             </div>
+          )}
+          {store.paused && (
+            <p class="hint">What you draw on the latest frame, and on those to come, is taken along.</p>
           )}
           <div class="row">
             <button type="button" class={store.paused ? "" : "main"} disabled={!ready} onClick={() => store.follow("all")}>

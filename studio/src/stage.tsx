@@ -6,6 +6,7 @@ import { type Store, useStore } from "./store";
 
 const CLOSE = 10; // screen pixels within which a click on the first corner closes a polygon
 const LONGEST_ZOOM = 32;
+const BAND = 1 << 20; // pixels that are coloured at a time: a whole 4K frame would take 33 MB for each that is shown
 const WHOLE_FROM = 1.25; // screen pixels a preview pixel, from which on the whole frame is fetched
 
 interface View {
@@ -34,10 +35,7 @@ function paintLabels(
     bottom: Math.min(labels.height, changed.bottom + 1),
   };
   const width = rect.right - rect.left;
-  const height = rect.bottom - rect.top;
   if (changed.right <= changed.left || changed.bottom <= changed.top) return;
-  const image = context.createImageData(width, height);
-  const words = new Uint32Array(image.data.buffer);
   const inside = new Uint32Array(256);
   const border = new Uint32Array(256);
   for (const [id, [r, g, b]] of colours) {
@@ -46,43 +44,61 @@ function paintLabels(
     border[id] = ((255 << 24) | colour) >>> 0;
   }
   const { data } = labels;
-  for (let y = 0; y < height; y++) {
-    const row = (y + rect.top) * labels.width + rect.left;
-    for (let x = 0; x < width; x++) {
-      const place = row + x;
-      const label = data[place];
-      if (!label) continue;
-      const edge =
-        (x + rect.left > 0 && data[place - 1] !== label) ||
-        (x + rect.left < labels.width - 1 && data[place + 1] !== label) ||
-        (y + rect.top > 0 && data[place - labels.width] !== label) ||
-        (y + rect.top < labels.height - 1 && data[place + labels.width] !== label);
-      words[y * width + x] = (edge ? border : inside)[label];
+  inBands(context, rect, (words, top, bottom) => {
+    for (let y = top; y < bottom; y++) {
+      const row = y * labels.width + rect.left;
+      for (let x = 0; x < width; x++) {
+        const place = row + x;
+        const label = data[place];
+        if (!label) continue;
+        const edge =
+          (x + rect.left > 0 && data[place - 1] !== label) ||
+          (x + rect.left < labels.width - 1 && data[place + 1] !== label) ||
+          (y > 0 && data[place - labels.width] !== label) ||
+          (y < labels.height - 1 && data[place + labels.width] !== label);
+        words[(y - top) * width + x] = (edge ? border : inside)[label];
+      }
     }
-  }
-  context.putImageData(image, rect.left, rect.top);
+  });
 }
 
 /** Draw the borders of a label map in one colour. */
 function paintBorders(context: CanvasRenderingContext2D, labels: LabelMap) {
   const { width, height, data } = labels;
-  const image = context.createImageData(width, height);
-  const words = new Uint32Array(image.data.buffer);
   const thick = Math.max(1, Math.round(Math.min(width, height) / 240));
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < width; x++) {
-      const place = y * width + x;
-      const label = data[place];
-      if (!label) continue;
-      const edge =
-        (x >= thick && data[place - thick] !== label) ||
-        (x + thick < width && data[place + thick] !== label) ||
-        (y >= thick && data[place - thick * width] !== label) ||
-        (y + thick < height && data[place + thick * width] !== label);
-      if (edge) words[place] = 0xffffffff;
+  inBands(context, { left: 0, top: 0, right: width, bottom: height }, (words, top, bottom) => {
+    for (let y = top; y < bottom; y++) {
+      for (let x = 0; x < width; x++) {
+        const place = y * width + x;
+        const label = data[place];
+        if (!label) continue;
+        const edge =
+          (x >= thick && data[place - thick] !== label) ||
+          (x + thick < width && data[place + thick] !== label) ||
+          (y >= thick && data[place - thick * width] !== label) ||
+          (y + thick < height && data[place + thick * width] !== label);
+        if (edge) words[(y - top) * width + x] = 0xffffffff;
+      }
     }
+  });
+}
+
+/** Replace a part of a canvas some rows at a time; `fill` colours the rows from `top` to `bottom` into clear words. */
+function inBands(
+  context: CanvasRenderingContext2D,
+  rect: Rect,
+  fill: (words: Uint32Array, top: number, bottom: number) => void,
+) {
+  const width = rect.right - rect.left;
+  const rows = Math.min(rect.bottom - rect.top, Math.max(1, Math.floor(BAND / width)));
+  const image = context.createImageData(width, rows);
+  const words = new Uint32Array(image.data.buffer);
+  for (let top = rect.top; top < rect.bottom; top += rows) {
+    const bottom = Math.min(rect.bottom, top + rows);
+    words.fill(0);
+    fill(words, top, bottom);
+    context.putImageData(image, rect.left, top, 0, 0, width, bottom - top);
   }
-  context.putImageData(image, 0, 0);
 }
 
 function canvasOf(width: number, height: number): CanvasRenderingContext2D {
@@ -98,7 +114,7 @@ export function Stage({ store }: { store: Store }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const view = useRef<View | null>(null);
   const painted = useRef("");  // the colours and opacity that the masks were painted with
-  const layers = useRef<{ masks: CanvasRenderingContext2D; borders: CanvasRenderingContext2D; before: LabelMap | null } | null>(null);
+  const layers = useRef<{ masks: CanvasRenderingContext2D; borders: CanvasRenderingContext2D | null; before: LabelMap | null } | null>(null);
   const pointers = useRef(new Map<number, Point>());
   const gesture = useRef<"draw" | "pan" | "box" | null>(null);
   const corners = useRef<Point[]>([]);
@@ -108,7 +124,7 @@ export function Stage({ store }: { store: Store }) {
   const [, redraw] = useState(0);
   const { width, height } = store.state;
 
-  if (!layers.current) layers.current = { masks: canvasOf(width, height), borders: canvasOf(width, height), before: null };
+  if (!layers.current) layers.current = { masks: canvasOf(width, height), borders: null, before: null };
 
   const fit = () => {
     const { clientWidth, clientHeight } = holder.current!;
@@ -131,8 +147,6 @@ export function Stage({ store }: { store: Store }) {
     const scale = Math.min(LONGEST_ZOOM, Math.max(least, now.scale * factor));
     const share = scale / now.scale;
     view.current = { scale, x: px - (px - now.x) * share, y: py - (py - now.y) * share };
-    const picture = store.picture;
-    if (picture && picture.width < width && (scale * width) / picture.width > WHOLE_FROM) void store.sharpen();
     redraw((n) => n + 1);
   };
 
@@ -154,7 +168,7 @@ export function Stage({ store }: { store: Store }) {
     context.setTransform(scale * ratio, 0, 0, scale * ratio, x * ratio, y * ratio);
     context.imageSmoothingEnabled = scale < 4;
     if (store.picture) context.drawImage(store.picture, 0, 0, width, height);
-    const { masks, borders } = layers.current!;
+    const { masks } = layers.current!;
     const { objects } = store.state;
     const style = `${store.opacity} ${objects.map((object) => `${object.id}${object.colour}`).join()}`;
     const changed = style === painted.current ? store.changed : { left: 0, top: 0, right: width, bottom: height };
@@ -169,6 +183,7 @@ export function Stage({ store }: { store: Store }) {
       context.drawImage(masks.canvas, 0, 0);
     }
     if (store.compare && store.before) {
+      const borders = (layers.current!.borders ??= canvasOf(width, height));
       if (layers.current!.before !== store.before) {
         paintBorders(borders, store.before);
         layers.current!.before = store.before;
@@ -255,7 +270,12 @@ export function Stage({ store }: { store: Store }) {
     };
   }, []);
 
-  useEffect(paint);
+  useEffect(() => {
+    paint();
+    const { picture } = store;
+    const magnified = picture && view.current ? (view.current.scale * width) / picture.width : 0;
+    if (picture && picture.width < width && magnified > WHOLE_FROM) void store.sharpen();
+  });
 
   const closePolygon = () => {
     store.polygon(corners.current);
@@ -273,7 +293,7 @@ export function Stage({ store }: { store: Store }) {
       gesture.current = "pan";
       return;
     }
-    if (event.button > 2 || store.playing) return;
+    if (event.button > 2 || store.playing || !store.ready) return;
     switch (store.tool) {
       case "brush":
       case "eraser":
@@ -343,7 +363,8 @@ export function Stage({ store }: { store: Store }) {
     redraw((n) => n + 1);
   };
 
-  const loading = store.pictureFrame !== store.frame;
+  const failed = store.failed === store.frame;
+  const loading = !store.ready && !failed;
   const busy = loading || store.busy !== "" || store.pending > 0;
   return (
     <div class="stage" ref={holder} data-tool={store.tool} data-busy={busy ? 1 : 0}>
@@ -363,6 +384,7 @@ export function Stage({ store }: { store: Store }) {
         onContextMenu={(event) => event.preventDefault()}
       />
       {(loading || store.busy) && <div class="chip busy">{store.busy || `frame ${store.frame} ...`}</div>}
+      {failed && <div class="chip busy">frame {store.frame} cannot be shown</div>}
       {store.compare && (
         <div class="chip note">{store.before ? "white: the result before" : "no earlier result on this frame"}</div>
       )}

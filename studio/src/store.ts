@@ -1,7 +1,7 @@
 // What the page knows and does. Components read it and call it; it tells them when something changed.
 
 import { useEffect, useState } from "preact/hooks";
-import { type Job, type Layer, ProjectApi, type ProjectState, type ServerEvent, type StudioObject } from "./api";
+import { type Job, type Layer, page, ProjectApi, type ProjectState, type ServerEvent, type StudioObject } from "./api";
 import { decode, encode, History, LabelMap, type Point, type Rect, union } from "./labels";
 
 export type Tool = "brush" | "eraser" | "polygon" | "fill" | "box" | "click" | "hand";
@@ -12,7 +12,8 @@ interface Selected {
   before: Uint8Array;
 }
 
-const PICTURES_KEPT = 24;
+const PICTURE_BYTES = 64 << 20; // of decoded pictures that are kept
+const STILL = 150; // milliseconds that a frame is looked at before it is fetched at its own size
 const MOST_OBJECTS = 254;
 
 export class Store {
@@ -37,14 +38,21 @@ export class Store {
   before: LabelMap | null = null;
   picture: ImageBitmap | null = null;
   pictureFrame = -1;
-  whole = false;
+  /** The frame that could not be shown. */
+  failed = -1;
+  /** Counts changes of what is known of the frames, for the time line. */
+  arrivals = 0;
   /** Counts changes of labels, for what draws them. */
   version = 0;
   changed: Rect | null = null;
 
   private listeners = new Set<() => void>();
   private pictures = new Map<string, ImageBitmap>();
+  private fetching = new Map<string, Promise<ImageBitmap>>();
   private showing = 0;
+  private loading: Promise<void> | null = null;
+  private sharpening = -1;
+  private spare: Uint8Array | null = null;
   private selected: Selected | null = null;
   private stroke: { before: LabelMap; rect: Rect | null } | null = null;
   private saving: Promise<unknown> = Promise.resolve();
@@ -71,6 +79,11 @@ export class Store {
 
   get marked(): number[] {
     return this.state.marks;
+  }
+
+  /** Whether the frame that one is on is the one that is seen: only then it may be drawn on. */
+  get ready(): boolean {
+    return this.pictureFrame === this.frame;
   }
 
   get last(): number {
@@ -123,27 +136,56 @@ export class Store {
 
   // Frames
 
+  /** Go to a frame. While one is on its way only the latest that was asked for is fetched after it. */
   async show(frame: number, force = false): Promise<void> {
     const wanted = Math.min(this.last, Math.max(0, Math.round(frame)));
-    if (wanted === this.frame && !force && this.pictureFrame === wanted) return;
+    if (wanted === this.frame && !force && this.ready) return;
     this.finishStroke();
     this.frame = wanted;
-    const turn = ++this.showing;
+    this.showing++;
     this.notify();
-    await this.attempt(async () => {
-      await this.saving;
-      const [picture, labels, before] = await Promise.all([
-        this.bitmap(wanted),
-        this.read(wanted, "shown"),
-        this.compare ? this.read(wanted, "before") : null,
-      ]);
-      if (turn !== this.showing) return;
-      this.picture = picture;
-      this.pictureFrame = wanted;
-      this.labels = labels ?? new LabelMap(this.state.width, this.state.height);
-      this.before = before;
-      this.touch(null);
-    });
+    this.loading ??= this.load().finally(() => (this.loading = null));
+    await this.loading;
+  }
+
+  private async load(): Promise<void> {
+    for (let turn = -1; turn !== this.showing; ) {
+      turn = this.showing;
+      const { frame } = this;
+      const done = await this.attempt(async () => {
+        await this.saving;
+        const [picture, words, before] = await Promise.all([
+          this.bitmap(frame),
+          this.api.labels(frame, "shown"),
+          this.compare ? this.read(frame, "before") : null,
+        ]);
+        if (turn !== this.showing) return true;
+        this.picture = picture;
+        this.pictureFrame = frame;
+        this.failed = this.sharpening = -1;
+        this.replaceLabels(words);
+        this.before = before;
+        this.touch(null);
+        return true;
+      });
+      if (!done && turn === this.showing) {
+        this.picture = null;
+        this.pictureFrame = -1;
+        this.failed = frame;
+        this.replaceLabels(null);
+        this.touch(null);
+      }
+    }
+  }
+
+  /** Take over what the server knows of a frame, in the buffer of the frame before the last: those of 4K are large. */
+  private replaceLabels(words: Uint32Array | null): void {
+    const { width, height } = this.state;
+    const data = this.spare ?? new Uint8Array(width * height);
+    if (words) decode(words, width * height, data);
+    else data.fill(0);
+    this.spare = this.labels.data;
+    this.labels = new LabelMap(width, height, data);
   }
 
   step(by: number): void {
@@ -168,13 +210,16 @@ export class Store {
     void this.show(this.frame, true);
   }
 
-  /** The frame at its own size, for a close look. */
+  /** Show the frame at its own size, for a close look, when one stays on it. */
   async sharpen(): Promise<void> {
-    const frame = this.frame;
+    const { frame } = this;
+    if (this.sharpening === frame || this.playing || !this.ready) return;
+    this.sharpening = frame;
+    await new Promise((done) => setTimeout(done, STILL));
+    if (this.sharpening !== frame || !this.ready || this.frame !== frame) return;
     const picture = await this.attempt(() => this.bitmap(frame, "whole"));
-    if (picture && frame === this.frame) {
+    if (picture && this.frame === frame && this.ready) {
       this.picture = picture;
-      this.pictureFrame = frame;
       this.notify();
     }
   }
@@ -193,15 +238,35 @@ export class Store {
       this.pictures.set(key, known);
       return known;
     }
-    const response = await fetch(this.api.picture(frame, size));
-    if (!response.ok) throw new Error((await response.json()).error ?? `frame ${frame} cannot be shown`);
-    const picture = await createImageBitmap(await response.blob());
+    let coming = this.fetching.get(key);
+    if (!coming) {
+      coming = this.fetchPicture(key, frame, size).finally(() => this.fetching.delete(key));
+      this.fetching.set(key, coming);
+    }
+    return coming;
+  }
+
+  private async fetchPicture(key: string, frame: number, size: "preview" | "whole"): Promise<ImageBitmap> {
+    const picture = await createImageBitmap(await this.api.picture(frame, size));
     this.pictures.set(key, picture);
-    for (const old of [...this.pictures.keys()].slice(0, Math.max(0, this.pictures.size - PICTURES_KEPT))) {
-      if (this.pictures.get(old) !== this.picture) this.pictures.get(old)?.close();
-      this.pictures.delete(old);
+    let bytes = 0;
+    for (const kept of this.pictures.values()) bytes += kept.width * kept.height * 4;
+    for (const [name, kept] of this.pictures) {
+      if (bytes <= PICTURE_BYTES) break;
+      if (kept === this.picture || kept === picture) continue;
+      bytes -= kept.width * kept.height * 4;
+      kept.close();
+      this.pictures.delete(name);
     }
     return picture;
+  }
+
+  /** Free what this holds outside of the page's heap. */
+  close(): void {
+    this.playing = false;
+    this.picture = null;
+    for (const picture of this.pictures.values()) picture.close();
+    this.pictures.clear();
   }
 
   // Drawing
@@ -214,6 +279,7 @@ export class Store {
 
   beginStroke(): void {
     this.finishStroke();
+    if (!this.ready) return;
     const { width, height, data } = this.labels;
     this.stroke = { before: new LabelMap(width, height, data.slice()), rect: null };
   }
@@ -224,6 +290,7 @@ export class Store {
 
   /** Change the labels within a stroke, or as a stroke of its own. */
   draw(change: (labels: LabelMap) => Rect | null): boolean {
+    if (!this.ready) return false;
     const alone = !this.stroke;
     if (alone) this.beginStroke();
     const rect = change(this.labels);
@@ -256,7 +323,7 @@ export class Store {
   fill(point: Point): void {
     const x = Math.floor(point.x);
     const y = Math.floor(point.y);
-    if (!this.labels.contains(x, y)) return;
+    if (!this.ready || !this.labels.contains(x, y)) return;
     const done = this.draw((labels) => labels.flood(x, y, this.object));
     if (!done) this.say("The outline is open: close it with the brush, then fill it.", true);
   }
@@ -274,8 +341,8 @@ export class Store {
 
   private async select(find: () => Promise<Uint32Array | null>, busy: string, instead: Selected | null = null) {
     const frame = this.frame;
-    const words = await this.attempt(find, busy);
-    if (!words || frame !== this.frame) return;
+    const words = this.ready ? await this.attempt(find, busy) : undefined;
+    if (!words || frame !== this.frame || !this.ready) return;
     const mask = decode(words, this.labels.data.length);
     const before = instead?.frame === frame ? instead.before : this.labels.data.slice();
     const done = this.draw((labels) => {
@@ -288,8 +355,9 @@ export class Store {
   }
 
   async drop(file: File): Promise<void> {
-    const words = await this.attempt(() => this.api.readMask(this.frame, file), "reading the mask");
-    if (!words) return;
+    const { frame } = this;
+    const words = await this.attempt(() => this.api.readMask(frame, file), "reading the mask");
+    if (!words || frame !== this.frame || !this.ready) return;
     const given = decode(words, this.labels.data.length);
     this.draw((labels) => {
       labels.data.set(given);
@@ -297,16 +365,16 @@ export class Store {
     });
     await this.saving;
     await this.refresh();
-    this.say(`${file.name} is the mask of frame ${this.frame} now.`);
+    this.say(`${file.name} is the mask of frame ${frame} now.`);
   }
 
   /** Take back the frame's mark: its result, or nothing, is shown again. */
   async clear(): Promise<void> {
+    const { frame } = this;
     this.draw((labels) => {
       labels.data.fill(0);
       return { left: 0, top: 0, right: labels.width, bottom: labels.height };
     });
-    const frame = this.frame;
     await this.attempt(async () => {
       await this.saving;
       await this.api.removeMark(frame);
@@ -327,7 +395,8 @@ export class Store {
     this.finishStroke();
     const edit = forward ? this.history.redo() : this.history.undo();
     if (!edit) return;
-    if (edit.frame !== this.frame) await this.show(edit.frame);
+    if (edit.frame !== this.frame || !this.ready) await this.show(edit.frame, true);
+    if (this.frame !== edit.frame || !this.ready) return;
     this.labels.put(edit.rect, forward ? edit.after : edit.before);
     this.touch(edit.rect);
     if (!forward && !edit.wasMarked) {
@@ -453,7 +522,10 @@ export class Store {
         await this.saving;
         return this.api.state();
       });
-      if (state) this.state = state;
+      if (state) {
+        this.state = state;
+        this.arrivals++;
+      }
     } while (this.again);
     this.refreshing = false;
     this.notify();
@@ -462,7 +534,12 @@ export class Store {
   hear(event: ServerEvent): void {
     if (event.type === "again") return void this.refresh();
     if (event.project !== this.state.id) return;
-    if (event.type === "project") return void this.refresh();
+    if (event.type === "project") {
+      if (event.by === page) return;
+      const idle = this.ready && !this.stroke && this.pending === 0;
+      if (event.frame === this.frame && idle) void this.show(this.frame, true);
+      return void this.refresh();
+    }
     const { job } = event;
     const jobs = this.state.jobs.filter((other) => other.number !== job.number);
     const before = this.state.jobs.find((other) => other.number === job.number);
@@ -490,13 +567,13 @@ export class Store {
       frames.splice(place, 0, frame);
       known.splice(place, 0, confidence);
     }
-    const idle = this.pictureFrame === this.frame;
-    if (this.watch && !this.playing && !this.stroke && idle && frame !== this.frame) void this.show(frame);
+    this.arrivals++;
+    if (this.watch && !this.playing && !this.stroke && this.ready && frame !== this.frame) void this.show(frame);
   }
 
   private async ended(job: Job): Promise<void> {
     await this.refresh();
-    if (job.state === "failed") this.say(job.message, true);
+    if (job.state === "failed" || (job.state === "paused" && job.message)) this.say(job.message, true);
     if (job.kind === "follow" && job.state !== "waiting") await this.show(this.frame, true);
     if (job.kind === "follow" && job.state === "done") this.say(`Finished: ${job.message}.`);
     if (job.kind === "export" && job.state === "done") this.say(`${job.message} is ready to download.`);

@@ -3,6 +3,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { Icon } from "./icons";
 import { lowerBound, type Store, useStore } from "./store";
+import { useTheme } from "./theme";
 
 const THUMBNAIL = 96; // pixels of the strip for each
 const DOUBTFUL = 0.95; // confidence from which on a bar is calm
@@ -18,7 +19,8 @@ export function Timeline({ store }: { store: Store }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const [wide, setWide] = useState(800);
   const dragging = useRef(false);
-  const { count, marks, frames, confidence, rate, look } = store.state;
+  const { count, marks, frames, confidence, rate, look, reading } = store.state;
+  const theme = useTheme();
 
   useEffect(() => {
     const watcher = new ResizeObserver(([entry]) => setWide(entry.contentRect.width));
@@ -35,17 +37,24 @@ export function Timeline({ store }: { store: Store }) {
     element.height = Math.round(22 * ratio);
     const context = element.getContext("2d")!;
     const style = getComputedStyle(element);
+    const [lost, doubtful, sure] = ["--lost", "--doubt", "--sure"].map((name) => style.getPropertyValue(name));
     const height = element.height;
     const slot = Math.max(1, Math.ceil(element.width / count));
+    const worst = new Float32Array(element.width).fill(-1); // doubt of the frames of each column; 2: an object is lost
     for (let i = 0; i < frames.length; i++) {
-      const x = share(frames[i]) * (element.width - slot);
+      const x = Math.floor(share(frames[i]) * (element.width - slot));
       const value = confidence[i];
-      const doubt = value === null ? 1 : Math.min(1, Math.max(0, (DOUBTFUL - value) / (DOUBTFUL - 0.5)));
-      context.fillStyle = style.getPropertyValue(value === null ? "--lost" : doubt > 0.25 ? "--doubt" : "--sure");
-      const high = Math.max(0.2, doubt) * height;
+      const doubt = value === null ? 2 : Math.min(1, Math.max(0, (DOUBTFUL - value) / (DOUBTFUL - 0.5)));
+      if (doubt > worst[x]) worst[x] = doubt;
+    }
+    for (let x = 0; x < worst.length; x++) {
+      const doubt = worst[x];
+      if (doubt < 0) continue;
+      context.fillStyle = doubt > 1 ? lost : doubt > 0.25 ? doubtful : sure;
+      const high = Math.min(1, Math.max(0.2, doubt)) * height;
       context.fillRect(x, height - high, slot, high);
     }
-  });
+  }, [store.arrivals, wide, count, theme]);
 
   const seek = (event: PointerEvent) => {
     const box = strip.current!.getBoundingClientRect();
@@ -126,7 +135,7 @@ export function Timeline({ store }: { store: Store }) {
       >
         <div class="thumbnails" aria-hidden="true">
           {thumbnails.map((frame, i) => (
-            <img key={i} src={store.api.picture(frame, "thumbnail")} alt="" draggable={false} loading="lazy" />
+            <img key={i} src={reading ? undefined : store.api.thumbnail(frame)} alt="" draggable={false} loading="lazy" />
           ))}
         </div>
         <canvas ref={canvas} class="confidence" aria-hidden="true" />

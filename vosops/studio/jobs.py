@@ -152,7 +152,7 @@ class JobQueue:
                 if job.state not in get_args(State):
                     continue
                 if job.state in ("waiting", "running"):
-                    job.state, job.message = "paused", "interrupted: the server ended"
+                    job.state, job.message = "paused", "the server ended"
                 found[job.number] = job
             self._jobs[project.id], self._folders[project.id] = found, folder
 
@@ -213,7 +213,7 @@ class JobQueue:
             if self._control is not None:
                 self._control.wish = "pause"
             for _, job in self._waiting:
-                job.state, job.message = "paused", "interrupted: the server ended"
+                job.state, job.message = "paused", "the server ended"
                 self._write(job)
             self._waiting.clear()
             self._lock.notify_all()
@@ -263,8 +263,10 @@ class JobQueue:
             state: State = "done"
             try:
                 job.message = self._perform(project, job, control)
-                if control.wish:
-                    state = "paused" if control.wish == "pause" else "stopped"
+                if control.wish == "pause":
+                    state, job.message = "paused", ""
+                elif control.wish:
+                    state = "stopped"
             except DiskError as error:
                 state = "paused" if job.kind in self._perform.continuing else "failed"
                 job.message = said(error)

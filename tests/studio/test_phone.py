@@ -1,0 +1,51 @@
+"""A video as a phone makes it: seen upright, followed, and taken away with its own times."""
+
+import av
+import numpy as np
+import pytest
+
+from tests import clips
+from tests.studio.conftest import finished
+from tests.studio.phone import TICKS, frame_times, write_phone_video
+
+COUNT, RATE, TIMES = 6, 24, 3
+SIZE = (96, 64)  # of a phone that is held upright
+BOXES = [{1: (20 + 4 * t, 10, 24, 30)} for t in range(COUNT)]
+
+
+@pytest.fixture(params=["libx264", "libx265"])
+def project(request, studio, tmp_path):
+    if request.param not in av.codecs_available:
+        pytest.skip(f"this build of PyAV has no {request.param}")
+    frames = [clips.picture(boxes, SIZE) for boxes in BOXES]
+    path = tmp_path / "phone.mp4"
+    assert write_phone_video(path, frames, codec=request.param, keyframe_every=3, times=TIMES) == 18
+    with av.open(str(path)) as container:
+        assert len(container.streams.audio) == 1
+        assert (container.streams.video[0].height, container.streams.video[0].width) == SIZE[::-1]
+    project = studio.open_path(path)
+    studio.wait_for_times()
+    return project
+
+
+def test_it_is_upright_and_every_frame_has_its_number(studio, project):
+    assert project.source.size == SIZE
+    assert (project.count, project.source.count_is_exact) == (COUNT * TIMES, True)
+    for frame in (13, 2, 17, 0):
+        image = studio.previews(project.id).image(frame).astype(int)
+        assert np.abs(image - clips.picture(BOXES[frame % COUNT], SIZE)).mean() < 12
+
+
+def test_it_is_followed_from_a_mark_on_it_and_the_overlay_keeps_its_times(studio, project):
+    project.write_mark(7, clips.truth(BOXES[1], SIZE))
+    job = studio.queue.submit(project, "follow", {"direction": "all"})
+    assert finished(studio, project, job.number)["state"] == "done"
+    for frame in range(COUNT * TIMES):
+        truth = clips.truth(BOXES[frame % COUNT], SIZE)
+        assert (project.labels(frame) == truth).mean() > 0.97
+    job = finished(studio, project, studio.queue.submit(project, "export", {"kind": "overlay"}).number)
+    film = clips.read_video(project.folder / "exports" / job["memory"]["file"])
+    assert film[0][1].shape[:2] == SIZE
+    first = frame_times(COUNT, RATE)
+    wanted = [(t + turn * COUNT / (RATE * TICKS)) * TICKS for turn in range(TIMES) for t in first]
+    assert [float(time) for time, _ in film] == pytest.approx([float(time) for time in wanted], abs=1e-3)
