@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import vosops.distributed
-from tests.distributed import cases
+from tests.distributed import cases, sequences
 from vosops.distributed import Exchange, ShardedMemoryBank, exchange
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -149,6 +149,22 @@ def test_the_budget_of_a_long_term_memory_is_each_ranks_own(found, size):
     parts = found[f"bounded long term {size}"]
     assert all(part["bytes"] <= part["reserved"] <= 9000 for part in parts)
     assert all(torch.equal(*both) for p in parts for both in zip(p["reads"], parts[0]["reads"], strict=True))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", cases.SIZES)
+@pytest.mark.parametrize("seed", sequences.SEEDS)
+def test_any_sequence_of_calls(found, seed, size):
+    """All ranks say the same, and without budgets what one bank says."""
+    first, *others = (logs[seed] for logs in found[f"sequences {size}"])
+    whole = first if seed % 2 else sequences.Sequence(seed).run()
+    assert all(len(log) == len(first) for log in [*others, whole])
+    for ours, *theirs, one in zip(first, *others, whole, strict=True):
+        if isinstance(ours, str):
+            assert [*theirs, one] == [ours] * (len(theirs) + 1)
+        else:
+            assert all(torch.equal(ours, each) for each in theirs)
+            torch.testing.assert_close(ours, one, rtol=5 * EXACT, atol=5 * EXACT)
 
 
 @pytest.mark.parametrize("size", cases.SIZES)

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 import vosops.distributed
-from tests.distributed import cases
+from tests.distributed import cases, sequences
+from tests.effort import EXHAUSTIVE
 from vosops.distributed import Exchange, RankError, ShardedMemoryBank, exchange
 
 RANKS = 4
@@ -130,6 +131,8 @@ def main(rank: int, folder: Path) -> None:
                 found[f"long term {name} {size}"] = cases.long_term_case(name, group)
         if size in cases.sizes_of_long_term("softmax"):
             found[f"bounded long term {size}"] = cases.long_term_case("top_k", group, budget=9000)
+        if EXHAUSTIVE:
+            found[f"sequences {size}"] = [sequences.Sequence(seed, group).run() for seed in sequences.SEEDS]
         found[f"bounded {size}"] = cases.bank_case("top_k", group, budget=6000)
         for top_k in (None, 3):
             found[f"traffic {top_k} {size}"] = [cases.traffic_case(group, f, top_k) for f in (2, 40)]
