@@ -27,7 +27,7 @@ SLOW = (
     "studio/browser",
     *("models/segmentation", "models/test_lstm_icnet", "models/test_rgmp", "models/test_stm"),
     *("training/test_models", "training/test_loop"),
-    *("distributed", "runs/test_fleet", "runs/test_live"),
+    *("distributed", "inference/test_load", "runs/test_fleet", "runs/test_live"),
 )
 """Folders and files of tests/ that take seconds a test: whole networks, compilers, processes."""
 
