@@ -6,6 +6,7 @@
 // maximum) in a tile of kMemoryBlock x kLanePanel that fits the second-level cache, and this tile is the lane
 // panel of the second product with the values, whose sums are scaled to the new maximum where they are
 // loaded. Bytes: the memory is read once per kAccumulatorBytes of sums; the affinity matrix never exists.
+// Positions of bias -inf before the first that is read and behind the last are left out.
 // Floor: 2 (C + O Cv) operations per pair of query and memory position at the FMA rate.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -164,6 +165,7 @@ void read_element(const ScoreInputs& in, const Values& value, int64_t n, Tensor&
   static_assert(kMemoryBlock % kKeyPanel == 0 && kMemoryBlock % kLanes == 0 && kMemoryBlock % 2 == 0);
   const std::vector<ChannelPanel> channels = channel_panels(value.objects(), value.channels());
   const int64_t value_panels = static_cast<int64_t>(channels.size());
+  const ReadSpan span = read_span<T>(in, n);
   PackedQueries<E> queries(in, n);
   PackedMemory<E> memory(in, n, static_cast<T>(kLog2E));
   constexpr int64_t kValueStride = kMemoryBlock / F::kChannels * kKeyPanel;
@@ -180,8 +182,8 @@ void read_element(const ScoreInputs& in, const Values& value, int64_t n, Tensor&
       running[i].clear();
       std::fill_n(sums.data() + i * sums_size, sums_size, T{0});
     });
-    for (int64_t begin = 0; begin < in.memory(); begin += kMemoryBlock) {
-      memory.start(begin, std::min(kMemoryBlock, in.memory() - begin));
+    for (int64_t begin = span.begin; begin < span.end; begin += kMemoryBlock) {
+      memory.start(begin, std::min(kMemoryBlock, span.end - begin));
       parallel_each(memory.panels() + value_panels, [&](int64_t i) {
         if (i < memory.panels()) return memory.pack_panel(i);
         const ChannelPanel& panel = channels[i - memory.panels()];

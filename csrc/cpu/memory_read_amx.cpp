@@ -296,6 +296,7 @@ bool read_element(const ScoreInputs& in, const std::vector<RowPanel>& panels, in
   const int64_t groups = panels_of(in.queries(), kGroup);
   const int64_t at_once = std::min(groups, std::max<int64_t>(16, kHeldBytes / group_bytes));
 
+  const ReadSpan span = read_span<float>(in, n);
   QueryGroups<kScores> queries(in, n, at_once);
   KeyBlock<kScores> keys(in, n, longest);
   const int64_t value_stride = longest / kStep * kValues * kTile;
@@ -312,8 +313,8 @@ bool read_element(const ScoreInputs& in, const std::vector<RowPanel>& panels, in
     Outside outside;
     queries.start(first * kGroup, std::min(at_once * kGroup, in.queries() - first * kGroup));
     pack_each(queries.groups(), outside, [&](int64_t i, Extent& extent) { queries.pack(i, extent); });
-    for (int64_t begin = 0; begin < in.memory(); begin += longest) {
-      keys.start(begin, std::min(longest, in.memory() - begin));
+    for (int64_t begin = span.begin; begin < span.end; begin += longest) {
+      keys.start(begin, std::min(longest, span.end - begin));
       if (keep != nullptr) {
         const OptionalRow<float> biases(in.key_bias, n, 0.f);
         for (int64_t m = 0; m < keys.count; ++m)
@@ -337,8 +338,8 @@ bool read_element(const ScoreInputs& in, const std::vector<RowPanel>& panels, in
                         value_panels, keys.count, keys.padded(), keys.factor[0]};
       parallel_tasks(queries.groups(), [&] {
         return [&, region = Region(), reader = Reader<kScores, kValues>()](int64_t i) mutable {
-          reader.read(keys, block, queries.at(i, 0), queries.at(i, 1), queries.bias_of(i), steps, begin == 0,
-                      running[i], sums.data() + i * sums_size);
+          reader.read(keys, block, queries.at(i, 0), queries.at(i, 1), queries.bias_of(i), steps,
+                      begin == span.begin, running[i], sums.data() + i * sums_size);
         };
       });
     }

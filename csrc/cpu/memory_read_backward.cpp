@@ -147,8 +147,10 @@ class BackwardElement {
   }
 
   void run() {
-    for (int64_t begin = 0; begin < positions_; begin += kBackwardBlock) {
-      memory_.start(begin, std::min(kBackwardBlock, positions_ - begin));
+    const ReadSpan span = read_span<T>(in_, n_);
+    gradients_.clear_outside(n_, span);
+    for (int64_t begin = span.begin; begin < span.end; begin += kBackwardBlock) {
+      memory_.start(begin, std::min(kBackwardBlock, span.end - begin));
       pack_keys();
       for (int64_t first = 0; first == 0 || first < value_channels_; first += chunk_) {
         const int64_t last = std::min(first + chunk_, value_channels_);

@@ -129,6 +129,7 @@ class BackwardElement {
         n_(n),
         queries_(in_.queries()),
         positions_(in_.memory()),
+        span_(read_span<float>(in_, n)),
         objects_(read.value.size(1)),
         channels_(read.value.size(2)),
         parts_(in_.squares() ? 2 : 1),
@@ -176,8 +177,9 @@ class BackwardElement {
   bool run() {
     start();
     if (kept_) pack_queries(0, slices_);
-    for (int64_t begin = 0; begin < positions_; begin += block_) {
-      keys_.start(begin, std::min(block_, positions_ - begin));
+    gradients_.clear_outside(n_, span_);
+    for (int64_t begin = span_.begin; begin < span_.end; begin += block_) {
+      keys_.start(begin, std::min(block_, span_.end - begin));
       pack_keys();
       std::fill_n(total_.data(), block_, 0.f);
       std::fill_n(biased_.data(), block_, 0.f);
@@ -201,7 +203,7 @@ class BackwardElement {
  private:
   // ---- Sizes
 
-  int64_t block_positions() const { return std::min(kPositions, panels_of(positions_, kGroup) * kGroup); }
+  int64_t block_positions() const { return std::min(kPositions, panels_of(span_.size(), kGroup) * kGroup); }
   int64_t groups_in(int64_t slice) const { return std::min(kSliceGroups, groups_ - slice * kSliceGroups); }
   // bfloat16 of a slice: G as rows of queries, G and Q as rows of channels.
   int64_t rows_size() const { return kSlice / kRows * value_panel_; }
@@ -468,9 +470,9 @@ class BackwardElement {
     float* sums = query_sums_.data() + group * key_pairs_ * 4 * kSums;
     for (int64_t c = 0; c < key_pairs_; ++c, sums += 4 * kSums) {
       const uint16_t* k = key_channels_.data() + 2 * c * groups * kPanelStep;
-      begin_sums<(kValues > 1)>(keys_.begin == 0, sums);
+      begin_sums<(kValues > 1)>(keys_.begin == span_.begin, sums);
       multiply_add<kValues>(panels, panels + groups * kPanelStep, k, k + groups * kPanelStep, groups);
-      end_sums<(kValues > 1)>(keys_.begin == 0, sums);
+      end_sums<(kValues > 1)>(keys_.begin == span_.begin, sums);
     }
   }
 
@@ -688,7 +690,9 @@ class BackwardElement {
 
   const ReadBackward& read_;
   const ScoreInputs& in_;
-  const int64_t n_, queries_, positions_, objects_, channels_;
+  const int64_t n_, queries_, positions_;
+  const ReadSpan span_;
+  const int64_t objects_, channels_;
   const int64_t parts_;                        // of keys: channels, and their squares
   const int64_t part_panels_, object_panels_;  // of 16 channels
   const int64_t key_pairs_, value_pairs_;      // of channel panels of all parts, and of all objects

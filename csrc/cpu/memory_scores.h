@@ -74,6 +74,26 @@ struct OptionalRow {
   T operator[](int64_t i) const { return data == nullptr ? missing : data[i * stride]; }
 };
 
+// Adjacent memory positions of a batch element.
+struct ReadSpan {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
+// From the first to the last position whose bias is not -inf: the others, as those beyond a batch element's
+// own length, cost a look at their bias. One position where there is no such, so that there is a block.
+template <class T>
+ReadSpan read_span(const ScoreInputs& in, int64_t n) {
+  const OptionalRow<T> biases(in.key_bias, n, T{0});
+  const auto is_read = [&](int64_t m) { return biases[m] != -std::numeric_limits<T>::infinity(); };
+  ReadSpan span{0, in.memory()};
+  if (biases.data == nullptr) return span;
+  while (span.end > 1 && !is_read(span.end - 1)) --span.end;
+  while (span.size() > 1 && !is_read(span.begin)) ++span.begin;
+  return span;
+}
+
 inline int64_t panels_of(int64_t size, int64_t width) {
   return (size + width - 1) / width;
 }

@@ -81,8 +81,9 @@ void select_of_element(const ScoreInputs& in, int64_t n, int64_t top_k, typename
   BestLists<T> best(queries.panels * kLanes, top_k);
   best.clear();
   for (int64_t p = in.queries(); p < queries.panels * kLanes; ++p) best.close(p);
-  for (int64_t begin = 0; begin < in.memory(); begin += kSelectBlock) {
-    memory.start(begin, std::min(kSelectBlock, in.memory() - begin));
+  const ReadSpan span = read_span<T>(in, n);
+  for (int64_t begin = span.begin; begin < span.end; begin += kSelectBlock) {
+    memory.start(begin, std::min(kSelectBlock, span.end - begin));
     parallel_each(memory.panels(), [&](int64_t i) { memory.pack_panel(i); });
     parallel_tasks(queries.panels, [&] {
       return [&](int64_t i) {

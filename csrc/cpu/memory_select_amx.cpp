@@ -591,8 +591,9 @@ bool select_by_tiles(const ScoreInputs& in, int64_t n, int64_t top_k, float* sco
   const int64_t block = Keys::capacity(in);
   const int64_t together =
       std::clamp<int64_t>(kTaskBytes / (2 * queries.panel * sizeof(uint16_t)), 1, kTaskQueries / kGroup);
-  for (int64_t begin = 0; begin < in.memory(); begin += block) {
-    if (!keys.take(begin, std::min(block, in.memory() - begin))) {
+  const ReadSpan span = read_span<float>(in, n);
+  for (int64_t begin = span.begin; begin < span.end; begin += block) {
+    if (!keys.take(begin, std::min(block, span.end - begin))) {
       ++out_of_range;
       return false;
     }

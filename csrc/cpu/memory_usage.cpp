@@ -31,11 +31,13 @@ void usage_of_element(const ScoreInputs& in, const Tensor& lse, int64_t n, typen
   constexpr int64_t kLanes = kLanePanel<V>;
   PackedQueries<E> queries(in, n);
   PackedLse<E> lses(lse, n, queries);
-  parallel_tasks(panels_of(in.memory(), kMemoryBlock), [&] {
+  const ReadSpan span = read_span<T>(in, n);
+  std::fill_n(usage, in.memory(), T{0});
+  parallel_tasks(panels_of(span.size(), kMemoryBlock), [&] {
     return [&, memory = std::make_unique<PackedMemory<E>>(in, n, static_cast<T>(kLog2E)),
             sums = Workspace<T>(kMemoryBlock * V::kLanes)](int64_t block) mutable {
-      const int64_t begin = block * kMemoryBlock;
-      memory->start(begin, std::min(kMemoryBlock, in.memory() - begin));
+      const int64_t begin = span.begin + block * kMemoryBlock;
+      memory->start(begin, std::min(kMemoryBlock, span.end - begin));
       for (int64_t i = 0; i < memory->panels(); ++i) memory->pack_panel(i);
       std::fill_n(sums.data(), kMemoryBlock * V::kLanes, T{0});
       for (int64_t p = 0; p < queries.panels; ++p) {

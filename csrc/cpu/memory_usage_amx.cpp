@@ -61,6 +61,7 @@ bool usage_of_element(const ScoreInputs& in, const Tensor& lse, int64_t n, float
   QueryGroups<kPieces> queries(in, n, at_once);
   Workspace<float> lses(at_once * kGroup);
   const float* lse_row = lse.const_data_ptr<float>() + n * lse.stride(0);
+  const ReadSpan span = read_span<float>(in, n);
   std::fill_n(usage, in.memory(), 0.f);
   Outside outside;
   for (int64_t first = 0; first < groups; first += at_once) {
@@ -72,13 +73,13 @@ bool usage_of_element(const ScoreInputs& in, const Tensor& lse, int64_t n, float
       lses[p] = value == -kInfinity ? kInfinity : value * static_cast<float>(kLog2E);
     }
     if (outside.found()) return false;
-    parallel_tasks(panels_of(in.memory(), kBlock), [&] {
+    parallel_tasks(panels_of(span.size(), kBlock), [&] {
       return [&, region = Region(), keys = std::make_unique<KeyBlock<kPieces>>(in, n, kBlock),
               ring = Workspace<float>(2 * kGroupProducts),
               rows = Workspace<float>(kBlock * kRows)](int64_t block) mutable {
         if (outside.found()) return;
-        const int64_t begin = block * kBlock;
-        keys->start(begin, std::min(kBlock, in.memory() - begin));
+        const int64_t begin = span.begin + block * kBlock;
+        keys->start(begin, std::min(kBlock, span.end - begin));
         Extent extent;
         for (int64_t i = 0; i < keys->panels(); ++i) keys->pack(i, extent);
         outside.note(extent);

@@ -17,6 +17,7 @@ _SQUARED_LENGTH_POSITIONS = 1 << 15  # memory positions whose squares are held a
 Segments = Tensor | Sequence[Tensor]
 ValueSegments = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
 Valid = Tensor | Sequence[Tensor] | tuple[int, int]
+Lengths = Tensor | Sequence[int]
 GroupsValid = Sequence[Valid | None]
 
 
@@ -29,6 +30,7 @@ class ScoreOptions(TypedDict, total=False):
     selection: Tensor | None
     bias: Segments | None
     valid: Valid | None
+    memory_lengths: Lengths | None
     precision: str | None
 
 
@@ -85,6 +87,7 @@ class Memory:
         shrinkage: Segments | None = None,
         selection: Tensor | None = None,
         bias: Segments | None = None,
+        memory_lengths: Lengths | None = None,
         precision: str | None = None,
         plain: str | None = None,
     ) -> None:
@@ -121,6 +124,9 @@ class Memory:
         self._check_vectors("shrinkage", self.shrinkages, (1,))
         self._check_vectors("bias", self.biases, ())
         self._check_vectors("valid", self.masks, ())
+        self.lengths = None if memory_lengths is None else _as_lengths(memory_lengths, query_key)
+        if self.lengths is not None:
+            self.batch = common_batch("memory_lengths", [self.lengths], self.batch)
         dtypes = {query_key.dtype, *[key.dtype for key in keys]}
         self.double = torch.float64 in dtypes
         self.wide = torch.float64 if self.double else torch.float32
@@ -189,6 +195,14 @@ class Memory:
         folded = [_fold_batch(objects) for objects in segments]
         return Values(folded, starts, per_object, (batch, counts[0][0]), dtype)
 
+    def within_lengths(self, segment: int, first: int, last: int) -> Tensor | None:
+        """Return which of the positions first:last of a segment a batch element has, bool (N,last-first)."""
+        if self.lengths is None:
+            return None
+        offset = self.offsets[segment]
+        places = torch.arange(offset + first, offset + last, device=self.lengths.device)
+        return places < self.lengths[:, None]
+
     def _flat_value(
         self, value: Any, shape: tuple[int, ...], size: int, in_range: int, has_objects: bool
     ) -> Tensor:
@@ -255,7 +269,9 @@ class Scores:
             key = key.to(wide) if memory.double else key
             shrinkage = _part(memory.shrinkages[i], first, last, wide)
             key_bias = _part(memory.biases[i], first, last, wide)
-            mask = _part(memory.masks[i], first, last, torch.bool)
+            mask = _both(
+                _part(memory.masks[i], first, last, torch.bool), memory.within_lengths(i, first, last)
+            )
             if squares:
                 squared = _length_bias(key, shrinkage, scale, wide)
                 key_bias = squared if key_bias is None else key_bias + squared
@@ -429,6 +445,33 @@ def _cut(sizes: list[int], ranges: list[tuple[int, int]]) -> list[tuple[int, int
 def _part(vector: Tensor | None, first: int, last: int, dtype: torch.dtype) -> Tensor | None:
     """Return the positions first:last of an argument (N,...,*M), (N,last-first) in `dtype`."""
     return None if vector is None else vector.flatten(1)[:, first:last].to(dtype)
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Return what both masks leave, of which either may be missing."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+def _as_lengths(given: Any, query_key: Tensor) -> Tensor:
+    """Return the lengths of memories as a tensor (N,), or (1,) for all."""
+    if isinstance(given, Tensor):
+        _checks.check_tensor("memory_lengths", given, ("N",))
+        _checks.check_same_device("memory_lengths", given, "query_key", query_key)
+        if given.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"memory_lengths must be int64 or int32, got {given.dtype}")
+        return given
+    if (
+        not isinstance(given, Sequence)
+        or isinstance(given, str)
+        or not all(hasattr(n, "__index__") for n in given)
+    ):
+        raise TypeError(f"memory_lengths must be a tensor or a sequence of ints, got {described(given)}")
+    for each in given:
+        if each < 0:
+            raise ValueError(f"memory_lengths must be at least 0, got {each}")
+    return torch.tensor(list(given), dtype=torch.int64, device=query_key.device)
 
 
 def _squared_length(key: Tensor, wide: torch.dtype) -> Tensor:

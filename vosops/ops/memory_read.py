@@ -12,6 +12,7 @@ from torch import Tensor
 from vosops import _checks, backends
 from vosops.ops._memory_scores import (
     GroupsValid,
+    Lengths,
     Memory,
     Piece,
     ScoreOptions,
@@ -215,6 +216,7 @@ def memory_read(
     selection: Tensor | None = None,
     bias: Segments | None = None,
     valid: Valid | None = None,
+    memory_lengths: Lengths | None = None,
     groups: GroupsValid | None = None,
     top_k: int | None = None,
     prior: float | None = None,
@@ -247,6 +249,9 @@ def memory_read(
         bias: (N,*M) added to the score, one per segment.
         valid: the memory positions that exist: bool (N,*M), one per segment, or a range (start, stop) of positions
             counted over all segments; positions outside of it cost nothing.
+        memory_lengths: how many positions the memory of each batch element has, counted over all segments: (N,) int64
+            or int32 on the device of query_key, or N ints. The positions behind may hold anything and are not read; on
+            the CPU they cost next to nothing. With `valid`, the positions that both leave are read.
         groups: a `valid` for each of several groups of objects, to read them in one call: memory_value is then a
             sequence with the values of each, and the result a list of what a call for each would return.
         top_k: use only the k greatest scores of each query (all where the memory is smaller); exact, on a tie the
@@ -263,7 +268,8 @@ def memory_read(
 
     A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
     position reads 0, its lse is -inf. A query pixel that is NaN reads NaN and counts in no usage. The content of
-    positions that `valid` leaves out has no influence; on a GPU a full read copies key and value where that is a mask.
+    positions that `valid` or memory_lengths leaves out has no influence; on a GPU a full read copies key and value for
+    this with memory_lengths or where `valid` is a mask.
     With top_k a position whose score is NaN is not chosen, and what is not chosen has no influence and no gradient. A
     full read multiplies NaN like any number.
 
@@ -298,6 +304,7 @@ def memory_read(
         selection=selection,
         bias=bias,
         valid=valid,
+        memory_lengths=memory_lengths,
         groups=groups,
         top_k=top_k,
         prior=prior,
@@ -539,7 +546,7 @@ def _full_reads(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return out and lse of the full softmax for each group."""
     members = [scores.members(group) for group in range(len(values))]
-    masked = any(mask is not None for mask in scores.memory.masks)
+    masked = scores.memory.lengths is not None or any(mask is not None for mask in scores.memory.masks)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]
     for i, piece in enumerate(scores.pieces):
         inside = [group for group in range(len(values)) if i in members[group]]
@@ -581,8 +588,7 @@ def _read_piece(
     query, key, *rest = piece.core
     value = values[0]
     if len(values) > 1:
-        tensors = [query, key, *values, *(t for t in rest if isinstance(t, Tensor))]
-        traced = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        traced = _checks.wants_gradients(query, key, *values, *rest)
         together = None if traced else _side_by_side(values)
         if together is None and kernels.name == "cpp" and query.device.type == "cpu" and not traced:
             out, lse = torch.ops.vosops.memory_read_list(query, key, values, *rest)

@@ -12,6 +12,7 @@ from vosops import _checks, backends
 from vosops.ops import _memory_autograd  # noqa: F401  (registers the pieces)
 from vosops.ops._memory_scores import (
     GroupsValid,
+    Lengths,
     Memory,
     Piece,
     ScoreOptions,
@@ -125,6 +126,7 @@ def memory_select(
     selection: Tensor | None = None,
     bias: Segments | None = None,
     valid: Valid | None = None,
+    memory_lengths: Lengths | None = None,
     groups: GroupsValid | None = None,
     return_usage: bool = False,
     precision: str | None = None,
@@ -151,6 +153,7 @@ def memory_select(
         selection=selection,
         bias=bias,
         valid=valid,
+        memory_lengths=memory_lengths,
         groups=groups,
         precision=precision,
     )

@@ -243,6 +243,7 @@ def memory_affinity(
     selection: Tensor | None = None,
     bias: Tensor | None = None,
     valid: Tensor | tuple[int, int] | None = None,
+    memory_lengths: Tensor | Sequence[int] | None = None,
     top_k: int | None = None,
     prior: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -250,7 +251,7 @@ def memory_affinity(
 
     query_key (N,Ck,*Q), memory_key (N,Ck,*M) of one segment. With top_k all but the k greatest are 0.
     """
-    excluded = _excluded(valid, memory_key)
+    excluded = _excluded(valid, memory_lengths, memory_key)
     undefined = torch.zeros_like(excluded[:, :1])  # queries
     if top_k is not None:
         for tensor in (memory_key, shrinkage, None if bias is None else bias[:, None]):
@@ -276,14 +277,20 @@ def memory_affinity(
     return weights.masked_fill(undefined[:, None], torch.nan), lse.masked_fill(undefined, torch.nan)
 
 
-def _excluded(valid: Tensor | tuple[int, int] | None, memory_key: Tensor) -> Tensor:
-    """(N,M) or (1,M): the positions that `valid` leaves out."""
+def _excluded(
+    valid: Tensor | tuple[int, int] | None, lengths: Tensor | Sequence[int] | None, memory_key: Tensor
+) -> Tensor:
+    """(N,M) or (1,M): the positions that `valid` leaves out, or that lie behind a memory's length."""
     positions = torch.arange(memory_key.shape[2:].numel(), device=memory_key.device)
     if valid is None:
-        return torch.zeros_like(positions, dtype=torch.bool)[None]
-    if isinstance(valid, Tensor):
-        return ~valid.flatten(1)
-    return ~((positions >= valid[0]) & (positions < valid[1]))[None]
+        excluded = torch.zeros_like(positions, dtype=torch.bool)[None]
+    elif isinstance(valid, Tensor):
+        excluded = ~valid.flatten(1)
+    else:
+        excluded = ~((positions >= valid[0]) & (positions < valid[1]))[None]
+    if lengths is None:
+        return excluded
+    return excluded | (positions >= torch.as_tensor(lengths, device=positions.device)[:, None])
 
 
 def _has_nan(tensor: Tensor) -> Tensor:
@@ -322,6 +329,7 @@ def memory_read(
     selection: Tensor | None = None,
     bias: Tensor | None = None,
     valid: Tensor | tuple[int, int] | None = None,
+    memory_lengths: Tensor | Sequence[int] | None = None,
     top_k: int | None = None,
     prior: float | None = None,
     return_usage: bool = False,
@@ -342,13 +350,14 @@ def memory_read(
         selection=selection,
         bias=bias,
         valid=valid,
+        memory_lengths=memory_lengths,
         top_k=top_k,
         prior=prior,
     )
     per_object = memory_value.dim() == memory_key.dim() + 1
     value = memory_value.flatten(3) if per_object else memory_value.flatten(2)[:, None]
     if top_k is None:
-        value = value.masked_fill(_excluded(valid, memory_key)[:, None, None], 0)
+        value = value.masked_fill(_excluded(valid, memory_lengths, memory_key)[:, None, None], 0)
         read = value.to(weights.dtype) @ weights[:, None]
     else:
         index = greatest_first(weights, top_k)
