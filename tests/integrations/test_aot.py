@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from vosops import compat
 from vosops.integrations import accelerate
-from vosops.integrations.aot import AOT_RECIPES, AttentionMap
+from vosops.integrations.aot import AOT_RECIPES, AttentionMap, LocalMap
 
 SAMPLER = "spatial_correlation_sampler"
 
@@ -55,7 +56,8 @@ def test_golden_short_term_attention(golden):
     )
     out, weights = replacement("MultiheadLocalAttentionV2")(self, *case["inputs"])
     torch.testing.assert_close(out, case["out"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(weights, case["attn"], rtol=0, atol=1e-6)
+    assert isinstance(weights, LocalMap) and not weights.is_built
+    torch.testing.assert_close(weights.build(), case["attn"], rtol=0, atol=1e-6)
 
 
 # ---- The package. Its short-term layers import the sampler when they are made: the drop-in takes its place.
@@ -123,7 +125,51 @@ def test_short_term_layers(attention, kind, options):
     with accelerate(attention):
         got, ours = module(*maps, *more)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours, weights, rtol=0, atol=1e-5)
+    assert not ours.is_built and ours.shape == weights.shape
+    torch.testing.assert_close(ours.build(), weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_linear": False}], ids=str)
+@pytest.mark.parametrize("version", ["V1", "V3"])
+def test_short_term_layers_that_do_not_run(attention, version, options):
+    """Both raise in today's PyTorch; accelerated they compute what `V2` does with their parameters."""
+    kind = getattr(attention, f"MultiheadLocalAttention{version}")
+    more = {"enable_corr": False} if version == "V1" else {}
+    module = filled(kind(CHANNELS, HEADS, max_dis=2, **options, **more))
+    kin = attention.MultiheadLocalAttentionV2(CHANNELS, HEADS, max_dis=2, enable_corr=False, **options).eval()
+    kin.load_state_dict(module.state_dict())
+    maps = torch.randn(3, 2, CHANNELS, HEIGHT, WIDTH)
+    expected, weights = kin(*maps)
+    with pytest.raises(RuntimeError):
+        module(*maps)
+    with accelerate(attention):
+        got, ours = module(*maps)
+        module.dilation = 2
+        with pytest.raises(RuntimeError):
+            module(*maps)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    weights = weights if version == "V1" else weights.mT
+    assert ours.shape == weights.shape
+    torch.testing.assert_close(ours.build(), weights, rtol=0, atol=1e-5)
+
+
+def test_a_fork_whose_first_layer_runs_is_its_own_judge(attention, monkeypatch):
+    """Of a fork that repaired the mask the replacement is compared with the fork, which may compute something else."""
+    source = inspect.getsource(attention.MultiheadLocalAttentionV1).replace(".bool()", "")
+    for change, agrees in (("", True), ("qk = qk * 1.1\n        ", False)):
+        name = "MultiheadLocalAttentionV1"
+        changed = source.replace("local_attn = torch.softmax", f"{change}local_attn = torch.softmax")
+        monkeypatch.setattr(attention, name, None)
+        exec(compile(changed, attention.__file__, "exec"), vars(attention))
+        module = filled(getattr(attention, name)(CHANNELS, HEADS, max_dis=2, enable_corr=False))
+        maps = torch.randn(3, 2, CHANNELS, HEIGHT, WIDTH)
+        expected, _ = module(*maps)
+        if agrees:
+            with accelerate(attention):
+                torch.testing.assert_close(module(*maps)[0], expected, rtol=1e-4, atol=1e-4)
+        else:
+            with pytest.raises(ValueError, match=f"{name}.forward does not compute the same"):
+                accelerate(attention)
 
 
 def test_dropout_runs_as_before(attention):
@@ -178,6 +224,6 @@ def test_networks_segment_the_same(attention, name):
     expected, forgotten = run(), run(forget=True)
     with accelerate(network) as acceleration:
         got = run()
-    assert len(acceleration.replaced) == 4
+    assert len(acceleration.replaced) == 6
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
     assert (expected - forgotten).abs().max() > 100 * TOLERANCE

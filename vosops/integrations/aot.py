@@ -2,7 +2,8 @@
 
 The layers of `networks/layers/attention.py` keep their parameters; what is replaced is how they attend. Written from
 the papers (Yang et al., AOT, NeurIPS 2021; Yang and Yang, DeAOT, NeurIPS 2022) and from the layers' results. Dropout
-that is on, a dilation other than 1 and options that are not known run as before.
+that is on, a dilation other than 1 and options that are not known run as before. Weights come back as tensors that are
+built where something looks at them, which nothing in the networks does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops.integrations.affinity import Handle
-from vosops.integrations.recipes import Function, Probe, Recipe, random_tensors
+from vosops.integrations.recipes import Function, Probe, Recipe, original_of, random_tensors
 from vosops.ops import local_attention, memory_read
 
 _HEADS, _CHANNELS, _SIZE, _REACH, _TOP_K = 2, 8, (4, 5), 1, 3
@@ -47,6 +48,13 @@ class _Read(NamedTuple):
         return weights
 
 
+class _Windows(NamedTuple):
+    """An attention to windows: query, key and value, and local_attention's options."""
+
+    maps: tuple[Tensor, Tensor, Tensor]
+    options: dict[str, Any]
+
+
 class AttentionMap(Handle):
     """The weights (batch,heads,L,M) of a read, which nothing in AOT looks at: built where something does."""
 
@@ -67,12 +75,36 @@ class AttentionMap(Handle):
         return weights
 
 
-AttentionMap._answers = {}
+class LocalMap(Handle):
+    """The weights (N,heads,K,H * W), or (N,heads,H * W,K), of windows: built where something looks at them."""
+
+    _windows: _Windows
+    _offsets_last: bool
+
+    @staticmethod
+    def of(windows: _Windows, offsets_last: bool) -> LocalMap:
+        """Return the weights of an attention to windows."""
+        query, options = windows.maps[0], windows.options
+        offsets, pixels = (2 * options["radius"] + 1) ** 2, query.shape[2] * query.shape[3]
+        sizes = (pixels, offsets) if offsets_last else (offsets, pixels)
+        self = LocalMap._make((query.shape[0], options["heads"], *sizes), query)  # type: ignore[arg-type]
+        self._windows, self._offsets_last = windows, offsets_last
+        return self
+
+    def build(self) -> Tensor:
+        """Return the weights."""
+        _, weights = local_attention(*self._windows.maps, **self._windows.options, return_weights=True)
+        weights = weights.flatten(3)
+        return weights.mT if self._offsets_last else weights
+
+
+AttentionMap._answers = LocalMap._answers = {}
 
 
 def _drops(layer: Any) -> bool:
-    """Whether some of a layer's weights are dropped."""
-    return bool(layer.training and layer.dropout.p > 0)
+    """Whether some of a layer's weights, or scores, are dropped."""
+    share = layer.dropout.p if isinstance(layer.dropout, nn.Dropout) else layer.dropout.drop_prob
+    return bool(layer.training and share > 0)
 
 
 def _attend(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, AttentionMap]:
@@ -105,8 +137,13 @@ def _chosen(top_k: float, length: int, memory: int) -> int:
     return share
 
 
-def _attend_locally(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend from (N,heads * d,H,W) to windows: (N,heads * Cv,H,W) and the weights (N,heads,K,H * W)."""
+def _attend_locally(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, *, offsets_last: bool = False
+) -> tuple[Tensor, LocalMap]:
+    """Attend from (N,heads * d,H,W) to windows: (N,heads * Cv,H,W) and the weights (N,heads,K,H * W).
+
+    offsets_last: of the weights, (N,heads,H * W,K).
+    """
     heads, window = layer.num_head, layer.window_size**2
     scale, embedding = 1 / layer.T, layer.relative_emb_k
     bias = embedding.bias.view(heads, window)
@@ -115,19 +152,16 @@ def _attend_locally(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tu
         norms = functional.unfold(functional.pad(norms, [layer.max_dis] * 4), layer.window_size)
         norms = norms.view(key.shape[0], heads, window, *key.shape[2:])
         scale, bias = 2 * scale, bias[:, :, None, None] - norms
-    attended, weights = local_attention(
-        query,
-        key,
-        value,
-        radius=layer.max_dis,
-        heads=heads,
-        scale=scale,
-        relative_key=embedding.weight.view(heads, window, -1).mT,
-        relative_value=getattr(layer, "relative_emb_v", None),
-        bias=bias,
-        return_weights=True,
-    )
-    return attended, weights.flatten(3)
+    options = {
+        "radius": layer.max_dis,
+        "heads": heads,
+        "scale": scale,
+        "relative_key": embedding.weight.view(heads, window, -1).mT,
+        "relative_value": getattr(layer, "relative_emb_v", None),
+        "bias": bias,
+    }
+    windows = _Windows((query, key, value), options)
+    return local_attention(*windows.maps, **options), LocalMap.of(windows, offsets_last)
 
 
 def _as_sequence(maps: Tensor) -> Tensor:
@@ -150,13 +184,13 @@ def _long_term(original: Function) -> Function:
     return forward
 
 
-def _short_term(original: Function) -> Function:
+def _short_term(original: Function, *, offsets_last: bool = False) -> Function:
     def forward(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
         if _drops(self) or self.dilation != 1:
             return original(self, q, k, v)
         if self.use_linear:
             q, k, v = self.linear_Q(q), self.linear_K(k), self.linear_V(v)
-        attended, weights = _attend_locally(self, q, k, v)
+        attended, weights = _attend_locally(self, q, k, v, offsets_last=offsets_last)
         return self.projection(_as_sequence(attended)), weights
 
     return forward
@@ -229,6 +263,34 @@ def _long_term_probes(original: Function) -> Iterator[Probe]:
         yield (_layer(original, _CHANNELS, _HEADS, **options), query, key, value), {}
 
 
+def _judge_of_kin(original: Function, *, offsets_last: bool) -> Function:
+    """Return what judges `MultiheadLocalAttentionV1` and `V3`: themselves, or the original `V2` where they do not run.
+
+    Published versions of both raise in today's PyTorch (a difference from a bool; shapes that do not broadcast). `V2`
+    computes the same from the same parameters.
+    """
+    module = sys.modules[original.__module__]
+
+    def run(self: Any, *maps: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            out, weights = original(self, *maps)
+        except RuntimeError:
+            kin = module.MultiheadLocalAttentionV2(
+                maps[0].shape[1],
+                self.num_head,
+                max_dis=self.max_dis,
+                use_linear=self.use_linear,
+                enable_corr=False,
+            ).eval()
+            kin.load_state_dict(self.state_dict())
+            method = type(kin).forward
+            out, weights = (original_of(method) or method)(kin, *maps)
+            weights = weights.mT if offsets_last else weights
+        return out, weights
+
+    return run
+
+
 def _short_term_probes(original: Function) -> Iterator[Probe]:
     maps = random_tensors(*[(2, _CHANNELS, *_SIZE)] * 3)
     for options in ({}, {"use_dis": True, "use_linear": False}):
@@ -247,6 +309,17 @@ def _gated_probes(original: Function, *, local: bool) -> Iterator[Probe]:
 AOT_RECIPES = (
     Recipe("forward", ("self", "Q", "K", "V"), _long_term, _long_term_probes, "MultiheadAttention"),
     Recipe("forward", ("self", "q", "k", "v"), _short_term, _short_term_probes, "MultiheadLocalAttentionV2"),
+    *(
+        Recipe(
+            "forward",
+            ("self", "q", "k", "v"),
+            functools.partial(_short_term, offsets_last=offsets_last),
+            _short_term_probes,
+            f"MultiheadLocalAttention{version}",
+            functools.partial(_judge_of_kin, offsets_last=offsets_last),
+        )
+        for version, offsets_last in (("V1", False), ("V3", True))
+    ),
     Recipe(
         "forward",
         ("self", "Q", "K", "V", "U", "size_2d"),

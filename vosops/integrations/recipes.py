@@ -26,6 +26,7 @@ class Recipe(NamedTuple):
     """A function known by its name and first parameters, and a method by its class where others have the same.
 
     replace(original) makes what takes its place; probes(original) yields the arguments on which both must agree.
+    judge(original): with what the replacement is compared, where the original itself does not run.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Recipe(NamedTuple):
     replace: Callable[[Function], Function]
     probes: Callable[[Function], Iterator[Probe]]
     owner: str | None = None
+    judge: Callable[[Function], Function] | None = None
 
 
 def find_recipe(function: Any, recipes: Sequence[Recipe]) -> Recipe | None:
@@ -66,11 +68,12 @@ def replacement_for(recipe: Recipe, original: Function) -> Function:
     replacement = functools.wraps(original)(recipe.replace(original))
     replacement._vosops_original = original  # type: ignore[attr-defined]
     title = f"{original.__module__}.{original.__qualname__}"
+    judge = original if recipe.judge is None else recipe.judge(original)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for args, kwargs in recipe.probes(original):
             plain = [a.build() if isinstance(a, Handle) else a for a in args]
             try:
-                expected = original(*plain, **kwargs)
+                expected = judge(*plain, **kwargs)
             except Exception as error:
                 raise ValueError(
                     f"{title} cannot be checked on a small input ({error}): not replaced"
