@@ -58,7 +58,7 @@ def sam2() -> list[Case]:
     from sam2.build_sam import build_sam2_video_predictor
 
     cases: list[Case] = []
-    for side, objects in ((512, 1), (512, 4), (1024, 1)):
+    for side, objects in ((512, 1), (512, 4), (512, 16), (1024, 1), (1024, 4), (1024, 16)):
         small = {"image_size": side, "image_encoder.trunk.embed_dim": 16, "image_encoder.trunk.stages": [1, 1, 2, 1],
                  "image_encoder.trunk.global_att_blocks": [3],
                  "image_encoder.neck.backbone_channel_list": [128, 64, 32, 16]}  # fmt: skip
@@ -71,10 +71,18 @@ def sam2() -> list[Case]:
         read = _read_of_sam2(predictor, side // 16, objects)
         title = f"{SAM2_FRAMES} frames and {SAM2_POINTERS} pointers, {side}x{side}, {objects} at once"
         cases += [(title, predictor, read), (f"{title}, keys kept", predictor, read, {"cache_keys": True})]
+        if objects > 1:
+            title = f"a tracked frame, {side}x{side}, {objects} objects of 1 to {SAM2_FRAMES} frames"
+            track = _frame_of_sam2(predictor, side, objects)
+            cases += [
+                (title, predictor, track),
+                (f"{title}, objects together", predictor, track, {"objects_together": True}),
+            ]
     return cases
 
 
-def _read_of_sam2(predictor: Any, side: int, objects: int) -> Read:
+def _outputs_of_sam2(predictor: Any, side: int, objects: int, first: int) -> dict[str, Any]:
+    """Return outputs of objects that came at frame `first`, up to SAM2_POINTERS."""
     positions = predictor.memory_encoder.position_encoding(torch.zeros(1, 64, side, side))
     positions = positions.expand(objects, -1, -1, -1)
     outputs = [
@@ -83,9 +91,53 @@ def _read_of_sam2(predictor: Any, side: int, objects: int) -> Read:
             "maskmem_pos_enc": [positions],
             "obj_ptr": torch.randn(objects, 256),
         }
-        for _ in range(SAM2_POINTERS)
+        for _ in range(first, SAM2_POINTERS)
     ]
-    past = {"cond_frame_outputs": {0: outputs[0]}, "non_cond_frame_outputs": dict(enumerate(outputs[1:], 1))}
+    others = dict(enumerate(outputs[1:], first + 1))
+    return {"cond_frame_outputs": {first: outputs[0]}, "non_cond_frame_outputs": others}
+
+
+def _frame_of_sam2(predictor: Any, side: int, objects: int) -> Read:
+    """Track objects that came at different frames in one frame, whose features are known."""
+    predictor.fill_hole_area = 0  # needs a compiled extension
+    image = torch.randn(1, 3, side, side)
+    with torch.inference_mode():
+        features = predictor.forward_image(image)
+    came = [SAM2_POINTERS - 1 - n % SAM2_FRAMES for n in range(objects)]
+    state = {
+        "cached_features": {SAM2_POINTERS: (image, features)},
+        "num_frames": 1000,
+        "device": torch.device("cpu"),
+        "storage_device": torch.device("cpu"),
+        "constants": {},
+        "output_dict_per_obj": {
+            n: _outputs_of_sam2(predictor, side // 16, 1, first) for n, first in enumerate(came)
+        },
+    }
+
+    def track() -> list[torch.Tensor]:
+        masks = []
+        with torch.inference_mode():
+            for outputs in state["output_dict_per_obj"].values():
+                _, mask = predictor._run_single_frame_inference(
+                    inference_state=state,
+                    output_dict=outputs,
+                    frame_idx=SAM2_POINTERS,
+                    batch_size=1,
+                    is_init_cond_frame=False,
+                    point_inputs=None,
+                    mask_inputs=None,
+                    reverse=False,
+                    run_mem_encoder=True,
+                )
+                masks.append(mask.clone())
+        return masks
+
+    return track
+
+
+def _read_of_sam2(predictor: Any, side: int, objects: int) -> Read:
+    past = _outputs_of_sam2(predictor, side, objects, 0)
     features, places = torch.randn(2, side * side, 1, 256).expand(-1, -1, objects, -1)
 
     def read() -> list[torch.Tensor]:

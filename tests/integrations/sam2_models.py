@@ -17,12 +17,12 @@ SMALL = {
 CONFIG = "configs/sam2.1/sam2.1_hiera_t.yaml"
 
 
-def small_predictor(seed: int = 0):
+def small_predictor(seed: int = 0, side: int = SIDE):
     """Make SAM 2.1's video predictor with a small encoder; its memory changes what it finds."""
     from sam2.build_sam import build_sam2_video_predictor
 
     torch.manual_seed(seed)
-    overrides = [f"++model.{name}={value}" for name, value in SMALL.items()]
+    overrides = [f"++model.{name}={value}" for name, value in {**SMALL, "image_size": side}.items()]
     predictor = build_sam2_video_predictor(
         CONFIG, None, device="cpu", hydra_overrides_extra=overrides, apply_postprocessing=False
     )

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 
-from tests.integrations.sam2_models import small_predictor, write_frames
+from tests.integrations.sam2_models import SIDE, small_predictor, write_frames
 from vosops.integrations import accelerate
 from vosops.integrations.rotary import KeyCache
 from vosops.integrations.sessions import reachable_bytes
 from vosops.memory import MemoryBudgetError
+from vosops.ops.memory_read import memory_read
 
 TOLERANCE = 1e-4  # of logits
 FRAMES = 12
@@ -59,15 +60,60 @@ def expected(predictor, folder):
     return session(predictor, folder)[0]
 
 
-@pytest.mark.parametrize("cache_keys", [False, True])
-def test_the_same_masks(predictor, folder, expected, cache_keys):
-    with accelerate(predictor, cache_keys=cache_keys) as acceleration:
+@pytest.mark.parametrize("options", [{}, {"cache_keys": True}, {"objects_together": True}], ids=str)
+def test_the_same_masks(predictor, folder, expected, options):
+    with accelerate(predictor, **options) as acceleration:
         got, _ = session(predictor, folder)
     assert any("RoPEAttention.forward" in name for name in acceleration.replaced)
     assert len(got) == len(expected) == FRAMES + 1
     for a, b in zip(expected, got):
         torch.testing.assert_close(b, a, rtol=0, atol=TOLERANCE)
     assert [len(logits) for logits in got][-1] == 2
+
+
+def test_objects_that_came_at_different_frames_are_read_in_one_call(predictor, folder, monkeypatch):
+    calls = []
+
+    def noted(query, key, value, *, memory_lengths=None, **options):
+        lengths = None if memory_lengths is None else memory_lengths.tolist()
+        calls.append((query.shape[0], lengths))
+        return memory_read(query, key, value, memory_lengths=memory_lengths, **options)
+
+    for module in ("rotary", "together"):
+        monkeypatch.setattr(f"vosops.integrations.{module}.memory_read", noted)
+    layers, frame = len(predictor.memory_attention.layers), (predictor.image_size // 16) ** 2
+    with accelerate(predictor, objects_together=True):
+        session(predictor, folder)
+    assert "memory_attention" not in vars(predictor)
+    # Frames 1 to 4, and 4 after a correction: two objects; 5 to 7: three, of which one was marked in frame 4; 8 to 11:
+    # the two that are left.
+    together = [lengths for batch, lengths in calls if batch > 1]
+    assert [len(lengths) for lengths in together] == [2] * 5 * layers + [3] * 3 * layers + [2] * 4 * layers
+    first_of_three = together[5 * layers]
+    assert sorted(length // frame for length in first_of_three) == [1, 5, 5]
+    assert len({tuple(lengths) for lengths in together}) > 5
+
+
+def test_an_exception_leaves_nothing_of_the_frame(predictor, folder, expected, monkeypatch):
+    with accelerate(predictor, objects_together=True):
+        decode, failures = predictor._forward_sam_heads, [True, False]
+
+        def fails(*args, **kwargs):
+            if failures and failures.pop():
+                raise KeyError("decoder")
+            return decode(*args, **kwargs)
+
+        with torch.inference_mode():
+            state = predictor.init_state(str(folder))
+            for number in (1, 2):
+                predictor.add_new_points_or_box(state, 0, number, points=[[30.0, 40.0]], labels=[1])
+            list(predictor.propagate_in_video(state, 0, 0))
+            monkeypatch.setattr(predictor, "_forward_sam_heads", fails)
+            with pytest.raises(KeyError):
+                list(predictor.propagate_in_video(state, 1, 0))
+            assert "memory_attention" not in vars(predictor)
+        got, _ = session(predictor, folder)
+    torch.testing.assert_close(got[-1], expected[-1], rtol=0, atol=TOLERANCE)
 
 
 def test_the_memory_is_read(predictor, folder, expected, monkeypatch):
@@ -123,6 +169,11 @@ def test_frames_are_read_when_they_are_needed(predictor, folder):
     assert reachable_bytes(state["images"]) < reachable_bytes(plain["images"]) / 100
 
 
+def test_kept_keys_are_of_one_object_at_a_time(predictor):
+    with pytest.raises(ValueError, match="cache_keys must be None with objects_together"):
+        accelerate(predictor, cache_keys=True, objects_together=True)
+
+
 def track(predictor, folder, **options):
     """Bytes that tensors reachable from a session take, after each frame; and the logits."""
     used, results = [], []
@@ -135,9 +186,10 @@ def track(predictor, folder, **options):
     return used, results
 
 
-def test_a_session_does_not_grow(predictor, tmp_path):
-    frames = 44
-    folder = write_frames(tmp_path, frames, HEIGHT, WIDTH)
+@pytest.mark.parametrize("side, frames", [(SIDE, 44), pytest.param(256, 300, marks=pytest.mark.exhaustive)])
+def test_a_session_does_not_grow(predictor, tmp_path, side, frames):
+    predictor = predictor if side == SIDE else small_predictor(side=side)
+    folder = write_frames(tmp_path, frames, side * 3 // 4, side)
     window = max(predictor.num_maskmem, predictor.max_obj_ptrs_in_encoder)
     plain, want = track(predictor, folder)
     growth = (plain[-1] - plain[window + 1]) / (frames - window - 2)

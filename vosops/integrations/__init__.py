@@ -18,6 +18,7 @@ from vosops.integrations.memory_attention import ATTENTION_RECIPES, KEY_RECIPES
 from vosops.integrations.recipes import RECIPES, Recipe, find_recipe, original_of, replacement_for
 from vosops.integrations.rotary import KeyCache
 from vosops.integrations.sessions import session_recipes
+from vosops.integrations.together import TOGETHER_RECIPES
 from vosops.memory import parse_bytes
 
 __all__ = ["Acceleration", "accelerate"]
@@ -66,7 +67,11 @@ class Acceleration:
 
 
 def accelerate(
-    target: Any, *, memory_budget: int | str | None = None, cache_keys: bool | None = None
+    target: Any,
+    *,
+    memory_budget: int | str | None = None,
+    cache_keys: bool | None = None,
+    objects_together: bool | None = None,
 ) -> Acceleration:
     """Make SAM 2 and its kin, XMem, Cutie, STCN, Mask-Propagation, AOT, DeAOT or CFBI compare by vosops' ops.
 
@@ -94,6 +99,9 @@ def accelerate(
             `vosops.integrations.sessions`. None: sessions grow as they do without vosops.
         cache_keys: of SAM 2 and transformers' Sam2VideoModel: keep the projected and rotated keys of each frame that is
             still read, of every layer: 16.8 MB in float32 for an object's frame of 64 x 64 positions. None: no.
+        objects_together: of SAM 2's video predictor: read the memories of all objects of a frame in one call a layer,
+            whatever their lengths, in place of one object after the other; takes the memory of all objects' attention
+            at once. Not with cache_keys. None: no.
 
     Returns:
         An :class:`Acceleration`: ``with accelerate(core): ...`` ends with the originals in place, and so does
@@ -101,8 +109,8 @@ def accelerate(
 
     Raises:
         ValueError: nothing to replace was found; a function of a known name computes something else than its
-            replacement on a small random input; or memory_budget or cache_keys is given for a system without them
-            (then nothing at all is replaced).
+            replacement on a small random input; or memory_budget, cache_keys or objects_together is given for a
+            system without them (then nothing at all is replaced).
         vosops.memory.MemoryBudgetError: later, from the session: the budget does not hold what the next frame reads.
 
     Gradients reach keys, shrinkage, selection and values, as before; usage is not differentiable. With top_k
@@ -116,7 +124,10 @@ def accelerate(
     """
     sessions = session_recipes(parse_bytes(memory_budget)) if memory_budget is not None else ()
     others = (*ATTENTION_RECIPES, *AOT_RECIPES, *CFBI_RECIPES)
-    wanted = (*RECIPES, *others, *(KEY_RECIPES if cache_keys else ()), *sessions)
+    if cache_keys and objects_together:
+        raise ValueError("cache_keys must be None with objects_together, got True")
+    options = (*(KEY_RECIPES if cache_keys else ()), *(TOGETHER_RECIPES if objects_together else ()))
+    wanted = (*RECIPES, *others, *options, *sessions)
     found: dict[int, tuple[Callable[..., Any], Recipe, type | None]] = {}
     known = False
     modules = _modules(target)
@@ -135,6 +146,7 @@ def accelerate(
     for option, own, value in (
         ("memory_budget", sessions, memory_budget),
         ("cache_keys", KEY_RECIPES, cache_keys),
+        ("objects_together", TOGETHER_RECIPES, objects_together),
     ):
         if value and not known and not any(recipe in own for recipe in recipes):
             raise ValueError(

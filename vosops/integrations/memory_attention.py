@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vosops.integrations.recipes import Function, Probe, Recipe
 from vosops.integrations.rotary import FrameRecorder, Pooling, Rotation, attend, can_attend
+from vosops.integrations.together import RaggedMemory
 
 _SIDE, _CHANNELS, _MEMORY_CHANNELS = 4, 16, 8  # of the small layers that replacements are compared on
 _FRAMES, _POINTERS = 2, 3  # frames, and unrotated tokens there
@@ -28,7 +29,10 @@ def _rope_attention(original: Function) -> Function:
     def forward_with(pooling: Pooling | None) -> Function:
         def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Any:
             frame = q.shape[1]
-            if not can_attend(self, q, k, frame, num_k_exclude_rope, self.num_heads):
+            ragged = RaggedMemory.current()
+            if pooling is not None or (ragged is not None and not ragged.fits(self, k)):
+                ragged = None
+            if ragged is None and not can_attend(self, q, k, frame, num_k_exclude_rope, self.num_heads):
                 return original(self, q, k, v, num_k_exclude_rope)
             side = math.sqrt(frame)
             if pooling is not None and side % 2:
@@ -37,8 +41,11 @@ def _rope_attention(original: Function) -> Function:
             if rotation.shape[0] != frame:
                 rotation = self.compute_cis(end_x=side, end_y=side)
             self.freqs_cis = rotation = rotation.to(q.device)
+            if ragged is not None:
+                return ragged.attend(self, q, k, v, rotation, self.out_proj)
             return attend(self, q, k, v, (rotation, rotation), num_k_exclude_rope, self.out_proj, pooling)
 
+        forward._vosops_reads_ragged = pooling is None  # type: ignore[attr-defined]
         return forward
 
     ways = [forward_with(pooling) for pooling in _POOLINGS]
