@@ -87,6 +87,11 @@ class TestRefiner:
         apart = torch.cat([refiner(one), refiner(other)])
         torch.testing.assert_close(refiner(joined), apart, atol=1e-5, rtol=1e-4)
 
+    def test_maps_of_stride_2_enter_as_four_channels_of_stride_4(self):
+        refiner, x = trained(), inputs_of(1, (4, 6)).maps[0]
+        apart = refiner.project2(torch.nn.functional.pixel_unshuffle(x, 2))
+        torch.testing.assert_close(refiner._enter2(x), apart)
+
     def test_takes_any_even_number_of_cells(self):
         assert trained()(inputs_of(1, (6, 10))).shape == (1, 1, 24, 40)
 
@@ -131,7 +136,7 @@ class TestTracker:
 
     def test_the_order_of_the_objects_does_not_matter(self):
         clip = list(moving(3, second=True))
-        one, other = make_model(), make_model()
+        one, other = make_model(bfloat16=False), make_model(bfloat16=False)
         swapped = torch.where(clip[0][1] == 1, 9, clip[0][1])  # 7 comes first now
         one.initialize(*clip[0])
         other.initialize(clip[0][0], swapped)
@@ -199,6 +204,21 @@ class TestTracker:
         assert not part._recent_classes(1)[:, ~known].any()
         assert whole._recent_keys[-1].any(0).all()
         assert (found[0] == found[1]).float().mean() > 0.95
+
+    def test_bfloat16_is_the_networks_alone_and_changes_little(self):
+        exact, rounded = (make_model(bfloat16=given) for given in (False, True))
+        clip, found = list(moving(3)), []
+        for model in (exact, rounded):
+            model.initialize(*clip[0])
+            model.step(clip[1][0])
+            found.append(model.step(clip[2][0]))
+        assert rounded._recent_keys[-1].dtype == torch.float32
+        assert 0 < (found[0] - found[1]).abs().max() < 0.05
+
+    def test_bfloat16_is_for_processors_with_tiles(self, monkeypatch):
+        for tiles in (False, True):
+            monkeypatch.setattr("vosops.models.vosops_s.HAS_TILES", tiles)
+            assert make_model().bfloat16 is tiles
 
     def test_looks_farther_for_a_doubtful_object(self):
         model = make_model()

