@@ -20,6 +20,7 @@ from vosops.training.streams import Streams, StreamSettings, StreamTrainer
 PIL = pytest.importorskip("PIL.Image")
 WINDOW = (64, 96)
 SETTINGS = StreamSettings(window=WINDOW, shortest=2, longest=5)
+SHIPPED = Path(__file__).parents[2] / "weights"
 
 
 def write(folder: Path, count: int, move: int) -> Shot:
@@ -226,6 +227,36 @@ class TestTask:
         assert next(iter(one.values())).dtype == torch.float16
         assert load_refiner(whole.weights).last.weight.abs().max() > 0
         assert list((tmp_path / "whole" / "pictures").iterdir())
+
+    def test_the_shipped_weights_are_of_the_network_that_the_recipe_trains(self, config):
+        from safetensors.torch import load_file
+
+        from vosops.training.task import create_task
+
+        task = create_task(config())
+        own, shipped = (
+            task.weights(task.network),
+            load_file(SHIPPED / "vosops_weights_s/vosops_s.safetensors"),
+        )
+        assert {name: (x.shape, x.dtype) for name, x in own.items()} == {
+            name: (x.shape, x.dtype) for name, x in shipped.items()
+        }
+
+    def test_the_recipe_is_what_the_model_card_tells(self):
+        from vosops.training.config import load_config
+
+        recipe = load_config("vosops_s")
+        card = (SHIPPED / "README.md").read_text()
+        window = "x".join(str(side) for side in StreamSettings.parsed(recipe.task).window)
+        told = (
+            f"{recipe.steps} steps of four frames, {window}, {recipe.precision}",
+            f"rate {recipe.optimizer.rate:.0e}".replace("e-0", "e-"),
+            f"weight decay {recipe.optimizer.weight_decay:.0e}".replace("e-0", "e-"),
+            f"average of the weights {recipe.ema}",
+            f"all but {', '.join(recipe.data.train[0].without)}",
+        )
+        assert not [words for words in told if words not in card]
+        assert (recipe.batch, recipe.optimizer.kind, recipe.schedule.kind) == (4, "adamw", "cosine")
 
     def test_what_it_cannot_use_is_refused(self, config):
         from vosops.training.task import create_task

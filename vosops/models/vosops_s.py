@@ -11,7 +11,6 @@ docs/models/vosops_s.md tells how it was trained and what was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -410,9 +409,18 @@ class VosopsS(Propagate):
         if not self.object_ids:
             return self._enlarge(self._match(keys), image)
         look = self._look(keys)
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext():
-            logits = self.refiner(look.inputs)[:, 0]
+        logits = self._judged(look.inputs)[:, 0]
         return self._enlarge(self._joint(logits, look), image)
+
+    def _judged(self, inputs: RefinerInput) -> Tensor:
+        """Return the network's logits (O,1,4h,4w), float32."""
+        logits: Tensor
+        if not self.bfloat16:
+            logits = self.refiner(inputs)
+            return logits
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.refiner(inputs)
+        return logits
 
     def _look(self, keys: Tensor, whole: bool = False) -> Look:
         evidence = self._evidence(keys)

@@ -103,7 +103,7 @@ class _Run:
         self._lay_out()
         self.average = create_average(self.network, config.ema) if config.ema else None
         self._say_what_differs()
-        self.optimizer = create_optimizer(self.network, config.optimizer)
+        self.optimizer = create_optimizer(self.network, config.optimizer, config.precision)
         self.module, self.stepper = fabric.setup(_Pass(self.network), self.optimizer)
         if self.average is not None:
             self.average.to(fabric.device)

@@ -15,10 +15,14 @@ from vosops.training.config import Optimizer, Schedule
 __all__ = ["create_average", "create_optimizer", "rate_factor", "set_rates"]
 
 
-def create_optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+def create_optimizer(
+    network: nn.Module, settings: Optimizer, precision: str = "float32"
+) -> torch.optim.Optimizer:
     """Create the optimizer of a network's parameters that require gradients.
 
     Parameters of one dimension, biases and those of norms, do not decay. Each group has its own `base_rate`.
+    precision: of the run. But for float16, whose scaled gradients could not be clipped then, a step is PyTorch's fused
+    one, which reads and writes everything once.
 
     Raises:
         InputError: Nothing is to be trained, or a pattern of `factors` matches nothing.
@@ -41,10 +45,11 @@ def create_optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Opt
         {"params": own, "lr": rate, "base_rate": rate, "weight_decay": decay}
         for (rate, decay), own in groups.items()
     ]
+    fused = precision != "float16"
     if settings.kind == "sgd":
-        return torch.optim.SGD(parameters, settings.rate, momentum=settings.momentum)
+        return torch.optim.SGD(parameters, settings.rate, momentum=settings.momentum, fused=fused)
     kind = torch.optim.AdamW if settings.kind == "adamw" else torch.optim.Adam
-    return kind(parameters, settings.rate, betas=settings.betas)
+    return kind(parameters, settings.rate, betas=settings.betas, fused=fused)
 
 
 def rate_factor(step: int, steps: int, schedule: Schedule) -> float:
