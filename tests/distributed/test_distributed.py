@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ SECONDS = 540
 EXACT = 1e-6
 SHARDED = {"usage": 1, "d key": 2, "d value": 3, "d shrinkage": 2, "d bias": 1}
 """Results of which each rank has its frames' part, along this dimension; everything else is alike on all ranks."""
+long_term_of_one_bank = functools.cache(cases.long_term_case)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_a_bank_over_ranks_reads_what_one_bank_reads(found, name, size):
     ("name", "size"), [(n, size) for n in cases.LONG_TERMS for size in cases.sizes_of_long_term(n)]
 )
 def test_a_long_term_memory_over_ranks_is_that_of_one_bank(found, name, size):
-    parts, expected = found[f"long term {name} {size}"], cases.long_term_case(name)
+    parts, expected = found[f"long term {name} {size}"], long_term_of_one_bank(name)
     bound = 2e-3 if name == "half" else 5 * EXACT  # stored and merged in float16
     assert max(expected["sizes"]) > 10 and len({tuple(p) for p in expected["prototypes"]}) > 2
     for part in parts:
