@@ -247,15 +247,15 @@ std::tuple<Tensor, Tensor> conv_lstm_direct_packed(const Tensor& x, const Tensor
                                                    const MaybeTensor& hidden, const MaybeTensor& cell,
                                                    double forget_bias) {
   check_arguments(x, weight, bias, hidden, cell);
-  const int64_t channels = weight.size(0) / kGates, n = x.size(0), h = x.size(3), w = x.size(4);
+  const int64_t channels = weight.size(0) / kGates, h = x.size(3), w = x.size(4);
 #if defined(VOSOPS_AMX)
   if (takes(x) && packed.numel() > 0) {
     const int pieces = pieces_for(x.scalar_type(), 0);
     const Weights weights(weight, pieces);  // their sizes only
     STD_TORCH_CHECK(packed.numel() == weights.input_size + weights.hidden_size,
                     "packed must be the weight's");
-    Tensor output = torch::stable::new_empty(x, {n, x.size(1), channels, h, w});
-    Tensor cells = torch::stable::new_empty(x, {n, channels, h, w});
+    Tensor output = torch::stable::new_empty(x, {x.size(0), x.size(1), channels, h, w});
+    Tensor cells = torch::stable::new_empty(x, {x.size(0), channels, h, w});
     if (output.numel() == 0) return {output, cells};
     const MaybeTensor before = cell ? MaybeTensor(torch::stable::contiguous(*cell)) : std::nullopt;
     bool done = false;
@@ -279,14 +279,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_lstm_direct_states(const Tensor& x, cons
                                                            const MaybeTensor& bias, const MaybeTensor& hidden,
                                                            const MaybeTensor& cell, double forget_bias) {
   check_arguments(x, weight, bias, hidden, cell);
-  const int64_t channels = weight.size(0) / kGates, n = x.size(0), steps = x.size(1);
-  const int64_t h = x.size(3), w = x.size(4);
+  const int64_t channels = weight.size(0) / kGates, steps = x.size(1), h = x.size(3), w = x.size(4);
 #if defined(VOSOPS_AMX)
   if (x.scalar_type() == ScalarType::BFloat16 && x.numel() > 0 && ready()) {
     const SavedBlocks blocks({h, w, kGateSide / 2, kGateSide / 2}, channels);
-    Tensor output = torch::stable::new_empty(x, {n, steps, channels, h, w});
-    Tensor cells = torch::stable::new_empty(x, {n, channels, h, w});
-    Tensor saved = torch::stable::new_empty(x, {n, steps, blocks.size()});
+    Tensor output = torch::stable::new_empty(x, {x.size(0), steps, channels, h, w});
+    Tensor cells = torch::stable::new_empty(x, {x.size(0), channels, h, w});
+    Tensor saved = torch::stable::new_empty(x, {x.size(0), steps, blocks.size()});
     const Tensor dense = torch::stable::contiguous(weight);
     const Weights weights(dense, 1);
     Workspace<uint16_t> packed(weights.input_size + weights.hidden_size);

@@ -13,10 +13,11 @@
 // Blocks of memory positions outside, packed once; chunks of queries inside, in two steps. (1) Every group of
 // 32 queries makes its columns of W and dS, which are kept for the chunk, and adds to its sums of dQ; where
 // the values have many channels their products are summed over parts of them, each of which stays in the
-// second-level cache. (2) Every range of channel panels reduces W and dS, a slice of the chunk at a time, to
-// sums of dV and dK that stay in that cache and are written once. Each sum takes its terms in a fixed order,
-// so the result does not depend on the number of threads. Queries and G, packed, stream from the third-level
-// cache once a block; where they would take more than kPackedBytes they are packed anew.
+// second-level cache. (2) Every pair of channel panels reduces W and dS, a slice of the chunk at a time, to
+// sums of dV and dK that stay in that cache and are written once; where W takes more than kChunkBytes, a
+// range of pairs shares a slice of it. Each sum takes its terms in a fixed order, so the result does not
+// depend on the number of threads. Queries and G, packed, stream from the third-level cache once a block;
+// where they would take more than kPackedBytes they are packed anew.
 //
 // Weights of a saved log-sum-exp have its rounding as an error, which the softmax of plain PyTorch does not
 // have; so that nothing is added to it, factors and constants of the scores are sums of two float32.
@@ -47,9 +48,11 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kPackedBytes = 14 << 20;  // of queries and their gradients, in all forms
 constexpr int64_t kPositions = 256;         // of a block
-constexpr int64_t kPartSteps =
-    16;  // of 32 channels of values that a block's products are summed over at a time
+// Of 32 channels of values that a block's products are summed over at a time: all, up to the first; of more,
+// in bfloat16, so few that a group's queries stay in the first-level cache.
+constexpr int64_t kPartSteps = 16, kShortPartSteps = 8;
 constexpr int64_t kRangePairs = 20;            // of channel panels whose sums are in the second-level cache
+constexpr int64_t kChunkBytes = 1 << 20;       // of a chunk's weights that are in the second-level cache
 constexpr int64_t kChunkNumbers = 256 * 2048;  // of the weights of a block that are kept at a time
 
 // The greatest |dS| of a query is 0 or between these: then what the pieces of smaller ones lose is nothing
@@ -92,6 +95,20 @@ template <int kPieces>
   for (int i = 0; i < kPieces; ++i) std::memcpy(to + i * kTile, &pieces[i], sizeof pieces[i]);
 }
 
+// Writes the first `count` of 32 numbers.
+template <class S>
+[[gnu::always_inline]] inline void store_both(S* to, Reg low, Reg high, int64_t count) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (count >= kGroup) {
+      const Bits rounded = round_in_order(low, high);
+      std::memcpy(to, &rounded, sizeof rounded);
+      return;
+    }
+  }
+  store_first(to, low, count);
+  if (count > kRows) store_first(to + kRows, high, count - kRows);
+}
+
 inline Reg magnitude(Reg x) {
   return (Reg)((Bits)x & 0x7fffffffu);
 }
@@ -118,9 +135,8 @@ template <int kScores, int kValues>
 class BackwardElement {
   static constexpr int kDegree = kValues == 1 ? 3 : 6;
   static constexpr bool kExact = kValues > 1;  // what is rounded to float32 once is added to the scores
-  static constexpr int64_t kSlice = kValues == 1 ? 256 : 128;  // queries
-  static constexpr int64_t kSliceGroups = kSlice / kGroup;
-  static constexpr int64_t kPanelStep = kValues * kTile;  // bfloat16 of a step of a panel
+  static constexpr int64_t kMostGroups = kValues == 1 ? 9 : 4;  // of 32 queries, of a slice
+  static constexpr int64_t kPanelStep = kValues * kTile;        // bfloat16 of a step of a panel
 
  public:
   BackwardElement(const ReadBackward& read, int64_t n, ReadGradients& gradients)
@@ -140,23 +156,27 @@ class BackwardElement {
         object_steps_(panels_of(channels_, kStep)),
         value_panel_(objects_ * object_steps_ * kPanelStep),
         groups_(panels_of(queries_, kGroup)),
-        slices_(panels_of(queries_, kSlice)),
+        slices_(panels_of(groups_, kMostGroups)),
+        slice_groups_(panels_of(groups_, std::max<int64_t>(slices_, 1))),
+        slice_(slice_groups_ * kGroup),
         steps_(objects_ * object_steps_),
-        parts_of_steps_(panels_of(steps_, kPartSteps)),
+        part_steps_(kValues == 1 && steps_ > kPartSteps ? kShortPartSteps : kPartSteps),
+        parts_of_steps_(panels_of(steps_, part_steps_)),
         block_(block_positions()),
-        chunk_slices_(std::clamp<int64_t>(kChunkNumbers / (block_ * kSlice), 1, slices_)),
-        chunk_groups_(chunk_slices_ * kSliceGroups),
+        chunk_slices_(std::clamp<int64_t>(kChunkNumbers / (block_ * slice_), 1, slices_)),
+        chunk_groups_(chunk_slices_ * slice_groups_),
+        by_pair_(chunk_slices_ * block_ * slice_ * kValues * 2 <= kChunkBytes),
         kept_(slices_ * slice_size() * 2 <= kPackedBytes),
         gradients_(gradients),
         query_rows_(in_, n, kept_ ? groups_ : chunk_groups_),
         forms_((kept_ ? slices_ : chunk_slices_) * forms_size()),
         keys_(in_, n, block_),
-        values_(block_ / kRows * std::min(steps_, kPartSteps) * kPanelStep),
+        values_(block_ / kRows * std::min(steps_, part_steps_) * kPanelStep),
         key_channels_(2 * key_pairs_ * block_ / kStep * kPanelStep),
-        weights_(chunk_slices_ * block_ * kSlice * kValues),
-        slopes_(chunk_slices_ * block_ * kSlice * kValues),
+        weights_(chunk_slices_ * block_ * slice_ * kValues),
+        slopes_(chunk_slices_ * block_ * slice_ * kValues),
         products_(parts_of_steps_ > 1 ? chunk_groups_ * block_ * kGroup : 0),
-        value_sums_(2 * value_pairs_ * kRows * block_),
+        value_sums_(holds_value_sums() ? 2 * value_pairs_ * kRows * block_ : 0),
         key_sums_(2 * key_pairs_ * kRows * block_),
         query_sums_(groups_ * key_pairs_ * 4 * kSums),
         lse_(groups_ * kGroup),
@@ -204,12 +224,12 @@ class BackwardElement {
   // ---- Sizes
 
   int64_t block_positions() const { return std::min(kPositions, panels_of(span_.size(), kGroup) * kGroup); }
-  int64_t groups_in(int64_t slice) const { return std::min(kSliceGroups, groups_ - slice * kSliceGroups); }
+  int64_t groups_in(int64_t slice) const { return std::min(slice_groups_, groups_ - slice * slice_groups_); }
   // bfloat16 of a slice: G as rows of queries, G and Q as rows of channels.
-  int64_t rows_size() const { return kSlice / kRows * value_panel_; }
-  int64_t pair_size() const { return 2 * kSliceGroups * kPanelStep; }
+  int64_t rows_size() const { return slice_ / kRows * value_panel_; }
+  int64_t pair_size() const { return 2 * slice_groups_ * kPanelStep; }
   int64_t forms_size() const { return rows_size() + (value_pairs_ + key_pairs_) * pair_size(); }
-  int64_t slice_size() const { return forms_size() + kSlice / kRows * score_panel(in_, kScores); }
+  int64_t slice_size() const { return forms_size() + slice_ / kRows * score_panel(in_, kScores); }
 
   uint16_t* forms(int64_t slice) {
     return forms_.data() + (kept_ ? slice : slice - first_slice_) * forms_size();
@@ -219,8 +239,8 @@ class BackwardElement {
     return forms(slice) + rows_size() + pair * pair_size();
   }
   // Where the weights, or slopes, of a slice begin: (panel of positions, group of the slice).
-  int64_t weights_at(int64_t slice) const { return (slice - first_slice_) * block_ * kSlice * kValues; }
-  int64_t first_group() const { return first_slice_ * kSliceGroups; }
+  int64_t weights_at(int64_t slice) const { return (slice - first_slice_) * block_ * slice_ * kValues; }
+  int64_t first_group() const { return first_slice_ * slice_groups_; }
 
   // ---- Packing
 
@@ -234,8 +254,13 @@ class BackwardElement {
         const OptionalRow<float> grad_lse(read_.grad_lse, n_, 0.f), lse(read_.lse, n_, 0.f);
         Reg delta{};
         for (int64_t o = 0; o < objects_ && count > 0; ++o) {
-          pack_pixels<E, kRows>(values_of(read_.grad_out, o), first, count, grads.data());
-          pack_pixels<E, kRows>(values_of(read_.out, o), first, count, outs.data());
+          const StridedMatrix grad = values_of(read_.grad_out, o), out = values_of(read_.out, o);
+          if (grad.pixel_stride == 1 && out.pixel_stride == 1 && grad.dtype == out.dtype) {
+            delta = add_channels(grad, out, first, count, delta);
+            continue;
+          }
+          pack_pixels<E, kRows>(grad, first, count, grads.data());
+          pack_pixels<E, kRows>(out, first, count, outs.data());
           for (int64_t c = 0; c < channels_; ++c)
             delta = Lanes::fma(Lanes::load(grads.data() + c * kRows), Lanes::load(outs.data() + c * kRows),
                                delta);
@@ -249,6 +274,23 @@ class BackwardElement {
         }
       };
     });
+  }
+
+  // Adds the products of two matrices with adjacent pixels over the channels, of up to 16 pixels, one channel
+  // after the other as for any other layout.
+  static Reg add_channels(const StridedMatrix& a, const StridedMatrix& b, int64_t first, int64_t count,
+                          Reg sum) {
+    const uint32_t lanes = count >= kRows ? 0xffffu : (1u << count) - 1;
+    dispatch_floating(a.dtype, [&]<class S>(S) {
+      if constexpr (!std::is_same_v<S, double>) {
+        const S* of_a = static_cast<const S*>(a.data) + first;
+        const S* of_b = static_cast<const S*>(b.data) + first;
+        for (int64_t c = 0; c < a.channels; ++c)
+          sum = Lanes::fma(load_some(of_a + c * a.channel_stride, lanes),
+                           load_some(of_b + c * b.channel_stride, lanes), sum);
+      }
+    });
+    return sum;
   }
 
   // The channels and pixels of one object of (N, O, C, pixels).
@@ -277,19 +319,19 @@ class BackwardElement {
 
   // Packs the queries and G of slices [first, last) in all their forms.
   void pack_queries(int64_t first, int64_t last) {
-    const int64_t from = first * kSlice,
-                  groups = std::min(last * kSliceGroups, groups_) - first * kSliceGroups;
-    query_rows_.start(from, std::min(last * kSlice, queries_) - from);
+    const int64_t from = first * slice_,
+                  groups = std::min(last * slice_groups_, groups_) - first * slice_groups_;
+    query_rows_.start(from, std::min(last * slice_, queries_) - from);
     pack_each(groups, outside_, [&](int64_t i, Extent& extent) { query_rows_.pack(i, extent); });
     pack_each(2 * groups, outside_, [&](int64_t i, Extent& extent) {
       const int64_t query = from + i * kRows, used = std::clamp<int64_t>(queries_ - query, 0, kRows);
-      uint16_t* to = forms(first + i / (2 * kSliceGroups)) + i % (2 * kSliceGroups) * value_panel_;
+      uint16_t* to = forms(first + i / (2 * slice_groups_)) + i % (2 * slice_groups_) * value_panel_;
       pack_steps<false>(read_.grad_out, query, used, 0, steps_, 0xffffu, to, extent);
     });
     const int64_t value_panels = 2 * value_pairs_, panels = value_panels + 2 * key_pairs_;
     pack_each((last - first) * panels, outside_, [&](int64_t i, Extent& extent) {
       const int64_t slice = first + i / panels, panel = i % panels, steps = groups_in(slice);
-      const int64_t query = slice * kSlice, count = std::min(kSlice, queries_ - query);
+      const int64_t query = slice * slice_, count = std::min(slice_, queries_ - query);
       const bool value = panel < value_panels;
       pack_channels<false>(value ? read_.grad_out : in_.query, value, value ? panel : panel - value_panels,
                            query, count, steps,
@@ -343,8 +385,8 @@ class BackwardElement {
   }
 
   // Steps of the values that are multiplied together.
-  int64_t first_step(int64_t part) const { return part * kPartSteps; }
-  int64_t steps_in(int64_t part) const { return std::min(kPartSteps, steps_ - part * kPartSteps); }
+  int64_t first_step(int64_t part) const { return part * part_steps_; }
+  int64_t steps_in(int64_t part) const { return std::min(part_steps_, steps_ - part * part_steps_); }
 
   void pack_values(int64_t part) {
     const int64_t steps = steps_in(part);
@@ -383,7 +425,7 @@ class BackwardElement {
   // Adds the products of a part of the values with the chunk's queries; after the last part makes their W and
   // dS.
   void multiply_part(int64_t part) {
-    const int64_t groups = std::min(last_slice_ * kSliceGroups, groups_) - first_group();
+    const int64_t groups = std::min(last_slice_ * slice_groups_, groups_) - first_group();
     if (part + 1 < parts_of_steps_) {
       parallel_tasks(groups, [&] {
         return [&, region = Region()](int64_t i) mutable { add_products(part, first_group() + i); };
@@ -408,7 +450,7 @@ class BackwardElement {
   // Sums += products of a part of the values of 32 positions with those of a group of queries.
   [[gnu::noinline]] void multiply_values(int64_t part, int64_t group, int64_t m) {
     const int64_t steps = steps_in(part), panel = steps * kPanelStep;
-    const uint16_t* g = forms(group / kSliceGroups) + 2 * (group % kSliceGroups) * value_panel_ +
+    const uint16_t* g = forms(group / slice_groups_) + 2 * (group % slice_groups_) * value_panel_ +
                         first_step(part) * kPanelStep;
     const uint16_t* v = values_.data() + 2 * m * panel;
     multiply_add<kValues>(g, g + value_panel_, v, v + panel, steps);
@@ -480,7 +522,7 @@ class BackwardElement {
   template <bool kQueryBias>
   [[gnu::noinline]] void weigh(int64_t group, int64_t m, const float* scores, const float* bias,
                                uint16_t* panels, float* rows) {
-    const int64_t slice = group / kSliceGroups, steps = groups_in(slice), first = m * kGroup;
+    const int64_t slice = group / slice_groups_, steps = groups_in(slice), first = m * kGroup;
     const int64_t query = group * kGroup;
     uint16_t *weights[2], *slopes[2];
     Reg factor[2], shift[2], shrinkage[2], to_query[2], slope_sum[2]{}, biased_sum[2]{};
@@ -493,7 +535,7 @@ class BackwardElement {
       shift_low[j] = Lanes::load(shift_low_.data() + first + j * kRows);
       shrinkage_low[j] = Lanes::load(shrinkage_low_.data() + first + j * kRows);
       to_query[j] = factor[j] * static_cast<float>(1 / kLog2E);
-      const int64_t at = weights_at(slice) + ((2 * m + j) * steps + group % kSliceGroups) * kPanelStep;
+      const int64_t at = weights_at(slice) + ((2 * m + j) * steps + group % slice_groups_) * kPanelStep;
       weights[j] = weights_.data() + at;
       slopes[j] = slopes_.data() + at;
     }
@@ -554,36 +596,36 @@ class BackwardElement {
   // Adds the chunk's share to the sums of dV and dK, and writes dV after the last.
   void reduce_chunk() {
     const int64_t pairs = value_pairs_ + key_pairs_;
-    const int64_t ranges =
-        std::min(pairs, std::max<int64_t>(panels_of(pairs, kRangePairs), torch::stable::get_num_threads()));
+    const int64_t few = std::max<int64_t>(panels_of(pairs, kRangePairs), torch::stable::get_num_threads());
+    const int64_t ranges = by_pair_ ? pairs : std::min(pairs, few);
     parallel_tasks(ranges, [&] {
-      return [&, region = Region()](int64_t range) {
+      return [&, region = Region(),
+              scratch = Workspace<float>(holds_value_sums() ? 0 : kGroup * block_)](int64_t range) mutable {
         const int64_t first = pairs * range / ranges, last = pairs * (range + 1) / ranges;
-        for (int64_t slice = first_slice_; slice < last_slice_; ++slice) reduce(slice, first, last);
+        const auto sums = [&](int64_t pair) {
+          if (pair >= value_pairs_) return key_sums_.data() + (pair - value_pairs_) * kGroup * block_;
+          return holds_value_sums() ? value_sums_.data() + pair * kGroup * block_ : scratch.data();
+        };
+        for (int64_t slice = first_slice_; slice < last_slice_; ++slice)
+          for (int64_t pair = first; pair < last; ++pair) reduce(slice, pair, sums(pair));
         if (last_slice_ < slices_) return;
-        for (int64_t pair = first; pair < std::min(last, value_pairs_); ++pair) write_values(pair);
+        for (int64_t pair = first; pair < std::min(last, value_pairs_); ++pair)
+          write_values(pair, sums(pair));
       };
     });
   }
+  // Where a task has one pair in one chunk, its sums of dV last as long as the task.
+  bool holds_value_sums() const { return !by_pair_ || chunk_slices_ < slices_; }
 
-  float* sums_of_pair(int64_t pair) {
-    return pair < value_pairs_ ? value_sums_.data() + pair * kGroup * block_
-                               : key_sums_.data() + (pair - value_pairs_) * kGroup * block_;
-  }
-
-  // Adds a slice's share to the sums of pairs [first, last) of channel panels, those of values before those
-  // of keys.
-  void reduce(int64_t slice, int64_t first, int64_t last) {
+  // Adds a slice's share to the sums of a pair of channel panels, those of values before those of keys.
+  void reduce(int64_t slice, int64_t pair, float* sums) {
     const int64_t steps = groups_in(slice), groups = keys_.padded() / kGroup;
-    for (int64_t pair = first; pair < last; ++pair) {
-      const uint16_t* a = channel_pair(slice, pair);
-      const uint16_t* b = (pair < value_pairs_ ? weights_.data() : slopes_.data()) + weights_at(slice);
-      float* sums = sums_of_pair(pair);
-      for (int64_t m = 0; m < groups; ++m, b += 2 * steps * kPanelStep, sums += 4 * kSums) {
-        begin_sums<(kValues > 1)>(slice == 0, sums);
-        multiply_add<kValues>(a, a + steps * kPanelStep, b, b + steps * kPanelStep, steps);
-        end_sums<(kValues > 1)>(slice == 0, sums);
-      }
+    const uint16_t* a = channel_pair(slice, pair);
+    const uint16_t* b = (pair < value_pairs_ ? weights_.data() : slopes_.data()) + weights_at(slice);
+    for (int64_t m = 0; m < groups; ++m, b += 2 * steps * kPanelStep, sums += 4 * kSums) {
+      begin_sums<(kValues > 1)>(slice == 0, sums);
+      multiply_add<kValues>(a, a + steps * kPanelStep, b, b + steps * kPanelStep, steps);
+      end_sums<(kValues > 1)>(slice == 0, sums);
     }
   }
 
@@ -593,17 +635,19 @@ class BackwardElement {
   }
 
   // The gradients of a pair of panels of channels of the block's values.
-  void write_values(int64_t pair) {
+  void write_values(int64_t pair, const float* sums) {
     dispatch_floating(gradients_.value.scalar_type(), [&]<class S>(S) {
       S* target = gradients_.value.mutable_data_ptr<S>() + n_ * objects_ * channels_ * positions_;
+      const int64_t count = keys_.count;
       for (int64_t row = 0; row < kGroup; ++row) {
         const int64_t panel = 2 * pair + row / kRows, object = panel / object_panels_;
         const int64_t channel = panel % object_panels_ * kRows + row % kRows;
         if (object >= objects_ || channel >= channels_) continue;
         S* to = target + (object * channels_ + channel) * positions_ + keys_.begin;
-        for (int64_t first = 0; first < keys_.count; first += kRows)
-          store_first(to + first, Lanes::load(sums_of(sums_of_pair(pair), row, first / kRows)),
-                      keys_.count - first);
+        for (int64_t first = 0; first < count; first += kGroup) {
+          const float* from = sums_of(sums, row, first / kRows);
+          store_both(to + first, Lanes::load(from), Lanes::load(from + kSums), count - first);
+        }
       }
     });
   }
@@ -699,9 +743,12 @@ class BackwardElement {
   const int64_t object_steps_;                 // of 32 channels
   const int64_t value_panel_;                  // bfloat16 of 16 positions' or queries' values
   const int64_t groups_, slices_;              // of queries
-  const int64_t steps_, parts_of_steps_;       // of all objects' values
+  const int64_t slice_groups_, slice_;         // groups, and queries, of a slice
+  const int64_t steps_;                        // of all objects' values
+  const int64_t part_steps_, parts_of_steps_;  // steps of a part
   const int64_t block_;                        // positions
   const int64_t chunk_slices_, chunk_groups_;  // whose weights are kept at a time
+  const bool by_pair_;                         // sums go over all slices before the next pair's begin
   const bool kept_;                            // all queries stay packed
   ReadGradients& gradients_;
   Outside outside_;
