@@ -96,3 +96,21 @@ def test_contributing_states_the_chain():
 )
 def test_the_check_itself(file, source, found):
     assert bool(upward(ROOT / "vosops" / file, source)) == found
+
+
+def test_the_page_and_its_web_server_are_brought_by_its_command_alone():
+    """vosops[studio] is for nobody else; its command imports the page when it runs, not when it is listed."""
+    wanted = re.compile(r"(starlette|uvicorn|websockets|vosops\.studio)\b")
+    found = set()
+    for path in (ROOT / "vosops").rglob("*.py"):
+        source, package = path.read_text(), list(path.relative_to(ROOT).parent.parts)
+        if room_of(path) == "studio" or not re.search("starlette|uvicorn|websockets|studio", source):
+            continue
+        if any(wanted.match(name) for _, name in imports_of(source, package)):
+            found.add(str(path.relative_to(ROOT)))
+    assert found == {"vosops/cli/studio.py"}
+    command = ast.parse((ROOT / "vosops/cli/studio.py").read_text())
+    at_once = ast.Module(
+        [node for node in command.body if isinstance(node, (ast.Import, ast.ImportFrom))], []
+    )
+    assert "vosops.studio" not in ast.unparse(at_once)

@@ -113,6 +113,8 @@ export function Stage({ store }: { store: Store }) {
   const holder = useRef<HTMLDivElement>(null);
   const canvas = useRef<HTMLCanvasElement>(null);
   const view = useRef<View | null>(null);
+  const area = useRef({ width: 0, height: 0 });  // of the stage, for which the view was made
+  const fitted = useRef(true);  // whether the whole frame is shown, as until one zooms or moves it
   const painted = useRef("");  // the colours and opacity that the masks were painted with
   const layers = useRef<{ masks: CanvasRenderingContext2D; borders: CanvasRenderingContext2D | null; before: LabelMap | null } | null>(null);
   const pointers = useRef(new Map<number, Point>());
@@ -127,9 +129,21 @@ export function Stage({ store }: { store: Store }) {
   if (!layers.current) layers.current = { masks: canvasOf(width, height), borders: null, before: null };
 
   const fit = () => {
-    const { clientWidth, clientHeight } = holder.current!;
+    if (!holder.current) return;
+    const { clientWidth, clientHeight } = holder.current;
     const scale = Math.min(clientWidth / width, clientHeight / height) * 0.98;
     view.current = { scale, x: (clientWidth - width * scale) / 2, y: (clientHeight - height * scale) / 2 };
+    area.current = { width: clientWidth, height: clientHeight };
+    fitted.current = true;
+  };
+
+  /** The stage has another size: what was in its middle stays there. */
+  const resize = () => {
+    if (fitted.current || !view.current || !holder.current) return fit();
+    const { clientWidth, clientHeight } = holder.current;
+    const { scale, x, y } = view.current;
+    view.current = { scale, x: x + (clientWidth - area.current.width) / 2, y: y + (clientHeight - area.current.height) / 2 };
+    area.current = { width: clientWidth, height: clientHeight };
   };
 
   const toFrame = (event: { clientX: number; clientY: number }): Point => {
@@ -147,16 +161,17 @@ export function Stage({ store }: { store: Store }) {
     const scale = Math.min(LONGEST_ZOOM, Math.max(least, now.scale * factor));
     const share = scale / now.scale;
     view.current = { scale, x: px - (px - now.x) * share, y: py - (py - now.y) * share };
+    fitted.current = false;
     redraw((n) => n + 1);
   };
 
   const paint = () => {
     const element = canvas.current;
-    const area = holder.current;
-    if (!element || !area || !view.current) return;
+    const around = holder.current;
+    if (!element || !around || !view.current) return;
     const ratio = window.devicePixelRatio || 1;
-    const wide = Math.round(area.clientWidth * ratio);
-    const high = Math.round(area.clientHeight * ratio);
+    const wide = Math.round(around.clientWidth * ratio);
+    const high = Math.round(around.clientHeight * ratio);
     if (element.width !== wide || element.height !== high) {
       element.width = wide;
       element.height = high;
@@ -239,7 +254,7 @@ export function Stage({ store }: { store: Store }) {
   useEffect(() => {
     fit();
     const watcher = new ResizeObserver(() => {
-      fit();
+      resize();
       redraw((n) => n + 1);
     });
     watcher.observe(holder.current!);
@@ -342,6 +357,7 @@ export function Stage({ store }: { store: Store }) {
         zoom(share, { clientX: (event.clientX + other.x) / 2, clientY: (event.clientY + other.y) / 2 });
       } else {
         view.current = { ...now, x: now.x + event.clientX - before.x, y: now.y + event.clientY - before.y };
+        fitted.current = false;
       }
     } else if (gesture.current === "draw" && cursor.current) {
       store.drawStroke(cursor.current, point);

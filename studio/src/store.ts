@@ -485,7 +485,12 @@ export class Store {
   }
 
   async job(job: Job, action: "pause" | "resume" | "stop"): Promise<void> {
-    await this.attempt(() => this.api.job(job.number, action));
+    this.finishStroke();
+    if (action === "resume") this.watch = true;
+    await this.attempt(async () => {
+      await this.saving;
+      await this.api.job(job.number, action);
+    });
     await this.refresh();
   }
 
@@ -537,7 +542,7 @@ export class Store {
     if (event.type === "project") {
       if (event.by === page) return;
       const idle = this.ready && !this.stroke && this.pending === 0;
-      if (event.frame === this.frame && idle) void this.show(this.frame, true);
+      if (idle && (event.frame ?? this.frame) === this.frame) void this.show(this.frame, true);
       return void this.refresh();
     }
     const { job } = event;

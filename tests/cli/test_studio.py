@@ -2,6 +2,7 @@
 
 import re
 import socket
+import sys
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_a_path_that_does_not_exist_is_one_line(run, tmp_path):
     code, printed, _ = run(tmp_path / "none.mp4")
     assert code == 2
     assert "does not exist" in error_line(printed)
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "websockets"])
+def test_a_package_that_is_not_installed_is_one_line(run, folder, monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, printed, _ = run(folder)
+    assert code == 1
+    assert "pip install 'vosops[studio]'" in error_line(printed)
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_port_that_is_taken_is_one_line(run, folder):

@@ -49,3 +49,22 @@ def test_it_is_followed_from_a_mark_on_it_and_the_overlay_keeps_its_times(studio
     first = frame_times(COUNT, RATE)
     wanted = [(t + turn * COUNT / (RATE * TICKS)) * TICKS for turn in range(TIMES) for t in first]
     assert [float(time) for time, _ in film] == pytest.approx([float(time) for time in wanted], abs=1e-3)
+
+
+def test_a_video_that_was_cut_off_is_followed_as_far_as_it_goes(studio, tmp_path):
+    count = 40
+    boxes = [{1: (4, 4 + t // 2, 20, 12)} for t in range(count)]
+    frames = [clips.picture(box) for box in boxes]
+    path = clips.write_video(tmp_path / "v.mp4", frames, movflags="faststart", keyframe_every=5)
+    clips.cut(path, 0.75)
+    project = studio.open_path(path)
+    studio.wait_for_times()
+    assert 10 < project.count < count
+    project.write_mark(0, clips.truth(boxes[0]))
+    job = finished(studio, project, studio.queue.submit(project, "follow", {"direction": "all"}).number)
+    assert job["state"] == "done"
+    assert "truncated" in job["message"]
+    shown = project.shown_frames()
+    assert shown == list(range(len(shown)))
+    assert project.count - len(shown) <= 2
+    assert studio.previews(project.id).preview(shown[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 from collections.abc import Callable, Iterator
@@ -67,6 +68,11 @@ def serve(
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets=sockets)
                 announce(address)
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                # Requests that are still decoding are let go; uvicorn would print a traceback for each.
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+                await super().shutdown(sockets=sockets)
 
         limits = {"ws_max_size": 1 << 16, "timeout_graceful_shutdown": 3}
         config = uvicorn.Config(app, log_level="warning", access_log=False, **limits)

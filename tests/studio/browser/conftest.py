@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.studio.browser.servers import ended, started
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1360, 850
@@ -67,26 +65,9 @@ def clip(tmp_path_factory):
 @pytest.fixture(scope="session")
 def address(browser, clip, tmp_path_factory):
     """The URL that the command prints, of a server on the clip."""
-    work = tmp_path_factory.mktemp("work")
-    command = [
-        sys.executable,
-        "-m",
-        "vosops.cli",
-        "studio",
-        str(clip[0]),
-        "--no-browser",
-        "--work",
-        str(work),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
-    try:
-        line = server.stdout.readline()
-        found = re.fullmatch(r"vosops studio: (http://127\.0\.0\.1:\d+/\?token=\S+)\n", line)
-        assert found, f"expected the URL on one line, got {line!r}"
-        yield found[1]
-    finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) in (0, 130)
+    server, url = started(clip[0], tmp_path_factory.mktemp("work"))
+    yield url
+    ended(server)
 
 
 @pytest.fixture

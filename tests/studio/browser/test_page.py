@@ -243,6 +243,62 @@ def test_zooming_and_moving_keeps_the_brush_on_the_pixels(page, address):
     settled(page)
 
 
+def test_another_tab_shows_what_one_draws(page, address):
+    open_clip(page, address)
+    page.keyboard.press("Home")
+    settled(page)
+    other = page.context.new_page()
+    open_clip(other, address)
+    other.keyboard.press("Home")
+    settled(other)
+    picture = other.locator(".stage canvas").screenshot()
+    other.bring_to_front()
+    page.keyboard.press("1")
+    drag(page, (700, 60), (780, 90))
+    marked = mark_of(page, 0, "mark")
+    for _ in range(100):
+        if other.locator(".stage canvas").screenshot() != picture:
+            break
+        other.wait_for_timeout(50)
+    drag(other, (700, 150), (780, 180))  # on top of the first tab's stroke, not instead of it
+    both = mark_of(other, 0, "mark")
+    assert (both[marked > 0] == marked[marked > 0]).all()
+    assert (both[140:190, 690:790] == 1).sum() > (marked[140:190, 690:790] == 1).sum()
+    other.keyboard.press("Control+z")
+    settled(other)
+    other.close()
+    page.keyboard.press("Control+z")
+    settled(page)
+
+
+def test_choosing_a_tool_keeps_what_one_has_zoomed_to(page, address):
+    page.set_viewport_size({"width": 1024, "height": 700})  # where the header has one line or two
+    open_clip(page, address)
+    page.keyboard.press("b")
+    page.mouse.move(*at(page, 300, 200))
+    page.mouse.wheel(0, -600)
+    page.keyboard.press("p")
+    page.get_by_text("Click around the object").wait_for()
+    page.keyboard.press("b")
+    box = page.locator(".stage canvas").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    zoomed = dab(page, middle)
+    page.keyboard.press("0")
+    assert np.abs(dab(page, middle) - (240, 427)).max() < 3
+    assert np.abs(zoomed - (240, 427)).max() > 50
+
+
+def dab(page, place):
+    """Where the brush paints on the frame when one clicks on a place of the page; it is taken back."""
+    before = mark_of(page, 0, "shown")
+    page.keyboard.press("2")  # if there is a second object: what is of the first one already would not change
+    page.mouse.click(*place)
+    after = mark_of(page, 0, "mark")
+    page.keyboard.press("Control+z")
+    settled(page)
+    return np.argwhere(after != (0 if before is None else before)).mean(0)
+
+
 def test_wrong_files_are_said_in_one_line(page, address, tmp_path, screenshot):
     page.goto(address.partition("#")[0])
     page.get_by_role("button", name="Choose a video").wait_for()
