@@ -24,6 +24,6 @@ def started(path, work, *options):
 
 
 def ended(server):
-    """Ends a server as Ctrl-C does."""
+    """Ends a server as Ctrl-C does; on a busy machine it may take a minute to leave."""
     server.send_signal(signal.SIGINT)
-    assert server.wait(60) in (0, 130)
+    assert server.wait(300) in (0, 130)
