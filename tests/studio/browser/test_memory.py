@@ -27,7 +27,7 @@ def assert_flat(before, after, pictures, process):
 
 def test_the_page_holds_no_more_after_many_frames(page, address, tmp_path):
     page.add_init_script(COUNTING)
-    frames = (np.full((720, 1280, 3), 40 + i, np.uint8) for i in range(120))
+    frames = (np.full((720, 1280, 3), 40 + i, np.uint8) for i in range(60))
     count = write_phone_video(tmp_path / "flat.mp4", frames, degrees=0, keyframe_every=12)
     page.goto(address.partition("#")[0])
     page.get_by_label("Video").set_input_files(tmp_path / "flat.mp4")
@@ -37,7 +37,7 @@ def test_the_page_holds_no_more_after_many_frames(page, address, tmp_path):
     walk(page, most + 8, 0, count - 1)
     before = held(page)
     assert before.pictures > most // 2
-    walk(page, 70, 0, count - 1)
+    walk(page, 40, 0, count - 1)
     assert_flat(before, held(page), most, process=48 * MIB)
 
 
