@@ -133,6 +133,7 @@ class TestLease:
             lease.check()
         lease.release()  # does not give away what another has now
         assert not taken.lost and fleet.take("bear") is None
+        assert fleet.lease_path("bear", 0).stat().st_mtime == 0  # who was late did not die
         taken.release()
 
     def test_of_two_that_saw_it_expire_one_gets_it(self, fleet, monkeypatch):

@@ -117,7 +117,10 @@ class ShardedMemoryBank(LongTermMemory):
         room = None
         if self._is_long_term:
             coming = Entry(frame, owner, permanent, temporary)
-            geometry = geometry_of(key, value, shrinkage, selection) if mine and key is not None else None
+            geometry = None
+            if mine:
+                assert key is not None and value is not None
+                geometry = geometry_of(key, value, shrinkage, selection)
             room = self._prepare(coming, known, new, geometry)
             known = self._find(frame)
         before = self._stored()

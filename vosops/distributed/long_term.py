@@ -65,6 +65,10 @@ class LongTermMemory(MemoryBank):
     Prototypes are numbered in the order in which one bank would have them.
     """
 
+    _serials: Tensor  # the numbers of this rank's prototypes, ascending
+    _prototypes: list[int]  # how many each rank has
+    _next_serial: int
+
     def __init__(
         self,
         settings: MemorySettings | None,

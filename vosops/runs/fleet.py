@@ -176,12 +176,11 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let another worker take it at once."""
+        """Let another worker take it at once; where one has taken it, say that this worker is alive."""
         self._ended.set()
         self._thread.join()
-        if not self.lost:
-            with suppress(OSError):
-                os.utime(self._path, (0, 0))
+        with suppress(OSError):
+            os.utime(self._path, (0, 0))
 
     def _renew(self) -> None:
         while not self._ended.wait(self._fleet.lease_seconds / _RENEWALS):
