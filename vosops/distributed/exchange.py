@@ -20,6 +20,7 @@ _PROBE_SECONDS = 5.0  # how long a rank has to answer when somebody asks whether
 _LOOK_SECONDS = 1.0  # after which a rank that waits looks whether somebody asks
 _STORE_SECONDS = 0.1  # between two looks for a late answer
 _LEAST_SECONDS = 0.001
+_POLL_SECONDS = (1e-5, 1e-2)  # the first and the longest pause between two looks at a collective on a GPU
 _PROBE_TAG = 18_018  # of the messages that ask
 _HASH_BYTES = 7  # of a digest, so that it fits a positive int64
 _HEADER = 16  # int64 that announce a tensor: dtype, gradients, dimensions and sizes
@@ -213,6 +214,7 @@ class Exchange:
             "a check of the ranks",
             lambda: dist.barrier(group=self.group, async_op=True),
             timeout or self.timeout,
+            on_gpu=torch.cuda.is_available(),
         )
 
     def global_rank(self, rank: int) -> int:
@@ -256,10 +258,12 @@ class Exchange:
 
     # ---- How it is done.
 
-    def _run(self, what: str, start: Callable[[], Any], timeout: float | None = None) -> None:
+    def _run(
+        self, what: str, start: Callable[[], Any], timeout: float | None = None, on_gpu: bool = False
+    ) -> None:
         """Start a collective and wait for it; a `RankError` names who is to blame."""
         try:
-            self._wait(start(), self.timeout if timeout is None else timeout)
+            self._wait(start(), self.timeout if timeout is None else timeout, on_gpu)
         except RuntimeError as error:
             self._ask()
             missing = self._missing()
@@ -276,8 +280,11 @@ class Exchange:
             now = "" if missing is None else "all ranks answer now, but "
             raise RankError(f"{now}{who} did not take part in {what} in time: {reason}") from error
 
-    def _wait(self, work: Any, seconds: float | None) -> None:
-        """Wait for a collective; RuntimeError if it fails, takes too long, or another rank asks who is alive."""
+    def _wait(self, work: Any, seconds: float | None, on_gpu: bool) -> None:
+        """Wait for a collective; RuntimeError if it fails, takes too long, or another rank asks who is alive.
+
+        NCCL gives up its communicator when a wait with a timeout runs out, so that it is looked at instead.
+        """
         if not self._speaks("cpu"):
             work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
             return
@@ -285,7 +292,7 @@ class Exchange:
         while True:
             left = until - time.monotonic()
             try:
-                work.wait(timedelta(seconds=max(min(left, _LOOK_SECONDS), _LEAST_SECONDS)))
+                (_look if on_gpu else _wait_for)(work, max(min(left, _LOOK_SECONDS), _LEAST_SECONDS))
                 return
             except RuntimeError:
                 if work.is_completed() or left <= _LOOK_SECONDS:
@@ -338,6 +345,7 @@ class Exchange:
         self._run(
             "an exchange of slices",
             lambda: dist.all_to_all_single(taken, given, group=self.group, async_op=True),
+            on_gpu=given.device.type != "cpu",
         )
         return list(taken.split(size))
 
@@ -351,6 +359,7 @@ class Exchange:
         self._run(
             "a gathering of slices",
             lambda: dist.all_gather(taken, buffer, group=self.group, async_op=True),
+            on_gpu=buffer.device.type != "cpu",
         )
         return taken
 
@@ -365,6 +374,7 @@ class Exchange:
         self._run(
             "a broadcast",
             lambda: dist.broadcast(tensor, self.global_rank(source), group=self.group, async_op=True),
+            on_gpu=tensor.device.type != "cpu",
         )
 
     def _slice_length(self, tensors: Sequence[Tensor]) -> int:
@@ -383,6 +393,22 @@ class Exchange:
         with suppress(RuntimeError, AttributeError):
             return any(device.type == device_type for device in self.group._device_types)
         return True
+
+
+def _wait_for(work: Any, seconds: float) -> None:
+    work.wait(timedelta(seconds=seconds))
+
+
+def _look(work: Any, seconds: float) -> None:
+    """Return when a collective is done; RuntimeError after this many seconds, or if it failed."""
+    until = time.monotonic() + seconds
+    pause, longest = _POLL_SECONDS
+    while not work.is_completed():
+        if time.monotonic() > until:
+            raise RuntimeError(f"it took longer than {seconds:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+    work.wait()
 
 
 def _count(sent: int = 0, received: int = 0) -> None:
