@@ -40,7 +40,7 @@ DOUBTFUL = 0.6  # an object whose cells are, on average, less probable than this
 STRIDES = (2, 4, 8, 16)  # of the backbone's maps
 MAP_SCALES = (1 / 4, 1 / 8, 6.0, 10.0)  # of these maps, so that all of them are of the order of 1
 MARGIN = 4  # cells around what is searched, in which the backbone is computed too
-MOST_OF_FRAME = 0.95  # of its cells, from which on the backbone is computed on all of a frame
+MOST_OF_FRAME = 0.85  # of its cells, from which on the backbone is computed on all of a frame
 HAS_TILES = torch.cpu._is_amx_tile_supported()  # for which products of bfloat16 cost a fourth of float32's
 _COARSEST = 4  # cells in the side of a pixel of stride 32
 _SIMILARITY_LIMIT = 0.4  # of a difference of cosines that the network sees
@@ -379,10 +379,15 @@ class VosopsS(Propagate):
         box = _Box.around(base._around(search, MARGIN)) if search.any() else None
         if box is None or box.area > MOST_OF_FRAME * search.numel():
             return self._features(image)
-        found = self._see(self.pyramid(box.of(image[None], 1)), box)
-        features = found.new_zeros(len(found), *search.shape)
-        box.of(features, 8).copy_(found)
-        return features
+        pyramid = self.pyramid(box.of(image[None], 1))
+        self._keep_maps(pyramid, box)
+        matched = []
+        for x, stride in zip(pyramid[2:], STRIDES[2:], strict=True):
+            whole = x.new_zeros(1, x.shape[1], *(side * 8 // stride for side in search.shape))
+            whole = whole.contiguous(memory_format=torch.channels_last)
+            box.of(whole, stride).copy_(x)
+            matched.append(whole)
+        return self._joined(*matched)
 
     def _recent_classes(self, age: int) -> Tensor:
         """Propagate's, but cells whose features were not computed are of none."""
@@ -395,15 +400,20 @@ class VosopsS(Propagate):
     def _features(self, image: Tensor) -> Tensor:
         return self._see(self.pyramid(image[None]))
 
-    def _see(self, pyramid: tuple[Tensor, ...], box: _Box | None = None) -> Tensor:
-        """Keep the maps (1,C,h,w) of a part of a frame, or of all, for the network; return its features (C,h,w)."""
+    def _see(self, pyramid: tuple[Tensor, ...]) -> Tensor:
+        """Keep the maps (1,C,h,w) of a frame for the network, and return its features (C,H/8,W/8)."""
+        _, _, stride8, stride16 = pyramid
+        self._keep_maps(pyramid, _Box.whole(*stride8.shape[2:]))
+        return self._joined(stride8, stride16)
+
+    def _keep_maps(self, pyramid: tuple[Tensor, ...], box: _Box) -> None:
+        """Keep the maps (1,C,h,w) of a part of a frame for the network."""
         stride2, stride4, stride8, stride16 = pyramid
-        self._seen = _Box.whole(*stride8.shape[2:]) if box is None else box
         unit8, unit16 = (functional.normalize(x.float(), dim=1).to(x.dtype) for x in (stride8, stride16))
         self._maps = tuple(
             x * scale for x, scale in zip((stride2, stride4, unit8, unit16), MAP_SCALES, strict=True)
         )
-        return self._joined(stride8, stride16)
+        self._seen = box
 
     def _classify(self, keys: Tensor, image: Tensor) -> Tensor:
         if not self.object_ids:
