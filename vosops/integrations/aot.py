@@ -94,8 +94,8 @@ class LocalMap(Handle):
     def build(self) -> Tensor:
         """Return the weights."""
         _, weights = local_attention(*self._windows.maps, **self._windows.options, return_weights=True)
-        weights = weights.flatten(3)
-        return weights.mT if self._offsets_last else weights
+        flat: Tensor = weights.flatten(3)
+        return flat.mT if self._offsets_last else flat
 
 
 AttentionMap._answers = LocalMap._answers = {}

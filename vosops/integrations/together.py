@@ -140,9 +140,9 @@ def _tracks(given: dict[str, Any]) -> bool:
 def _reads_ragged(model: Any) -> bool:
     """Whether every layer of a model reads memories of different lengths."""
     layers = getattr(getattr(model, "memory_attention", None), "layers", ())
-    attentions = [getattr(layer, "cross_attn_image", None) for layer in layers]
+    attentions: list[Any] = [getattr(layer, "cross_attn_image", None) for layer in layers]
     return bool(attentions) and all(
-        getattr(type(each).forward, "_vosops_reads_ragged", False)
+        getattr(getattr(type(each), "forward", None), "_vosops_reads_ragged", False)
         and each.num_heads == 1
         and not (each.training and each.dropout_p > 0)
         and _narrow(each, model.mem_dim)

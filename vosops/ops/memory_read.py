@@ -401,7 +401,8 @@ def usage_under(lse: Tensor, query_key: Tensor, memory_key: Sequence[Tensor], **
     ((_, memory, (values,)),) = arguments.passes
     scores = Scores(memory)
     usage = _usage_of_group(kernels, scores, 0, lse)
-    of_segments: list[Tensor] = memory.shape_usage(usage, scores.pieces, values)
+    of_segments = memory.shape_usage(usage, scores.pieces, values)
+    assert not isinstance(of_segments, Tensor)  # a sequence of keys was given
     return of_segments
 
 
