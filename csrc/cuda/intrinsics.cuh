@@ -16,6 +16,40 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 }
 #endif
 
+// An address in shared memory as instructions take it. It is computed once: a pointer is converted anew at
+// each use, by three instructions since sm_90.
+struct SharedAddress {
+#ifdef __CUDACC__
+  unsigned address;
+#else
+  unsigned char* address;
+#endif
+  __device__ __forceinline__ SharedAddress operator+(int bytes) const { return {address + bytes}; }
+};
+
+__device__ __forceinline__ SharedAddress shared_base(void* pointer) {
+#ifdef __CUDACC__
+  unsigned address = shared_address(pointer);
+  asm volatile("" : "+r"(address));
+  return {address};
+#else
+  return {static_cast<unsigned char*>(pointer)};
+#endif
+}
+
+// A value that is kept in a register, where the compiler would rather compute it again in a loop.
+template <class T>
+__device__ __forceinline__ T kept(T value) {
+#ifdef __CUDACC__
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(value));
+  else
+    asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // ---- cp.async: copies Bytes (4, 8 or 16) to shared memory; `source_bytes` of them are read, the rest become
 // zero ----
 template <int Bytes>
@@ -32,6 +66,27 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                  : "memory");
 #else
   emulator::copy_async(shared, global, Bytes, unsigned(source_bytes));
+#endif
+}
+
+// All 16 bytes, which are there.
+__device__ __forceinline__ void copy_async_whole(SharedAddress shared, const void* global) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared.address), "l"(global) : "memory");
+#else
+  emulator::copy_async(shared.address, global, 16, 16);
+#endif
+}
+
+// 16 bytes, of which `source_bytes` are read and the rest become zero.
+__device__ __forceinline__ void copy_async_partly(SharedAddress shared, const void* global,
+                                                  int source_bytes) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.address), "l"(global),
+               "r"(source_bytes)
+               : "memory");
+#else
+  emulator::copy_async(shared.address, global, 16, unsigned(source_bytes));
 #endif
 }
 
@@ -161,10 +216,11 @@ struct Multiply {
     for (unsigned lane = 0; lane < emulator::kWarpSize; ++lane) {
       float* c = static_cast<const Argument*>(lanes[lane])->c;
       for (unsigned i = 0; i < 4; ++i) {
-        double sum = 0;
+        double terms[kDepth + 1];
+        terms[kDepth] = double(c[i]);
         for (unsigned k = 0; k < kDepth; ++k)
-          sum += double(a[lane / 4 + i / 2 * 8][k]) * double(b[k][lane % 4 * 2 + i % 2]);
-        c[i] = float(double(c[i]) + sum);
+          terms[k] = double(a[lane / 4 + i / 2 * 8][k]) * double(b[k][lane % 4 * 2 + i % 2]);
+        c[i] = emulator::tensor_core_sum(terms, kDepth + 1);
       }
     }
   }
@@ -172,32 +228,54 @@ struct Multiply {
 }  // namespace twin
 #endif
 
+// d = c + a * b, where several d may start from the same c.
 template <class T>
-__device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4],
-                                                    const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply_add(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16> || std::is_same_v<T, float>);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, half>)
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
   else if constexpr (std::is_same_v<T, bfloat16>)
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
   else
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
 #else
-  typename twin::Multiply<T>::Argument argument{c, a, b};
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  typename twin::Multiply<T>::Argument argument{d, a, b};
   emulator::warp_collective(emulator::kFullMask, "mma", &argument, twin::Multiply<T>::combine);
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[2]) {
+  multiply_add<T>(c, c, a, b);
+}
+
+// ---- ex2.approx.ftz.f32: 2^x to 2 units in the last place, zero below the normal numbers ----
+__device__ __forceinline__ float exp2_approximate(float x) {
+#ifdef __CUDACC__
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  return x < -126.f ? 0.f : exp2f(x);
 #endif
 }
 

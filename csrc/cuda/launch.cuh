@@ -4,6 +4,8 @@
 //   VOSOPS_CUDA_LIBRARY(m) { m.impl("op", TORCH_BOX(&op)); }
 //   DeviceScope device(tensor);         makes the tensor's device current; device.stream() is its current
 //   stream
+//   VISIT(name, copies);                first in a block of code: nothing here; the emulator counts how often
+//   a warp comes there, for benchmarks/cuda_model.py. `copies` is how many times an unrolled loop repeats it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,6 +31,8 @@
   ::vosops::cuda::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 #ifdef __CUDACC__
+
+#define VISIT(name, copies)
 
 #define DYNAMIC_SHARED(Struct, name)                                    \
   extern __shared__ __align__(128) unsigned char vosops_shared_bytes[]; \
@@ -91,6 +95,8 @@ class DeviceScope {
 
 #else
 
+#define VISIT(name, copies) ::emulator::visit(#name, copies)
+
 #define DYNAMIC_SHARED(Struct, name) \
   Struct& name = *static_cast<Struct*>(emulator::shared_memory(sizeof(Struct)))
 
@@ -113,7 +119,7 @@ struct DeviceLimits {
 };
 
 inline DeviceLimits device_limits() {
-  return {2, emulator::shared_limit()};
+  return {emulator::multiprocessors(), emulator::shared_limit()};
 }
 
 class DeviceScope {

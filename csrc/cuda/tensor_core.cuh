@@ -28,15 +28,25 @@ __device__ __forceinline__ void prepare(uint32_t (&high)[kCount], uint32_t (&low
   }
 }
 
-// c += a b for a tile of 16 x 8.
+// d = c + a b for a tile of 16 x 8.
+template <class T, Arithmetic kArithmetic>
+__device__ __forceinline__ void step_from(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4],
+                                          const uint32_t (&a_low)[4], const uint32_t (&b)[2],
+                                          const uint32_t (&b_low)[2]) {
+  if constexpr (kArithmetic == Arithmetic::kSplit) {
+    multiply_add<T>(d, c, a_low, b);
+    multiply_accumulate<T>(d, a, b_low);
+    multiply_accumulate<T>(d, a, b);
+  } else {
+    multiply_add<T>(d, c, a, b);
+  }
+}
+
+// c += a b.
 template <class T, Arithmetic kArithmetic>
 __device__ __forceinline__ void step(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&a_low)[4],
                                      const uint32_t (&b)[2], const uint32_t (&b_low)[2]) {
-  if constexpr (kArithmetic == Arithmetic::kSplit) {
-    multiply_accumulate<T>(c, a_low, b);
-    multiply_accumulate<T>(c, a, b_low);
-  }
-  multiply_accumulate<T>(c, a, b);
+  step_from<T, kArithmetic>(c, c, a, a_low, b, b_low);
 }
 
 }  // namespace vosops::cuda

@@ -101,7 +101,7 @@ def _alone(output: Path) -> Iterator[None]:
 
 def compile_and_link(sources: list[Path], mode: str, stem: str, flags: list[str], link: list[str]) -> Path:
     """Compile `sources` and the emulator for `mode` and link them."""
-    headers = sorted([*CUDA_SOURCES.glob("*.cuh"), *(ROOT / "csrc/common").glob("*.h"), HERE / "emulator.h"])
+    headers = sorted([*CUDA_SOURCES.glob("*.cuh"), *(ROOT / "csrc/common").glob("*.h"), *HERE.glob("*.h")])
     include, torch_link = torch_flags()
     base = [compiler(), *COMMON, *STABLE_ABI, *include, f"-I{ROOT / 'csrc'}", f"-I{HERE}", *flags]
 

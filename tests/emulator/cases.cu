@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <iostream>
 #include <map>
 #include <string>
 #include <vector>
@@ -286,6 +287,129 @@ void tf32_case() {
   require(to_tf32(1.f + 0x1p-11f) == __float_as_uint(1.f + 0x1p-10f), "ties away from zero");
 }
 
+// ---- Fragments as somebody else describes them: the tables that cute_layouts.cpp printed, from standard
+// input
+using Table = std::vector<int>;
+
+Table read_table(const std::string& name, int values) {
+  std::string found;
+  Table table(size_t(32 * values));
+  require(bool(std::cin >> found) && found == name, "the table's name");
+  for (int& entry : table) require(bool(std::cin >> entry), "the table's length");
+  return table;
+}
+
+// A product with its factors in registers by table, and the result taken from them by table.
+template <class T>
+void fragments_of_product() {
+  constexpr int kPack = 4 / sizeof(T), kDepth = 32 / sizeof(T);
+  using Multiply = vosops::cuda::twin::Multiply<T>;
+  const Table a_table = read_table("A", 4 * kPack), b_table = read_table("B", 2 * kPack),
+              c_table = read_table("C", 4);
+  std::vector<float> a(16 * kDepth), b(8 * kDepth), c(16 * 8);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = float(int(i * 37 % 17) - 8);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = float(int(i * 53 % 19) - 9);
+  for (size_t i = 0; i < c.size(); ++i) c[i] = float(i);
+  union Register {
+    uint32_t bits;
+    T values[kPack];
+    Register() : bits(0) {}
+  };
+  struct Lane {
+    Register a[4], b[2];
+    float c[4];
+    typename Multiply::Argument argument;
+  };
+  std::vector<Lane> lanes(32);
+  void* arguments[32];
+  for (size_t lane = 0; lane < 32; ++lane) {
+    Lane& l = lanes[lane];
+    for (size_t i = 0; i < 4 * kPack; ++i)
+      l.a[i / kPack].values[i % kPack] = T(a[size_t(a_table[lane * 4 * kPack + i])]);
+    for (size_t i = 0; i < 2 * kPack; ++i)
+      l.b[i / kPack].values[i % kPack] = T(b[size_t(b_table[lane * 2 * kPack + i])]);
+    for (size_t i = 0; i < 4; ++i) l.c[i] = c[size_t(c_table[lane * 4 + i])];
+    l.argument = {l.c, &l.a[0].bits, &l.b[0].bits};
+    arguments[lane] = &l.argument;
+  }
+  Multiply::combine(arguments, 0xffffffffu);
+  for (size_t lane = 0; lane < 32; ++lane)
+    for (size_t i = 0; i < 4; ++i) {
+      const int at = c_table[lane * 4 + i], m = at % 16, n = at / 16;
+      float want = c[size_t(at)];
+      for (int k = 0; k < kDepth; ++k) want += a[size_t(m + 16 * k)] * b[size_t(n + 8 * k)];
+      require(lanes[lane].c[i] == want, "fragments of a product");
+    }
+}
+
+struct Words {
+  alignas(16) uint16_t values[32][8];
+};
+template <bool Transposed>
+__global__ void load_by_table(const int* rows, uint32_t* out) {
+  DYNAMIC_SHARED(Words, s);
+  for (int i = 0; i < 8; ++i) s.values[threadIdx.x][i] = uint16_t(8 * threadIdx.x + unsigned(i));
+  __syncwarp();
+  uint32_t registers[4];
+  load_matrices<4, Transposed>(registers, s.values[rows[threadIdx.x]]);
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + unsigned(i)] = registers[i];
+}
+
+template <bool Transposed>
+void fragments_of_load() {
+  const Table rows = read_table("rows", 1), elements = read_table("elements", 8);
+  std::vector<uint32_t> out(32 * 4);
+  LAUNCH(load_by_table<Transposed>, dim3(1), dim3(32), sizeof(Words), rows.data(), out.data());
+  for (size_t i = 0; i < 256; ++i)
+    require(int(out[i / 2] >> i % 2 * 16 & 0xffff) == elements[i], "what ldmatrix loads");
+}
+
+void fragments_case() {
+  const auto next = [](const char* name) {
+    std::string found;
+    require(bool(std::cin >> found) && found == name, "the instruction's name");
+  };
+  next("bfloat16");
+  fragments_of_product<bfloat16>();
+  next("float16");
+  fragments_of_product<vosops::cuda::half>();
+  next("tf32");
+  fragments_of_product<float>();
+  next("ldmatrix");
+  fragments_of_load<false>();
+  next("ldmatrix.trans");
+  fragments_of_load<true>();
+}
+
+// ---- Sums of products and what they are added to ----
+__global__ void add_small(float term, float* out) {
+  const uint32_t factor = __float_as_uint(term) >> 16, pair = factor << 16 | factor;
+  const uint32_t ones = 0x3f803f80u, a[4] = {pair, pair, pair, pair}, b[2] = {ones, ones};
+  float c[4] = {1, 1, 1, 1};
+  multiply_accumulate<bfloat16>(c, a, b);
+  out[threadIdx.x] = c[0];
+}
+
+void small_terms_case(float term, float want) {
+  std::vector<float> out(32);
+  LAUNCH(add_small, dim3(1), dim3(32), 0, term, out.data());
+  for (float sum : out) require(sum == want, "1 plus sixteen small products");
+}
+
+// ---- Visits ----
+__global__ void visits(int* out) {
+  for (int i = 0; i < 3; ++i) {
+    emulator::visit("uniform", 1);
+    if (threadIdx.x % 32 < 5) {
+      emulator::visit("few_lanes", 2);
+      out[threadIdx.x] = i;
+    }
+    if (threadIdx.x >= 32) emulator::visit("second_warp", 1);
+    for (unsigned j = 0; j < threadIdx.x % 3; ++j) emulator::visit("twice_at_most", 1);
+    __syncwarp();
+  }
+}
+
 template <class Kernel, class... Arguments>
 void simple(Kernel kernel, unsigned blocks, unsigned block_size, Arguments... arguments) {
   emulator::launch("kernel", kernel, dim3(blocks), dim3(block_size), sizeof(Floats), nullptr, arguments...);
@@ -297,6 +421,11 @@ int main(int argc, char** argv) {
   std::vector<float> out(4096), x(4096, 1.f);
   std::vector<int> integers(4096);
   const std::map<std::string, std::function<void()>> cases{
+      {"fragments", fragments_case},
+      {"small_terms_kept", [] { small_terms_case(0x1p-26f, 1 + 0x1p-22f); }},
+      {"small_terms_lost", [] { small_terms_case(0x1p-26f, 1); }},
+      {"terms_of_25_bits_kept", [] { small_terms_case(0x1p-25f, 1 + 0x1p-21f); }},
+      {"visits", [&] { simple(visits, 1, 64, integers.data()); }},
       {"block_sum", [] { sum_case(true); }},
       {"missing_barrier", [] { sum_case(false); }},
       {"write_after_read", [&] { simple(write_after_read, 1, 64, out.data()); }},

@@ -2,6 +2,8 @@
 // their calls of
 // __tsan_read4 and its siblings arrive here, at the end of the file.
 #include "emulator.h"
+#include "sums.h"
+#include "trace.h"
 
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -429,6 +431,7 @@ bool release_barrier(unsigned count) {
   barrier_count = 0;
   for (unsigned i = 0; i < count; ++i) barrier_count += threads[i]->predicate != 0;
   for (unsigned i = 0; i < count; ++i) threads[i]->state = State::kReady;
+  for (uint64_t& phase : phases) ++phase;
   ++epoch;
   return true;
 }
@@ -483,6 +486,7 @@ void run_block(dim3 grid, dim3 block, uint3 index, unsigned count, size_t shared
   do {
     run_warps(count, warps);
   } while (failure.empty() && release_barrier(count));
+  if (trace_path) end_visits();
   if (checked && !failure.empty())
     for (auto& cell : shared_shadow) cell.pending = 0;
 }
@@ -535,7 +539,11 @@ void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*ca
   shuffled = seed != nullptr;
   if (seed) generator.seed(unsigned(std::strtoul(seed, nullptr, 10)));
   launch_epoch = ++epoch;
-  const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+  hopper_sums = asks_for_hopper_sums();
+  trace_path = getenv("VOSOPS_EMULATOR_TRACE");
+  visits.clear();
+  const bool dry = getenv("VOSOPS_EMULATOR_DRY") != nullptr;
+  const size_t blocks = dry ? 0 : size_t(grid.x) * grid.y * grid.z;
   std::vector<size_t> order;
   if (shuffled) {
     order.resize(blocks);
@@ -550,6 +558,7 @@ void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*ca
   }
   shared = nullptr;
   shared_size = 0;
+  if (trace_path) write_trace(name, grid, block, shared_bytes);
   if (failure.empty() && reports.empty()) return;
   std::string text = std::string(name) + ": ";
   if (!failure.empty()) text += failure;
@@ -574,6 +583,24 @@ bool is_shared(const volatile void* address) {
 
 size_t shared_limit() {
   return limits().shared_bytes;
+}
+
+int multiprocessors() {
+  const char* count = getenv("VOSOPS_EMULATOR_MULTIPROCESSORS");
+  return count ? std::max(atoi(count), 1) : 2;
+}
+
+void visit(const char* name, int copies) {
+  if (!trace_path) return;
+  const unsigned slot = self().slot, warp = slot / kWarpSize;
+  Visits& visited = visits[name];
+  visited.copies = copies;
+  WarpVisits& mine = visited.warps[warp];
+  if (mine.phase != phases[warp]) {
+    visited.count += mine.most;
+    mine = {phases[warp]};
+  }
+  mine.most = std::max(mine.most, ++mine.lanes[slot % kWarpSize]);
 }
 
 int block_reduce(int predicate, int line) {
@@ -616,6 +643,7 @@ void warp_collective(unsigned mask, const char* name, void* argument, Combine co
     return;
   }
   combine(arguments, mask);
+  ++phases[base / kWarpSize];
   if (orders_memory && (live & ~mask) == 0) ++warp_epochs[base / kWarpSize];
   for (unsigned lane = 0; lane < kWarpSize; ++lane)
     if (mask >> lane & 1) threads[base + lane]->state = State::kReady;

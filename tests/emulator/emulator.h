@@ -116,6 +116,14 @@ void copy_async_wait(unsigned groups_in_flight);
 
 bool is_shared(const volatile void* address);
 size_t shared_limit();  // bytes that a block of the emulated architecture may have
+int multiprocessors();
+
+// What a tensor core makes of products and, as the last term, what they are added to.
+float tensor_core_sum(const double* terms, unsigned count);
+
+// Counts one execution, by this thread's warp, of the code that follows, of which there are so many unrolled
+// copies. Lanes that come between the same two warp-wide operations or barriers come together.
+void visit(const char* name, int copies);
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

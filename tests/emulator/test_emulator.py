@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,9 +26,13 @@ CORRECT = [
     "mma_tf32",
     "shared_in_bounds",
     "shuffles",
+    "small_terms_kept",
+    "terms_of_25_bits_kept",
     "tf32",
+    "visits",
     "warp_exchange",
 ]
+TESTED_ELSEWHERE = ["fragments", "small_terms_lost"]  # test_tensor_cores.py
 
 # case -> what the report must say
 FOUND_IN_EVERY_MODE = {
@@ -123,8 +129,36 @@ def test_limits_follow_the_architecture() -> None:
     assert "limit of 101376 of sm_86" in run("plain", "shared_164k", VOSOPS_EMULATOR_ARCH="86")[1]
 
 
+def test_the_trace_counts_the_visits_of_warps(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    for _ in range(2):
+        assert run("plain", "visits", VOSOPS_EMULATOR_TRACE=str(trace)) == (0, "ok\n")
+    first, second = (json.loads(line) for line in trace.read_text().splitlines())
+    assert first == second
+    assert (first["blocks"], first["threads"], first["shared_bytes"]) == (1, 64, 1024)
+    assert first["visits"] == {
+        "uniform": [6, 1],  # two warps, three times
+        "few_lanes": [6, 2],  # lanes that come together count once; the code has two copies
+        "second_warp": [3, 1],
+        "twice_at_most": [12, 1],  # a warp comes as often as its busiest lane
+    }
+
+
+def test_a_dry_run_only_says_what_would_be_launched(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    status, text = run("plain", "block_sum", VOSOPS_EMULATOR_TRACE=str(trace), VOSOPS_EMULATOR_DRY="1")
+    assert (status, "wrong: block sum" in text) == (1, True)  # nothing was added up
+    assert json.loads(trace.read_text())["blocks"] == 4
+
+
 def test_every_case_is_tested() -> None:
     listing = subprocess.run(
         [build.build_cases("plain")], capture_output=True, text=True, timeout=300
     ).stdout.split()
-    assert set(listing) == {*CORRECT, *FOUND_IN_EVERY_MODE, *FOUND_IN_CHECKED, *FOUND_IN_ADDRESS}
+    assert set(listing) == {
+        *CORRECT,
+        *TESTED_ELSEWHERE,
+        *FOUND_IN_EVERY_MODE,
+        *FOUND_IN_CHECKED,
+        *FOUND_IN_ADDRESS,
+    }
