@@ -152,7 +152,7 @@ def _attend_locally(
         norms = functional.unfold(functional.pad(norms, [layer.max_dis] * 4), layer.window_size)
         norms = norms.view(key.shape[0], heads, window, *key.shape[2:])
         scale, bias = 2 * scale, bias[:, :, None, None] - norms
-    options = {
+    options: dict[str, Any] = {
         "radius": layer.max_dis,
         "heads": heads,
         "scale": scale,
@@ -161,7 +161,8 @@ def _attend_locally(
         "bias": bias,
     }
     windows = _Windows((query, key, value), options)
-    return local_attention(*windows.maps, **options), LocalMap.of(windows, offsets_last)
+    attended: Tensor = local_attention(*windows.maps, **options)
+    return attended, LocalMap.of(windows, offsets_last)
 
 
 def _as_sequence(maps: Tensor) -> Tensor:
