@@ -1,6 +1,7 @@
 """Runs that die or fail at a chosen operation on files, and disks of a few kilobytes."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -35,6 +36,7 @@ def run_and_die(work, folder, at=None):
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        gc.freeze()  # garbage of this process may wait for its threads, which the child has not, when it is freed
         code = 1
         try:
             count = _count_operations(str(folder), at)
