@@ -27,8 +27,9 @@ def absent(reason: str) -> None:
     pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """Chromium; no longer than a module, since Playwright's event loop leaves no room for another in this thread."""
     for package in ("playwright", "starlette", "uvicorn", "cv2"):
         try:
             __import__(package)
@@ -62,7 +63,7 @@ def clip(tmp_path_factory):
     return root / "clip", truth
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(browser, clip, tmp_path_factory):
     """The URL that the command prints, of a server on the clip."""
     server, url = started(clip[0], tmp_path_factory.mktemp("work"))
