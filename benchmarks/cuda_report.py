@@ -4,6 +4,7 @@
     python benchmarks/cuda_report.py --write                  and as benchmarks/results/cuda/VERSION.json
     python benchmarks/cuda_report.py --check                  fail where this nvcc's table says something else
     python benchmarks/cuda_report.py --targets sm_90a         fewer targets (sm_120 is never committed or checked)
+    python benchmarks/cuda_report.py --write --raise-limits   and let limits of hot loops rise
 
 Warnings are errors. What nvcc makes of a kernel is a fact about one version of nvcc, so each version has its own
 committed table. An nvcc without a table is held to bounds that any useful code keeps, and the report says so.
@@ -11,6 +12,10 @@ committed table. An nvcc without a table is held to bounds that any useful code 
 Shared memory is chosen at the launch, which checks it against the device's limit, so that occupancy is given in two
 numbers: `blocks`, the blocks that registers and threads let a multiprocessor hold, and `room`, the shared memory in
 bytes that each of so many blocks may have at most. A kernel that asks for more holds fewer.
+
+Of the kernels in `cuda_model.REFERENCES` the table also has what a warp does for one tile, slow paths included (see
+there), and limits: the goals of `cuda_model.GOALS`, or what was reached where a goal is not met, for the reason that
+the reference gives. A kernel that crosses its limit fails the check.
 """
 
 from __future__ import annotations
@@ -31,6 +36,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import cuda_model, sass  # noqa: E402
+
 TABLES = ROOT / "benchmarks/results/cuda"
 """A table for each version of nvcc, named by it."""
 
@@ -63,6 +72,7 @@ MOST_SPILLED = 64
 usual."""
 
 COMPILE_SECONDS, TOOL_SECONDS = 1200, 120
+HOT_SOURCES = {reference.kernel.split(":")[0] for reference in cuda_model.REFERENCES}
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\b",
     "HGMMA": r"\bHGMMA\b",
@@ -76,6 +86,12 @@ FIGURES = [
     *INSTRUCTIONS,
 ]
 """What a row tells of a kernel, in the order of the tables."""
+
+HOT = "tile"
+"""What it also tells of a reference kernel: a warp's work for one tile, see `cuda_model.Tile`."""
+
+HotLimits = dict[str, dict[str, float]]
+"""Reference kernel -> figure of its tiles -> the most that it may be."""
 
 
 def tool(name: str) -> str | Path:
@@ -95,6 +111,7 @@ def compile_source(source: Path, target: str, folder: Path) -> Path:
     include = Path(torch.__file__).parent / "include"
     cubin = folder / f"{source.stem}.{target}.cubin"
     command = ["nvcc", "-cubin", f"-arch={target}", "-O3", "-std=c++20", "--Werror", "all-warnings"]
+    command += ["-lineinfo"] if source.stem in HOT_SOURCES else []  # which changes no instruction
     command += ["--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY", f"-I{ROOT / 'csrc'}"]
     command += [
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -146,7 +163,8 @@ def shared_room(blocks: int, limits: Limits) -> int:
 def examine(cubin: Path, target: str) -> dict[str, dict[str, Any]]:
     """Return kernel name -> resources, occupancy and instruction counts."""
     usage = output_of(tool("cuobjdump"), "--dump-resource-usage", cubin)
-    assembly = output_of(tool("nvdisasm"), "-c", cubin)
+    source = cubin.name.split(".")[0]
+    assembly = output_of(tool("nvdisasm"), "-c", *(["-gi"] if source in HOT_SOURCES else []), cubin)
     # A section for each kernel, with the block size that its launch bounds allow.
     sections = output_of(tool("cuobjdump"), "-elf", cubin)
     threads = {
@@ -158,7 +176,8 @@ def examine(cubin: Path, target: str) -> dict[str, dict[str, Any]]:
         )
     }
     limits = LIMITS[target]
-    bodies = dict(re.findall(r"\.text\.(\S+):\n(.*?)(?=\n\s*\.section|\Z)", assembly, re.S))
+    bodies = sass.kernels(assembly)
+    hot = cuda_model.known_paths()
     rows = {}
     for mangled, figures in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
         if "REG:" not in figures:
@@ -166,7 +185,8 @@ def examine(cubin: Path, target: str) -> dict[str, dict[str, Any]]:
         values = {key: int(value) for key, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", figures)}
         body = bodies.get(mangled, "")
         blocks = resident_blocks(values["REG"], threads[mangled], limits)
-        rows[short_name(output_of("c++filt", mangled))] = {
+        name = short_name(output_of("c++filt", mangled))
+        rows[name] = {
             "registers": values["REG"],
             "threads": threads[mangled],
             "blocks": blocks,
@@ -177,6 +197,8 @@ def examine(cubin: Path, target: str) -> dict[str, dict[str, Any]]:
             "shared": values["SHARED"],
             **{label: len(re.findall(pattern, body)) for label, pattern in INSTRUCTIONS.items()},
         }
+        if (kernel := f"{source}: {name}") in hot:
+            rows[name][HOT] = vars(cuda_model.worst(body, hot[kernel]))
     return rows
 
 
@@ -202,10 +224,49 @@ def to_markdown(table: Table) -> str:
     for target, kernels in table.items():
         for name, row in sorted(kernels.items()):
             lines.append(f"| {target} | `{name}` | " + " | ".join(str(row[c]) for c in FIGURES) + " |")
+    lines += ["", "| target | tiles of | " + " | ".join(cuda_model.HOT_FIGURES) + " |", "|---" * 5 + "|"]
+    for target, kernels in table.items():
+        for name, row in sorted(kernels.items()):
+            if HOT in row:
+                figures = cuda_model.Tile(**row[HOT]).figures()
+                lines.append(
+                    f"| {target} | `{name}` | " + " | ".join(str(f) for f in figures.values()) + " |"
+                )
     return "\n".join(lines)
 
 
-def to_json(nvcc: str, table: Table) -> str:
+def hot_limits(table: Table, before: HotLimits, *, may_rise: bool) -> HotLimits:
+    """Return limits for the tiles of a table: goals where they are met, else the figures; never above those before."""
+    found: HotLimits = {}
+    for rows in table.values():
+        for name, row in rows.items():
+            if HOT not in row:
+                continue
+            figures = cuda_model.Tile(**row[HOT]).figures()
+            for figure, goal in cuda_model.GOALS.items():
+                most = found.setdefault(name, {}).get(figure, goal)
+                found[name][figure] = max(most, figures[figure])
+    for name, limits in found.items():
+        for figure, limit in limits.items():
+            if not may_rise:
+                limits[figure] = min(limit, before.get(name, {}).get(figure, limit))
+    return found
+
+
+def crossed(table: Table, limits: HotLimits) -> list[str]:
+    """Return which kernels cross the limits of their tiles."""
+    return [
+        f"{target} {name}: {figure} {value} is over the limit of {limits[name][figure]}"
+        for target, rows in table.items()
+        if target not in REPORT_ONLY
+        for name, row in rows.items()
+        if HOT in row and name in limits
+        for figure, value in cuda_model.Tile(**row[HOT]).figures().items()
+        if value > limits[name].get(figure, math.inf)
+    ]
+
+
+def to_json(nvcc: str, table: Table, limits: HotLimits | None = None) -> str:
     """Return a table to be committed: a line for each kernel, with a list of figures for each target."""
     kept = {target: rows for target, rows in table.items() if target not in REPORT_ONLY}
     kernels = sorted({name for rows in kept.values() for name in rows})
@@ -216,7 +277,22 @@ def to_json(nvcc: str, table: Table) -> str:
     ]
     body = ",\n".join(lines)
     head = f'"nvcc": {json.dumps(nvcc)},\n "figures": {json.dumps(FIGURES)}'
-    return f'{{\n {head},\n "kernels": {{\n{body}\n }}\n}}\n'
+    tiles = {
+        name: {t: list(rows[name][HOT].values()) for t, rows in kept.items() if HOT in rows.get(name, {})}
+        for name in kernels
+        if any(HOT in rows.get(name, {}) for rows in kept.values())
+    }
+    hot = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in tiles.items())
+    bounds = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(most)}" for name, most in sorted((limits or {}).items())
+    )
+    return f'{{\n {head},\n "kernels": {{\n{body}\n }},\n "tiles": {{\n{hot}\n }},\n "limits": {{\n{bounds}\n }}\n}}\n'
+
+
+def limits_of(text: str) -> HotLimits:
+    """Return the limits of the tiles of a table."""
+    limits: HotLimits = json.loads(text).get("limits", {})
+    return limits
 
 
 def from_json(text: str) -> tuple[str, Table]:
@@ -226,6 +302,9 @@ def from_json(text: str) -> tuple[str, Table]:
     for name, of_targets in written["kernels"].items():
         for target, figures in of_targets.items():
             table.setdefault(target, {})[name] = dict(zip(written["figures"], figures, strict=True))
+    for name, of_targets in written.get("tiles", {}).items():
+        for target, figures in of_targets.items():
+            table[target][name][HOT] = vars(cuda_model.Tile(*figures))
     return written["nvcc"], table
 
 
@@ -250,9 +329,10 @@ def out_of_bounds(table: Table) -> list[str]:
 def problems(nvcc: str, table: Table) -> list[str]:
     """Return what is wrong with the rows: bounds that do not hold and, where there is a table, what differs from it."""
     committed = table_of(nvcc)
-    return out_of_bounds(table) + (
-        differences(table, from_json(committed.read_text())[1]) if committed else []
-    )
+    if not committed:
+        return out_of_bounds(table)
+    text = committed.read_text()
+    return out_of_bounds(table) + crossed(table, limits_of(text)) + differences(table, from_json(text)[1])
 
 
 def held_against(nvcc: str) -> str:
@@ -293,6 +373,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=LIMITS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="write the table of this version of nvcc")
+    parser.add_argument(
+        "--raise-limits", action="store_true", help="with --write: let limits of hot loops rise"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the table of this version of nvcc")
     arguments = parser.parse_args()
     if arguments.write and not set(TARGETS) <= set(arguments.targets):
@@ -301,7 +384,10 @@ def main() -> None:
     print(to_markdown(table))
     if arguments.write:
         TABLES.mkdir(exist_ok=True)
-        (TABLES / f"{nvcc}.json").write_text(to_json(nvcc, table))
+        before = table_of(nvcc)
+        known = limits_of(before.read_text()) if before else {}
+        limits = hot_limits(table, known, may_rise=arguments.raise_limits)
+        (TABLES / f"{nvcc}.json").write_text(to_json(nvcc, table, limits))
     found = out_of_bounds(table)
     if arguments.check:
         found = problems(nvcc, table)

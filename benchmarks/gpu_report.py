@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cuda_model, cuda_report
 from benchmarks.gpu_check import SHARES, problems
 from vosops.benchmarking import BENCHMARKS
 from vosops.benchmarking.gpu_cases import CELLS, MODES
@@ -277,12 +278,93 @@ tests, measures and fills this page within nine minutes, with libraries that wer
 (`benchmarks/gpu_pack.sh`) or there (`--build`)."""
 
 
+MODEL = f"""## What the static model predicts
+
+`benchmarks/cuda_model.py` and `benchmarks/cuda_report.py` count, without a GPU, what a warp of the CUDA C++ kernels
+issues, multiplies and moves for each tile, and how many waves of blocks the hosts launch. For 16 bits, forward, one
+object:
+
+    time = waves * resident blocks * 8 warps * tiles of a warp * max(issue, products, shared memory) / clock
+           + bytes of the copies around it / bandwidth + {cuda_model.START * 1e6:.0f} us * launches
+
+    issue         instructions of a tile / {cuda_model.SCHEDULERS}
+    products      HMMA of a tile * cycles of one / {cuda_model.SCHEDULERS}
+    shared memory bytes of a tile / {cuda_model.SHARED_BYTES_A_CYCLE}
+
+{{cards}}. The floor is the useful operations at an H100's {cuda_model.H100_FLOPS / 1e12:.0f} TFLOP/s, or the bytes at
+{cuda_model.H100_BYTES / 1e12:.2f} TB/s. A prediction is a lower bound: latencies that a kernel does not hide come on
+top, and no figure here was measured on a GPU."""
+
+REASONS = "Goals that are not met, and why:"
+
+
+def measured(reports: Sequence[Report], op: str, card: str) -> str:
+    """Return the newest median of an op's C++ kernel in bfloat16 on a card of that name, if there is one."""
+    for report in reports:
+        if card.split()[0] not in report["device"]["name"]:
+            continue
+        for cell in cells_of(report).values():
+            if cell["op"] == op and cell["mode"] == "bf16" and not cell["backward"] and not cell["compiled"]:
+                found = [v for v in cell["variants"] if v["name"] == "vosops cpp"]
+                if found:
+                    return f"{duration(found[0]['median'])} ({cell['size']})"
+    return "nothing yet"
+
+
+def predictions(reports: Sequence[Report]) -> str:
+    """Return what the static model says of each op, from the committed table of the newest nvcc."""
+    newest_table = max(
+        cuda_report.TABLES.glob("*.json"), key=lambda path: [int(n) for n in path.stem.split(".")]
+    )
+    text = newest_table.read_text()
+    _, rows = cuda_report.from_json(text)
+    launched = json.loads(cuda_model.LAUNCHES.read_text())
+    tiles, times = [], []
+    for reference in cuda_model.REFERENCES:
+        for target in cuda_report.TARGETS:
+            figures = cuda_model.Tile(**rows[target][reference.kernel][cuda_report.HOT]).figures()
+            tiles.append([f"`{reference.op}`, {reference.problem}", target, *map(str, figures.values())])
+        for card in cuda_model.CARDS:
+            row = rows["sm_80" if card.name == "A100" else "sm_90a"][reference.kernel]
+            tile = cuda_model.Tile(**row[cuda_report.HOT])
+            launch = launched[reference.kernel][str(card.multiprocessors)]
+            found = cuda_model.predict(reference, tile, launch, row["blocks"], card)
+            times.append(
+                [
+                    f"`{reference.op}`, {reference.problem}",
+                    f"{card.name} ({card.multiprocessors})",
+                    duration(reference.floor) if "H100" in card.name else "",
+                    duration(found.seconds),
+                    found.bound,
+                    f"{found.blocks}",
+                    f"{found.waves}, {found.full:.0%} full",
+                    measured(reports, reference.op, card.name),
+                ]
+            )
+    cards = "; ".join(
+        f"{card.name}: {card.multiprocessors} multiprocessors at {card.clock / 1e9:.3g} GHz, "
+        f"{card.cycles_of_product:g} cycles for an HMMA, {card.bytes_per_second / 1e12:.2f} TB/s"
+        for card in cuda_model.CARDS
+    )
+    names = ["card (multiprocessors)", "floor", "predicted", "bound by", "blocks", "waves", "measured"]
+    goals_ = ", ".join(f"{goal:g} {figure}" for figure, goal in cuda_model.GOALS.items())
+    reasons = [f"- `{r.op}`, {r.problem}: {r.reason}" for r in cuda_model.REFERENCES if r.reason]
+    return "\n\n".join(
+        [
+            MODEL.format(cards=cards),
+            table(["problem", *names], times),
+            f"The work of a tile as nvcc {newest_table.stem} compiles it, all code and the worse of random and worst "
+            f"data counted; the goals are at most {goals_}:",
+            table(["problem", "target", *cuda_model.HOT_FIGURES], tiles),
+            *([REASONS + "\n\n" + "\n".join(reasons)] if reasons else []),
+        ]
+    )
+
+
 def page(reports: Sequence[Report]) -> str:
     """Return the whole page."""
-    return (
-        "\n\n".join([HEADER, *(section(report) for report in reports)] if reports else [HEADER, NOTHING])
-        + "\n"
-    )
+    parts = [section(report) for report in reports] if reports else [NOTHING]
+    return "\n\n".join([HEADER, *parts, predictions(reports)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

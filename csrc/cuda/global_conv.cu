@@ -6,12 +6,13 @@
 // convolution, so that x is read once for both. It walks the channels 64 bytes at a time: the rectangle with
 // its halo lies in shared memory (channels innermost, two buffers) for all taps, a tap is another row of it
 // for the same product. The weights of a tap (128 x 64 bytes) pass through four stages of cp.async; both are
-// zero where nothing is. Products by mma (a warp: 64 channels x 56 pixels), or by FMA for float32 in IEEE
-// arithmetic (a thread: 8 x 14), 112 sums a thread. For 4096 channels of 15 x 27 pixels, k = 7, 2 x 256
-// outputs, bf16: 4 x 2 tiles x 16 shares of the channels on 132 multiprocessors; a stage brings 8 KB of
-// weights and a seventh of 25 KB of x for 0.9 M multiply-adds, 720 cycles at the rate of mma.sync: 16 bytes a
-// cycle, as the second-level cache gives to all at once. The weights (29 MB) are read from memory once, 10
-// us; weights with channels innermost (channels_last) are read in place.
+// zero where nothing is; a thread copies the same vector of every 64th row, from addresses that it keeps.
+// Products by mma (a warp: 64 channels x 56 pixels), or by FMA for float32 in IEEE arithmetic (a thread: 8 x
+// 14), 112 sums a thread. For 4096 channels of 15 x 27 pixels, k = 7, 2 x 256 outputs, bf16: 4 x 2 tiles x 16
+// shares of the channels on 132 multiprocessors; a stage brings 8 KB of weights and a seventh of 25 KB of x
+// for 0.9 M multiply-adds, 720 cycles at the rate of mma.sync: 16 bytes a cycle, as the second-level cache
+// gives to all at once. The weights (29 MB) are read from memory once, 10 us; weights with channels innermost
+// (channels_last) are read in place.
 #include <tuple>
 
 #include "global_conv.cuh"
@@ -169,22 +170,32 @@ template <class Products>
 struct Smem {
   alignas(16) unsigned char weights[kStages][kTileRows][kRowPitch<Products::kChunkSteps>];
   int row_of_pixel[kTilePixels];
-  // Behind it: two buffers of x, rectangle.rows() rows each. At the end sums lie over all of it.
+  // Behind it: two buffers of x, rectangle.rows() rows each, and the pixels that those are. At the end sums
+  // lie over all of it.
 };
 
+// Where a row of x is copied from: bytes from its image on, or
+constexpr int64_t kNothing = -1, kUnused = -2;  // zeros; a row that serves no tap
+
 constexpr int kSumPitch = kTilePixels + 1;
-constexpr size_t kSumBytes = sizeof(float) * kHalfRows * kSumPitch;
+// The sums of half of the rows, and behind them where in the map each pixel is.
+struct SumSmem {
+  float sums[kHalfRows * kSumPitch];
+  int place[kTilePixels];  // -1 outside of the map
+};
 
 template <class Products>
 __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products::Element> in) {
   using E = typename Products::Element;
   using Shared = Smem<Products>;
   using Rows = typename Products::Rows;
-  constexpr int kVectors = Products::kChunkSteps * kStepBytes / kVectorBytes;
+  constexpr int kVectors = Products::kChunkSteps * kStepBytes / kVectorBytes, kPitch = sizeof(Rows);
   DYNAMIC_SHARED(Shared, s);
   auto* buffers = reinterpret_cast<Rows*>(&s + 1);
   const int thread = int(threadIdx.x);
   const Rectangle& rectangle = in.rectangle;
+  auto* places = reinterpret_cast<int64_t*>(buffers + 2 * rectangle.rows());
+  const SharedAddress shared = shared_base(&s);
 
   int64_t block = blockIdx.x;
   const int share = int(block % in.sums.shares);
@@ -201,7 +212,20 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
 
   for (int i = thread; i < kTilePixels; i += kThreads)
     s.row_of_pixel[i] = rectangle.row_of(i < rectangle.height * rectangle.width ? i : 0);
-
+  const auto find_places = [&](const PixelRows<E>& x) {
+#pragma unroll 1
+    for (int row = thread; row < rectangle.rows(); row += kThreads) {
+      VISIT(place, 1);
+      const int dy = row / rectangle.pitch - rectangle.halo_y, dx = row % rectangle.pitch - rectangle.halo_x;
+      const int y = first_y + dy, column = first_x + dx;
+      const bool inside = y >= 0 && y < in.height && column >= 0 && column < in.width;
+      // The corners of the halo serve no tap, nor does what is beyond it.
+      const bool corner = (dy < 0 || dy >= rectangle.height) && (dx < 0 || dx >= rectangle.width);
+      const bool unused = corner || dx >= rectangle.width + rectangle.halo_x;
+      const int64_t place = (y * x.y_stride + column * x.x_stride) * int64_t{sizeof(E)};
+      places[row] = unused ? kUnused : inside ? place : kNothing;
+    }
+  };
   // The line of a row of the weights' tile in a chunk, and the output channel of that line.
   const auto line_of = [&](int row, int chunk) {
     return in.merge ? chunk >= in.chunks[0] : row >= kHalfRows;
@@ -209,47 +233,79 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
   const auto channel_of = [&](int row) {
     return in.merge ? row_tile * kTileRows + row : row_tile * kHalfRows + row % kHalfRows;
   };
-  // Bytes of a row of `channels` that are in vector `at` of a chunk of a part of x.
-  const auto bytes_left = [&](int channels, int at) {
-    return max(0, min(channels * int(sizeof(E)) - at * kVectorBytes, kVectorBytes));
-  };
-  const auto copy = [&](unsigned char* to, const E* row, int at, int bytes) {
-    copy_async<16>(to,
-                   bytes ? reinterpret_cast<const unsigned char*>(row) + int64_t{at} * kVectorBytes
-                         : reinterpret_cast<const unsigned char*>(row),
-                   bytes);
-  };
+  // This thread copies the same vector of every kRowsAtOnce-th row, of weights and of x.
+  constexpr int kRowsAtOnce = kThreads / kVectors, kOwn = kTileRows / kRowsAtOnce;
+  static_assert(kHalfRows % kRowsAtOnce == 0 || kRowsAtOnce == kTileRows);
+  const int own_row = thread / kVectors, own_vector = thread % kVectors;
+  const SharedAddress weight_to = shared + own_row * kPitch + own_vector * kVectorBytes;
+  const SharedAddress x_to = shared + int(sizeof(Shared)) + own_row * kPitch + own_vector * kVectorBytes;
+  const unsigned char* weight_from[kOwn];
+  int64_t tap_bytes[kOwn];
+  int weight_taps[kOwn];  // of which there is something to copy
+  int bytes_left = 0;     // of a row of channels, from this thread's vector on
 
-  int ahead_chunk = begin, ahead_tap = 0;
+  // Whether every row of the tile has a channel and every tap, so that only the chunk's length matters.
+  const bool whole_tile = channel_of(kTileRows - 1) < in.lines[0].rows &&
+                          channel_of(kTileRows - 1) < in.lines[1].rows && in.lines[0].taps == in.taps &&
+                          in.lines[1].taps == in.taps;
+  bool whole = false;
+  int ahead_chunk = begin, ahead_tap = 0, ahead_part = -1;
   const auto stage = [&](int number) {
     if (ahead_chunk < end) {
-      const int part = in.merge && ahead_chunk >= in.chunks[0];
-      const int first = (ahead_chunk - (part ? in.chunks[0] : 0)) * kVectors;
-      for (int i = thread; i < kTileRows * kVectors; i += kThreads) {
-        const int row = i / kVectors, vector = i % kVectors;
-        const LineRows<E>& line = in.lines[line_of(row, ahead_chunk)];
-        const int channel = channel_of(row);
-        const bool inside = channel < line.rows && ahead_tap < line.taps;
-        const E* from =
-            inside ? line.data + channel * line.row_stride + ahead_tap * line.tap_stride : in.x[part].data;
-        copy(s.weights[number % kStages][row] + vector * kVectorBytes, from, first + vector,
-             inside ? bytes_left(line.channels, first + vector) : 0);
-      }
       if (ahead_tap == 0) {
+        VISIT(x_chunk_copy, 1);
+        const int part = in.merge && ahead_chunk >= in.chunks[0];
         const PixelRows<E>& x = in.x[part];
-        Rows* to = buffers + (ahead_chunk - begin) % 2 * rectangle.rows();
-        for (int i = thread; i < rectangle.rows() * kVectors; i += kThreads) {
-          const int row = i / kVectors, vector = i % kVectors;
-          const int dy = row / rectangle.pitch - rectangle.halo_y,
-                    dx = row % rectangle.pitch - rectangle.halo_x;
-          // The corners of the halo serve no tap, nor does what lies beyond it.
-          if ((dy < 0 || dy >= rectangle.height) && (dx < 0 || dx >= rectangle.width)) continue;
-          if (dx >= rectangle.width + rectangle.halo_x) continue;
-          const int y = first_y + dy, column = first_x + dx;
-          const bool inside = y >= 0 && y < in.height && column >= 0 && column < in.width;
-          const E* from = x.data + n * x.batch_stride + (inside ? y * x.y_stride + column * x.x_stride : 0);
-          copy(to[row] + vector * kVectorBytes, from, first + vector,
-               inside ? bytes_left(x.channels, first + vector) : 0);
+        if (part != ahead_part) {
+          VISIT(part, 1);
+          __syncthreads();  // everyone is done with the places of the other part
+          find_places(x);
+          __syncthreads();
+          ahead_part = part;
+        }
+        const int64_t chunk_at = int64_t{ahead_chunk - (part ? in.chunks[0] : 0)} * kVectors * kVectorBytes;
+        const int64_t at = chunk_at + own_vector * kVectorBytes, row_bytes = x.channels * int64_t{sizeof(E)};
+        whole = whole_tile && chunk_at + kVectors * kVectorBytes <= row_bytes;
+        bytes_left = int(max(int64_t{0}, min(row_bytes - at, int64_t{kVectorBytes})));
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          const int row = own_row + i * kRowsAtOnce, channel = channel_of(row);
+          const LineRows<E>& line = in.lines[line_of(row, ahead_chunk)];
+          const bool inside = channel < line.rows && bytes_left > 0;
+          weight_taps[i] = inside ? line.taps : 0;
+          tap_bytes[i] = line.tap_stride * int64_t{sizeof(E)};
+          weight_from[i] = reinterpret_cast<const unsigned char*>(line.data) +
+                           (inside ? channel * line.row_stride * int64_t{sizeof(E)} + at : 0);
+        }
+        const auto* image = kept(reinterpret_cast<const unsigned char*>(x.data + n * x.batch_stride) +
+                                 (bytes_left > 0 ? at : 0));
+        SharedAddress to = x_to + (ahead_chunk - begin) % 2 * rectangle.rows() * kPitch;
+#pragma unroll 1
+        for (const int64_t* place = places + own_row; place < places + rectangle.rows();
+             place += kRowsAtOnce) {
+          VISIT(x_copy, 1);
+          if (*place >= 0)
+            copy_async_partly(to, image + *place, bytes_left);
+          else if (*place == kNothing)
+            copy_async_partly(to, image, 0);
+          to = to + kRowsAtOnce * kPitch;
+        }
+      }
+      const SharedAddress stage_to = weight_to + number % kStages * kTileRows * kPitch;
+      if (whole) {
+        VISIT(weight_copy, 1);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          copy_async_whole(stage_to + i * kRowsAtOnce * kPitch, weight_from[i]);
+          weight_from[i] += tap_bytes[i];
+        }
+      } else {
+        VISIT(uneven, 1);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          copy_async_partly(stage_to + i * kRowsAtOnce * kPitch, weight_from[i],
+                            ahead_tap < weight_taps[i] ? bytes_left : 0);
+          if (ahead_tap + 1 < weight_taps[i]) weight_from[i] += tap_bytes[i];
         }
       }
       if (++ahead_tap == in.taps) {
@@ -260,14 +316,16 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
     copy_async_commit();
   };
 
-  for (int number = 0; number < kStages - 1; ++number) stage(number);
   __syncthreads();  // row_of_pixel
+  for (int number = 0; number < kStages - 1; ++number) stage(number);
   Products products(s.row_of_pixel);
   for (int chunk = begin, number = 0; chunk < end; ++chunk) {
+    VISIT(chunk, 1);
     const LineRows<E>& line = in.lines[line_of(Products::half() * kHalfRows, chunk)];
     const int half = line.taps / 2, tap_rows = line.vertical ? rectangle.pitch : 1;
     const Rows* x = buffers + (chunk - begin) % 2 * rectangle.rows();
     for (int tap = 0; tap < in.taps; ++tap, ++number) {
+      VISIT(tile, 1);
       copy_async_wait<kStages - 2>();
       __syncthreads();
       stage(number + kStages - 1);
@@ -277,8 +335,14 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
   copy_async_wait<0>();
 
   // Sums go through shared memory, half of the rows at a time.
-  auto* sums = reinterpret_cast<float*>(&s);
+  auto& written = reinterpret_cast<SumSmem&>(s);
+  float* sums = written.sums;
   const int pixels = rectangle.height * rectangle.width;
+  __syncthreads();
+  for (int pixel = thread; pixel < pixels; pixel += kThreads) {
+    const int y = first_y + pixel / rectangle.width, column = first_x + pixel % rectangle.width;
+    written.place[pixel] = y < in.height && column < in.width ? y * in.width + column : -1;
+  }
   for (int half = 0; half < kWarpsRows; ++half) {
     __syncthreads();
     if (Products::half() == half)
@@ -289,15 +353,23 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
           sums[(Products::row(i) - half * kHalfRows) * kSumPitch + Products::pixel(j)] = products.sum(i, j);
     __syncthreads();
     const int line = in.merge ? 0 : half;
+    // Neighbouring threads write neighbouring addresses: rows of one pixel, or pixels of one row.
     const bool rows_innermost = in.sums.layout.channel_stride == 1;
-    for (int i = thread; i < kHalfRows * pixels; i += kThreads) {
-      const int row = rows_innermost ? i % kHalfRows : i / pixels;
-      const int pixel = rows_innermost ? i / kHalfRows : i % pixels;
-      const int channel = channel_of(half * kHalfRows + row);
-      const int y = first_y + pixel / rectangle.width, column = first_x + pixel % rectangle.width;
-      if (channel < in.lines[line].rows && y < in.height && column < in.width)
-        in.sums.put(share, n, channel + (line ? in.lines[0].rows : 0), int64_t{y} * in.width + column,
-                    sums[row * kSumPitch + pixel]);
+    const int row_step = rows_innermost ? 0 : kThreads / kWarp;
+    const int pixel_step = rows_innermost ? kThreads / kHalfRows : 0;
+    for (int first = rows_innermost ? 0 : thread % kWarp; first < (rows_innermost ? 1 : pixels);
+         first += kWarp) {
+      int row = rows_innermost ? thread % kHalfRows : thread / kWarp;
+      int pixel = rows_innermost ? thread / kHalfRows : first;
+#pragma unroll 1
+      for (; row < kHalfRows && pixel < pixels; row += row_step, pixel += pixel_step) {
+        VISIT(sum_store, kWarpsRows);
+        const int channel = channel_of(half * kHalfRows + row), place = written.place[pixel];
+        if (channel >= in.lines[line].rows) break;
+        if (place >= 0)
+          in.sums.put(share, n, channel + (line ? in.lines[0].rows : 0), place,
+                      sums[row * kSumPitch + pixel]);
+      }
     }
   }
 }
@@ -377,7 +449,8 @@ Rectangle rectangle_for(const Problem<E>& in) {
     int& halo = line.vertical ? halo_y : halo_x;
     halo = std::max(halo, line.taps / 2);
   }
-  const int most_rows = int((limit - sizeof(Smem<Products>)) / (2 * kRowPitch<Products::kChunkSteps>));
+  const int most_rows =
+      int((limit - sizeof(Smem<Products>)) / (2 * kRowPitch<Products::kChunkSteps> + sizeof(int64_t)));
   return choose_rectangle(in.height, in.width, halo_y, halo_x, most_rows);
 }
 
@@ -399,8 +472,8 @@ void launch(Problem<typename Products::Element> in, const Rectangle& rectangle, 
   constexpr double kProductsPerCycle = 1200;  // of mma.sync with 16 bits, on a multiprocessor
   const double cycles_of_chunk = double(in.taps) * kTileRows * kTilePixels * kChannels / kProductsPerCycle;
   const double steps_of_sums = cycles_of_sums(in.sums.count()) / cycles_of_chunk;
-  const size_t bytes =
-      std::max(sizeof(Smem<Products>) + size_t(2) * size_t(rectangle.rows()) * kPitch, kSumBytes);
+  const size_t bytes = std::max(
+      sizeof(Smem<Products>) + size_t(rectangle.rows()) * (2 * kPitch + sizeof(int64_t)), sizeof(SumSmem));
   sum_over_shares(out, in.sums, choose_shares(blocks, chunks, steps_of_sums), stream, [&](const auto& sums) {
     in.sums = sums;
     LAUNCH(kernel<Products>, dim3(checked_blocks(blocks * sums.shares)), dim3(kThreads), bytes, stream, in);

@@ -123,10 +123,13 @@ struct Sums {
   __host__ __device__ int64_t count() const { return batch * channels * pixels; }
   __device__ void put(int share, int64_t n, int channel, int64_t pixel, float sum) const {
     const int64_t at = layout.at(n, channel, pixel);
-    if (shares == 1)
+    if (shares == 1) {
+      VISIT(result, 2);
       out[at] = from_float<E>(sum + addends.of(n, channel, pixel));
-    else
+    } else {
+      VISIT(result_of_share, 2);
       parts[share * count() + at] = sum;
+    }
   }
 };
 

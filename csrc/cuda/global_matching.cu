@@ -11,10 +11,12 @@
 // warp holds 64 x 64 scores in 128 registers. The queries stay in shared memory, keys come by cp.async
 // through three stages, rows gathered by list. C = 100, bf16: 61 + 92 KB of shared memory, one block a
 // multiprocessor; a tile moves 29 KB for 3.7 M multiply-adds, 2900 cycles at the rate of mma.sync: 10 bytes a
-// cycle. 8 ldmatrix feed 32 mma, so shared memory is busy 62 % of that time. Only the comparison of a warp's
-// maxima with the best so far remains behind the product (180 instructions for 224 mma). fma::kernel
-// (float32, IEEE): 128 queries x 128 keys, 8 x 8 scores a thread, queries and keys 8 channels at a time
-// through a double buffer; the pitch of 12 floats keeps 16-byte reads free of bank conflicts. FMAs bound it.
+// cycle. 8 ldmatrix feed 32 mma, so shared memory is busy 62 % of that time. Behind the
+// product a thread compares the greatest of its 16 values of each query with the best so far; which key it
+// was is looked for where a lane of the warp has a new best, on which the four lanes that share the query
+// then agree. fma::kernel (float32, IEEE): 128 queries x 128 keys, 8 x 8 scores a thread, queries and keys 8
+// channels at a time through a double buffer; the pitch of 12 floats keeps 16-byte reads free of bank
+// conflicts. FMAs bound it.
 #include <algorithm>
 #include <tuple>
 
@@ -374,6 +376,8 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
     return;
 
   const int row_bytes = key.row_channels * int(sizeof(T));
+  const bool whole = row_bytes == chunks * kSteps * kStepBytes;  // no chunk ends beyond the row
+  const SharedAddress shared = shared_base(&s);
   constexpr int kVectors = kSteps * kStepBytes / kVectorBytes;
   // Copies a chunk of a row, by `threads` neighbouring threads.
   const auto copy = [&](unsigned char* to, const T* rows, int64_t row, int chunk, int part, int threads) {
@@ -403,7 +407,12 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
     if (first >= last) continue;
 
     __syncthreads();  // everyone is done with the previous object
+    VISIT(object, 1);
     for (int i = 0; i < kWarpsN; ++i) s.worst[i][thread] = kNoCandidate;
+    // With one neighbour the best value of each query of the lane; `worst` has its key.
+    float best[2 * kTilesM];
+#pragma unroll
+    for (int q = 0; q < 2 * kTilesM; ++q) best[q] = -INFINITY;
 
     // Two threads copy a key's row. The number of the pixel is looked up one stage before it is needed.
     const int own_key = thread / 2;
@@ -415,8 +424,19 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
     const auto stage = [&](int number) {
       if (ahead_tile < last) {
         auto& to = s.stages[number % kStages];
-        copy(to.rows[own_key], key.rows, share.n * key.count + max(ahead_pixel, 0), ahead_chunk, thread % 2,
-             2);
+        const int64_t row = share.n * key.count + max(ahead_pixel, 0);
+        if (whole) {
+          VISIT(key_copy, 1);
+          const auto* from = reinterpret_cast<const unsigned char*>(key.rows) + row * row_bytes +
+                             ahead_chunk * kSteps * kStepBytes + thread % 2 * kVectorBytes;
+          const SharedAddress row_to = shared + number % kStages * int(sizeof(to)) +
+                                       own_key * kRowPitch<kSteps> + thread % 2 * kVectorBytes;
+#pragma unroll
+          for (int k = 0; k < kSteps; ++k) copy_async_whole(row_to + k * kStepBytes, from + k * kStepBytes);
+        } else {
+          VISIT(uneven, 1);
+          copy(to.rows[own_key], key.rows, row, ahead_chunk, thread % 2, 2);
+        }
         if constexpr (!kResident) copy_queries(to.rows + kTileKeys, ahead_chunk);
         if (ahead_chunk == 0 && thread % 2 == 0) {
           auto& numbers = s.numbers[ahead_tile % kNumbers];
@@ -435,28 +455,21 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
     for (int number = 0; number < kStages - 1; ++number) stage(number);
     float c[kTilesM][kTilesN][4];  // q.k - |k|^2 / 2: the greatest wins
     for (int now = first, chunk = 0, number = 0; now < last; ++number) {
+      VISIT(tile, 1);
       copy_async_wait<kStages - 2>();
       __syncthreads();
       stage(number + kStages - 1);
       const auto& numbers = s.numbers[now % kNumbers];
-      if (chunk == 0) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-          const int column = warp_n + 8 * j + 2 * t;
-          const int2 pixel = *reinterpret_cast<const int2*>(&numbers.pixel[column]);
-          const float2 half_norm = *reinterpret_cast<const float2*>(&numbers.half_norm[column]);
-#pragma unroll
-          for (int m = 0; m < kTilesM; ++m) {
-            c[m][j][0] = c[m][j][2] = pixel.x < 0 ? -INFINITY : -half_norm.x;
-            c[m][j][1] = c[m][j][3] = pixel.y < 0 ? -INFINITY : -half_norm.y;
-          }
-        }
-      }
-
       const auto& in = s.stages[number % kStages];
       const auto* query_rows = kResident ? resident[chunk].rows : in.rows + kTileKeys;
-#pragma unroll(kArithmetic == Arithmetic::kSplit ? 1 : kSteps)
-      for (int k = 0; k < kSteps; ++k) {
+      const auto start = [&](int j, float (&from)[4]) {
+        const int column = warp_n + 8 * j + 2 * t;
+        const int2 pixel = *reinterpret_cast<const int2*>(&numbers.pixel[column]);
+        const float2 half_norm = *reinterpret_cast<const float2*>(&numbers.half_norm[column]);
+        from[0] = from[2] = pixel.x < 0 ? -INFINITY : -half_norm.x;
+        from[1] = from[3] = pixel.y < 0 ? -INFINITY : -half_norm.y;
+      };
+      const auto multiply = [&](int k, bool first_step) {
         uint32_t a[kTilesM][4], a_low[kTilesM][4] = {};
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
@@ -472,13 +485,70 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
           for (int j = 0; j < 2; ++j) {
             uint32_t b[2] = {loaded[2 * j], loaded[2 * j + 1]}, b_low[2] = {};
             prepare<T, kArithmetic>(b, b_low);
+            float from[4];
+            if (first_step) start(pair + j, from);
 #pragma unroll
-            for (int m = 0; m < kTilesM; ++m) step<T, kArithmetic>(c[m][pair + j], a[m], a_low[m], b, b_low);
+            for (int m = 0; m < kTilesM; ++m)
+              step_from<T, kArithmetic>(c[m][pair + j], first_step ? from : c[m][pair + j], a[m], a_low[m], b,
+                                        b_low);
           }
         }
+      };
+      if constexpr (kArithmetic == Arithmetic::kSplit) {  // which has no registers to spare
+        if (chunk == 0) {
+#pragma unroll
+          for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+            for (int m = 0; m < kTilesM; ++m) start(j, c[m][j]);
+        }
+#pragma unroll 1
+        for (int k = 0; k < kSteps; ++k) multiply(k, false);
+      } else {
+        if (chunk == 0) {
+          multiply(0, true);
+        } else {
+          VISIT(later_chunk, 1);
+          multiply(0, false);
+        }
+#pragma unroll
+        for (int k = 1; k < kSteps; ++k) multiply(k, false);
       }
       if (++chunk < chunks) continue;
       chunk = 0;
+
+      if (problem.neighbors == 1) {
+        VISIT(one_neighbor, 1);
+#pragma unroll
+        for (int q = 0; q < 2 * kTilesM; ++q) {
+          float greatest = c[q / 2][0][q % 2 * 2];
+#pragma unroll
+          for (int i = 1; i < 2 * kTilesN; ++i)
+            greatest = fmaxf(greatest, c[q / 2][i / 2][q % 2 * 2 + i % 2]);
+          const bool better = greatest > best[q];
+          if (!__any_sync(kAllLanes, better)) continue;
+          {
+            VISIT(update, 2 * kTilesM);
+            int column = 0;
+#pragma unroll
+            for (int i = 2 * kTilesN - 1; i > 0; --i)
+              if (c[q / 2][i / 2][q % 2 * 2 + i % 2] == greatest) column = i / 2 * 8 + i % 2;
+            if (c[q / 2][0][q % 2 * 2] == greatest) column = 0;
+            // The four lanes that share the query agree on its best.
+            Candidate found = kNoCandidate;
+            if (better)
+              found = candidate(ordered(0.f - greatest), uint32_t(numbers.pixel[warp_n + 2 * t + column]));
+            found = min(found, __shfl_xor_sync(kAllLanes, found, 1));
+            found = min(found, __shfl_xor_sync(kAllLanes, found, 2));
+            best[q] = fmaxf(best[q], greatest);
+            best[q] = fmaxf(best[q], __shfl_xor_sync(kAllLanes, best[q], 1));
+            best[q] = fmaxf(best[q], __shfl_xor_sync(kAllLanes, best[q], 2));
+            if (t == 0 && found != kNoCandidate)
+              s.worst[warp % kWarpsN][warp_m + q / 2 * 16 + q % 2 * 8 + g] = found;
+          }
+        }
+        ++now;
+        continue;
+      }
 
       // Where a query's greatest value beats what it still keeps, the four lanes that share it take turns.
 #pragma unroll
@@ -492,6 +562,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
         Candidate& worst = s.worst[warp % kWarpsN][row];
         const bool better = greatest > -INFINITY && ordered(0.f - greatest) <= uint32_t(worst >> 32);
         if (!__any_sync(kAllLanes, better)) continue;
+        VISIT(lists, 2 * kTilesM);
         __syncwarp();
         const int64_t at = share.first_query + row;
         Candidate* list =

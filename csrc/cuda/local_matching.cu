@@ -14,44 +14,18 @@
 // shifts in registers: 19 key pixels and 4 query pixels are read from shared memory for 64 FMAs a channel. 39
 // x 19 keys come 8 channels at a time through a double buffer, 37 KB a stage; the pitch of 12 floats keeps
 // 16-byte reads free of bank conflicts. FMAs and shared-memory reads bound it: 6.2 KB a channel for 31 K
-// useful FMAs. Both skip key rows and windows without any object's pixel.
+// useful FMAs. Both skip key rows and windows without any object's pixel. One object within one radius, in 16
+// bits, has a kernel of its own: local_matching_one.cuh.
 #include <algorithm>
 #include <tuple>
 
+#include "local_matching_one.cuh"
+#include "local_window.cuh"
 #include "matching.cuh"
 #include "tensor_core.cuh"
 
 namespace vosops::cuda {
 namespace {
-
-constexpr int kMostRings = 32;
-
-struct Window {
-  int height, width;  // of the frame
-  int dilation;
-  int phases_y, phases_x;  // images with dilation 1 that the frame consists of
-  int objects, words, rings;
-  int radius[kMostRings];  // in shifts, that is in multiples of the dilation
-
-  __host__ __device__ int reach() const { return radius[rings - 1]; }
-};
-
-// One phase of the dilation as an image of its own.
-struct Phase {
-  const Window& window;
-  int height, width, first;
-
-  __device__ Phase(const Window& window, int phase) : window(window) {
-    const int y = phase / window.phases_x, x = phase % window.phases_x;
-    height = ceil_div(window.height - y, window.dilation);
-    width = ceil_div(window.width - x, window.dilation);
-    first = y * window.width + x;
-  }
-  __device__ bool contains(int y, int x) const {
-    return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width);
-  }
-  __device__ int pixel(int y, int x) const { return first + (y * window.width + x) * window.dilation; }
-};
 
 // ---- float32 FMA kernel ----
 namespace fma {
@@ -270,11 +244,6 @@ struct Plan {
   uint4* fragments;  // with several chunks: the queries in the order in which mma takes them, a block after
                      // the other
 };
-
-template <class T>
-__device__ __forceinline__ uint32_t negated(uint32_t bits) {
-  return bits ^ (sizeof(T) == 2 ? 0x80008000u : 0x80000000u);
-}
 
 template <class T, int kSteps, Arithmetic kArithmetic>
 __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key, Window window, Plan plan,
@@ -637,7 +606,9 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
     PackedRows query_memory, key_memory;
     const ScalarType type = query.scalar_type();
     const auto q = pack<S, S>(query, wanted ? &*wanted : nullptr, Side::kQuery, type, stream, query_memory);
-    const auto k = pack<S, S>(key, &mask, Side::kKeyWithObjects, type, stream, key_memory);
+    const bool one_object = one::serves<S>(window, q.row_channels);
+    const auto k =
+        pack<S, S>(key, &mask, one_object ? Side::kKey : Side::kKeyWithObjects, type, stream, key_memory);
     if constexpr (std::is_same_v<S, float>) {
       if (arithmetic == Precision::kIeee)
         fma::select(q, k, window, batch, candidates, stream);
@@ -645,6 +616,8 @@ std::tuple<Tensor, Tensor> local_matching(const Tensor& query, const Tensor& key
         tensor::select<S, Arithmetic::kPlain>(q, k, window, query, batch, candidates, stream);
       else
         tensor::select<S, Arithmetic::kSplit>(q, k, window, query, batch, candidates, stream);
+    } else if (one_object) {
+      one::select(q, k, window, batch, candidates, best, stream);
     } else {
       tensor::select<S, Arithmetic::kPlain>(q, k, window, query, batch, candidates, stream);
     }

@@ -81,8 +81,8 @@ struct PackSmem {
   float tile[kPackPixels][kPackChannels + 1];
 };
 
-// A block packs 32 pixels, 64 channels at a time. `mask` is the query mask (N, 1, H, W), the object masks (N,
-// O, H, W), or absent (data null).
+// A block packs 32 pixels, 64 channels at a time. `mask` is the mask of queries or of one object's keys (N,
+// 1, H, W), the masks of objects (N, O, H, W), or absent (data null).
 template <class S, class E>
 __global__ __launch_bounds__(kPackThreads) void pack_kernel(Pixels<S> source, Pixels<bool> mask,
                                                             Rows<E> out) {
@@ -129,9 +129,10 @@ __global__ __launch_bounds__(kPackThreads) void pack_kernel(Pixels<S> source, Pi
   undefined = __ballot_sync(kAllLanes, undefined) >> shift & group;
   const int64_t pixel = first + own;
   if (pixel >= count) return;
-  if (out.half_norm && own_lane == 0) out.half_norm[n * count + pixel] = infinite ? INFINITY : 0.5f * square;
+  const bool skipped = own_lane == 0 && mask.data && !out.objects && !mask.data[mask.offset(n, pixel)];
+  if (out.half_norm && own_lane == 0)
+    out.half_norm[n * count + pixel] = infinite || skipped ? INFINITY : 0.5f * square;
   if (out.state && own_lane == 0) {
-    const bool skipped = mask.data && !mask.data[mask.offset(n, pixel)];
     out.state[n * count + pixel] = skipped ? INFINITY : undefined ? NAN : infinite ? INFINITY : 0.f;
   }
   if (out.objects) {

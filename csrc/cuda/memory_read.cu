@@ -5,117 +5,25 @@
 // which it walks 32 positions at a time. A warp holds 64 queries x 64 columns of sums in 128 registers.
 // Queries stay in shared memory, keys and values come by cp.async through two stages each, values in place
 // from channel-major or channel-last memory. Between two barriers a block multiplies the next tile's scores
-// and adds this tile's weights times values, so that the latency of one hides behind the other. Shared memory
-// for Ck = 128, Cv = 512, bf16: 108 KB. A tile brings 41 KB for 1.3 M multiply-adds, 1000 cycles at the rate
-// of mma.sync: the second-level cache's bandwidth is the next bound. fma::kernel (float32, IEEE, and rows too
-// long for the above): 64 queries x 256 columns, 8 x 8 sums a thread. Where queries and columns make fewer
-// blocks than there are multiprocessors, the memory is cut into shares, whose results merge_kernel joins by
-// their log-sum-exp. usage_kernel: a block owns 128 positions and walks all queries.
+// and adds this tile's weights times values, so that the latency of one hides behind the other. Weights are
+// relative to a maximum that may lag behind by 2^8, so that sums are rescaled seldom; whole tiles of 16-byte
+// vectors are copied from addresses that only grow. Shared memory for Ck = 128, Cv = 512, bf16: 108 KB. A
+// tile brings 41 KB for 1.3 M multiply-adds, 1000 cycles at the rate of mma.sync: the second-level cache's
+// bandwidth is the next bound. fma::kernel (float32, IEEE, and rows too long for the above): 64 queries x 256
+// columns, 8 x 8 sums a thread. Where queries and columns make fewer blocks than there are multiprocessors,
+// the memory is cut into shares, whose results merge_kernel joins by their log-sum-exp. usage_kernel: a block
+// owns 128 positions and walks all queries.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <tuple>
 
-#include "memory_scores.cuh"
+#include "memory_read_parts.cuh"
 
 namespace vosops::cuda {
 namespace {
 
-constexpr int kTileMemory = 32;  // positions that are read between two looks at the maximum
 constexpr int kThreads = kTileThreads, kWarps = kThreads / kWarp;
-
-// (N, O, C, M) of any strides; columns are the channels of all objects.
-template <class V>
-struct Values {
-  const V* data;
-  int64_t batch_stride, object_stride, channel_stride, pixel_stride;
-  int channels, columns;
-
-  __device__ int64_t offset(int column) const {
-    return column / channels * object_stride + column % channels * channel_stride;
-  }
-};
-
-template <class V>
-Values<V> values_of(const Tensor& value) {
-  STD_TORCH_CHECK(value.size(1) * value.size(2) <= kMostPixels / 4, "too many value channels");
-  return {static_cast<const V*>(value.const_data_ptr()),
-          value.stride(0),
-          value.stride(1),
-          value.stride(2),
-          value.stride(3),
-          int(value.size(2)),
-          int(value.size(1) * value.size(2))};
-}
-
-// Where results go: the op's outputs, or with several shares of the memory parts of them.
-template <class V>
-struct Target {
-  V* out;           // [N][columns][P]
-  float* lse;       // [N][P]
-  float* part_out;  // [shares][N][columns][P]
-  float* part_lse;  // [shares][N][P]
-  int shares;
-};
-
-// What a block works on.
-struct Share {
-  int share, column_tile;
-  int64_t n, first_query, begin, end;  // positions [begin, end)
-
-  __device__ Share(int64_t queries, int64_t memory, int tile_queries, int column_tiles, int shares) {
-    int64_t block = blockIdx.x;
-    share = int(block % shares);
-    block /= shares;
-    column_tile = int(block % column_tiles);
-    block /= column_tiles;
-    const int64_t tiles = ceil_div(queries, int64_t{tile_queries});
-    first_query = block % tiles * tile_queries;
-    n = block / tiles;
-    const int64_t memory_tiles = ceil_div(memory, int64_t{kTileMemory});
-    begin = memory_tiles * share / shares * kTileMemory;
-    end = min(memory_tiles * (share + 1) / shares * kTileMemory, memory);
-  }
-};
-
-template <class V>
-struct Writer {
-  const Target<V>& target;
-  int64_t n, batch, queries;
-  int columns, share;
-
-  __device__ void out(int column, int64_t p, float x) const {
-    const int64_t at = (n * columns + column) * queries + p;
-    if (target.shares == 1)
-      target.out[at] = from_float<V>(x);
-    else
-      target.part_out[share * batch * columns * queries + at] = x;
-  }
-  __device__ void lse(int64_t p, float x) const {
-    const int64_t at = n * queries + p;
-    if (target.shares == 1)
-      target.lse[at] = x;
-    else
-      target.part_lse[share * batch * queries + at] = x;
-  }
-};
-
-// The running softmax of one query.
-struct Running {
-  float maximum = -INFINITY, sum = 0;
-
-  // Takes a tile's maximum in; returns what earlier sums are to be multiplied by.
-  __device__ float raise(float greatest) {
-    const float before = maximum;
-    maximum = fmaxf(maximum, greatest);
-    const float rescale = exp2f((before - base()) * kLog2E);
-    sum *= rescale;
-    return rescale;
-  }
-  __device__ float base() const { return maximum == -INFINITY ? 0.f : maximum; }
-  __device__ float weight(float score) const { return exp2f((score - base()) * kLog2E); }
-  static __device__ float lse(float base, float sum) { return sum == 0 ? -INFINITY : base + logf(sum); }
-  static __device__ float inverse(float sum) { return sum == 0 ? 0.f : 1 / sum; }
-};
 
 // ---- float32 FMA kernel ----
 namespace fma {
@@ -309,9 +217,11 @@ struct Shape {
   }
 };
 
-// How a tile of values is copied: by vectors of so many bytes, or 0 for one element after the other.
+// How a tile of values is copied: by vectors of so many bytes, or 0 for one element after the other. `even`:
+// by 16 bytes, and the columns of a tile are equally far apart.
 struct ValueCopy {
   int vector_bytes;
+  bool even;
 };
 
 template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, bool kChannelLast>
@@ -328,10 +238,11 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
   const V* values = value.data + share.n * value.batch_stride;
   const int row_bytes = in.row_columns * int(sizeof(S)), row_pitch = row_bytes + kVectorBytes;
   auto* query_rows = reinterpret_cast<unsigned char*>(&s + 1);
-  const auto key_rows = [&](int64_t tile) {
-    return query_rows + (X::kTileQueries + int(tile % kStages) * kTileMemory) * row_pitch;
+  const auto key_rows = [&](int tile) {
+    return query_rows + (X::kTileQueries + tile % kStages * kTileMemory) * row_pitch;
   };
-  const int64_t tiles = ceil_div(share.end - share.begin, int64_t{kTileMemory});
+  const int tiles = int(ceil_div(share.end - share.begin, int64_t{kTileMemory}));
+  const SharedAddress shared = shared_base(&s);
 
   for (int i = thread; i < X::kTileColumns; i += kThreads)
     s.offset[i] = i < columns ? value.offset(first_column + i) : 0;
@@ -340,28 +251,72 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
       if (!in.shrinkage) s.shrinkage[i][thread] = 1;
       if (!in.key_bias) s.shift[i][thread] = 0;
     }
-  const auto copy_rows = [&](unsigned char* to, const S* rows, int64_t first, int64_t count, int size) {
+  const auto copy_queries = [&] {
     const int vectors = row_bytes / kVectorBytes;
-    for (int i = thread; i < size * vectors; i += kThreads) {
+#pragma unroll 1
+    for (int i = thread; i < X::kTileQueries * vectors; i += kThreads) {
+      VISIT(query_vector, 1);
       const int row = i / vectors, at = i % vectors * kVectorBytes;
-      const auto* from =
-          reinterpret_cast<const unsigned char*>(rows + min(first + row, count - 1) * in.row_columns);
-      copy_async<16>(to + row * row_pitch + at, from + at);
+      const auto* from = reinterpret_cast<const unsigned char*>(
+          in.queries_of(share.n) + min(share.first_query + row, in.queries - 1) * in.row_columns);
+      copy_async<16>(query_rows + row * row_pitch + at, from + at);
     }
   };
-  const auto copy_keys = [&](int64_t tile) {
+  // Eight threads copy a key's row.
+  constexpr int kKeyThreads = kThreads / kTileMemory;
+  const int key_row = thread / kKeyThreads, key_part = thread % kKeyThreads * kVectorBytes;
+  const SharedAddress key_to =
+      shared + int(sizeof(Shared)) + (X::kTileQueries + key_row) * row_pitch + key_part;
+  const bool vectors = in.shrinkage || in.key_bias;
+  const int tile_bytes = kept(kTileMemory * row_bytes);
+  const auto* key_at = reinterpret_cast<const unsigned char*>(in.keys_of(share.n)) + key_part +
+                       (share.begin + key_row) * row_bytes;
+  const auto copy_keys = [&](int tile) {  // one after the other
     if (tile >= tiles) return;
-    const int64_t first = share.begin + tile * kTileMemory;
-    copy_rows(key_rows(tile), in.keys_of(share.n), first, in.memory, kTileMemory);
-    if (thread < kTileMemory) {
-      const int64_t m = share.n * in.memory + min(first + thread, in.memory - 1);
-      if (in.shrinkage) copy_async<4>(&s.shrinkage[tile % kStages][thread], in.shrinkage + m);
-      if (in.key_bias) copy_async<4>(&s.shift[tile % kStages][thread], in.key_bias + m);
+    const int64_t first = share.begin + int64_t{tile} * kTileMemory;
+    const bool last = first + kTileMemory > share.end;
+    const unsigned char* from = key_at;
+    if (last) {
+      VISIT(last_keys, 1);
+      from -= max(first + key_row - (in.memory - 1), int64_t{0}) * row_bytes;
+    }
+    key_at += tile_bytes;
+    SharedAddress to = key_to + tile % kStages * kTileMemory * row_pitch;
+#pragma unroll 1
+    for (int left = row_bytes - key_part; left > 0; left -= kKeyThreads * kVectorBytes) {
+      VISIT(key_copy, 1);
+      copy_async_whole(to, from);
+      from += kKeyThreads * kVectorBytes;
+      to = to + kKeyThreads * kVectorBytes;
+    }
+    if ((vectors || last) && thread < kTileMemory) {
+      VISIT(key_vectors, 1);
+      const bool there = first + thread < share.end;
+      const int64_t m = share.n * in.memory + first + thread;
+      if (in.shrinkage && there) copy_async<4>(&s.shrinkage[tile % kStages][thread], in.shrinkage + m);
+      if (in.key_bias && there) copy_async<4>(&s.shift[tile % kStages][thread], in.key_bias + m);
+      if (!there) {  // scores of minus infinity
+        s.shrinkage[tile % kStages][thread] = 1;
+        s.shift[tile % kStages][thread] = -INFINITY;
+      }
     }
   };
+  // Whole vectors of whole tiles, at addresses that only grow.
+  constexpr int kRowVectors = X::kValueRowBytes / kVectorBytes, kRowsAtOnce = kThreads / kRowVectors;
+  static_assert(kThreads % kRowVectors == 0 && X::kValueRows % kRowsAtOnce == 0);
+  const int64_t row_stride = kChannelLast ? value.pixel_stride : value.channel_stride,
+                position_stride = kChannelLast ? value.pixel_stride : 1;
+  const bool even = copy.even && columns == X::kTileColumns;
+  const V* value_at = values + (columns > 0 ? value.offset(first_column) : 0) +
+                      share.begin * position_stride + thread / kRowVectors * row_stride +
+                      int64_t{thread % kRowVectors} * (kVectorBytes / int(sizeof(V)));
+  const SharedAddress value_to = shared + int(offsetof(Shared, values)) +
+                                 thread / kRowVectors * X::kValuePitch + thread % kRowVectors * kVectorBytes;
   const auto copy_vectors = [&]<int kBytes>(auto& to, int64_t first) {
     constexpr int kVectors = X::kValueRowBytes / kBytes, kElements = kBytes / int(sizeof(V));
+#pragma unroll 1
     for (int i = thread; i < X::kValueRows * kVectors; i += kThreads) {
+      VISIT(uneven_vector, 1);
       const int row = i / kVectors, at = i % kVectors * kElements;
       const int m = kChannelLast ? row : at, column = kChannelLast ? at : row;
       const int64_t left = share.end - first - m;  // positions that there still are
@@ -372,14 +327,28 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
       copy_async<kBytes>(&to[row][at * int(sizeof(V))], from, used);
     }
   };
-  const auto copy_values = [&](int64_t tile) {
+  const auto copy_values = [&](int tile) {
     if (tile >= tiles) return;
     auto& to = s.values[tile % kStages];
-    const int64_t first = share.begin + tile * kTileMemory;
+    const int64_t first = share.begin + int64_t{tile} * kTileMemory;
+    if (even && first + kTileMemory <= share.end) {
+      VISIT(value_copy, 1);
+      const V* from = value_at + int64_t{tile} * kTileMemory * position_stride;
+      const SharedAddress stage = value_to + tile % kStages * int(sizeof(to));
+#pragma unroll
+      for (int i = 0; i < X::kValueRows; i += kRowsAtOnce) {
+        copy_async_whole(stage + i * X::kValuePitch, from);
+        from += kRowsAtOnce * row_stride;
+      }
+      return;
+    }
+    VISIT(uneven_tile, 1);
     if (copy.vector_bytes == 16) return copy_vectors.template operator()<16>(to, first);
     if (copy.vector_bytes == 8) return copy_vectors.template operator()<8>(to, first);
     if (copy.vector_bytes == 4) return copy_vectors.template operator()<4>(to, first);
+#pragma unroll 1
     for (int i = thread; i < kTileMemory * X::kTileColumns; i += kThreads) {
+      VISIT(element, 1);
       const int m = kChannelLast ? i / X::kTileColumns : i % kTileMemory;
       const int column = kChannelLast ? i % X::kTileColumns : i / kTileMemory;
       V x = from_float<V>(0);
@@ -396,22 +365,22 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
   float bias[2], scores[X::kScoreTiles][4];
   for (int r = 0; r < 2; ++r)
     bias[r] = in.bias_of(share.n, min(share.first_query + score_row + g + 8 * r, in.queries - 1));
-  const auto multiply_scores = [&](int64_t tile) {
-    const unsigned char* keys = key_rows(tile);
+  const auto multiply_scores = [&](int tile) {
 #pragma unroll
     for (int j = 0; j < X::kScoreTiles; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) scores[j][e] = 0;
-#pragma unroll(kScore == Arithmetic::kSplit ? 1 : 2)
-    for (int at = 0; at < row_bytes; at += kStepBytes) {
+    const unsigned char* query_at = query_rows + (score_row + lane % 16) * row_pitch + lane / 16 * 16;
+    const unsigned char* key_at =
+        key_rows(tile) + (score_position + lane % 8 + lane / 16 * 8) * row_pitch + lane / 8 % 2 * 16;
+    const auto step_at = [&](int at) {
       uint32_t a[4], a_low[4] = {};
-      load_matrices<4>(a, query_rows + (score_row + lane % 16) * row_pitch + at + lane / 16 * 16);
+      load_matrices<4>(a, query_at + at);
       prepare<S, kScore>(a, a_low);
 #pragma unroll
       for (int pair = 0; pair < X::kScoreTiles; pair += 2) {
         uint32_t loaded[4];
-        load_matrices<4>(loaded, keys + (score_position + 8 * pair + lane % 8 + lane / 16 * 8) * row_pitch +
-                                     at + lane / 8 % 2 * 16);
+        load_matrices<4>(loaded, key_at + 8 * pair * row_pitch + at);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           uint32_t b[2] = {loaded[2 * j], loaded[2 * j + 1]}, b_low[2] = {};
@@ -419,19 +388,37 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
           step<S, kScore>(scores[pair + j], a, a_low, b, b_low);
         }
       }
+    };
+    constexpr int kStepsAtOnce = kScore == Arithmetic::kSplit ? 1 : 4;
+    int left = row_bytes / kStepBytes;
+#pragma unroll 1
+    for (; left >= kStepsAtOnce; left -= kStepsAtOnce) {
+      VISIT(score_steps, 1);
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) step_at(i * kStepBytes);
+      query_at += kStepsAtOnce * kStepBytes;
+      key_at += kStepsAtOnce * kStepBytes;
     }
-    const int64_t left = share.end - share.begin - tile * kTileMemory;
+#pragma unroll 1
+    for (; left > 0; --left) {
+      VISIT(score_step, 1);
+      step_at(0);
+      query_at += kStepBytes;
+      key_at += kStepBytes;
+    }
     float greatest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int j = 0; j < X::kScoreTiles; ++j)
+    for (int j = 0; j < X::kScoreTiles; ++j) {
+      const int m = score_position + 8 * j + 2 * t;
+      const float2 shrinkage = *reinterpret_cast<const float2*>(&s.shrinkage[tile % kStages][m]);
+      const float2 shift = *reinterpret_cast<const float2*>(&s.shift[tile % kStages][m]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int m = score_position + 8 * j + 2 * t + e % 2;
-        const float score = fmaf(s.shrinkage[tile % kStages][m], fmaf(in.scale, scores[j][e], bias[e / 2]),
-                                 s.shift[tile % kStages][m]);
-        scores[j][e] = m < left ? score : -INFINITY;
+        scores[j][e] = fmaf(e % 2 ? shrinkage.y : shrinkage.x, fmaf(in.scale, scores[j][e], bias[e / 2]),
+                            e % 2 ? shift.y : shift.x);
         greatest[e / 2] = fmaxf(greatest[e / 2], scores[j][e]);
       }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       for (int bits = 1; bits < 4; bits *= 2)
@@ -439,22 +426,40 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
       if (t == 0) s.greatest[part][score_row + g + 8 * r] = greatest[r];
     }
   };
-  // Weights of the tile whose scores this thread holds.
+  // Weights of the tile whose scores this thread holds. Whether sums so far must be rescaled for a query of
+  // it.
   Running running[2];
+  float base[2] = {};  // minus the scores that weights are relative to, as exponents of two
   const auto write_weights = [&] {
+    float greatest[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = score_row + g + 8 * r;
-      float greatest = s.greatest[0][row];
-      for (int i = 1; i < X::kParts; ++i) greatest = fmaxf(greatest, s.greatest[i][row]);
-      const float rescale = running[r].raise(greatest);
-      if (part == 0 && t == 0) s.rescale[row] = rescale;
+      greatest[r] = s.greatest[0][row];
+#pragma unroll
+      for (int i = 1; i < X::kParts; ++i) greatest[r] = fmaxf(greatest[r], s.greatest[i][row]);
+      if (part == 0 && t == 0) s.rescale[row] = 1;
+    }
+    const bool raised = __any_sync(kAllLanes, running[0].lags(greatest[0]) || running[1].lags(greatest[1]));
+    if (raised) {
+      VISIT(raise, 1);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (!running[r].lags(greatest[r])) continue;
+        const float rescale = running[r].raise_to(greatest[r]);
+        if (part == 0 && t == 0) s.rescale[score_row + g + 8 * r] = rescale;
+        base[r] = -running[r].base() * kLog2E;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = score_row + g + 8 * r;
 #pragma unroll
       for (int j = 0; j < X::kScoreTiles; ++j) {
         V pair[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float weight = running[r].weight(scores[j][2 * r + e]);
+          const float weight = exp2_approximate(fmaf(scores[j][2 * r + e], kLog2E, base[r]));
           running[r].sum += weight;
           pair[e] = from_float<V>(weight);
         }
@@ -468,25 +473,29 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
         }
       }
     }
+    return raised;
   };
 
   // ---- Sums: this warp's queries are from sum_row, its columns from sum_column.
   const int sum_row = warp / X::kWarpsN * kWarpQueries, sum_column = warp % X::kWarpsN * X::kWarpColumns;
-  const int used_tiles = ceil_div(columns - sum_column, 8);  // of 8 columns; the others have nothing to add
   float sums[kWarpQueries / 16][X::kTilesN][4] = {};
-  const auto add_values = [&](int64_t tile) {
+  const auto add_values = [&](int tile, bool rescaled) {
+    if (sum_column >= columns) return;
     const auto& rows = s.values[tile % kStages];
+    if (rescaled) {
+      VISIT(rescale, 1);
 #pragma unroll
-    for (int i = 0; i < kWarpQueries / 16; ++i)
+      for (int i = 0; i < kWarpQueries / 16; ++i)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float rescale = s.rescale[sum_row + 16 * i + g + 8 * r];
+        for (int r = 0; r < 2; ++r) {
+          const float rescale = s.rescale[sum_row + 16 * i + g + 8 * r];
 #pragma unroll
-        for (int j = 0; j < X::kTilesN; ++j) {
-          sums[i][j][2 * r] *= rescale;
-          sums[i][j][2 * r + 1] *= rescale;
+          for (int j = 0; j < X::kTilesN; ++j) {
+            sums[i][j][2 * r] *= rescale;
+            sums[i][j][2 * r + 1] *= rescale;
+          }
         }
-      }
+    }
     constexpr int kSteps = kTileMemory * int(sizeof(V)) / kStepBytes, kDepth = kTileMemory / kSteps;
 #pragma unroll(kValue == Arithmetic::kSplit ? 1 : kSteps)
     for (int k = 0; k < kSteps; ++k) {
@@ -498,7 +507,6 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
       }
 #pragma unroll
       for (int pair = 0; pair < X::kTilesN; pair += 2) {
-        if (pair >= used_tiles) break;
         uint32_t loaded[4];
         const int column = sum_column + 8 * pair;
         if constexpr (sizeof(V) == 2 && kChannelLast) {
@@ -526,7 +534,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
   };
 
   __syncthreads();  // the columns' offsets
-  copy_rows(query_rows, in.queries_of(share.n), share.first_query, in.queries, X::kTileQueries);
+  copy_queries();
   copy_keys(0);
   copy_async_commit();
   copy_values(0);
@@ -534,22 +542,24 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
   copy_async_commit();
   copy_async_wait<1>();
   __syncthreads();
+  bool raised = false;
   if (tiles > 0) {
     multiply_scores(0);
     __syncthreads();
-    write_weights();
+    raised = write_weights();
   }
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  for (int tile = 0; tile < tiles; ++tile) {
+    VISIT(tile, 1);
     copy_async_wait<0>();
-    __syncthreads();
+    const bool rescaled = __syncthreads_or(raised);
     copy_values(tile + 1);
     copy_keys(tile + 2);
     copy_async_commit();
     if (tile + 1 < tiles) multiply_scores(tile + 1);
-    add_values(tile);
+    add_values(tile, rescaled);
     if (tile + 1 == tiles) break;
     __syncthreads();
-    write_weights();
+    raised = write_weights();
   }
   copy_async_wait<0>();
 
@@ -699,7 +709,11 @@ bool launch_tensor(const Scores<S>& scores, const Values<V>& values, int64_t bat
   if (bytes > device_limits().shared_bytes) return false;
   const int column_tiles = std::max(1, ceil_div(values.columns, X::kTileColumns));
   const int64_t tiles = batch * ceil_div(scores.queries, int64_t{X::kTileQueries}) * column_tiles;
-  const tensor::ValueCopy copy{vector_bytes(values, kChannelLast, batch)};
+  const int bytes_at_once = vector_bytes(values, kChannelLast, batch);
+  // Columns of one tile are those of one object, or the objects follow each other as their channels do.
+  const bool even = values.columns == values.channels || values.channels % X::kTileColumns == 0 ||
+                    values.object_stride == values.channels * values.channel_stride;
+  const tensor::ValueCopy copy{bytes_at_once, bytes_at_once == kVectorBytes && even};
   Outputs<V> outputs{out, lse, {}, {}};
   outputs.run(tiles, scores.memory, stream, [&](unsigned blocks, const Target<V>& target) {
     LAUNCH((tensor::kernel<S, kScore, V, kValue, kWarpsM, kChannelLast>), dim3(blocks), dim3(kThreads), bytes,

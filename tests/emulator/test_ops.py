@@ -45,6 +45,9 @@ LOCAL_CASES = {
     "tensor: more than 32 objects": ((1, 4, 3, 3), 35, [4], 1, HALF, "ieee"),
     "tensor: objects in several passes": ((1, 4, 3, 5), 9, [0, 1, 2, 3, 4], 1, HALF, "ieee"),
     "tensor: phases of the dilation": ((2, 5, 11, 19), 2, [3, 7], 3, BFLOAT, "ieee"),
+    "one: few tiles, phases of the dilation": ((2, 5, 11, 19), 1, [7], 3, HALF, "ieee"),
+    "one: rows shorter than the steps": ((1, 70, 4, 40), 1, [9], 1, BFLOAT, "ieee"),
+    "one: shares of the key rows": ((1, 20, 48, 9), 1, [18], 1, BFLOAT, "ieee"),
 }
 
 # (N,C,H,W), (T,H2,W2), objects, neighbours, dtype, precision
@@ -55,6 +58,7 @@ GLOBAL_CASES = {
     "tensor: sorted lists": ((2, 5, 5, 7), (2, 15, 16), 2, 5, BFLOAT, "ieee"),
     "tensor: fewer keys than neighbours": ((1, 3, 4, 4), (1, 3, 3), 2, 20, HALF, "ieee"),
     "tensor: seven steps": ((1, 100, 6, 7), (1, 11, 13), 2, 1, BFLOAT, "ieee"),
+    "tensor: rows shorter than the steps": ((1, 70, 6, 7), (1, 11, 13), 2, 1, HALF, "ieee"),
     "tensor: eight steps": ((1, 250, 6, 7), (1, 11, 13), 2, 1, HALF, "ieee"),
     "tensor: queries that do not stay": ((1, 600, 3, 9), (1, 11, 13), 2, 2, BFLOAT, "ieee"),
     "tensor: TF32": ((1, 100, 6, 7), (1, 11, 13), 2, 1, FLOAT, "tf32"),
@@ -70,6 +74,11 @@ READ_CASES = {
     "tensor: 4 bytes, channel-major": ((2, 1, 16, 24, 9, 70), BFLOAT, BFLOAT, False, "ieee"),
     "tensor: 2 bytes, channel-major": ((1, 1, 16, 24, 9, 71), HALF, HALF, False, "ieee"),
     "tensor: 16 bytes, channel-last": ((1, 2, 16, 24, 70, 64), HALF, HALF, True, "ieee"),
+    "tensor: whole tiles, channel-major": ((1, 1, 16, 512, 9, 72), BFLOAT, BFLOAT, False, "ieee"),
+    "tensor: whole tiles, channel-last": ((1, 1, 16, 512, 9, 72), HALF, HALF, True, "ieee"),
+    "tensor: whole tiles of two objects": ((1, 2, 16, 256, 9, 40), HALF, HALF, False, "ieee"),
+    "tensor: whole tiles of 128 queries": ((1, 1, 48, 256, 70, 72), BFLOAT, BFLOAT, True, "ieee"),
+    "tensor: whole tiles in TF32": ((1, 1, 16, 256, 9, 40), FLOAT, FLOAT, False, "tf32"),
     "tensor: 8 bytes, channel-last": ((2, 2, 16, 20, 9, 50), BFLOAT, BFLOAT, True, "ieee"),
     "tensor: 4 bytes, channel-last": ((1, 2, 16, 18, 9, 50), HALF, HALF, True, "ieee"),
     "tensor: 2 bytes, channel-last": ((1, 2, 16, 19, 9, 50), BFLOAT, BFLOAT, True, "ieee"),
@@ -187,6 +196,21 @@ def test_memory_read(case: str) -> None:
     error = 4e-3 if precision == "tf32" else READ_ERROR[value_dtype]
     torch.testing.assert_close(out.double(), want, rtol=0, atol=error)
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=4e-3 if precision == "tf32" else 1e-5)
+
+
+@pytest.mark.parametrize("step", [0.1, 3.0, 9.0, -3.0])
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_memory_read_of_scores_that_rise_from_tile_to_tile(step: float, channel_last: bool) -> None:
+    """Sums are relative to a maximum that lags behind by up to 2^8, or is raised in every tile."""
+    query, key, value = read_inputs((1, 1, 16, 72, 70, 200), HALF, HALF, channel_last)
+    bias = step * (torch.arange(200.0) // 32)[None] + torch.rand(1, 200)
+    shrinkage = 0.5 + torch.rand(1, 200)
+    arguments = (shrinkage, torch.randn(1, 70), bias, 0.25)
+    out, lse = torch.ops.vosops_emulated.memory_read(query, key, value, *arguments, "ieee")
+    wide = [t.double() for t in (query, key, value, *arguments[:3])]
+    want, want_lse = memory_read_core(*wide, 0.25)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=READ_ERROR[HALF])
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", CONV_CASES)

@@ -1,0 +1,221 @@
+"""benchmarks/sass.py and cuda_model.py: blocks, loops and regions of small programs, and the committed files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_model, cuda_report, sass
+
+ROOT = Path(__file__).parents[2]
+
+SOURCE = """
+void kernel() {
+  // VISIT(in_a_comment, 1) {
+  for (int i = 0; i < n;
+       ++i) {
+    VISIT(tile, 1);
+    work("}");
+    if (rare) {
+      VISIT(rare, 2);
+      more();
+    }
+    copy();
+  }
+}
+"""
+
+BODY = """
+	//## File "/somewhere/kernel.cu", line 2
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDSM.16.M88.4 R4, [R1] ;
+.L_x_1:
+	//## File "/somewhere/copy.cuh", line 9 inlined at "/somewhere/kernel.cu", line 7
+	//## File "/somewhere/kernel.cu", line 7
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0030*/                   LDSM.16.M88.4 R4, [R1] ;
+        /*0040*/              @!PT LDS RZ, [RZ] ;
+        /*0050*/              @!P0 BRA `(.L_x_2) ;
+	//## File "/somewhere/kernel.cu", line 10
+        /*0060*/                   IADD3 R1, R1, R2, RZ ;
+        /*0070*/                   IADD3 R1, R1, R2, RZ ;
+.L_x_2:
+	//## File "/somewhere/kernel.cu", line 12
+        /*0080*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0090*/               @P1 BRA `(.L_x_1) ;
+        /*00a0*/                   EXIT ;
+.L_x_3:
+        /*00b0*/                   BRA `(.L_x_3);
+        /*00c0*/                   NOP;
+"""
+
+
+def test_blocks_end_at_jumps_and_labels():
+    graph = sass.blocks(BODY)
+    assert [[i.name.split(".")[0] for i in block.instructions] for block in graph] == [
+        ["MOV", "LDSM"],
+        ["HMMA", "LDSM", "LDS", "BRA"],
+        ["IADD3", "IADD3"],
+        ["LDGSTS", "BRA"],
+        ["EXIT"],
+        ["BRA"],
+        ["NOP"],
+    ]
+    assert [block.following for block in graph] == [{1}, {2, 3}, {3}, {1, 4}, set(), {5}, set()]
+    assert graph[1].instructions[0].lines == (("copy.cuh", 9), ("kernel.cu", 7))
+    assert graph[2].instructions[0].lines == (("kernel.cu", 10),)
+    assert graph[1].instructions[2].never_runs and not graph[1].instructions[3].never_runs
+
+
+@pytest.mark.parametrize(
+    "jump", ["BRA.U UP0, `(.L_x_3)", "BRA.DIV UR4, `(.L_x_3)", "@P0 BRA `(.L_x_3)", "BRA `(.L_x_3)"]
+)
+def test_a_jump_with_a_condition_falls_through(jump):
+    graph = sass.blocks(BODY.replace("@P1 BRA `(.L_x_1)", jump))
+    assert graph[3].following == ({5} if jump.startswith("BRA `") else {4, 5})
+
+
+def test_a_jump_to_an_unknown_label_is_an_error():
+    with pytest.raises(ValueError, match=r"a jump to \.L_x_9"):
+        sass.blocks(BODY.replace("`(.L_x_1)", "`(.L_x_9)"))
+
+
+def test_loops_are_natural_and_only_those_that_can_be_reached():
+    assert sass.loops(sass.blocks(BODY)) == [{1, 2, 3}]
+
+
+def test_loops_within_loops():
+    graph = [sass.Block(following=following) for following in ({1}, {2}, {1, 3}, {0, 4}, set())]
+    assert sass.loops(graph) == [{1, 2}, {0, 1, 2, 3}]
+
+
+def test_regions_are_blocks_with_their_statements():
+    found = sass.regions("kernel.cu", SOURCE)
+    assert [(r.name, r.first, r.last) for r in found] == [("tile", 4, 13), ("rare", 8, 11)]
+    with pytest.raises(ValueError, match=r"VISIT\(alone, \.\.\.\) is in no block"):
+        sass.regions("kernel.cu", "VISIT(alone, 1);")
+
+
+def test_every_block_is_weighed_by_its_visits():
+    visits = {"tile": (100, 1), "rare": (60, 2)}
+    known = [*sass.regions("kernel.cu", SOURCE), sass.Region("kernel.cu", "some_copy", 12, 12)]
+    tile = cuda_model.count(BODY, known, {**visits, "some_copy": (100, 1)}, warps=10)
+    # The loop's 4 + 2 instructions, 0.3 times the rare 2, and a tenth of what is outside: MOV, LDSM, EXIT and BRA.
+    assert tile.instructions == pytest.approx(4 + 2 + 0.3 * 2 + 0.1 * 4)
+    assert (tile.products, tile.copies, tile.flops) == (1, 1, 4096)
+    assert tile.copy_instructions == pytest.approx(2 + 0.1 * 2)
+    assert tile.shared_bytes == pytest.approx(512 + 512 + 0.1 * 512)
+
+
+def test_copies_before_the_first_tile_run_once_for_a_warp():
+    copy = "        /*0080*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;\n"
+    line = '\t//## File "/somewhere/kernel.cu", line {}\n'
+    before = f".L_x_0:\n{line.format(12)}{copy}               @P2 BRA `(.L_x_0) ;\n"
+    moves = "        /*0081*/                   MOV R1, R1 ;\n" * 2
+    # The compiler puts the loop's copy into a block of which most is the tile's own.
+    body = before.replace("     @P2", "/*0000*/     @P2") + BODY.replace(copy, copy + line.format(7) + moves)
+    known = [*sass.regions("kernel.cu", SOURCE), sass.Region("kernel.cu", "some_copy", 12, 12)]
+    tile = cuda_model.count(body, known, {"tile": (100, 1), "some_copy": (100, 1)}, warps=10)
+    assert tile.copies == pytest.approx(1 + 0.1)
+
+
+def test_code_of_a_function_belongs_to_its_own_block_or_to_one_within_that_it_is_called_from():
+    outer, call = sass.Region("a.cu", "tile", 1, 100), sass.Region("a.cu", "rare", 90, 92)
+    by_line = {("a.cu", line): outer for line in range(1, 101)} | {
+        ("a.cu", line): call for line in (90, 91, 92)
+    }
+    by_line[("a.cu", 200)] = sass.Region("a.cu", "elsewhere", 150, 400)
+    assert cuda_model._region_of((("a.cu", 5), ("a.cu", 91)), by_line) == "rare"
+    assert cuda_model._region_of((("a.cu", 91), ("a.cu", 5)), by_line) == "rare"
+    assert cuda_model._region_of((("a.cu", 200), ("a.cu", 91)), by_line) == "elsewhere"
+    assert cuda_model._region_of((("a.cu", 5), ("b.cu", 91)), by_line) == "tile"
+    assert cuda_model._region_of((("b.cu", 91),), by_line) is None
+
+
+def test_code_without_visits_never_runs():
+    known = sass.regions("kernel.cu", SOURCE)
+    often = cuda_model.count(BODY, known, {"tile": (100, 1), "rare": (100, 1)}, warps=1)
+    never = cuda_model.count(BODY, known, {"tile": (100, 1)}, warps=1)
+    assert often.instructions - never.instructions == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "multiprocessors", "resident", "waves", "full"),
+    [
+        (132, 132, 1, 1, 1.0),
+        (133, 132, 1, 2, 133 / 264),
+        (286, 132, 2, 2, 286 / 528),
+        (5, 108, 1, 1, 5 / 108),
+    ],
+)
+def test_quantisation(blocks, multiprocessors, resident, waves, full):
+    assert cuda_model.quantisation(blocks, multiprocessors, resident) == (waves, pytest.approx(full))
+
+
+def test_the_slowest_part_of_a_multiprocessor_takes_the_time():
+    card = cuda_model.CARDS[-1]
+    launch = {"blocks": 132, "launches": 0}
+    reference = cuda_model.REFERENCES[0]
+    tiles = reference.tiles(132)
+    for part, tile in (
+        ("issue", cuda_model.Tile(4000, 10, 1, 1, 10, 1)),
+        ("products", cuda_model.Tile(100, 1000, 1, 1, 10, 1)),
+        ("shared memory", cuda_model.Tile(100, 10, 1, 1, 1e6, 1)),
+    ):
+        found = cuda_model.predict(reference, tile, launch, 1, card)
+        assert found.bound == part
+        busy = 8 * tiles * cuda_model.cycles(tile, card)[part] / card.clock
+        assert found.seconds == pytest.approx(busy + reference.streamed / card.bytes_per_second)
+
+
+def test_every_visit_of_the_sources_is_in_a_block_and_every_reference_has_paths():
+    names = {region.name for region in cuda_model.source_regions()}
+    counted = cuda_model.known_paths()
+    assert set(counted) == {reference.kernel for reference in cuda_model.REFERENCES}
+    for orders in counted.values():
+        assert set(orders) == {"random", "worst"}
+        for order in orders.values():
+            assert cuda_model.TILE in order["visits"] and set(order["visits"]) <= names
+
+
+def test_every_reference_is_launched_on_every_size_of_card():
+    launched = json.loads(cuda_model.LAUNCHES.read_text())
+    assert set(launched) == {reference.kernel for reference in cuda_model.REFERENCES}
+    assert all(set(cards) == {str(n) for n in cuda_model.MULTIPROCESSORS} for cards in launched.values())
+
+
+def test_limits_rise_only_when_they_may():
+    kernel = cuda_model.REFERENCES[0].kernel
+    table = {"sm_90a": {kernel: {cuda_report.HOT: vars(cuda_model.Tile(60, 10, 1, 3, 1, 1))}}}
+    assert cuda_report.hot_limits(table, {}, may_rise=False) == {
+        kernel: {"instructions per product": 6.0, "instructions per copy": 12.0}
+    }
+    before = {kernel: {"instructions per product": 5.5, "instructions per copy": 12.0}}
+    assert cuda_report.hot_limits(table, before, may_rise=False) == before
+    assert cuda_report.crossed(table, before) == [
+        f"sm_90a {kernel}: instructions per product 6.0 is over the limit of 5.5"
+    ]
+    assert cuda_report.crossed(table, cuda_report.hot_limits(table, before, may_rise=True)) == []
+
+
+@pytest.mark.parametrize("version", sorted(path.stem for path in cuda_report.TABLES.glob("*.json")))
+def test_committed_tiles_keep_their_limits_and_limits_beyond_a_goal_have_a_reason(version):
+    text = (cuda_report.TABLES / f"{version}.json").read_text()
+    _, table = cuda_report.from_json(text)
+    limits = cuda_report.limits_of(text)
+    assert cuda_report.crossed(table, limits) == []
+    for reference in cuda_model.REFERENCES:
+        assert all(cuda_report.HOT in table[target][reference.kernel] for target in cuda_report.TARGETS)
+        over = [
+            figure for figure, goal in cuda_model.GOALS.items() if limits[reference.kernel][figure] > goal
+        ]
+        assert bool(over) == bool(reference.reason), (reference.kernel, over)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the emulator needs Linux and g++")
+def test_the_hosts_still_launch_what_the_committed_file_says(monkeypatch):
+    monkeypatch.setattr(cuda_model, "MULTIPROCESSORS", (132,))
+    committed = json.loads(cuda_model.LAUNCHES.read_text())
+    assert cuda_model.launches() == {kernel: {"132": cards["132"]} for kernel, cards in committed.items()}
