@@ -167,6 +167,9 @@ MEMORY_READ = changed(
         ({"valid": zeros(1, 9)}, T, "valid must be bool or a range (start, stop), got torch.float32"),
         ({"valid": (0.0, 3.0)}, T, "valid must be bool or a range (start, stop) of ints, got (0.0, 3.0)"),
         ({"valid": (3, 1)}, V, "valid must be a range (start, stop) with 0 <= start <= stop, got (3, 1)"),
+        ({"memory_lengths": zeros(1)}, T, "memory_lengths must be int64 or int32, got torch.float32"),
+        ({"memory_lengths": 3}, T, "memory_lengths must be a tensor or a sequence of ints, got int"),
+        ({"memory_lengths": [-1]}, V, "memory_lengths must be at least 0, got -1"),
         (
             {"groups": [None], "valid": (0, 3)},
             V,
