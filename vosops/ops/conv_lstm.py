@@ -527,7 +527,11 @@ def _backward_winograd(ctx: Any, grad_output: Tensor, grad_cells: Tensor) -> tup
     grads = torch.ops.vosops.conv_lstm_winograd_backward(
         grad_output, grad_cells, x, weight, bias, hidden, cell, ctx.forget_bias, output, cells
     )
-    given = (x, weight, bias, hidden, cell)
+    return _of_given((x, weight, bias, hidden, cell), grads)
+
+
+def _of_given(given: Sequence[Tensor | None], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the tensors that were given, and None for the others and the forget bias."""
     return *(None if t is None else grad for t, grad in zip(given, grads, strict=True)), None
 
 
@@ -553,7 +557,7 @@ def _backward_direct(
     grads = torch.ops.vosops.conv_lstm_direct_backward(
         grad_output, grad_cell, *given, ctx.forget_bias, output, saved
     )
-    return *(None if t is None else grad for t, grad in zip(given, grads, strict=True)), None
+    return _of_given(given, grads)
 
 
 def _direct_gradients(grad_output: Tensor, grad_cell: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
