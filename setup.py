@@ -41,7 +41,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-ign
 WARNINGS += ["-Werror=conversion", "-Wno-sign-conversion", "-Wno-float-conversion"]
 WARNINGS += ["-Wno-implicit-float-conversion"]  # clang's name
 COMMON = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O0"]
 X86_CAPABILITIES = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -825,7 +825,12 @@ def test_wrong_settings_name_the_setting(options, message):
     ("change", "message"),
     [
         ({"objects": [1, 2, 3]}, "value"),
-        ({"objects": [1, 1]}, "objects"),
+        ({"objects": [1, 1]}, r"objects must be different ids, at least one, got \[1, 1\]"),
+        ({"objects": []}, r"objects must be different ids, at least one, got \[\]"),
+        (
+            {name: tensor[..., :0] for name, tensor in frame_of([1, 2]).items() if name != "objects"},
+            "key and value must not be empty",
+        ),
         ({"key": torch.zeros(2, CK, H, W)}, "key"),
         ({"key": torch.zeros(1, CK, H, W, dtype=torch.int32)}, "key"),
         ({"shrinkage": torch.zeros(1, 1, H)}, "shrinkage"),
@@ -843,6 +848,23 @@ def test_wrong_arguments_are_named_and_change_nothing(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         bank.add(1, **{**frame_of([1, 2]), **change})
     assert_same_state(bank.state_dict(), before)
+
+
+@pytest.mark.parametrize("objects", [[], [3, 3], [2, 3]])
+def test_only_new_objects_are_declared(objects):
+    bank = MemoryBank()
+    bank.add(0, **frame_of([1, 2]))
+    with pytest.raises(ValueError, match="objects must be different new ids, at least one, got"):
+        bank.declare_objects(objects)
+    assert bank.objects == [1, 2]
+
+
+def test_only_stored_frames_are_removed():
+    bank = MemoryBank()
+    bank.add(4, **frame_of([1, 2]))
+    with pytest.raises(ValueError, match=r"frames must be stored ones, \[4\], got \[4, 5\]"):
+        bank.remove_frames([4, 5])
+    assert [frame.frame for frame in bank.frames] == [4]
 
 
 def test_unknown_objects_are_refused():

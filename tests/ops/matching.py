@@ -190,6 +190,10 @@ class MatchingTester:
 
     @EVERY_BACKEND_AND_DTYPE
     def test_core_backward(self, backend, dtype):
+        leave_out(
+            backend is INTERPRETED and dtype == torch.bfloat16,
+            "the interpreter differs between float16 and bfloat16 in how values are loaded alone",
+        )
         query, key, mask, options = self.inputs("batch", dtype, backend.device)
         distance, index = self.core(backend, query, key, mask, options)
         grad = torch.randn_like(distance)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.effort import one_at_a_time
 from tests.ops.matching import assert_matches, blobs, embeddings
 from tests.triton.device import DEVICE
 from vosops.reference import global_matching_core, local_matching_core
@@ -94,6 +95,7 @@ class TestLocalWindow:
     @pytest.mark.parametrize("look", [True, False])
     @pytest.mark.parametrize("pixels", [[], [(0, 0)], [(19, 32)], [(2, 3), (18, 25)]])
     def test_blocks_that_no_object_needs_are_skipped_without_a_trace(self, monkeypatch, look, pixels):
+        one_at_a_time((look, True), (pixels, [(2, 3), (18, 25)]))
         if not look:
             monkeypatch.setattr(local_matching, "MAX_WINDOW_BLOCKS", 0)
         query, key = pair(6, 20, 33, torch.float16)
