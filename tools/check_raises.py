@@ -4,7 +4,7 @@ Two steps, because running every test for every `raise` would take days:
 1. The tests run once under coverage, which notes the tests that reach each line.
 2. Each `raise` in turn becomes `pass` in a copy of the sources, and the tests that reached it run until one fails.
 
-    python tools/check_raises.py [--rooms io runs ...] [--out raises.json]
+    python tools/check_raises.py [--rooms io runs ...] [--tests tests/io ...] [--out raises.json]
 
 Needs coverage and pytest-cov. A `raise` without an argument, which passes an error on, stays. Those that no test
 reaches are counted apart: some need a GPU, another processor or a package that is missing.
@@ -35,6 +35,9 @@ MOST_TESTS = 12
 
 FIRST_TESTS = 2
 """So many are tried before the others are as much as collected."""
+
+TEST_SECONDS = 60
+"""A test that takes longer without the statement, because threads wait for each other, has noticed."""
 
 PRELOADED = (
     "torch",
@@ -161,7 +164,18 @@ def first_failure(copy: Path, tests: list[str]) -> str:
                         failed.append(report.nodeid)
 
             code = pytest.main(
-                ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[Note()]
+                [
+                    "-q",
+                    "-x",
+                    "-p",
+                    "no:cacheprovider",
+                    "-p",
+                    "no:xdist",
+                    "-o",
+                    f"timeout={TEST_SECONDS}",
+                    *tests,
+                ],
+                plugins=[Note()],
             )
             if code not in (0, 1) and not failed:
                 failed.append(f"pytest ended with {code}")
@@ -172,8 +186,8 @@ def first_failure(copy: Path, tests: list[str]) -> str:
     os.close(writer)
     with os.fdopen(reader) as stream:
         text = stream.read()
-    os.waitpid(child, 0)
-    return text.partition("\n")[0]
+    _, status = os.waitpid(child, 0)
+    return text.partition("\n")[0] or (f"a test took over {TEST_SECONDS} s" if status else "")
 
 
 def main() -> int:
@@ -182,8 +196,21 @@ def main() -> int:
     parser.add_argument("--rooms", nargs="*", default=[], help="parts of vosops/ to look at; all by default")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="tests that may notice")
     parser.add_argument("--data", type=Path, help="a coverage file of an earlier run, kept where it is new")
+    parser.add_argument(
+        "--after",
+        nargs="*",
+        default=[],
+        type=Path,
+        help="JSON of earlier runs; what they noticed is not tried again",
+    )
     parser.add_argument("--out", type=Path, help="write every verdict to this JSON file")
     given = parser.parse_args()
+    known = {
+        (row["path"], row["line"]): Raise(**row)
+        for path in given.after
+        for row in json.loads(path.read_text())
+        if row["verdict"] == "noticed"
+    }
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "vosops"
         ignored = shutil.ignore_patterns(
@@ -206,6 +233,9 @@ def main() -> int:
                 importlib.import_module(module)
         results = []
         for found in find_raises(given.rooms):
+            if (found.path, found.line) in known:
+                results.append(known[found.path, found.line])
+                continue
             tests = reaching(data, copy, found)
             if tests:
                 try_without(copy, found, tests)
