@@ -133,7 +133,28 @@ class TestBadInput:
         return error_line(printed)
 
     def test_no_mask(self, vosops, clip, out):
-        assert "--mask" in self.wrong(vosops, out, clip)
+        assert "no mask given: pass --mask PNG, FRAME=PNG or a folder" in self.wrong(vosops, out, clip)
+
+    @pytest.mark.parametrize(
+        ("flag", "value"),
+        [("--mask", "m.png"), ("--init", "unet:1"), ("--points", "p.json"), ("--box", "b.json")],
+    )
+    def test_a_data_set_has_its_own_masks(self, vosops, tmp_path, out, flag, value):
+        for folder in ("JPEGImages", "Annotations"):
+            (tmp_path / "set" / folder).mkdir(parents=True)
+        line = self.wrong(vosops, out, tmp_path / "set", flag, value)
+        assert f"{flag} cannot be combined with the root of a data set, which has its own masks" in line
+
+    def test_two_ways_to_mark_objects(self, vosops, clip, out):
+        line = self.wrong(vosops, out, clip, "--init", "unet:1", "--points", "p.json")
+        assert "--init cannot be combined with --points or --box" in line
+
+    @pytest.mark.parametrize("text", ["rtsp_transport", "=tcp", ""])
+    def test_an_option_of_a_stream_without_a_value(self, vosops, mask, out, text):
+        line = self.wrong(
+            vosops, out, "rtsp://127.0.0.1:9/x", "--live", "--mask", mask, "--input-option", text
+        )
+        assert line == f"vosops: --input-option must be NAME=VALUE, got {text}"
 
     def test_mask_of_another_size(self, vosops, clip, tmp_path, out):
         small = write_mask(tmp_path / "s.png", truth(BOXES[0])[:20])

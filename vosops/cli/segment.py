@@ -270,10 +270,6 @@ def segment(
                 if shard or steal or ray:
                     flags = "--shard, --steal and --ray"
                 raise InputError(f"{flags} require the root of a data set as INPUT")
-            if not mask and not init and not points and not box:
-                raise InputError(
-                    "no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable), or --init NAME:CLASS"
-                )
             initial: InitialClasses | InitialPrompts | None = None
             if init and (points or box):
                 raise InputError("--init cannot be combined with --points or --box")
@@ -306,9 +302,10 @@ def _live(
     from vosops.io.live import Drop, LiveSource
     from vosops.runs.live import LiveRun
 
+    for text in texts:
+        if "=" not in text[1:]:
+            raise InputError(f"--input-option must be NAME=VALUE, got {text}")
     options = dict(text.partition("=")[::2] for text in texts)
-    if "" in options:
-        raise InputError(f"--input-option must be NAME=VALUE, got {options['']}")
     session = Session(
         settings.model,
         settings.weights,

@@ -105,7 +105,9 @@ class MaskSet:
         import numpy as np
 
         if not masks:
-            raise InputError("no mask given: mark the objects with --mask")
+            raise InputError(
+                "no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable), --points, --box or --init NAME:CLASS"
+            )
         self._by_frame: dict[int, GivenMask] = {}
         self.palette: bytes | None = None
         self.first_area: dict[int, int] = {}
