@@ -106,7 +106,8 @@ class MaskSet:
 
         if not masks:
             raise InputError(
-                "no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable), --points, --box or --init NAME:CLASS"
+                "no mask given: pass --mask PNG, FRAME=PNG or a folder (repeatable), --points, --box or "
+                "--init NAME:CLASS"
             )
         self._by_frame: dict[int, GivenMask] = {}
         self.palette: bytes | None = None
