@@ -1,0 +1,119 @@
+"""What the trained network of vosops-s relies on: its scores where parts of what it sees are set to zero.
+
+    python benchmarks/ablate_vosops_s.py DAVIS [--resolution 240p] [--sequences bmx-bumps ...] [--parts memory ...]
+
+Nothing is trained again: a part without which the score does not fall may still be one that the network could have
+learned to use. Binary masks, as in DAVIS-2016; the frames are processed at 480 rows. Results are merged into
+benchmarks/results/vosops_s_ablation.json, sequence by sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vosops.io.listing import pictures
+from vosops.io.outputs import write_text
+from vosops.io.pictures import read_frame
+from vosops.io.resize import bounded_size, resize_frame, resize_labels, to_labels
+from vosops.metrics import evaluate_sequence
+from vosops.models import create_model
+from vosops.models.vosops_s import RefinerInput, VosopsS
+
+RESULTS = Path(__file__).parent / "results" / "vosops_s_ablation.json"
+ROWS = 480
+HELD_BACK = ("bmx-bumps", "dance-jump", "horsejump-low", "motorbike", "rollerblade", "scooter-gray")
+EVIDENCE = {
+    "labelled frames": range(0, 3),
+    "latest frame": range(3, 6),
+    "frame three back": range(6, 9),
+    "distance of the best match": range(9, 10),
+    "classifier": range(10, 11),
+    "fused logit": range(11, 12),
+    "probabilities before": range(12, 14),
+    "memory": range(14, 15),
+    "motion and carried mask": range(15, 18),
+}
+"""Channels of RefinerInput.evidence; the last of the 19 is constant."""
+MASKS = {"masks at stride 2": None}
+MAPS = {"maps of strides 2 and 4": (0, 1), "maps of strides 8 and 16": (2, 3)}
+PARTS = ("everything", *EVIDENCE, *MASKS, *MAPS)
+
+
+def without(inputs: RefinerInput, part: str) -> RefinerInput:
+    """Return what the network sees with a part of it set to zero."""
+    if part in EVIDENCE:
+        evidence = inputs.evidence.clone()
+        evidence[:, EVIDENCE[part].start : EVIDENCE[part].stop] = 0
+        return replace(inputs, evidence=evidence)
+    if part in MASKS:
+        return replace(inputs, masks=torch.zeros_like(inputs.masks))
+    if part in MAPS:
+        maps = tuple(torch.zeros_like(x) if i in MAPS[part] else x for i, x in enumerate(inputs.maps))
+        return replace(inputs, maps=maps)
+    return inputs
+
+
+class Ablated(VosopsS):
+    """The tracker, whose network does not see a part."""
+
+    part = "everything"
+
+    def _judged(self, inputs: RefinerInput) -> torch.Tensor:
+        return super()._judged(without(inputs, self.part))
+
+
+def score(frames: list[Path], masks: list[Path], part: str) -> tuple[float, float]:
+    """Return the mean J and F of a sequence, first and last frame left out as DAVIS does."""
+    truths = [(np.array(Image.open(path).convert("L")) > 0).astype(np.uint8) for path in masks]
+    size = bounded_size(truths[0].shape, ROWS)
+    tracker = create_model("propagate") if part == "propagate" else Ablated()
+    if isinstance(tracker, Ablated):
+        tracker.part = part
+    found = [truths[0]]
+    for i, path in enumerate(frames):
+        frame = resize_frame(torch.from_numpy(read_frame(path)).permute(2, 0, 1), size)
+        if i == 0:
+            tracker.initialize(frame, resize_labels(torch.from_numpy(truths[0]), size, [1]).long())
+        else:
+            labels, _ = to_labels(tracker.step(frame), [1], truths[0].shape)
+            found.append(labels.numpy())
+    (result,) = evaluate_sequence(found, truths)
+    return result.j.mean, result.f.mean
+
+
+def main() -> None:
+    """Score, sequence by sequence, and print the mean difference of each part."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--resolution", default="240p")
+    parser.add_argument("--sequences", nargs="+", default=HELD_BACK)
+    parser.add_argument("--parts", nargs="+", default=("propagate", *PARTS))
+    given = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in given.sequences:
+        frames = list(pictures(given.root / "JPEGImages" / given.resolution / name).values())
+        masks = list(pictures(given.root / "Annotations" / given.resolution / name).values())
+        for part in given.parts:
+            region, boundary = score(frames, masks, part)
+            results.setdefault(part, {})[name] = [round(region, 4), round(boundary, 4)]
+            print(name, part, *results[part][name], flush=True)
+            write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    whole = results.get("everything", {})
+    for part, scores in results.items():
+        both = [name for name in scores if name in whole]
+        change = statistics.mean(statistics.mean(scores[n]) - statistics.mean(whole[n]) for n in both)
+        print(f"{part}: {change:+.4f} over {len(both)} sequences")
+
+
+if __name__ == "__main__":
+    main()
