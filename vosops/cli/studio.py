@@ -68,7 +68,7 @@ def studio(
     from vosops.runs.job import Settings
     from vosops.studio.assist import ClassClicks, ClickSettings, ClickTool, Sam2Clicks
     from vosops.studio.follow import Engine
-    from vosops.studio.launch import serve
+    from vosops.studio.launch import INTERRUPTED, leave, serve
 
     if click and sam2:
         raise InputError("--click and --sam2 are mutually exclusive")
@@ -93,4 +93,8 @@ def studio(
             webbrowser.open(address)
 
     keep_freed_memory()
-    serve(work, Engine(settings), video=path, port=port, click=tool, announce=announce)
+    try:
+        serve(work, Engine(settings), video=path, port=port, click=tool, announce=announce)
+    except KeyboardInterrupt:
+        typer.echo("vosops: stopped", err=True)
+        leave(INTERRUPTED)

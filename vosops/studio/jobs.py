@@ -208,6 +208,14 @@ class JobQueue:
 
     def close(self) -> None:
         """Pause what is in progress and end the thread."""
+        self.pause_all()
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def pause_all(self) -> bool:
+        """Take no more jobs, and let the one in progress come to rest; return whether there is one."""
         with self._lock:
             self._closed = True
             if self._control is not None:
@@ -217,9 +225,7 @@ class JobQueue:
                 self._write(job)
             self._waiting.clear()
             self._lock.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
+            return self._control is not None
 
     def _find(self, project: str, number: int) -> Job:
         job = self._jobs.get(project, {}).get(number)

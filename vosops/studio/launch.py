@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vosops.io.errors import FolderInUseError, VosopsError, disk_errors, require
 from vosops.io.outputs import OwnedFolder
@@ -17,9 +21,11 @@ if TYPE_CHECKING:
     from .assist import ClickTool
     from .follow import Engine
 
-__all__ = ["serve"]
+__all__ = ["INTERRUPTED", "leave", "serve"]
 
 HOST = "127.0.0.1"
+INTERRUPTED = 130  # exit code of a server that Ctrl-C ended
+_SECONDS_OF_REQUESTS = 3  # that a request in progress has to answer when the server ends
 
 
 def serve(
@@ -31,7 +37,11 @@ def serve(
     click: ClickTool | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve the page until the process is interrupted.
+    """Serve the page until the process is interrupted: then pause what is in progress, and raise KeyboardInterrupt.
+
+    A second interruption ends the process at once, with what is on the disk, as if it was killed: a job that was in
+    progress continues from its latest checkpoint. Threads that are in the middle of a frame or a picture may be left;
+    end the process by :func:`leave`, which does not wait for them.
 
     Args:
         work: The work folder: everything that is written is in it.
@@ -69,15 +79,34 @@ def serve(
                 await super().startup(sockets=sockets)
                 announce(address)
 
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                if self.should_exit and sig == signal.SIGINT:
+                    leave(INTERRUPTED)
+                super().handle_exit(sig, frame)
+
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                if studio.pause():
+                    print("pausing after the frame in progress; Ctrl-C again ends at once", file=sys.stderr)
                 # Requests that are still decoding are let go; uvicorn would print a traceback for each.
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
                 await super().shutdown(sockets=sockets)
 
-        limits = {"ws_max_size": 1 << 16, "timeout_graceful_shutdown": 3}
+        limits = {"ws_max_size": 1 << 16, "timeout_graceful_shutdown": _SECONDS_OF_REQUESTS}
         config = uvicorn.Config(app, log_level="warning", access_log=False, **limits)
         with listener:
             Server(config).run(sockets=[listener])
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without tidying it up: everything that a server keeps is on the disk.
+
+    The interpreter would first wait for threads that decode, and look through all objects that PyTorch has made:
+    seconds, and a minute on a busy machine, in which no Ctrl-C is heard.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 @contextmanager

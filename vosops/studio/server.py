@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -47,6 +48,7 @@ _MOST_MASK_BYTES = 64 << 20
 _SPARE_BYTES = 256 << 20  # of the disk, that an upload leaves free
 _SIZES = (240, 360, 480, 720, 1080, -1)
 _MOST_DECODERS = 2  # of projects that are looked at in turn; a 4K decoder holds some hundred megabytes
+_SECONDS_TO_REST = 10.0  # that a frame in progress has to be finished in when the server ends
 _PAGE_HEADER, _LONGEST_PAGE = "x-vosops-page", 40
 _RUNS_TYPE = "application/octet-stream"
 _PICTURES = {"preview": Previews.preview, "thumbnail": Previews.thumbnail, "whole": Previews.whole}
@@ -157,9 +159,14 @@ class Studio:
     def _offer(self, project: Project, frame: int, image: Any) -> None:
         self._open[project.id][1].offer(frame, image)
 
+    def pause(self) -> bool:
+        """Let what is in progress come to rest, for good; return whether it is a job, which may take a frame's time."""
+        self._closing.set()
+        return self.queue.pause_all()
+
     def close(self) -> None:
         """Pause the jobs and close the videos."""
-        self._closing.set()
+        self.pause()
         self.queue.close()
         self.wait_for_times()
         with self._lock:
@@ -207,7 +214,9 @@ def build_app(studio: Studio, *, token: str, hosts: list[str]) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(studio.close)
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # its latest checkpoint is on the disk
+            closing = to_thread.run_sync(studio.close, abandon_on_cancel=True)
+            await asyncio.wait_for(closing, _SECONDS_TO_REST)
 
     one = "/api/projects/{project}"
     routes = [
