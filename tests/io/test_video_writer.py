@@ -30,6 +30,32 @@ def test_odd_sizes_are_padded(tmp_path):
     assert read_video(tmp_path / "o.mp4")[0][1].shape == (48, 64, 3)
 
 
+def test_colours_are_those_that_the_file_states(tmp_path):
+    """A reader who knows nothing of FFmpeg: by the formula of BT.709, which the file names."""
+    colours = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (235, 180, 20)]
+    image = np.repeat(np.array(colours, np.uint8), 16, 0)[None].repeat(48, 0)
+    with VideoWriter(tmp_path / "o.mp4", (48, 64), Fraction(10), Fraction(1, 1000)) as writer:
+        writer.write(image, Fraction(0))
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        [frame] = container.decode(video=0)
+        assert (frame.colorspace, frame.color_range) == (1, 1)
+        planes = np.split(frame.to_ndarray(), [48, 60])  # Y, then U and V, two rows to a line
+    for place, (red, green, blue) in enumerate(colours):
+        luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        wanted = (
+            16 + luma * 219 / 255,
+            128 + (blue - luma) * 224 / 255 / 1.8556,
+            128 + (red - luma) * 224 / 255 / 1.5748,
+        )
+        columns = 8 * place + 3  # of the halved chroma, away from the next colour
+        got = (
+            planes[0][20, 2 * columns],
+            planes[1].reshape(24, 32)[10, columns],
+            planes[2].reshape(24, 32)[10, columns],
+        )
+        assert got == pytest.approx(wanted, abs=3)
+
+
 def test_mpeg4_where_there_is_no_h264(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
     times = [Fraction(i, 24) for i in range(5)]

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pytest
 
 from tests import clips
 
@@ -14,10 +15,18 @@ TICKS = Fraction(1, 90_000)
 SOUND = 44_100
 BLOCK = 1024  # samples of a packet of AAC
 UNEVEN = (Fraction(5, 4), Fraction(7, 8), Fraction(7, 8))  # lengths of three frames, of what they should be
+HLG = "libx265 hlg"  # HEVC Main 10 in BT.2020 with HLG, as phones film where HDR is not switched off
+_QUIET = "log-level=none"
 _OPTIONS = {
     "libx264": {"preset": "ultrafast", "crf": "23", "bf": "2"},
-    "libx265": {"preset": "ultrafast", "crf": "23", "x265-params": "log-level=none"},
+    "libx265": {"preset": "ultrafast", "crf": "23", "x265-params": _QUIET},
+    HLG: {
+        "preset": "ultrafast",
+        "crf": "23",
+        "x265-params": f"{_QUIET}:colorprim=bt2020:transfer=arib-std-b67:colormatrix=bt2020nc:range=limited",
+    },
 }
+CODECS = tuple(_OPTIONS)
 
 
 @dataclass
@@ -31,6 +40,13 @@ class _Packet:
     key: bool
 
 
+def skip_without(codec):
+    """Skips the test where PyAV has no encoder for the videos of that name."""
+    name = codec.split()[0]
+    if name not in av.codecs_available:
+        pytest.skip(f"this build of PyAV has no {name}")
+
+
 def frame_times(count, rate):
     """When each frame is shown, in units of TICKS."""
     lengths = [round(UNEVEN[i % 3] / rate / TICKS) for i in range(count)]
@@ -42,7 +58,7 @@ def write_phone_video(
 ):
     """An MP4 of (H, W, 3) frames as they are to be seen; it stores them turned, and a flag turns them back.
 
-    times: how often the same packets are written behind each other. Returns the number of frames.
+    codec: one of CODECS. times: how often the same packets are written behind each other. Returns the number of frames.
     """
     turned = (np.rot90(frame, degrees // 90) for frame in frames)
     part = path.with_name(f"{path.stem}-part.mp4")
@@ -60,8 +76,8 @@ def write_phone_video(
 def _encode(path, frames, rate, codec, keyframe_every, threads):
     count = 0
     with av.open(str(path), "w") as container:
-        video = container.add_stream(codec, rate=rate, options=dict(_OPTIONS[codec]))
-        video.pix_fmt = "yuv420p"
+        video = container.add_stream(codec.split()[0], rate=rate, options=dict(_OPTIONS[codec]))
+        video.pix_fmt = "yuv420p10le" if codec == HLG else "yuv420p"
         video.codec_context.time_base = TICKS
         video.codec_context.gop_size = keyframe_every
         video.codec_context.thread_count = threads
@@ -72,6 +88,8 @@ def _encode(path, frames, rate, codec, keyframe_every, threads):
             if not index:
                 video.height, video.width = frame.shape[:2]
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if codec == HLG:
+                picture = picture.reformat(format=video.pix_fmt, dst_colorspace="BT2020")
             picture.pts, picture.time_base = frame_times(index + 1, rate)[-1], TICKS
             container.mux(video.encode(picture))
             count += 1

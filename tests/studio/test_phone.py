@@ -6,17 +6,16 @@ import pytest
 
 from tests import clips
 from tests.studio.conftest import finished
-from tests.studio.phone import TICKS, frame_times, write_phone_video
+from tests.studio.phone import CODECS, HLG, TICKS, frame_times, skip_without, write_phone_video
 
 COUNT, RATE, TIMES = 6, 24, 3
 SIZE = (96, 64)  # of a phone that is held upright
 BOXES = [{1: (20 + 4 * t, 10, 24, 30)} for t in range(COUNT)]
 
 
-@pytest.fixture(params=["libx264", "libx265"])
+@pytest.fixture(params=CODECS)
 def project(request, studio, tmp_path):
-    if request.param not in av.codecs_available:
-        pytest.skip(f"this build of PyAV has no {request.param}")
+    skip_without(request.param)
     frames = [clips.picture(boxes, SIZE) for boxes in BOXES]
     path = tmp_path / "phone.mp4"
     assert write_phone_video(path, frames, codec=request.param, keyframe_every=3, times=TIMES) == 18
@@ -49,6 +48,45 @@ def test_it_is_followed_from_a_mark_on_it_and_the_overlay_keeps_its_times(studio
     first = frame_times(COUNT, RATE)
     wanted = [(t + turn * COUNT / (RATE * TICKS)) * TICKS for turn in range(TIMES) for t in first]
     assert [float(time) for time, _ in film] == pytest.approx([float(time) for time in wanted], abs=1e-3)
+
+
+def colours(image, places):
+    """The mean colour of squares of ten pixels at (top, left)."""
+    return [image[top : top + 10, left : left + 10].mean((0, 1)) for top, left in places]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "count"), [(96, 64, 3), pytest.param(3840, 2160, 12, marks=pytest.mark.exhaustive)]
+)
+def test_ten_bits_in_hdr_keep_their_colours(studio, tmp_path, height, width, count):
+    """As an SDR screen shows HLG: the values as they are, by the matrix of BT.2020, up to the overlay."""
+    skip_without(HLG)
+    box = (height // 4, width // 4, height // 2, width // 2)
+    inside, outside = (height // 2, width // 2), (height // 16, width // 16)
+    path = tmp_path / "hdr.mp4"
+    write_phone_video(path, (clips.picture({1: box}, (height, width)) for _ in range(count)), codec=HLG)
+    with av.open(str(path)) as container:
+        video = next(container.decode(video=0))
+        assert (video.format.name, video.colorspace) == ("yuv420p10le", 9)  # BT.2020
+    project = studio.open_path(path)
+    project.write_settings({"size": min(width, 480)})
+    studio.wait_for_times()
+    assert (project.source.size, project.count) == ((height, width), count)
+    real = (clips.COLOURS[1], clips.SKY)
+    found = colours(studio.previews(project.id).image(count - 1), (inside, outside))
+    assert np.abs(np.subtract(found, real)).max() < 5
+
+    project.write_mark(0, clips.truth({1: box}, (height, width)))
+    job = finished(studio, project, studio.queue.submit(project, "follow", {"direction": "all"}).number, 600)
+    assert (job["state"], job["done"]) == ("done", count)
+    for frame in range(count):
+        assert (project.labels(frame) == clips.truth({1: box}, (height, width))).mean() > 0.97
+    export = studio.queue.submit(project, "export", {"kind": "overlay"})
+    file = finished(studio, project, export.number, 600)["memory"]["file"]
+    film = clips.read_video(project.folder / "exports" / file)
+    tinted = np.add(clips.COLOURS[1], (255, 0, 0)) / 2  # half the object's own red
+    drawn = colours(film[-1][1], (inside, outside))
+    assert np.abs(np.subtract(drawn, (tinted, clips.SKY))).max() < 5
 
 
 def test_a_video_that_was_cut_off_is_followed_as_far_as_it_goes(studio, tmp_path):

@@ -11,6 +11,8 @@ from .errors import VosopsError, require
 from .outputs import OwnedFile, complete_or_absent
 
 if TYPE_CHECKING:
+    from av import VideoFrame
+
     from .frames import Image
 
 _ENCODERS: dict[str, dict[str, str]] = {
@@ -19,10 +21,30 @@ _ENCODERS: dict[str, dict[str, str]] = {
 }
 _MPEG4_CLOCK = 60_000  # MPEG-4 counts at most 65535 ticks a second
 _CLOCK_LIMIT = 65_535
+_BT709, _LIMITED = (
+    1,
+    1,
+)  # FFmpeg's numbers of the matrix, primaries and transfer of HD video, and of its range
+
+
+def state_colours(encoder: Any) -> None:
+    """Let an encoder say that its frames are those of :func:`in_stated_colours`.
+
+    Where nothing is said, players take the matrix of HD video and FFmpeg's scaler that of SD: colours would shift.
+    """
+    encoder.colorspace = encoder.color_primaries = encoder.color_trc = _BT709
+    encoder.color_range = _LIMITED
+
+
+def in_stated_colours(frame: VideoFrame, pixel_format: str) -> VideoFrame:
+    """Return an RGB frame in a YUV format by the matrix of BT.709."""
+    return frame.reformat(format=pixel_format, dst_colorspace="ITU709")
 
 
 class VideoWriter:
     """Writes RGB frames with their times to an MP4 that is complete or absent; use it as a context.
+
+    The file says how its colours are to be read: BT.709, as of HD video.
 
     Args:
         path: The file.
@@ -70,9 +92,11 @@ class VideoWriter:
         stream.pix_fmt = "yuv420p"
         if name == "mpeg4" and self._time_base.denominator > _CLOCK_LIMIT:
             self._time_base = Fraction(1, _MPEG4_CLOCK)
-        stream.codec_context.time_base = self._time_base
+        context = stream.codec_context
+        context.time_base = self._time_base
         if self._aspect:
-            stream.codec_context.sample_aspect_ratio = self._aspect
+            context.sample_aspect_ratio = self._aspect
+        state_colours(context)
         return stream
 
     def write(self, image: Image, time: Fraction) -> None:
@@ -82,7 +106,8 @@ class VideoWriter:
 
         height, width, _ = image.shape
         padding = ((0, self._even[0] - height), (0, self._even[1] - width), (0, 0))
-        frame = av.VideoFrame.from_ndarray(np.pad(image, padding, mode="edge"), format="rgb24")
+        padded = av.VideoFrame.from_ndarray(np.pad(image, padding, mode="edge"), format="rgb24")
+        frame = in_stated_colours(padded, "yuv420p")
         frame.pts = max(round(time / self._time_base), self._last_pts + 1)
         frame.time_base = self._time_base
         self._last_pts = frame.pts

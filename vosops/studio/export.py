@@ -21,7 +21,7 @@ from vosops.io.frames import RawFrame
 from vosops.io.labels import davis_palette
 from vosops.io.outputs import complete_or_absent
 from vosops.io.video import VideoFile
-from vosops.io.video_writer import VideoWriter
+from vosops.io.video_writer import VideoWriter, in_stated_colours, state_colours
 from vosops.runs.drawing import colour_table, overlay, soft_alpha
 from vosops.runs.job import Settings
 
@@ -173,10 +173,11 @@ class _Task:
             stream = container.add_stream("libvpx-vp9", rate=source.average_rate, options=_WEBM_OPTIONS)
             stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuva420p"
             stream.codec_context.time_base = Fraction(1, 1000)
+            state_colours(stream.codec_context)
             last = -1
             for raw, labels in self._pictures():
                 picture = pad_to_even(cut_out(raw, labels))
-                frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format="yuva420p")
+                frame = in_stated_colours(av.VideoFrame.from_ndarray(picture, format="rgba"), "yuva420p")
                 frame.pts = last = max(last + 1, round(raw.time * 1000))
                 frame.time_base = Fraction(1, 1000)
                 container.mux(stream.encode(frame))

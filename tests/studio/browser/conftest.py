@@ -17,6 +17,8 @@ from PIL import Image
 from tests.studio.browser.servers import ended, started
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+# The last: on a busy machine Chromium ends itself when it finds its process that draws slow a few times.
+OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-gpu-watchdog")
 WIDTH, HEIGHT = 1360, 850
 FRAMES = 10
 
@@ -41,9 +43,7 @@ def browser():
     if program is None:
         absent("no browser test: Chromium is not installed (apt-get install chromium)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
+        browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
         yield browser
         browser.close()
 

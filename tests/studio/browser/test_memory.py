@@ -8,7 +8,7 @@ import pytest
 
 from tests.studio.browser.memory import COUNTING, held, resident_of, until, walk
 from tests.studio.browser.servers import ended, started
-from tests.studio.phone import write_phone_video
+from tests.studio.phone import CODECS, skip_without, write_phone_video
 from vosops.metrics import region_similarity
 
 pytestmark = pytest.mark.timeout(3600)
@@ -69,10 +69,9 @@ def pictures():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_ten_minutes_of_a_phone_in_4k(page, tmp_path, codec):
-    if codec not in av.codecs_available:
-        pytest.skip(f"this build of PyAV has no {codec}")
+    skip_without(codec)
     video = tmp_path / "phone.mp4"
     count = write_phone_video(video, pictures(), rate=RATE, codec=codec, times=TIMES)
     with av.open(str(video)) as container:
