@@ -3,8 +3,10 @@
     python benchmarks/bench_integrations.py aot sam2 cutie stcnbuf xmem=DIR stcn=DIR mask-propagation=DIR cfbi=DIR
 
 Installed packages by their names, checkouts with their folders. Each system runs in a process of its own, before and
-after in turn, at 480p (30 x 54 positions) with random keys; training reads are those of 4 clips of 3 frames of 24 x 24.
-The calls of `accelerate` are timed apart from the reads. --case TEXT: only the cases whose title holds it.
+after in turn, at 480p (30 x 54 positions) with random keys unless the case names another size; training reads are those
+of 4 clips of 3 frames of 24 x 24. The calls of `accelerate` are timed apart from the reads. --case TEXT: only the cases
+whose title holds it. --rounds N: timed runs of each, of which the median counts; 0 takes the time of the run that
+measures memory.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vosops import info
 from vosops.benchmarking.fresh import run_fresh
 from vosops.benchmarking.measure import Clock, peak_bytes
 from vosops.integrations import accelerate
 from vosops.io.outputs import write_text
 
 FRAME = (30, 54)
-PIXELS = FRAME[0] * FRAME[1]
-AOT_FRAMES, AOT_TOP_K = 5, 30
+SQUARE = (64, 64)  # positions at 1024 x 1024
+AOT_FRAMES, AOT_TOP_K, AOT_OBJECTS = 5, 30, 10
 FRAMES, OBJECTS, LONG = 20, 3, 10_000
 SEQUENCE = 60
 WORKING = 10  # frames, beside a full long-term memory
@@ -305,54 +308,78 @@ def mask_propagation() -> list[Case]:
 
 
 def aot() -> list[Case]:
-    """Layers of AOT-L (8 heads of 32) and DeAOT-L (a head of 128, values of 1024): the package deaotpy."""
+    """Layers of AOT-L (8 heads of 32) and DeAOT-L (a head of 128, values of 1024): the package deaotpy.
+
+    Up to ten objects share one map, and are read at once: 16 objects are two reads.
+    """
     from vosops import compat
 
     compat.install("spatial_correlation_sampler")
+    cases: list[Case] = []
+    for frame, objects in ((FRAME, 1), (FRAME, 16), (SQUARE, 1)):
+        more = "" if frame == FRAME else ", 1024x1024"
+        more += "" if objects == 1 else f", {objects} objects"
+        cases += _layers_of_aot(frame, -(-objects // AOT_OBJECTS), more)
+    return cases
+
+
+def _layers_of_aot(frame: tuple[int, int], reads: int, more: str) -> list[Case]:
     from aot.networks.layers import attention as module
 
+    pixels = frame[0] * frame[1]
     long_term = module.MultiheadAttention(256, 8, use_linear=False).eval()
     top_k = module.MultiheadAttention(256, 8, use_linear=False, top_k=AOT_TOP_K).eval()
     short_term = module.MultiheadLocalAttentionV2(256, 8, use_linear=False).eval()
     gated = module.GatedPropagation(256, 512, 1, use_linear=False, d_att=128).eval()
     gated_locally = module.LocalGatedPropagation(256, 512, 1, use_linear=False, d_att=128).eval()
-    query, key, value = (torch.randn(n * PIXELS, 1, 256) for n in (1, AOT_FRAMES, AOT_FRAMES))
-    maps = torch.randn(3, 1, 256, *FRAME)
-    slim, wide = torch.randn(2, 1, 128, *FRAME), torch.randn(1, 1024, *FRAME)
-    gate = torch.randn(PIXELS, 1, 1024)
-    return [
-        (f"long-term attention, {AOT_FRAMES} frames", module, lambda: [long_term(query, key, value)[0]]),
-        (f"long-term attention, top {AOT_TOP_K}", module, lambda: [top_k(query, key, value)[0]]),
-        ("short-term attention", module, lambda: [short_term(*maps)[0]]),
+    query, key, value = (torch.randn(n * pixels, 1, 256) for n in (1, AOT_FRAMES, AOT_FRAMES))
+    maps = torch.randn(3, 1, 256, *frame)
+    slim, wide = torch.randn(2, 1, 128, *frame), torch.randn(1, 1024, *frame)
+    gate, values = torch.randn(pixels, 1, 1024), value.repeat(1, 1, 4)
+    layers: list[tuple[str, Callable[[], torch.Tensor]]] = [
+        (f"long-term attention, {AOT_FRAMES} frames", lambda: long_term(query, key, value)[0]),
+        (f"long-term attention, top {AOT_TOP_K}", lambda: top_k(query, key, value)[0]),
+        ("short-term attention", lambda: short_term(*maps)[0]),
         (
             f"gated propagation, {AOT_FRAMES} frames",
-            module,
-            lambda: [gated(query[..., :128], key[..., :128], value.repeat(1, 1, 4), gate, FRAME)[0]],
+            lambda: gated(query[..., :128], key[..., :128], values, gate, frame)[0],
         ),
-        (
-            "local gated propagation",
-            module,
-            lambda: [gated_locally(*slim, wide, gate, FRAME)[0]],
-        ),
+        ("local gated propagation", lambda: gated_locally(*slim, wide, gate, frame)[0]),
     ]
+
+    def of_engines(layer: Callable[[], torch.Tensor]) -> Read:
+        return lambda: [layer() for _ in range(reads)]
+
+    return [(f"{title}{more}", module, of_engines(layer)) for title, layer in layers]
 
 
 def cfbi() -> list[Case]:
-    """Its matching at 480p, stride 4, as its configuration calls it: local at half that, global in chunks."""
+    """Its matching at stride 4, as its configuration calls it: local at half that, global in chunks."""
     from networks.layers import matching as module
 
-    query, previous, first = torch.rand(3, 121, 213, 100) * 0.25
-    labels = torch.nn.functional.one_hot(torch.arange(213) * (OBJECTS + 1) // 213).float().expand(121, -1, -1)
-    plain = {"dis_bias": torch.zeros(OBJECTS + 1), "use_float16": False}
+    cases: list[Case] = []
+    for frame, counts in (((121, 213), (2, OBJECTS + 1, 5, 17)), ((257, 257), (2, 5, 17))):
+        for count in counts:
+            cases += _matching_of_cfbi(module, frame, count)
+    return cases
+
+
+def _matching_of_cfbi(module: Any, frame: tuple[int, int], count: int) -> list[Case]:
+    """Return the two matchings of `count` objects, of which the first is the background."""
+    height, width = frame
+    query, previous, first = torch.rand(3, height, width, 100) * 0.25
+    labels = torch.nn.functional.one_hot(torch.arange(width) * count // width).float().expand(height, -1, -1)
+    plain = {"dis_bias": torch.zeros(count), "use_float16": False}
     windows = [2, 4, 6, 8, 10, 12]
+    more = f"{count} objects" + (", 1024x1024" if width == height else "")
     return [
         (
-            f"local matching, {OBJECTS + 1} objects",
+            f"local matching, {more}",
             module,
             lambda: [module.local_matching(previous, query, labels, multi_local_distance=windows, **plain)],
         ),
         (
-            f"global matching, {OBJECTS + 1} objects",
+            f"global matching, {more}",
             module,
             lambda: [module.global_matching_for_eval([first], query, [labels.clone()], 4, **plain)],
         ),
@@ -397,49 +424,56 @@ def _training_of_xmem(util: Any, value_channels: int) -> Callable[[], list[torch
     return train
 
 
-def measure(name: str, folder: str | None, wanted: str) -> list[dict[str, Any]]:
+def measure(name: str, folder: str | None, wanted: str, rounds: int) -> list[dict[str, Any]]:
     """Return the cases of a system whose title contains `wanted`: seconds, peak bytes, difference of the outputs."""
     if folder is not None:
         sys.path.insert(0, folder)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    cases = (_Case(*case) for case in SYSTEMS[name]())
+    return [{"system": name, **_measure(case, rounds)} for case in cases if wanted in case.title]
+
+
+def _measure(case: _Case, rounds: int) -> dict[str, Any]:
+    """Measure a case: a first run of each for results and memory, then the timed ones in turn."""
+    title, target, read, options = case
     clock, cpu = Clock(), torch.device("cpu")
-    rows = []
-    for case in SYSTEMS[name]():
-        title, target, read, options = _Case(*case)
-        if wanted not in title:
-            continue
-        with torch.set_grad_enabled(title.startswith("training")):
-            first = read()
+    results: list[list[torch.Tensor]] = []
+    first: list[float] = []
+    times: tuple[list[float], ...] = ([], [], [])
+
+    def run() -> None:
+        first.append(clock.seconds(lambda: results.append(read())))
+
+    with torch.set_grad_enabled(title.startswith("training")):
+        peaks = [peak_bytes(run, cpu)]
+        with accelerate(target, **options):
+            peaks.append(peak_bytes(run, cpu))
+        differences = torch.cat([(a - b).abs().flatten() for a, b in zip(*results, strict=True)])
+        results.clear()
+        for _ in range(rounds):
+            gc.collect()
+            times[0].append(clock.seconds(read))
+            started = time.process_time()
             with accelerate(target, **options):
-                second = read()
-            differences = torch.cat([(a - b).abs().flatten() for a, b in zip(first, second, strict=True)])
-            del first, second
-            peaks = [peak_bytes(read, cpu)]
-            times: tuple[list[float], ...] = ([], [], [])
-            with accelerate(target, **options):
-                peaks.append(peak_bytes(read, cpu))
-            for _ in range(ROUNDS):
+                times[2].append(time.process_time() - started)
                 gc.collect()
-                times[0].append(clock.seconds(read))
-                started = time.process_time()
-                with accelerate(target, **options):
-                    times[2].append(time.process_time() - started)
-                    gc.collect()
-                    times[1].append(clock.seconds(read))
-        rows.append(
-            {
-                "system": name,
-                "torch": torch.__version__,
-                "case": title,
-                "seconds": [statistics.median(runs) for runs in times[:2]],
-                "seconds_of_accelerate": statistics.median(times[2]),
-                "peak_bytes": peaks,
-                "greatest_difference": differences.max().item(),
-                "share_above_1e-5": differences.gt(TOLERANCE).float().mean().item(),
-            }
-        )
-    return rows
+                times[1].append(clock.seconds(read))
+    row: dict[str, Any] = {
+        "torch": torch.__version__,
+        "processor": info.collect()["cpu"]["processor"],
+        "library": torch.ops.vosops.cpu_capability(),
+        "case": title,
+        "seconds": [statistics.median(runs) for runs in times[:2]] if rounds else first,
+    }
+    if rounds:
+        row["seconds_of_accelerate"] = statistics.median(times[2])
+    return {
+        **row,
+        "peak_bytes": peaks,
+        "greatest_difference": differences.max().item(),
+        "share_above_1e-5": differences.gt(TOLERANCE).float().mean().item(),
+    }
 
 
 def main() -> None:
@@ -447,6 +481,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("systems", nargs="+", metavar="NAME[=FOLDER]")
     parser.add_argument("--case", default="", help="only cases whose title holds this")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="timed runs of each; 0: the one that measures memory"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
@@ -455,7 +492,7 @@ def main() -> None:
     for system in arguments.systems:
         name, _, folder = system.partition("=")
         for row in run_fresh(
-            "benchmarks.bench_integrations", "measure", name, folder or None, arguments.case
+            "benchmarks.bench_integrations", "measure", name, folder or None, arguments.case, arguments.rounds
         ):
             rows.append(row)
             (a, b), (x, y) = row["seconds"], row["peak_bytes"]

@@ -1,0 +1,607 @@
+"""Whole systems by their own entry points, before and after `accelerate`: the same masks, what a frame takes.
+
+    python benchmarks/bench_clones.py sam2 DIR --json FILE   # or edgetam, efficienttam, aot, cfbi
+
+DIR is a clone, which is not changed: its scripts and builders run on a clip made here, with seeded weights, in a folder
+of their own; a file COMMIT may say which it is. Each case runs as it is, accelerated, and with its memory emptied,
+which has to change the result by 100 times what is tolerated, or the weights would hide an error. Times are those of
+the process on one thread, of the calls that track a frame, without reading pictures and building networks. CFBI's
+scripts ask for a GPU; here what they put there stays on the CPU. --case TEXT: only the cases whose title holds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import os
+import platform
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vosops import compat, info
+from vosops.benchmarking.measure import peak_bytes
+from vosops.integrations import accelerate
+from vosops.io.outputs import write_text
+
+TOLERANCE = 1e-4  # of logits
+MEMORY_COUNTS = 100  # times that, at least, is what an emptied memory changes
+SCALE = 3  # of seeded weights of AOT, so that what is remembered changes the logits
+SIZES = {"128": (128, 128), "120p": (120, 216), "480p": (480, 854), "512": (512, 512), "1024": (1024, 1024)}
+LATER, CORRECTED = (
+    2,
+    3,
+)  # frames of a session of SAM 2 in which an object comes, and in which one is corrected
+_MIB = 1 << 20
+_NO_OBJECT = -1e9  # logits below are those of objects that there are not
+
+
+class Watch:
+    """Counts the seconds in a method, and keeps what it returns, while it is entered."""
+
+    def __init__(self, owner: Any, name: str, keep: Callable[[Any], list[Tensor]] | None = None) -> None:
+        self._owner, self._name, self._keep = owner, name, keep
+        self.seconds, self.results = 0.0, []  # type: float, list[Tensor]
+
+    def __enter__(self) -> Watch:
+        method = getattr(self._owner, self._name)
+
+        @functools.wraps(method)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            result = method(*args, **kwargs)
+            self.seconds += time.process_time() - start
+            if self._keep is not None:
+                self.results += [each.detach().clone() for each in self._keep(result)]
+            return result
+
+        self._put_back = replaced(self._owner, **{self._name: watched})
+        self._put_back.__enter__()
+        self.seconds, self.results = 0.0, []
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._put_back.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of an object, class or module other values for a while."""
+    own = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in own:
+                setattr(owner, name, own[name])
+            else:
+                delattr(owner, name)
+
+
+class Clone(NamedTuple):
+    """A system that is ready to run.
+
+    track runs its entry point; watches count what a frame takes, and the first of them may keep what was found; forget
+    empties the memory for a while; modules are those whose share of the time is told apart.
+    """
+
+    target: Any
+    track: Callable[[], list[Tensor]]
+    watches: Sequence[Watch]
+    forget: Callable[[], contextlib.AbstractContextManager[Any]]
+    modules: Callable[[], Sequence[type]]
+    frames: int
+
+
+class Case(NamedTuple):
+    """What to run: make(folder of the clone, case) gives a Clone."""
+
+    title: str
+    make: Callable[[str, Case], Clone]
+    model: str
+    size: tuple[int, int]
+    objects: int
+    frames: int
+
+
+# ---- The clip: a square for each object on noise, all of which move.
+
+
+def _squares(case: Case, t: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield top, left, bottom, right of the objects in a frame."""
+    height, width = case.size
+    rows = max(1, round(case.objects**0.5))
+    columns = -(-case.objects // rows)
+    high, wide = height // rows, width // columns
+    for n in range(case.objects):
+        top, left = n // columns * high + high // 8 + t, n % columns * wide + wide // 8 + 2 * t
+        yield top, left, min(height, top + high * 5 // 8), min(width, left + wide * 5 // 8)
+
+
+def _write_clip(case: Case, frames: Path, masks: Path | None = None) -> None:
+    """Write numbered JPEG files, and the first frame's objects as a PNG file."""
+    frames.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for t in range(case.frames):
+        picture = random.integers(0, 100, (*case.size, 3), np.uint8)
+        for n, (top, left, bottom, right) in enumerate(_squares(case, t)):
+            picture[top:bottom, left:right] += np.array([120, 20 + 8 * n, 140 - 8 * n], np.uint8)
+        Image.fromarray(picture).save(frames / f"{t:05d}.jpg", quality=95)
+    if masks is not None:
+        masks.mkdir(parents=True)
+        labels = Image.fromarray(_labels(case))
+        labels.putpalette(list(itertools.islice(itertools.cycle(range(256)), 768)))
+        labels.save(masks / "00000.png")
+
+
+def _labels(case: Case, t: int = 0) -> np.ndarray[Any, Any]:
+    labels = np.zeros(case.size, np.uint8)
+    for n, (top, left, bottom, right) in enumerate(_squares(case, t)):
+        labels[top:bottom, left:right] = n + 1
+    return labels
+
+
+def _run_script(path: Path, *arguments: object) -> None:
+    """Run a script of a clone as its user would, in this process; its words are not shown."""
+    with (
+        replaced(sys, argv=[str(path), *map(str, arguments)]),
+        contextlib.redirect_stdout(open(os.devnull, "w")),
+    ):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+# ---- SAM 2, EdgeTAM, EfficientTAM: a session of the video predictor.
+
+
+def _session(predictor: Any, case: Case, frames: Path, *, later: bool) -> list[Tensor]:
+    """Mark objects by clicks, boxes and masks, correct the first, let one come later, remove it -> all logits."""
+    torch.manual_seed(0)
+    found: list[Tensor] = []
+    boxes, first = list(_squares(case, 0)), case.objects - (1 if later and case.objects > 1 else 0)
+    with torch.inference_mode():
+        state = predictor.init_state(str(frames))
+
+        def propagate(start: int, end: int) -> None:
+            for *_, logits in predictor.propagate_in_video(state, start, end - start - 1):
+                found.append(logits.clone())
+
+        for n, (top, left, bottom, right) in enumerate(boxes[:first]):
+            if n % 3 == 0:
+                points = np.array([[(left + right) / 2, (top + bottom) / 2], [left + 4, top + 4]], np.float32)
+                predictor.add_new_points_or_box(
+                    state, 0, n + 1, points=points, labels=np.array([1, 1], np.int32)
+                )
+            elif n % 3 == 1:
+                predictor.add_new_points_or_box(
+                    state, 0, n + 1, box=np.array([left, top, right, bottom], np.float32)
+                )
+            else:
+                predictor.add_new_mask(state, 0, n + 1, torch.from_numpy(_labels(case) == n + 1))
+        propagate(0, CORRECTED + 1)
+        if first < case.objects:
+            marked = torch.from_numpy(_labels(case, LATER) == case.objects)
+            predictor.add_new_mask(state, LATER, case.objects, marked)
+        top, left, bottom, right = next(iter(_squares(case, CORRECTED)))
+        points = np.array([[(left + right) / 2, top + 6]], np.float32)
+        predictor.add_new_points_or_box(state, CORRECTED, 1, points=points, labels=np.array([1], np.int32))
+        propagate(LATER, case.frames - 1)
+        if case.objects > 1:
+            predictor.remove_object(state, 2)
+        propagate(case.frames - 1, case.frames)
+    return found
+
+
+def _ready_predictor(case: Case, predictor: Any, *, later: bool = True) -> Clone:
+    with torch.no_grad():
+        predictor.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(
+            10
+        )  # else no object is ever seen
+        for layer in predictor.memory_attention.layers:
+            layer.cross_attn_image.v_proj.weight.mul_(10)
+    _write_clip(case, Path("frames"))
+    encode = predictor._encode_new_memory
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        features, positions = encode(*args, **kwargs)
+        return torch.zeros_like(features), positions
+
+    return Clone(
+        predictor,
+        lambda: _session(predictor, case, Path("frames"), later=later),
+        [Watch(predictor, "_run_single_frame_inference")],
+        lambda: replaced(predictor, _encode_new_memory=nothing),
+        lambda: [type(predictor.memory_attention)],
+        2 * case.frames,  # at most: some are tracked twice
+    )
+
+
+def sam2(folder: str, case: Case) -> Clone:
+    """Meta's repository, or the package of the same name."""
+    from sam2.build_sam import build_sam2_video_predictor
+
+    torch.manual_seed(0)
+    return _ready_predictor(
+        case,
+        build_sam2_video_predictor(
+            f"configs/sam2.1/sam2.1_hiera_{case.model}.yaml",
+            None,
+            device="cpu",
+            hydra_overrides_extra=[f"++model.image_size={case.size[0]}"],
+        ),
+    )
+
+
+def edgetam(folder: str, case: Case) -> Clone:
+    """EdgeTAM, whose encoder comes from timm: its weights would be downloaded, and are seeded here."""
+    import timm.models
+    from sam2.build_sam import build_sam2_video_predictor
+
+    create = timm.models.create_model
+    untrained = functools.wraps(create)(
+        lambda name, **options: create(name, **{**options, "pretrained": False})
+    )
+    side = case.size[0]
+    grid = side // 64  # of a frame's summaries, 16 at 1024
+    sizes = {
+        "image_size": side,
+        "memory_attention.layer.cross_attention.q_sizes": [side // 16] * 2,
+        "memory_attention.layer.cross_attention.k_sizes": [grid] * 2,
+        "spatial_perceiver.num_latents_2d": grid**2,
+        "spatial_perceiver.num_latents": grid**2,
+    }
+    torch.manual_seed(0)
+    with replaced(timm.models, create_model=untrained):
+        predictor = build_sam2_video_predictor(
+            "configs/edgetam.yaml",
+            None,
+            device="cpu",
+            hydra_overrides_extra=[f"++model.{name}={value}" for name, value in sizes.items()],
+        )
+    return _ready_predictor(case, predictor, later=False)
+
+
+def efficienttam(folder: str, case: Case) -> Clone:
+    """EfficientTAM, with and without its pooled memory; its builder forgets overrides where there is no GPU."""
+    module = importlib.import_module("efficient_track_anything.build_efficienttam")
+    compose = module.compose
+
+    def compose_small(config_name: str, overrides: list[str]) -> Any:
+        return compose(config_name=config_name, overrides=[*overrides, f"++model.image_size={case.size[0]}"])
+
+    torch.manual_seed(0)
+    with replaced(module, compose=compose_small):
+        predictor = module.build_efficienttam_video_predictor(
+            f"configs/efficienttam/efficienttam_{case.model}.yaml", None, device="cpu"
+        )
+    return _ready_predictor(case, predictor)
+
+
+# ---- AOT, DeAOT: tools/demo.py.
+
+
+def aot(folder: str, case: Case) -> Clone:
+    """Run the repository's demonstration on a folder with a clip, with a file of weights."""
+    from networks.models import build_vos_model
+
+    config = importlib.import_module("configs.pre_ytb_dav").EngineConfig("seeded", case.model)
+    torch.manual_seed(0)
+    network = build_vos_model(config.MODEL_VOS, config).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "relative_emb" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+            elif parameter.dim() > 1 and any(part in name for part in ("LSTT", "id", "decoder")):
+                parameter *= SCALE
+    torch.save({"state_dict": network.state_dict()}, "weights.pth")
+    _write_clip(case, Path("clip/images/clip"), Path("clip/masks/clip"))
+    module = importlib.import_module("networks.engines.aot_engine")
+    gated = importlib.import_module("networks.engines.deaot_engine")
+    engine = gated.DeAOTInferEngine if "deaot" in case.model else module.AOTInferEngine
+    one = module.AOTEngine
+    decode = Watch(engine, "decode_current_logits", lambda logits: [logits])
+    others = [Watch(engine, name) for name in ("match_propogate_one_frame", "update_memory")]
+    identity = one.assign_identity
+
+    def track() -> list[Tensor]:
+        script = Path(folder, "tools/demo.py")
+        options = {
+            "model": case.model,
+            "data_path": "clip",
+            "output_path": "masks",
+            "ckpt_path": "weights.pth",
+        }
+        _run_script(script, *itertools.chain(*((f"--{name}", value) for name, value in options.items())))
+        return decode.results
+
+    def nobody(self: Any, mask: Tensor) -> Any:
+        return identity(self, torch.zeros_like(mask))
+
+    return Clone(
+        importlib.import_module("networks.layers.attention"),
+        track,
+        [decode, *others],
+        lambda: replaced(one, assign_identity=nobody),
+        lambda: [type(network.LSTT)],
+        case.frames - 1,
+    )
+
+
+# ---- CFBI, CFBI+: tools/eval_net.py.
+
+
+@contextlib.contextmanager
+def _without_gpu() -> Iterator[None]:
+    """Let a script believe that there is a GPU; what it puts there stays where it is."""
+
+    def stays(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def load(file: Any, *args: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        return from_file(file, map_location="cpu", **kwargs)
+
+    from_file = torch.load
+    with (
+        replaced(torch.Tensor, cuda=stays),
+        replaced(nn.Module, cuda=stays),
+        replaced(torch, load=load),
+        replaced(torch.cuda, set_device=nothing, empty_cache=nothing, is_available=lambda: True),
+    ):
+        yield
+
+
+def cfbi(folder: str, case: Case) -> Clone:
+    """Run the repository's evaluation on a data set of one clip, with a file of weights."""
+    from networks.deeplab.deeplab import DeepLab
+
+    _write_clip(
+        case, Path("datasets/DAVIS/JPEGImages/480p/clip"), Path("datasets/DAVIS/Annotations/480p/clip")
+    )
+    Path("datasets/DAVIS/ImageSets/2017").mkdir(parents=True)
+    Path("datasets/DAVIS/ImageSets/2017/val.txt").write_text("clip\n")
+    with _without_gpu():
+        config = importlib.import_module(f"configs.resnet101_{case.model}").cfg
+    network = importlib.import_module(config.MODEL_MODULE).get_module()
+    importlib.import_module("networks.engine.eval_manager")
+    torch.manual_seed(0)
+    seeded = network(config, DeepLab(backbone=config.MODEL_BACKBONE, freeze_bn=config.MODEL_FREEZE_BN))
+    torch.save({"state_dict": seeded.state_dict()}, "weights.pth")
+    step, forward = Watch(network, "forward_for_eval"), network.forward_for_eval
+    logits = Watch(network, "before_seghead_process", lambda result: list(result[0]))
+
+    def track() -> list[Tensor]:
+        with logits, _without_gpu():
+            _run_script(
+                Path(folder, "tools/eval_net.py"),
+                *(
+                    "--config",
+                    f"configs.resnet101_{case.model}",
+                    "--dataset",
+                    "davis2017",
+                    "--ckpt_path",
+                    "weights.pth",
+                ),
+            )
+        return logits.results
+
+    def forgetful(self: Any, references: Any, masks: Any, previous: Any, *args: Any, **kwargs: Any) -> Any:
+        past = _zeros(references), masks, _zeros(previous)
+        return forward(self, *past, *args, **kwargs)
+
+    return Clone(
+        importlib.import_module("networks.layers.matching"),
+        track,
+        [step],
+        lambda: replaced(network, forward_for_eval=forgetful),
+        lambda: [],
+        case.frames,
+    )
+
+
+def _zeros(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.zeros_like(value)
+    return type(value)(map(_zeros, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _case(make: Any, model: str, size: str, objects: int, frames: int) -> Case:
+    count = f"{objects} object{'s' * (objects > 1)}"
+    return Case(f"{model}, {size}, {count}", make, model, SIZES[size], objects, frames)
+
+
+SYSTEMS: dict[str, list[Case]] = {
+    "sam2": [
+        *(_case(sam2, model, "128", 3, 7) for model in ("t", "s", "b+", "l")),
+        *(_case(sam2, "t", "1024", objects, 6) for objects in (1, 4)),
+    ],
+    "edgetam": [_case(edgetam, "edgetam", size, 3, 6) for size in ("128", "1024")],
+    "efficienttam": [
+        *(_case(efficienttam, model, "128", 3, 7) for model in ("ti", "s", "ti_1", "ti_2")),
+        *(_case(efficienttam, model, "1024", 1, 6) for model in ("ti", "ti_1", "ti_2")),
+    ],
+    "aot": [
+        *(
+            _case(aot, model, "120p", 3, 8)
+            for model in ("aott", "aots", "aotb", "aotl", "r50_aotl", "deaott", "deaotl", "r50_deaotl")
+        ),
+        *(_case(aot, model, "480p", n, 8) for model in ("r50_aotl", "r50_deaotl") for n in (1, 4, 16)),
+    ],
+    "cfbi": [
+        *(_case(cfbi, model, "120p", 3, 3) for model in ("cfbi", "cfbip")),
+        *(_case(cfbi, model, "480p", objects, 3) for model in ("cfbi", "cfbip") for objects in (1, 4, 16)),
+    ],
+}
+
+
+class _Run(NamedTuple):
+    found: list[Tensor]
+    seconds: float  # of what is watched
+    seconds_of_modules: float
+    peak_bytes: int | None
+
+
+def _run(clone: Clone) -> _Run:
+    """Run the entry point once."""
+    found: list[list[Tensor]] = []
+    spent, started = [0.0], [0.0]
+    kinds = tuple(clone.modules())
+
+    def starts(module: nn.Module, _: Any) -> None:
+        if isinstance(module, kinds):
+            started[0] = time.process_time()
+
+    def ends(module: nn.Module, _: Any, __: Any) -> None:
+        if isinstance(module, kinds):
+            spent[0] += time.process_time() - started[0]
+
+    with contextlib.ExitStack() as stack:
+        if kinds:
+            hooks = nn.modules.module
+            for handle in (
+                hooks.register_module_forward_pre_hook(starts),
+                hooks.register_module_forward_hook(ends),
+            ):
+                stack.callback(handle.remove)
+        for watch in clone.watches:
+            stack.enter_context(watch)
+        peak = peak_bytes(lambda: found.append(list(clone.track())), torch.device("cpu"))
+    return _Run(found[0], sum(watch.seconds for watch in clone.watches), spent[0], peak)
+
+
+def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return the greatest difference; objects that there are not are the same in both."""
+    return max(
+        (a - b).abs()[(a > _NO_OBJECT) | (b > _NO_OBJECT)].max().item()
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def measure(name: str, folder: str, case: Case) -> dict[str, Any]:
+    """Run one case of a system in a folder of its own."""
+    with tempfile.TemporaryDirectory() as scratch, _inside(scratch):
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            clone = case.make(folder, case)
+        before = _run(clone)
+        with accelerate(clone.target) as acceleration:
+            after = _run(clone)
+            replacements = list(acceleration.replaced)
+            with clone.forget():
+                forgotten = _run(clone)
+    return {
+        "system": name,
+        "case": case.title,
+        "commit": _commit(folder),
+        "torch": torch.__version__,
+        "processor": info.collect()["cpu"]["processor"],
+        "library": torch.ops.vosops.cpu_capability(),
+        "load": os.getloadavg()[0],
+        "frames": case.frames,
+        "replaced": replacements,
+        "seconds": [before.seconds, after.seconds],
+        "seconds_of_attention": [before.seconds_of_modules, after.seconds_of_modules],
+        "peak_bytes": [before.peak_bytes, after.peak_bytes],
+        "greatest_logit": max(each[each > _NO_OBJECT].abs().max().item() for each in before.found),
+        "greatest_difference": _difference(before.found, after.found),
+        "difference_without_memory": _difference(before.found, forgotten.found),
+        "same_masks": _masks(before.found, after.found),
+    }
+
+
+@contextlib.contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _masks(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return the share of pixels whose sign, or greatest logit, is the same."""
+    same = []
+    for a, b in zip(first, second, strict=True):
+        alike = (a > 0) == (b > 0) if a.shape[1] == 1 else a.argmax(1) == b.argmax(1)
+        same.append(alike.float().mean().item())
+    return min(same)
+
+
+def _commit(folder: str) -> str | None:
+    """Return what a clone's folder says of its commit: git's, or a file COMMIT."""
+    note = Path(folder, "COMMIT")
+    if note.exists():
+        return note.read_text().strip()
+    done = subprocess.run(
+        ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def main() -> None:
+    """Measure what the command line names, print the table, keep the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("folder", type=Path, help="of the clone")
+    parser.add_argument("--case", default="", help="only cases whose title holds this")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder, name = str(arguments.folder.resolve()), arguments.system
+    results = arguments.json and arguments.json.resolve()
+    sys.path.insert(0, folder)
+    compat.install("spatial_correlation_sampler")
+    rows = []
+    print("| case | a clip before, after | attention | peak memory | greatest difference | without memory |")
+    print("|---|---|---|---|---|---|")
+    for case in SYSTEMS[name]:
+        if arguments.case in case.title:
+            rows.append(measure(name, folder, case))
+            print(_line(rows[-1]), flush=True)
+            if results:
+                _keep(results, rows)
+    if any(row["greatest_difference"] > TOLERANCE for row in rows):
+        raise SystemExit(f"logits differ by more than {TOLERANCE:g}")
+    if any(row["difference_without_memory"] < MEMORY_COUNTS * TOLERANCE for row in rows):
+        raise SystemExit("with these weights an empty memory changes too little")
+
+
+def _line(row: dict[str, Any]) -> str:
+    (a, b), (c, d), (x, y) = row["seconds"], row["seconds_of_attention"], row["peak_bytes"]
+    attention = f"{c:.1f} s, {d:.1f} s ({c / d:.1f}x)" if d else ""
+    return (
+        f"| {row['case']} | {a:.1f} s, {b:.1f} s ({a / b:.2f}x) | {attention} "
+        f"| {x / _MIB:.0f} MiB, {y / _MIB:.0f} MiB | {row['greatest_difference']:.0e} of {row['greatest_logit']:.0e} "
+        f"| {row['difference_without_memory']:.0e} |"
+    )
+
+
+def _keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows, with those of before that were not measured now."""
+    named = {(row["system"], row["case"]) for row in rows}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in before if (row["system"], row["case"]) not in named] + rows
+    facts = {"python": platform.python_version(), "threads": 1, "rows": kept}
+    write_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
