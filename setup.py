@@ -3,9 +3,9 @@ pybind11 module. What was compiled is written to vosops/build_info.json.
 
 Environment: VOSOPS_CUDA=0 leaves the CUDA library out, VOSOPS_CPU_ONLY=avx2 builds that one CPU library only,
 VOSOPS_AMX_TWIN=1 adds the one that runs AMX's sources in plain C++, VOSOPS_SANITIZE=1 adds AddressSanitizer and UBSan
-to the CPU libraries, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in PyTorch. A compiler for another processor
-(CXX=aarch64-linux-gnu-g++) builds for that one: VOSOPS_TARGET_TORCH is then the folder of a torch package for it, with
-include/ and lib/.
+to the CPU libraries, VOSOPS_LINE_INFO=1 adds source lines to the CUDA library, TORCH_CUDA_ARCH_LIST and MAX_JOBS as in
+PyTorch. A compiler for another processor (CXX=aarch64-linux-gnu-g++) builds for that one: VOSOPS_TARGET_TORCH is then
+the folder of a torch package for it, with include/ and lib/.
 """
 
 from __future__ import annotations
@@ -265,6 +265,8 @@ def cuda_library(cuda: str) -> Extension:
         "all-warnings",
         "--expt-relaxed-constexpr",
     ]
+    if os.environ.get("VOSOPS_LINE_INFO") == "1":  # which changes no instruction
+        nvcc.append("-lineinfo")
     return CppExtension(
         "vosops.libvosops_cuda",
         sources("csrc/cuda/*.cu"),

@@ -4,6 +4,7 @@
     python benchmarks/cuda_report.py --write                  and as benchmarks/results/cuda/VERSION.json
     python benchmarks/cuda_report.py --check                  fail where this nvcc's table says something else
     python benchmarks/cuda_report.py --targets sm_90a         fewer targets (sm_120 is never committed or checked)
+    python benchmarks/cuda_report.py --targets sm_90a --built --check     what the library in vosops/ holds
     python benchmarks/cuda_report.py --write --raise-limits   and let limits of hot loops rise
 
 Warnings are errors. What nvcc makes of a kernel is a fact about one version of nvcc, so each version has its own
@@ -12,6 +13,9 @@ committed table. An nvcc without a table is held to bounds that any useful code 
 Shared memory is chosen at the launch, which checks it against the device's limit, so that occupancy is given in two
 numbers: `blocks`, the blocks that registers and threads let a multiprocessor hold, and `room`, the shared memory in
 bytes that each of so many blocks may have at most. A kernel that asks for more holds fewer.
+
+`--built` compiles nothing: it reads the cubins of vosops/libvosops_cuda.so, built from the same sources for these
+targets (TORCH_CUDA_ARCH_LIST=9.0a) with source lines (VOSOPS_LINE_INFO=1).
 
 Of the kernels in `cuda_model.REFERENCES` the table also has what a warp does for one tile, slow paths included (see
 there), and limits: the goals of `cuda_model.GOALS`, or what was reached where a goal is not met, for the reason that
@@ -39,9 +43,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import cuda_model, sass  # noqa: E402
+from vosops._sources import digest  # noqa: E402
 
 TABLES = ROOT / "benchmarks/results/cuda"
 """A table for each version of nvcc, named by it."""
+
+LIBRARY = ROOT / "vosops/libvosops_cuda.so"
 
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 REPORT_ONLY = ("sm_120",)
@@ -131,6 +138,14 @@ def compile_source(source: Path, target: str, folder: Path) -> Path:
     return cubin
 
 
+def compiled_cubins(targets: list[str], folder: Path) -> list[tuple[str, str, Path]]:
+    """Return target, source and cubin of every .cu file, compiled two at a time."""
+    jobs = [(target, source) for target in targets for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    with ThreadPoolExecutor(2) as pool:
+        cubins = pool.map(lambda job: compile_source(job[1], job[0], folder), jobs)
+        return [(target, source.stem, cubin) for (target, source), cubin in zip(jobs, cubins, strict=True)]
+
+
 def short_name(demangled: str) -> str:
     """Return the kernel and its template arguments, without return type, namespaces and parameters."""
     name = re.sub(r"\((anonymous namespace|unnamed namespace)\)::|<unnamed>::", "", demangled)
@@ -139,9 +154,12 @@ def short_name(demangled: str) -> str:
     return re.sub(r"^void ", "", name).split("(")[0].strip()
 
 
-def output_of(*command: str | Path) -> str:
-    """Return what a tool prints."""
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TOOL_SECONDS).stdout
+def output_of(*command: str | Path, folder: Path | None = None) -> str:
+    """Return what a tool prints, which runs in a folder."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=TOOL_SECONDS, cwd=folder
+    )
+    return done.stdout
 
 
 def resident_blocks(registers: int, threads: int, limits: Limits) -> int:
@@ -160,10 +178,48 @@ def shared_room(blocks: int, limits: Limits) -> int:
     return min(each, limits.shared_of_block)
 
 
-def examine(cubin: Path, target: str) -> dict[str, dict[str, Any]]:
-    """Return kernel name -> resources, occupancy and instruction counts."""
+def target_of(architecture: str) -> str:
+    """Return the target that an entry of TORCH_CUDA_ARCH_LIST compiles for: sm_90a for 9.0a, sm_120 for 12.0+PTX."""
+    return "sm_" + architecture.removesuffix("+PTX").replace(".", "")
+
+
+def source_of(symbols: str) -> str | None:
+    """Return the .cu file, without its suffix, whose unnamed namespace mangled names are in; None for none."""
+    found = re.search(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}_", symbols)
+    return found[1] if found else None
+
+
+def why_not_built(build: dict[str, str], sources: str, targets: list[str]) -> list[str]:
+    """Return why a library of this build information cannot stand for these sources and targets."""
+    held = [target_of(each) for each in re.split(r"[; ]+", build.get("cuda_architectures", "")) if each]
+    reasons = [
+        f"it holds {', '.join(held) or 'nothing'}, not {target}" for target in targets if target not in held
+    ]
+    if build.get("sources") != sources:
+        reasons.append(f"it was built from other sources ({build.get('sources')}, here {sources})")
+    return reasons
+
+
+def built_cubins(targets: list[str], folder: Path) -> list[tuple[str, str, Path]]:
+    """Return target, source and cubin of what the built library holds; raises SystemExit where it does not serve."""
+    information = LIBRARY.parent / "build_info.json"
+    reasons = ["there is none"] if not (LIBRARY.exists() and information.exists()) else []
+    reasons = reasons or why_not_built(json.loads(information.read_text()), digest(ROOT), targets)
+    if reasons:
+        raise SystemExit(f"{LIBRARY.relative_to(ROOT)} cannot be examined: {'; '.join(reasons)}")
+    output_of(tool("cuobjdump"), "-xelf", "all", LIBRARY, folder=folder)
+    found = []
+    for cubin in sorted(folder.glob("*.cubin")):
+        target = cubin.name.split(".")[-2]
+        source = source_of(output_of(tool("cuobjdump"), "--dump-resource-usage", cubin))
+        if source and target in targets:
+            found.append((target, source, cubin))
+    return found
+
+
+def examine(cubin: Path, source: str, target: str) -> dict[str, dict[str, Any]]:
+    """Return kernel name -> resources, occupancy and instruction counts of a source's cubin."""
     usage = output_of(tool("cuobjdump"), "--dump-resource-usage", cubin)
-    source = cubin.name.split(".")[0]
     assembly = output_of(tool("nvdisasm"), "-c", *(["-gi"] if source in HOT_SOURCES else []), cubin)
     # A section for each kernel, with the block size that its launch bounds allow.
     sections = output_of(tool("cuobjdump"), "-elf", cubin)
@@ -198,6 +254,8 @@ def examine(cubin: Path, target: str) -> dict[str, dict[str, Any]]:
             **{label: len(re.findall(pattern, body)) for label, pattern in INSTRUCTIONS.items()},
         }
         if (kernel := f"{source}: {name}") in hot:
+            if "//## File" not in body:
+                raise SystemExit(f"{kernel} has no source lines: build with VOSOPS_LINE_INFO=1")
             rows[name][HOT] = vars(cuda_model.worst(body, hot[kernel]))
     return rows
 
@@ -206,15 +264,14 @@ Table = dict[str, dict[str, dict[str, Any]]]
 """Target -> kernel -> figures."""
 
 
-def report(targets: list[str]) -> Table:
+def report(targets: list[str], *, built: bool = False) -> Table:
     """Return target -> kernel -> figures, for every kernel of the library."""
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = [(target, source) for target in targets for source in sources]
-        cubins = list(pool.map(lambda job: compile_source(job[1], job[0], Path(folder)), jobs))
-        table: Table = {target: {} for target in targets}
-        for (target, source), cubin in zip(jobs, cubins, strict=True):
-            table[target] |= {f"{source.stem}: {name}": row for name, row in examine(cubin, target).items()}
+    table: Table = {target: {} for target in targets}
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = built_cubins(targets, Path(folder)) if built else compiled_cubins(targets, Path(folder))
+        for target, source, cubin in cubins:
+            rows = examine(cubin, source, target)
+            table[target] |= {f"{source}: {name}": row for name, row in rows.items()}
     return table
 
 
@@ -377,10 +434,13 @@ def main() -> None:
         "--raise-limits", action="store_true", help="with --write: let limits of hot loops rise"
     )
     parser.add_argument("--check", action="store_true", help="compare with the table of this version of nvcc")
+    parser.add_argument(
+        "--built", action="store_true", help="compile nothing: examine vosops/libvosops_cuda.so"
+    )
     arguments = parser.parse_args()
     if arguments.write and not set(TARGETS) <= set(arguments.targets):
         parser.error(f"a table holds {', '.join(TARGETS)}: --write goes without --targets")
-    table, nvcc = report(arguments.targets), nvcc_version()
+    table, nvcc = report(arguments.targets, built=arguments.built), nvcc_version()
     print(to_markdown(table))
     if arguments.write:
         TABLES.mkdir(exist_ok=True)

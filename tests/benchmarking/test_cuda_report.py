@@ -63,6 +63,40 @@ def test_names_keep_every_template_argument(cuda_report):
     assert cuda_report.short_name(name) == "tensor::kernel<BFloat16, 2, 1>"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "target"), [("9.0a", "sm_90a"), ("8.0", "sm_80"), ("12.0+PTX", "sm_120")]
+)
+def test_target_of_an_architecture(cuda_report, architecture, target):
+    assert cuda_report.target_of(architecture) == target
+
+
+def test_a_cubin_is_known_by_the_unnamed_namespace_of_its_source(cuda_report):
+    function = " Function _ZN6vosops4cuda{}_GLOBAL__N__7787d90a_{}_{}_cu_2d7eb201_102646kernelEv:\n  REG:40"
+    for source in ("memory_read", "memory_read_backward"):
+        mangled = function.format(len(source) + 39, len(source) + 3, source)
+        assert cuda_report.source_of(mangled) == source
+    assert cuda_report.source_of(" Function _ZN6vosops4cuda11pack_kernelEv:\n") is None
+
+
+def test_a_library_of_other_architectures_or_sources_cannot_stand_for_them(cuda_report):
+    build = {"cuda_architectures": "9.0a;12.0+PTX", "sources": "abc"}
+    assert cuda_report.why_not_built(build, "abc", ["sm_90a"]) == []
+    assert cuda_report.why_not_built(build, "abc", ["sm_90a", "sm_80"]) == [
+        "it holds sm_90a, sm_120, not sm_80"
+    ]
+    assert cuda_report.why_not_built({"sources": "abc"}, "abd", ["sm_80"]) == [
+        "it holds nothing, not sm_80",
+        "it was built from other sources (abc, here abd)",
+    ]
+
+
+def test_without_a_library_there_is_nothing_to_examine(cuda_report, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
+    monkeypatch.setattr(cuda_report, "LIBRARY", tmp_path / "libvosops_cuda.so")
+    with pytest.raises(SystemExit, match=r"libvosops_cuda.so cannot be examined: there is none"):
+        cuda_report.built_cubins(["sm_90a"], tmp_path)
+
+
 def test_differences_are_named_and_other_targets_left_alone(cuda_report):
     row, changed = {"registers": 32}, {"registers": 40}
     committed = {"sm_80": {"a": row, "gone": row}, "sm_90a": {"a": row}}
