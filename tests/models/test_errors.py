@@ -14,9 +14,12 @@ from vosops.models import FrameNetwork, Propagate, create_model, load_weights
 from vosops.models._tracking import check_first
 from vosops.models.deeplab import DeepLabV3Plus
 from vosops.models.features import create_backbone, import_extra
+from vosops.models.feelvos import FEELVOS
 from vosops.models.guided_filter import GuidedFilter
+from vosops.models.network import Network
 from vosops.models.resnet import ResNet50Encoder
 from vosops.models.tensorflow import load_tensorflow, read_variables
+from vosops.models.tiles import cut_into_tiles
 from vosops.models.xception import Xception65
 
 
@@ -237,3 +240,30 @@ def test_a_frame_network_and_its_sizes():
     assert tracker.window == 1
     with pytest.raises(ValueError, match="state must be of window=1, got 4"):
         tracker.load_state_dict({**tracker.state_dict(), "window": 4})
+
+
+def test_an_output_stride_that_no_encoder_is_dilated_to():
+    with pytest.raises(ValueError, match="output_stride must be 8 or 16, got 32"):
+        DeepLabV3Plus("torchvision:resnet50", 32)
+
+
+def test_a_checkpoint_of_feelvos_for_the_matching_of_cfbi():
+    with torch.device("meta"):
+        network = FEELVOS("torchvision:resnet50", matching="cfbi")
+    with pytest.raises(
+        ValueError, match="matching must be 'feelvos' to load a checkpoint of the original, got 'cfbi'"
+    ):
+        network.tensorflow_variables()
+
+
+def test_a_network_that_does_not_say_how_it_is_trained():
+    with torch.device("meta"):
+        network = FEELVOS("torchvision:resnet50")
+    with pytest.raises(NotImplementedError, match="FEELVOS has no clip_logits, by which it could be trained"):
+        Network.clip_logits(network, torch.empty(0), torch.empty(0), 1)
+
+
+def test_an_overlap_that_is_no_integer():
+    for overlap, name in ((1.5, "float"), (True, "bool")):
+        with pytest.raises(TypeError, match=f"overlap must be an integer, got {name}"):
+            cut_into_tiles((64, 64), 32, overlap)

@@ -301,7 +301,10 @@ def test_it_is_listed():
     "options, message",
     [
         ({"version": "v7"}, "version must be one of icnet, v1"),
-        ({"variant": "dense"}, "variant must be one of convolution, spatial"),
+        (
+            {"variant": "dense"},
+            "variant must be one of convolution, spatial, depthwise, separable, fast, faster, got 'dense'",
+        ),
         ({"lstm_channels": 129}, "lstm_channels must be from 1 to 128, got 129"),
         ({"lstm_channels": 0}, "lstm_channels must be"),
         ({"num_classes": 0}, "num_classes must be"),
