@@ -48,6 +48,20 @@ def test_kin_of_sam2(kin, name, frame):
     assert (want - zeros).abs().max() > 1e-3
 
 
+def test_another_size_leaves_the_layer_as_it_was(kin):
+    """SAM 3's tracker keeps parts of its rotation beside it: they have to be of the same size after `undo`."""
+    torch.manual_seed(1)
+    layer = kin.TurnedByParts(16, 1, kv_in_dim=8).eval().requires_grad_(False)
+    q, k, v = torch.randn(1, 36, 16), torch.randn(1, 72 + POINTERS, 8), torch.randn(1, 72 + POINTERS, 8)
+    with accelerate(kin):
+        got = [layer(q, k, v, POINTERS) for _ in range(2)]
+        assert layer.freqs_cis.shape[0] == layer.freqs_cis_real.shape[0] == 16
+    want = layer(q, k, v, POINTERS)
+    assert (want - layer(q, k, 0 * v, POINTERS)).abs().max() > 1e-3
+    for each in got:
+        torch.testing.assert_close(each, want, rtol=0, atol=1e-5)
+
+
 def test_gradients(kin):
     torch.manual_seed(1)
     layer = kin.PooledByScore(16, 1, kv_in_dim=8).eval()

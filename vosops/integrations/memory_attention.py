@@ -37,10 +37,7 @@ def _rope_attention(original: Function) -> Function:
             side = math.sqrt(frame)
             if pooling is not None and side % 2:
                 return original(self, q, k, v, num_k_exclude_rope)
-            rotation = self.freqs_cis
-            if rotation.shape[0] != frame:
-                rotation = self.compute_cis(end_x=side, end_y=side)
-            self.freqs_cis = rotation = rotation.to(q.device)
+            rotation = _rotation_of(self, frame, side, q.device)
             if ragged is not None:
                 return ragged.attend(self, q, k, v, rotation, self.out_proj)
             return attend(self, q, k, v, (rotation, rotation), num_k_exclude_rope, self.out_proj, pooling)
@@ -54,6 +51,21 @@ def _rope_attention(original: Function) -> Function:
             if all(_agree(original, way, args, kwargs) for args, kwargs in _rope_attention_probes(original)):
                 return way
     return ways[-1]
+
+
+def _rotation_of(layer: Any, frame: int, side: float, device: torch.device) -> Rotation:
+    """Return a layer's rotation of the positions of a frame, made and moved once.
+
+    What the layer holds is left as it is: SAM 3 keeps the real and the imaginary part beside it, for one size.
+    """
+    for known in (layer.freqs_cis, getattr(layer, "_vosops_rotation", None)):
+        if known is not None and known.shape[0] == frame and known.device == device:
+            rotation: Rotation = known
+            return rotation
+    own = layer.freqs_cis
+    rotation = own if own.shape[0] == frame else layer.compute_cis(end_x=side, end_y=side)
+    layer._vosops_rotation = rotation = rotation.to(device)
+    return rotation
 
 
 def _agree(original: Function, way: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

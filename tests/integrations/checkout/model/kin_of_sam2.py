@@ -99,3 +99,28 @@ class Summaries(Projections):
             still = frame.shape[1] - self.freqs_cis_k.shape[0]
             turned += [frame[:, :still], turn(frame[:, still:], self.freqs_cis_k)]
         return self.read(turn(q, self.freqs_cis_q), torch.cat([*turned, k[:, count:]], 1), v)
+
+
+class TurnedByParts(Projections):
+    """SAM 3's tracker: real and imaginary part of the rotation are kept beside it, and made again with it."""
+
+    def __init__(self, *args, rope_k_repeat=False, feat_sizes=(4, 4), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.make(*feat_sizes)
+
+    def compute_cis(self, end_x, end_y):
+        return angles(int(end_x), int(end_y), self.q_proj.out_features)
+
+    def make(self, width, height):
+        self.freqs_cis = self.compute_cis(width, height)
+        self.freqs_cis_real, self.freqs_cis_imag = self.freqs_cis.real, self.freqs_cis.imag
+
+    def forward(self, q, k, v, num_k_exclude_rope=0):
+        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
+        side = math.isqrt(q.shape[1])
+        if self.freqs_cis.shape[0] != q.shape[1]:
+            self.make(side, side)
+        rotation = torch.complex(self.freqs_cis_real, self.freqs_cis_imag)
+        count = k.shape[1] - num_k_exclude_rope
+        keys = torch.cat([turn(k[:, :count], rotation), k[:, count:]], 1)
+        return self.read(turn(q, rotation), keys, v)
