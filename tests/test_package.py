@@ -49,10 +49,13 @@ assert vosops.local_matching(frame, frame, mask, radius=2).abs().max() == 0
     assert result.returncode == 0, result.stderr
 
 
-def test_import_brings_neither_models_nor_commands():
-    code = "import sys, vosops; print(*[m for m in sys.modules if m.startswith('vosops.')])"
+def test_import_brings_neither_models_nor_commands_nor_the_compiler():
+    code = "import sys, torch; known = set(sys.modules); import vosops; print(*set(sys.modules) - known)"
     modules = run(code).stdout.split()
+    assert "vosops" in modules
     assert not [m for m in modules if re.match(r"vosops\.(models|inference|cli|metrics|data)", m)]
+    # Two seconds of every process and every command.
+    assert not [m for m in modules if re.match(r"torch\._(dynamo|inductor)|sympy|torch\.distributed", m)]
 
 
 SUBMODULES = [

@@ -186,9 +186,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _constant(function: Function) -> Function:
-    """Let torch.compile call it once, while it compiles, and keep the result."""
-    kept: Function = torch.compiler.assume_constant_result(function)
-    return kept
+    """Let torch.compile call it once, while it compiles, and keep the result.
+
+    As torch.compiler.assume_constant_result does, which imports torch._dynamo: two seconds of every process, also of
+    those that never compile. Where a version of torch ignores the attribute, the call breaks the graph, which a test
+    notices.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 _exist = _any_file()  # a plain global, which torch.compile guards

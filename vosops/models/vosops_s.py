@@ -336,7 +336,10 @@ class VosopsS(Propagate):
     def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (N,3,H,W) in [0, 1], H and W multiples of 16 -> the backbone's maps of strides 2, 4, 8 and 16."""
         assert isinstance(self.backbone, EfficientNetLite)
-        return self.backbone.pyramid(images)
+        if not self.bfloat16:
+            return self.backbone.pyramid(images)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.backbone.pyramid(images)
 
     @torch.no_grad()
     def begin(self, pyramid: tuple[Tensor, ...], labels: Tensor) -> None:
