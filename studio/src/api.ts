@@ -17,13 +17,20 @@ export interface Job {
   total: number | null;
   rate: number;
   message: string;
-  memory: { run?: string; file?: string };
+  memory: { run?: string; file?: string; part?: number };
 }
 
 export interface StudioObject {
   id: number;
   name: string;
   colour: string;
+}
+
+/** A frame that deserves a look. */
+export interface Look {
+  frame: number;
+  kind: "lost" | "size" | "confidence";
+  why: string;
 }
 
 export interface ProjectState {
@@ -42,7 +49,7 @@ export interface ProjectState {
   frames: number[];
   confidence: (number | null)[];
   before: number[];
-  look: { frame: number; why: string }[];
+  look: Look[];
   jobs: Job[];
   exports: { name: string; bytes: number }[];
   export_kinds: { kind: string; title: string; about: string }[];
@@ -154,7 +161,7 @@ export class ProjectApi {
     json<{ number: number }>(`${this.base}/jobs`, "POST", { kind, request: wish });
 
   job = (number: number, action: "pause" | "resume" | "stop") =>
-    json<{ state: JobState }>(`${this.base}/jobs/${number}/${action}`, "POST");
+    json<{ state: JobState; again: number | null }>(`${this.base}/jobs/${number}/${action}`, "POST");
 
   discard = () => json(`${this.base}/runs/last`, "DELETE");
 

@@ -113,9 +113,7 @@ function handleKey(store: Store, event: KeyboardEvent): void {
     m: () => (store.masks = !store.masks),
     x: () => store.setCompare(!store.compare),
     n: () => {
-      const { look } = store.state;
-      const next = look.find((entry) => entry.frame > store.frame) ?? look[0];
-      if (next) void store.show(next.frame);
+      if (store.nextLook) void store.show(store.nextLook.frame);
     },
   };
   if (command) {

@@ -113,7 +113,10 @@ function Follow({ store }: { store: Store }) {
             </div>
           )}
           {store.paused && (
-            <p class="hint">What you draw on the latest frame, and on those to come, is taken along.</p>
+            <p class="hint">
+              Correct the latest frame, or mark frames to come: both are taken along. Correct an earlier frame, and it is followed
+              again from there; what is before it stays.
+            </p>
           )}
           <div class="row">
             <button type="button" class={store.paused ? "" : "main"} disabled={!ready} onClick={() => store.follow("all")}>

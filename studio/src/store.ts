@@ -1,7 +1,7 @@
 // What the page knows and does. Components read it and call it; it tells them when something changed.
 
 import { useEffect, useState } from "preact/hooks";
-import { type Job, type Layer, page, ProjectApi, type ProjectState, type ServerEvent, type StudioObject } from "./api";
+import { type Job, type Layer, type Look, page, ProjectApi, type ProjectState, type ServerEvent, type StudioObject } from "./api";
 import { decode, encode, History, LabelMap, type Point, type Rect, union } from "./labels";
 
 export type Tool = "brush" | "eraser" | "polygon" | "fill" | "box" | "click" | "hand";
@@ -97,6 +97,12 @@ export class Store {
   get paused(): Job | undefined {
     const latest = this.state.jobs.find((job) => job.kind === "follow");
     return latest?.state === "paused" ? latest : undefined;
+  }
+
+  /** The next frame that deserves a look, in the order of the video; after the last one the first. */
+  get nextLook(): Look | undefined {
+    const inOrder = [...this.state.look].sort((a, b) => a.frame - b.frame);
+    return inOrder.find((entry) => entry.frame > this.frame) ?? inOrder[0];
   }
 
   colour(id: number): string {
@@ -489,7 +495,8 @@ export class Store {
     if (action === "resume") this.watch = true;
     await this.attempt(async () => {
       await this.saving;
-      await this.api.job(job.number, action);
+      const { again } = await this.api.job(job.number, action);
+      if (again !== null) this.say(`Frame ${again} was corrected: it is followed again from there. What is before it stays.`);
     });
     await this.refresh();
   }

@@ -68,7 +68,8 @@ export function Timeline({ store }: { store: Store }) {
   const place = lowerBound(frames, store.frame);
   const certain = frames[place] === store.frame ? confidence[place] : undefined;
   const isMarked = marks.includes(store.frame);
-  const next = look.find((entry) => entry.frame > store.frame) ?? look[0];
+  const next = store.nextLook;
+  const here = look.find((entry) => entry.frame === store.frame);
 
   return (
     <section class="timeline" aria-label="Time line">
@@ -100,6 +101,7 @@ export function Timeline({ store }: { store: Store }) {
         <span class="soft fact">
           {isMarked ? "marked by you" : certain === undefined ? "no mask yet" : certain === null ? "no object here" : `confidence ${certain.toFixed(2)}`}
         </span>
+        {here && here.kind !== "confidence" && <span class="warning">{here.why}</span>}
         {next && (
           <button
             type="button"
@@ -139,6 +141,14 @@ export function Timeline({ store }: { store: Store }) {
           ))}
         </div>
         <canvas ref={canvas} class="confidence" aria-hidden="true" />
+        {look.map((entry) => (
+          <i
+            key={`look ${entry.frame}`}
+            class={`look-here ${entry.kind}`}
+            style={{ left: `${share(entry.frame) * 100}%` }}
+            title={`look at frame ${entry.frame}: ${entry.why}`}
+          />
+        ))}
         {marks.map((frame) => (
           <i key={frame} class="mark" style={{ left: `${share(frame) * 100}%` }} title={`frame ${frame} is marked`} />
         ))}

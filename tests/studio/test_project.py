@@ -7,7 +7,7 @@ from tests import clips
 from vosops.io.errors import InputError
 from vosops.io.labels import read_labels
 from vosops.runs.report import FrameRecord
-from vosops.studio.project import Project, StudioObject, look_at
+from vosops.studio.project import Project, StudioObject
 
 
 @pytest.fixture
@@ -119,20 +119,3 @@ def test_a_video_that_changed_is_not_the_projects(opened, folder):
 def test_a_folder_without_a_project_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no project"):
         Project(tmp_path)
-
-
-def test_lost_objects_and_low_confidence_are_to_be_looked_at():
-    records = {i: record(i) for i in range(200)}
-    records[50] = record(50, confidence=0.4)
-    records[51] = record(51, confidence=0.45)  # the same passage
-    records[120] = record(120, area=0)
-    found = look_at(records, marks=set())
-    assert [entry["frame"] for entry in found[:2]] == [120, 50]
-    assert "object 1 is lost" in found[0]["why"]
-    assert 51 not in [entry["frame"] for entry in found]
-
-
-def test_marked_frames_need_no_look():
-    records = {i: record(i, confidence=0.1 if i == 5 else 0.9) for i in range(10)}
-    assert look_at(records, marks=set())[0]["frame"] == 5
-    assert all(entry["frame"] != 5 for entry in look_at(records, marks={5}))

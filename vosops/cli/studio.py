@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -93,8 +94,7 @@ def studio(
             webbrowser.open(address)
 
     keep_freed_memory()
-    try:
+    with suppress(KeyboardInterrupt):  # a shell's background job does not get it
         serve(work, Engine(settings), video=path, port=port, click=tool, announce=announce)
-    except KeyboardInterrupt:
-        typer.echo("vosops: stopped", err=True)
-        leave(INTERRUPTED)
+    typer.echo("vosops: stopped", err=True)
+    leave(INTERRUPTED)

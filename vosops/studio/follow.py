@@ -29,14 +29,25 @@ from vosops.runs.checkpoint import CHECKPOINT_EVERY, RunState
 from vosops.runs.job import Settings
 from vosops.runs.report import RESUME, FrameRecord
 
+from .doubts import confidence_of
 from .jobs import Control, Job
-from .project import Project, confidence_of
+from .project import Project
 
 if TYPE_CHECKING:
     from vosops.io.frames import Image
     from vosops.models import VideoTracker
 
-__all__ = ["Engine", "FollowRequest", "WithReferences", "own_reader", "reading"]
+__all__ = [
+    "Engine",
+    "FollowRequest",
+    "WithReferences",
+    "changed_marks",
+    "given_to",
+    "mark_of",
+    "marks_of",
+    "own_reader",
+    "reading",
+]
 
 Direction = Literal["all", "forward", "backward"]
 _MOST_REFERENCES = 16
@@ -76,6 +87,11 @@ class FollowRequest:
             if (direction == "forward" and until < frame) or (direction == "backward" and until > frame):
                 raise InputError(f"until must be on the way {direction} from frame {frame}, got {until}")
         return cls(direction, frame, until)
+
+    @classmethod
+    def parts_of(cls, job: Job, project: Project) -> list[FollowRequest]:
+        """Return what a job follows, one after the other."""
+        return [cls.parse(part, project) for part in job.request.get("parts", [job.request])]
 
 
 class WithReferences:
@@ -131,16 +147,23 @@ class Engine:
 
     def follow(self, project: Project, job: Job, control: Control) -> str:
         """Do a job of the kind "follow"; return what came of it."""
-        request = FollowRequest.parse(job.request, project)
+        parts = FollowRequest.parts_of(job, project)
+        while True:
+            number = job.memory.setdefault("part", 0)
+            message = self._follow(project, parts[number], job, control)
+            if control.should_stop() or number + 1 == len(parts):
+                return message
+            job.memory = {"part": number + 1}
+
+    def _follow(self, project: Project, request: FollowRequest, job: Job, control: Control) -> str:
         settings = self.settings_of(project)
         known = project.run_folder(job.memory["run"]) if "run" in job.memory else None
-        indices, given, others = _given(project, request, known)
+        indices, given, others = given_to(project, request, known)
         masks = MaskSet(given, project.source.size)
         tracker = self._tracker(settings)
         arguments = {
             "request": [request.direction, request.frame, request.until],
-            "masks": masks.digests(),
-            "other masks": {str(mask.frame): mask.digest for mask in others},
+            **marks_of(given, others),
             **settings.arguments(),
             **_verdicts.arguments(settings.place),
         }
@@ -210,7 +233,8 @@ class _Run:
             facts = {"problem": self.loop.problem, "frames_done": done, "seconds": time.monotonic() - started}
             state.finish(facts, self._unsynced)
         rate = done / max(1e-9, time.monotonic() - started)
-        return self.loop.problem or f"{done} frames, {rate:.1f} frames a second"
+        frames = "1 frame" if done == 1 else f"{done} frames"
+        return self.loop.problem or f"{frames}, {rate:.1f} frames a second"
 
     def _open(self, state: RunState, arguments: dict[str, Any]) -> tuple[int, float]:
         """Begin the run, or continue it where its checkpoint is; return frames and seconds spent."""
@@ -247,12 +271,7 @@ class _Run:
         Raises:
             InputError: A mark changed that the run has used, or on a frame that it has passed.
         """
-        changed = sorted(
-            int(frame)
-            for key in _MARKS
-            for frame in {*before[key], *now[key]}
-            if before[key].get(frame) != now[key].get(frame)
-        )
+        changed = changed_marks(before, now)
         latest = self.loop.position - 1
         used = {int(frame) for frame in before["masks"] if int(frame) <= latest}
         forward = self.loop.phase == "forward" and before["other masks"] == now["other masks"]
@@ -277,7 +296,21 @@ def _reason(error: ResumeError) -> str:
     return reason.removesuffix("Give the same arguments, or --overwrite").rstrip(" .")
 
 
-def _given(
+def marks_of(given: list[GivenMask], others: list[GivenMask]) -> dict[str, dict[str, str]]:
+    """Return what a run remembers of the marks that it was given, by frame, to know later which have changed."""
+    kinds = {"masks": given, "other masks": others}
+    return {kind: {str(mask.frame): mask.digest for mask in masks} for kind, masks in kinds.items()}
+
+
+def changed_marks(before: dict[str, Any], now: dict[str, Any]) -> list[int]:
+    """Return the frames whose marks differ between the arguments of a run and those of now, ascending."""
+    pairs = [(before[kind], now[kind]) for kind in _MARKS]
+    return sorted(
+        int(frame) for old, new in pairs for frame in {*old, *new} if old.get(frame) != new.get(frame)
+    )
+
+
+def given_to(
     project: Project, request: FollowRequest, run: Path | None
 ) -> tuple[range, list[GivenMask], list[GivenMask]]:
     """Return the frames to process, the masks on them, and masks of other frames to remember.
@@ -286,7 +319,7 @@ def _given(
     """
     source = project.source
     count = source.count if source.count_is_exact else None
-    marks = {frame: mask for frame in project.marks if (mask := _mark(project, frame)) is not None}
+    marks = {frame: mask for frame in project.marks if (mask := mark_of(project, frame)) is not None}
     if request.direction == "all":
         if not marks:
             raise InputError("nothing is marked yet: mark an object on a frame first")
@@ -316,7 +349,7 @@ def _given(
     return indices, given, sorted(nearest, key=lambda mask: mask.frame)
 
 
-def _mark(project: Project, frame: int) -> GivenMask | None:
+def mark_of(project: Project, frame: int) -> GivenMask | None:
     """Return the mark of a frame; None where no object is in it."""
     path = project.mark_path(frame)
     try:

@@ -179,11 +179,21 @@ class JobQueue:
             InputError: There is no such job, or it is not paused.
         """
         with self._lock:
+            job = self.paused(project, number)
+            job.state, job.message = "waiting", ""
+            self._enqueue(project, job)
+            return job
+
+    def paused(self, project: Project, number: int) -> Job:
+        """Return a paused job.
+
+        Raises:
+            InputError: There is no such job, or it is not paused.
+        """
+        with self._lock:
             job = self._find(project.id, number)
             if job.state != "paused":
                 raise InputError(f"job {number} is {job.state}: only a paused one continues")
-            job.state, job.message = "waiting", ""
-            self._enqueue(project, job)
             return job
 
     def pause(self, project: Project, number: int) -> Job:

@@ -37,7 +37,9 @@ def serve(
     click: ClickTool | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve the page until the process is interrupted: then pause what is in progress, and raise KeyboardInterrupt.
+    """Serve the page until the process is interrupted; then pause what is in progress, and let go of the work folder.
+
+    KeyboardInterrupt follows, as uvicorn raises each signal again, unless the process was told to ignore the signal.
 
     A second interruption ends the process at once, with what is on the disk, as if it was killed: a job that was in
     progress continues from its latest checkpoint. Threads that are in the middle of a frame or a picture may be left;

@@ -37,7 +37,9 @@ from vosops.io.seeking import SeekableVideo
 from vosops.io.video import VideoFile
 from vosops.runs.checkpoint import RunState
 from vosops.runs.drawing import colour_table
-from vosops.runs.report import RESUME, Events, FrameRecord
+from vosops.runs.report import RESUME, FrameRecord
+
+from .doubts import confidence_of, look_at
 
 if TYPE_CHECKING:
     from vosops.io.masks import Labels
@@ -48,8 +50,6 @@ PROJECT = "project.json"
 MARKS, RUNS, JOBS, EXPORTS, CACHE = "marks", "runs", "jobs", "exports", "cache"
 MOST_OBJECTS = 254
 _VERSION = 1
-_CERTAIN = 0.95  # confidence from which on a frame needs no look
-_LOOK_AT = 8  # frames that the page suggests to look at
 _LONGEST_NAME = 80
 
 Layer = Literal["shown", "mark", "result", "before"]
@@ -246,6 +246,11 @@ class Project:
         with self._lock:
             return next((run.folder for run in self._runs if run.folder.name == Path(name).name), None)
 
+    def frames_of(self, folder: Path) -> set[int]:
+        """Return the numbers of the frames that a run has found."""
+        with self._lock:
+            return {frame for run in self._runs if run.folder == folder for frame in run.frames}
+
     def run_of(self, folder: Path) -> Callable[[FrameRecord], None]:
         """Return what to call with each frame that is written to a run's folder."""
         run = next(run for run in self._runs if run.folder == folder)
@@ -364,7 +369,7 @@ class Project:
                 "frames": sorted(records),
                 "confidence": [confidence_of(record) for record in records.values()],
                 "before": [frame for frame in records if reached[frame] > 1],
-                "look": look_at(records, set(marks)),
+                "look": look_at(records, set(marks), height * width),
                 "settings": self.settings,
             }
 
@@ -385,45 +390,6 @@ class Project:
         stems = [path.stem for path in folder.glob("*.png")] if folder.is_dir() else []
         found = {stem: self.source.find(stem) for stem in stems}
         return {frame for stem, frame in found.items() if frame is not None and self.name(frame) == stem}
-
-
-def confidence_of(record: FrameRecord) -> float | None:
-    """Return the confidence of a frame's least certain object that is visible; None where none is."""
-    seen = [record.confidences[number] for number, area in record.areas.items() if area]
-    return min(seen, default=None)
-
-
-def look_at(records: dict[int, FrameRecord], marks: set[int]) -> list[dict[str, Any]]:
-    """Return the frames that deserve a look, the most doubtful first: lost objects, then low confidence.
-
-    Low confidence is that of a frame with no less certain one nearby, so that one bad passage is one entry.
-    """
-    found: list[dict[str, Any]] = []
-    areas: dict[str, int] = {}
-    for record in records.values():
-        for number, area in record.areas.items():
-            if area:
-                areas.setdefault(number, area)
-    events = Events(areas)
-    for record in records.values():
-        events.add(record)
-    for event in events.found:
-        if event["event"] == "lost" and event["frame"] not in marks:
-            found.append({"frame": event["frame"], "why": f"object {event['object']} is lost"})
-    known = {
-        frame: value
-        for frame, record in records.items()
-        if frame not in marks and (value := confidence_of(record)) is not None and value < _CERTAIN
-    }
-    apart = max(2, len(records) // 50)
-    taken = [entry["frame"] for entry in found]
-    for frame, value in sorted(known.items(), key=lambda item: item[1]):
-        if len(found) >= _LOOK_AT:
-            break
-        if all(abs(frame - other) >= apart for other in taken):
-            found.append({"frame": frame, "why": f"confidence {value:.2f}"})
-            taken.append(frame)
-    return found[:_LOOK_AT]
 
 
 def projects_in(root: Path) -> Iterator[dict[str, Any]]:

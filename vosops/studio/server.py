@@ -30,11 +30,12 @@ from vosops.io.seeking import SeekableVideo
 
 from . import runs_of_labels
 from .assist import ClickTool, grab_cut
+from .corrections import again
 from .events import Hub
 from .export import EXPORT_KINDS, Exporter, command
 from .follow import Engine, FollowRequest, own_reader
 from .guard import Guard
-from .jobs import JobQueue, Perform, said
+from .jobs import Job, JobQueue, Perform, said
 from .previews import Previews
 from .project import CACHE, EXPORTS, PROJECT, Project, StudioObject, projects_in
 
@@ -163,6 +164,22 @@ class Studio:
         """Let what is in progress come to rest, for good; return whether it is a job, which may take a frame's time."""
         self._closing.set()
         return self.queue.pause_all()
+
+    def resume(self, project: Project, number: int) -> tuple[Job, int | None]:
+        """Continue a paused job; where it has passed a frame that was corrected since, follow again from that frame.
+
+        Returns:
+            The job, which is another one where it follows again, and the frame that it follows again from.
+
+        Raises:
+            InputError: There is no such job, or it is not paused.
+        """
+        job = self.queue.paused(project, number)
+        instead = again(project, job) if job.kind == "follow" else None
+        if instead is None:
+            return self.queue.resume(project, number), None
+        self.queue.stop(project, number)
+        return self.queue.submit(project, "follow", instead.request), instead.frame
 
     def close(self) -> None:
         """Pause the jobs and close the videos."""
@@ -447,13 +464,14 @@ class _Api:
     async def job(self, request: Request) -> Response:
         project, number = await self._project(request), request.path_params["number"]
         queue = self.studio.queue
-        actions: dict[str, Callable[[Project, int], Any]] = {
-            "pause": queue.pause,
-            "stop": queue.stop,
-            "resume": queue.resume,
+        actions: dict[str, Callable[[Project, int], tuple[Job, int | None]]] = {
+            "pause": lambda project, number: (queue.pause(project, number), None),
+            "stop": lambda project, number: (queue.stop(project, number), None),
+            "resume": self.studio.resume,
         }
-        job = await run_in_threadpool(_chosen(actions, request.path_params["action"]), project, number)
-        return JSONResponse({"state": job.state})
+        act = _chosen(actions, request.path_params["action"])
+        job, frame = await run_in_threadpool(act, project, number)
+        return JSONResponse({"state": job.state, "again": frame})
 
     async def discard(self, request: Request) -> Response:
         project = await self._project(request)
