@@ -111,8 +111,9 @@ def group_table(cells: Sequence[Report]) -> str:
                 texts.append("-")
                 continue
             share = "" if v["share"] is None else f" ({v['share']:.0%})"
-            wrong |= not v["right"]
-            texts.append(f"{duration(v['median'])}{share}{'' if v['right'] else ' †'}")
+            mark = "" if v["right"] else " ‡" if "differs" in v else " †"
+            wrong |= mark == " †"
+            texts.append(f"{duration(v['median'])}{share}{mark}")
             peak = peak if v["peak"] is None or peak != "?" else f"{v['peak'] / 1e6:.3g}"
         bold = "**" if name.startswith("vosops") else ""
         rows.append([f"{bold}{name}{bold}", *texts, peak])
@@ -120,6 +121,8 @@ def group_table(cells: Sequence[Report]) -> str:
     left_out = {name: why for cell in cells for name, why in cell["left_out"].items() if name not in names}
     if wrong:
         lines.append("† further from the float32 result than this arithmetic explains.")
+    differs = {v["name"]: v["differs"] for cell in cells for v in cell["variants"] if "differs" in v}
+    lines += [f"‡ {name} computes something near: {what}." for name, what in differs.items()]
     lines += [f"{name} left out: {why}" for name, why in left_out.items()]
     return "\n\n".join(lines)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from vosops.benchmarking.gpu_convolutions import (
     call,
     channels_last,
 )
+from vosops.benchmarking.gpu_peers import NATTEN, NATTEN_DIFFERS, is_missing, natten, read_peers
 from vosops.benchmarking.local_attention import SIZE_480P, SIZE_1080P, AttentionSize
 from vosops.benchmarking.local_correlation import SIZE_480P as CORRELATION_480P
 from vosops.benchmarking.local_correlation import SIZE_480P_WIDE as CORRELATION_480P_WIDE
@@ -105,6 +105,7 @@ GLOBAL_480P = Case("480p", 120, 214, objects=3)
 GLOBAL_TRAINING = Case("training", 60, 107, objects=3)
 READ_5 = MemorySize("480p-5-frames", 1620, 5)
 READ_20 = MemorySize("480p-20-frames", 1620, 20)
+READ_64 = MemorySize("480p-20-frames-64-channels", 1620, 20, key_channels=64)
 READ_1080P = MemorySize("1080p-5-frames", 8160, 5)
 READ_OBJECTS = MemorySize("480p-5-frames-3-objects", 1620, 5, objects=3)
 READ_TOP = MemorySize("480p-20-frames-top-30", 1620, 20, key_channels=64, top_k=30, anisotropic=True)
@@ -170,6 +171,7 @@ def _cells() -> tuple[Cell, ...]:
         *modes(lstm, LSTM_256, "bf16 ieee"),
         *modes(local, LOCAL_1080P, "bf16 ieee"),
         *modes(read, READ_20, "bf16 ieee"),
+        *modes(read, READ_64, "bf16"),
         *modes(read, READ_OBJECTS, "bf16"),
         *modes(read, READ_1080P, "bf16"),
         *modes(attention, SIZE_1080P, "ieee bf16"),
@@ -230,6 +232,7 @@ class Problem:
         left_out: those who cannot run, and why.
         flops: useful operations.
         moved: bytes that must be read or written.
+        differs: of contenders that compute something near, what: they are timed, and not compared.
     """
 
     tensors: tuple[Tensor, ...]
@@ -238,6 +241,7 @@ class Problem:
     left_out: dict[str, str]
     flops: float
     moved: float
+    differs: dict[str, str] = field(default_factory=dict)
 
 
 def problem(cell: Cell, device: torch.device) -> Problem:
@@ -252,10 +256,6 @@ def problem(cell: Cell, device: torch.device) -> Problem:
 def implementation(name: str) -> str:
     """Return the contender that an implementation of vosops is."""
     return f"vosops {name}"
-
-
-def _missing(package: str | None) -> bool:
-    return package is not None and importlib.util.find_spec(package) is None
 
 
 def our_matching(op: str, backend: str | None, precision: str | None) -> Variant:
@@ -345,7 +345,7 @@ def _matching(cell: Cell, size: Case, device: torch.device) -> Problem:
     for variant in others:
         if cell.backward and not variant.differentiable:
             left_out[variant.name] = "has no gradients"
-        elif _missing(variant.package):
+        elif variant.package is not None and is_missing(variant.package):
             left_out[variant.name] = f"{variant.package} is not installed"
         else:
             contenders[variant.name] = variant.call(inputs, cell.backward)
@@ -399,6 +399,7 @@ SDPA = {
 def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     mode = MODES[cell.mode]
     inputs = MemoryInputs.of(size, mode.dtype, device)
+    left_out: dict[str, str] = {}
 
     contenders = {
         implementation(name): inputs.call(our_read(name, mode.precision, size.anisotropic), cell.backward)
@@ -420,6 +421,12 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
                 if backend is not SDPBackend.MATH and size.value_channels % size.key_channels == 0:
                     split = laid_out.call(attention_read(backend, True), cell.backward)
                     contenders[f"SDPA {name}, values split"] = split
+            for peer in read_peers(size, mode.dtype, cell.backward):
+                if peer.reason_not:
+                    left_out[peer.name] = peer.reason_not
+                else:
+                    read = read_by(peer.attention, peer.split)
+                    contenders[peer.name] = laid_out.call(read, cell.backward)
     on_cpu = MemoryInputs.of(size, mode.dtype, torch.device("cpu"))
     upcast = (
         None if t is None else t.float() for t in (on_cpu.query, on_cpu.key, on_cpu.value, on_cpu.selection)
@@ -431,7 +438,7 @@ def _memory(cell: Cell, size: MemorySize, device: torch.device) -> Problem:
     )
     oracle = on_cpu.call(our_read(None, None, size.anisotropic), cell.backward)
     flops, moved = memory_work(size, inputs, cell.backward)
-    return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, {}, flops, moved)
+    return Problem((inputs.query, inputs.key, inputs.value), oracle, contenders, left_out, flops, moved)
 
 
 # ---- Convolutions, windowed attention and correlation.
@@ -462,6 +469,13 @@ def _formulated(cell: Cell, size: WindowSize | ConvolutionSize, device: torch.de
     on_cpu = [t.float() for t in size.tensors(mode.dtype, torch.device("cpu"))]
     oracle = call(size.naive, on_cpu, count, cell.backward)
     left_out = dict(size.left_out) if isinstance(size, WindowSize) else {}
-    return Problem(
-        tuple(tensors), oracle, contenders, left_out, *size.work(mode.dtype.itemsize, cell.backward)
-    )
+    differs = {}
+    if isinstance(size, AttentionSize) and not cell.compiled:
+        formulation, reason = natten(size)
+        if reason:
+            left_out[NATTEN] = reason
+        else:
+            contenders[NATTEN] = call(formulation, last, count, cell.backward)
+            differs[NATTEN] = NATTEN_DIFFERS
+    work = size.work(mode.dtype.itemsize, cell.backward)
+    return Problem(tuple(tensors), oracle, contenders, left_out, *work, differs)
