@@ -1,9 +1,9 @@
 """Which implementation serves a call, why, and how to choose.
 
 Every op has up to three implementations: "cpp" (the compiled C++ or CUDA C++ library), "triton" and "reference"
-(plain PyTorch). For each call the first one that can run serves it, in the op's order for the class of the
-tensors' device ("cpu", "cuda"). `use_backend` (or the environment variable VOSOPS_BACKEND) forces one; `explain`
-says what would serve a call and why.
+(plain PyTorch). For each call the first one that can run serves it, in the op's order for the class of the tensors'
+device ("cpu", "cuda"). `use_backend` (or the environment variable VOSOPS_BACKEND) forces one; `explain` reports which
+one would serve a call and why.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def list_ops() -> list[str]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force one implementation within a `with` block: "cpp", "triton", "reference", or None for the choice.
 
-    A call that the forced implementation cannot take raises RuntimeError with the reasons. The choice holds for
-    all threads. What no kernel computes (the prior of `memory_read`) is plain PyTorch under any choice.
+    A call that the forced implementation does not support raises RuntimeError with the reasons. The choice applies to
+    all threads. Features without a kernel (the prior of `memory_read`) always use plain PyTorch.
 
         >>> import torch, vosops
         >>> frame, mask = torch.rand(1, 8, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.bool)

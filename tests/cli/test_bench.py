@@ -246,7 +246,7 @@ class TestSystems:
         (tmp_path / "r.json").write_text('{"results": [{"case": "tiny"}]}')
         result = run("systems", "--case", "stm-480p", "--json", tmp_path / "r.json")
         assert result.exit_code == 2 and asked == []
-        assert "r.json: holds something else than results of systems" in result.stderr
+        assert "r.json: is not a results file of bench systems" in result.stderr
 
     def test_a_small_network_is_measured_for_real(self, run, monkeypatch):
         small = systems.Case("rgmp", "480p", (32, 48), objects=1, frames=2)

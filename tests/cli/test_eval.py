@@ -90,7 +90,7 @@ def test_sequences_may_come_from_a_text_file(run, folders):
     assert run(folders / "pred", folders / "true", "--sequence", folders / "val.txt").exit_code == 0
     result = run(folders / "pred", folders / "true", "--sequence", folders / "test.txt")
     assert result.exit_code == 2
-    assert "there is no such file of names" in result.stderr and result.stderr.count("\n") == 1
+    assert "no such file of names" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_what_is_missing_is_said_in_one_line(run, folders):

@@ -277,7 +277,7 @@ def test_other_inputs_and_warnings(vosops, tmp_path, mask, out):
     code, printed = vosops(tmp_path / "a.webp", "--mask", other, "--out", tmp_path / "o2", "--size", 32)
     assert code == 0
     assert [line for line in printed.splitlines() if line.startswith("warning")] == [
-        f"warning: mask {other}: its 512 pixels of value 255 count as unknown, for other ids are given too: "
+        f"warning: mask {other}: its 512 pixels of value 255 count as unknown, because there are other ids too: "
         "give an object another id"
     ]
 

@@ -518,7 +518,7 @@ class TestOptions:
     @pytest.mark.parametrize("make", [ColourTracker, lambda: NetworkTracker(Echo())])
     def test_what_tracks_by_itself_is_refused_with_what_to_do(self, make):
         with pytest.raises(
-            TypeError, match=r"which is a tracker already: use it directly, or let create_tracker"
+            TypeError, match=r"which is already a tracker: use it directly, or let create_tracker"
         ):
             NetworkTracker(make())
 

@@ -116,7 +116,7 @@ def test_what_is_no_session(tmp_path):
     with pytest.raises(ResumeError, match="is not a saved session"):
         Session.load(tmp_path / "a.pt")
     Session(ColourTracker(), device="cpu").save(tmp_path / "b.pt")
-    with pytest.raises(ResumeError, match="a network or tracker of its own"):
+    with pytest.raises(ResumeError, match="a custom network or tracker"):
         Session.load(tmp_path / "b.pt")
     with pytest.raises(InputError, match="does not exist"):
         Session.load(tmp_path / "c.pt")

@@ -213,5 +213,5 @@ def test_options_of_other_systems():
     pytest.importorskip("cutie", reason="the package rf-cutie is not installed")
     import cutie.inference.inference_core
 
-    with pytest.raises(ValueError, match="memory_budget must be None but for SAM 2"):
+    with pytest.raises(ValueError, match="memory_budget must be None except for SAM 2"):
         accelerate(cutie.inference.inference_core, memory_budget="1GB")

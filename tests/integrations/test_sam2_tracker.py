@@ -209,11 +209,11 @@ def test_segment_command(segment, monkeypatch, tmp_path):
     [
         (("--points", "1:9"), "--points must be ID:X,Y or ID:X,Y,0, got 1:9"),
         (("--points", "1:9,8,2"), "--points must end with 1 .* or 0 .*, got 1:9,8,2"),
-        (("--points", "1:9,8,0"), "--points of object 1 must have one that is the object's"),
+        (("--points", "1:9,8,0"), "--points of object 1 must include one on the object"),
         (("--points", "300:9,8"), "--points must have an ID from 1 to 254, got 300:9,8"),
         (("--box", "1:9,8,3,9"), "--box must have LEFT < RIGHT and TOP < BOTTOM"),
         (("--box", "1:1,1,3,9", "--box", "1:1,1,3,8"), "--box of object 1 is given twice"),
-        (("--points", "1:900,8"), "the prompt of object 1 must be inside of 64x48, got 900,8"),
+        (("--points", "1:900,8"), "the prompt of object 1 must be inside the frame of 64x48, got 900,8"),
         (
             ("--points", "1:9,8", "--init", "hrnet_w48:car"),
             "--init cannot be combined with --points or --box",

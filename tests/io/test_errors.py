@@ -107,13 +107,11 @@ class TestDataSet:
         )
 
     def test_no_mask_of_a_frame_that_is_processed(self, sequence):
-        with pytest.raises(InputError, match="masks holds no mask of a frame that is processed"):
+        with pytest.raises(InputError, match="masks holds no mask of a processed frame"):
             masks_of_sequence(sequence, ImageFolder(sequence.frames), range(1, 3))
 
     def test_masks_without_objects(self, sequence):
-        with pytest.raises(
-            InputError, match="no mask in .*masks of a frame that is processed shows an object"
-        ):
+        with pytest.raises(InputError, match="no mask in .*masks of a processed frame shows an object"):
             masks_of_sequence(sequence, ImageFolder(sequence.frames), range(3))
 
 

@@ -150,8 +150,8 @@ class TestLists:
     @pytest.mark.parametrize(
         "content, message",
         [
-            (b"", "names nothing"),
-            (b"\xef\xbb\xbf\n # none\n", "names nothing"),
+            (b"", "contains no names"),
+            (b"\xef\xbb\xbf\n # none\n", "contains no names"),
             ("a\n".encode("utf-16-le"), "is not a text file"),
             (b"\xff\xfea", "is not a text file"),
             (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is not a text file"),
@@ -163,7 +163,7 @@ class TestLists:
             read_names(tmp_path / "l.txt")
 
     def test_paths_that_are_no_file(self, tmp_path):
-        with pytest.raises(InputError, match=r"--names .*absent\.txt: there is no such file of names"):
+        with pytest.raises(InputError, match=r"--names .*absent\.txt: no such file of names"):
             read_names(tmp_path / "absent.txt", option_name="--names")
         with pytest.raises(InputError, match="is not a file"):
             read_names(tmp_path)
@@ -199,7 +199,7 @@ class TestLists:
 
     @pytest.mark.parametrize("option", ["", ",", " "])
     def test_nothing_is_refused(self, option):
-        with pytest.raises(InputError, match="names nothing"):
+        with pytest.raises(InputError, match="contains no names"):
             chosen_names([option], ["a"])
 
 

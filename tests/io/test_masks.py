@@ -223,9 +223,7 @@ class TestFinding:
 
     def test_255_is_decided_over_a_whole_folder(self, folder, tmp_path):
         specs = self.write_masks(tmp_path, label_map(a=255), label_map(a=255), label_map(a=1, b=255))
-        with pytest.raises(
-            InputError, match="no mask in .*masks of a frame that is processed shows an object"
-        ):
+        with pytest.raises(InputError, match="no mask in .*masks of a processed frame shows an object"):
             MaskSet(find_masks(specs, folder, range(2)), SIZE)
         assert MaskSet(find_masks(specs, folder, range(6)), SIZE).frames == [2]
         write_mask(tmp_path / "masks" / "00012.png", label_map(a=255))

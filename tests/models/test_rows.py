@@ -183,7 +183,7 @@ def test_a_chain_of_modules_is_what_they_compute(height):
 
 
 def test_a_chain_refuses_what_it_does_not_know():
-    with pytest.raises(TypeError, match="modules must be of those that have rows, got Softmax"):
+    with pytest.raises(TypeError, match="modules must be ones that compute by rows, got Softmax"):
         chain(Held(a_map(8)), nn.Softmax(1))
 
 

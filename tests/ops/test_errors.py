@@ -214,7 +214,7 @@ MEMORY_READ = changed(
         (
             {"memory_value": zeros(1, 5, 9, dtype=double)},
             T,
-            "memory_value must be float64 only where query_key or memory_key is, got torch.float64 with query_key "
+            "memory_value must be float64 only if query_key or memory_key is, got torch.float64 with query_key "
             "torch.float32",
         ),
     ],
@@ -240,7 +240,9 @@ out, lse = zeros(1, 5, 4), zeros(1, 4)
 MERGE_READS = [
     Case(partial(vosops.merge_reads, [out], 3), T, "lses must be a sequence of tensors, got int"),
     Case(
-        partial(vosops.merge_reads, [out], []), V, "outs and lses must be as many, at least one, got 1 and 0"
+        partial(vosops.merge_reads, [out], []),
+        V,
+        "outs and lses must be equally many, at least one, got 1 and 0",
     ),
     Case(partial(vosops.merge_reads, [out], ["lse"]), T, "lses must hold tensors, got str"),
     Case(

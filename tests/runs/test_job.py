@@ -347,7 +347,7 @@ class TestDatasets:
         assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir()] == ["cow"]
         with pytest.raises(InputError, match="no sequence horse"):
             Job(tmp_path / "b", settings=SETTINGS).dataset(root, ["horse"])
-        with pytest.raises(InputError, match="--sequence test.txt: there is no such file of names"):
+        with pytest.raises(InputError, match="--sequence test.txt: no such file of names"):
             Job(tmp_path / "b", settings=SETTINGS).dataset(root, ["test.txt"])
         with pytest.raises(InputError, match="has no resolution 240p: it has 480p"):
             Job(tmp_path / "b", settings=SETTINGS).dataset(root, [], "240p")
@@ -383,7 +383,7 @@ class TestDatasets:
         (folder / "._00000.png").write_bytes(b"\0")
         assert self.masks_of(root, range(8)) == {2: [1]}
         assert self.masks_of(root, range(4, 8)) == {4: [1]}
-        with pytest.raises(InputError, match="no mask in .*cow of a frame that is processed shows an object"):
+        with pytest.raises(InputError, match="no mask in .*cow of a processed frame shows an object"):
             self.masks_of(root, range(2))
 
     def test_a_binary_davis_sequence_may_begin_empty(self, tmp_path):
@@ -403,7 +403,7 @@ class TestDatasets:
         assert [s.name for s in find_sequences(root, ["cow"])] == ["cow"]
         assert [s.name for s in find_sequences(root, ["./cow"])] == ["bear"]
         (tmp_path / "cow").write_bytes(b"# none\n")
-        with pytest.raises(InputError, match="names nothing"):
+        with pytest.raises(InputError, match="contains no names"):
             find_sequences(root, ["./cow"])
 
     def test_a_broken_sequence_does_not_stop_the_others(self, tmp_path):

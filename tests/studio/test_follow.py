@@ -254,8 +254,8 @@ def test_stopping_keeps_what_was_found(studio, project, truth):
         ({"direction": "sideways"}, "direction must be one of all, forward, backward"),
         ({"direction": "forward", "frame": COUNT}, "frame must be from 0 to 7"),
         ({"direction": "forward", "frame": "2"}, "frame must be a frame's number"),
-        ({"direction": "forward", "frame": 3, "until": 2}, "until must be on the way forward"),
-        ({"direction": "backward", "frame": 3, "until": 4}, "until must be on the way backward"),
+        ({"direction": "forward", "frame": 3, "until": 2}, "until must be in direction forward"),
+        ({"direction": "backward", "frame": 3, "until": 4}, "until must be in direction backward"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(project, request_, what):

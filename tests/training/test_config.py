@@ -91,7 +91,7 @@ def test_files_and_models_that_there_are_not(tmp_path):
     with pytest.raises(InputError, match="must hold keys and values, got list"):
         load_config(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="is no YAML"):
+    with pytest.raises(InputError, match="is not valid YAML"):
         load_config(tmp_path / "broken.yaml")
     with pytest.raises(InputError, match="has no recipe"):
         load_config("propagate")

@@ -224,7 +224,7 @@ def test_two_processes_do_what_one_with_the_double_batch_does(davis, tmp_path):
 
 def test_a_folder_that_holds_something_is_refused(classes_config, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds something: give another --out"):
+    with pytest.raises(InputError, match="is not empty: give another --out"):
         train(classes_config(), tmp_path)
     with pytest.raises(ResumeError, match="holds no run to resume"):
         train(classes_config(), tmp_path, resume=True)
@@ -273,7 +273,7 @@ def test_a_held_out_file_that_cannot_be_read_ends_nothing(classes_config, stills
 
 
 def test_a_loss_that_is_no_number_ends_the_run(classes_config, tmp_path):
-    with pytest.raises(VosopsError, match="the loss is no number in the steps up to"):
+    with pytest.raises(VosopsError, match="the loss is not a number in the steps up to"):
         train(classes_config(optimizer={"kind": "sgd", "rate": 1e30}), tmp_path / "run")
 
 

@@ -143,10 +143,10 @@ def test_what_is_computed_again_gives_the_same_gradients(davis):
     ("changes", "message"),
     [
         ({"freeze": ["nothing*"]}, "freeze must match a parameter of unet, got 'nothing"),
-        ({"freeze": ["*"]}, "freeze must leave a parameter to be trained"),
+        ({"freeze": ["*"]}, "freeze must leave at least one parameter to train"),
         ({"recompute": ["nothing*"]}, "recompute must match a module of the network, got"),
-        ({"recompute": ["inc"]}, "recompute must not match batch norm that learns"),
-        ({"options": {"classes": 3}}, "unet cannot be made: options of unet must be among"),
+        ({"recompute": ["inc"]}, "recompute must not match batch norm in training mode"),
+        ({"options": {"classes": 3}}, "unet cannot be created: options of unet must be among"),
         (
             {"model": "propagate", "options": {}},
             "model must be a network to be trained, got 'propagate', a tracker",
@@ -162,10 +162,10 @@ def test_what_cannot_be_trained_is_named(davis, changes, message):
 
 def test_held_out_sources_are_looked_at_first(davis, stills, tmp_path):
     nothing = {"kind": "stills", "images": str(tmp_path), "masks": str(tmp_path)}
-    with pytest.raises(InputError, match="holds no image that has a mask of its name"):
+    with pytest.raises(InputError, match="holds no image with a mask of the same name"):
         create_task(config_of("unet", davis, data__held_out={"sources": [nothing]}), Shard())
     still = {"kind": "stills", "images": str(stills / "images"), "masks": str(stills / "masks")}
-    with pytest.raises(InputError, match="must be videos for a network of masks, got stills"):
+    with pytest.raises(InputError, match="must be videos for a tracking network, got stills"):
         create_task(config_of("rgmp", davis, data__held_out={"sources": [still]}), Shard())
 
 

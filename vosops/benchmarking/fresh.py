@@ -30,7 +30,7 @@ def run_fresh(module: str, function: str, *args: Any) -> Any:
         )
         if done.returncode != 0 or not result.exists():
             last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            raise RuntimeError(f"{module}.{function} failed in a process of its own: {last}")
+            raise RuntimeError(f"{module}.{function} failed in a separate process: {last}")
         return pickle.loads(result.read_bytes())
 
 

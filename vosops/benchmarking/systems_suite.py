@@ -89,7 +89,7 @@ def read_results(file: Path) -> list[Result]:
         for result in results:
             Measurement.from_dict(result)
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: holds something else than results of systems") from None
+        raise ValueError(f"{file}: is not a results file of bench systems") from None
     return results
 
 

@@ -98,7 +98,7 @@ def tune_device(
         RuntimeError: a CUDA graph is being captured.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tuning runs kernels of its own: it cannot be part of a CUDA graph")
+        raise RuntimeError("tuning launches its own kernels: it cannot be part of a CUDA graph")
     orders: Orders = {}
     verdicts: dict[tuple[str, str, str, bool], set[str]] = {}
     for cell in cells:

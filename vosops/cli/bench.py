@@ -53,7 +53,9 @@ def bench(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Write a bar chart (.png, .svg, .pdf).", dir_okay=False)
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; one is timed in CPU time.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Number of CPU threads; a single thread is timed in CPU time.")
+    ] = 1,
     dtype: Annotated[
         str | None, typer.Option(help=f"Override the dtype of each case: {', '.join(DTYPES)}.")
     ] = None,
@@ -62,8 +64,8 @@ def bench(
         bool,
         typer.Option(
             "--assert-fastest",
-            help="Exit with 1 where vosops is slower than a peer: 9 rounds of all, and the 95 % interval of the ratio "
-            "of times lies below 0.97.",
+            help="Exit with code 1 if vosops is slower than a peer: if, over 9 rounds, the 95 % interval of the ratio "
+            "of times is below 0.97.",
         ),
     ] = False,
     network: Annotated[
@@ -81,8 +83,8 @@ def bench(
 
     All contenders run interleaved in one process on the same inputs, after their results have been compared.
 
-    systems measures whole networks, each mode in its own process: time and peak memory of a frame, frugal against
-    naive, and the largest frame that fits in 4 GB. Existing results in the --json file are kept or replaced by case.
+    systems measures whole networks, each mode in its own process: time and peak memory of a frame, frugal and naive,
+    and the largest frame that fits in 4 GB. Existing results in the --json file are kept or replaced by case.
     """
     check_file("bench", "--json", json_file)
     check_file("bench", "--plot", plot_file)

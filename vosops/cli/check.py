@@ -30,28 +30,31 @@ def check(
     op: Annotated[
         list[str] | None, typer.Option("--op", help="Only this op; repeatable. Default: all.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or all: whatever is here.")] = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="The smallest problem of each op alone.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or all available devices.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="Run only the smallest problem of each op.")] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Time those that are right, and prefer the fastest from now on.")
+        bool,
+        typer.Option("--tune", help="Time the correct implementations, and prefer the fastest from now on."),
     ] = False,
     reset: Annotated[
-        bool, typer.Option("--reset", help="Forget what earlier checks stored for the device, and end.")
+        bool,
+        typer.Option("--reset", help="Delete the stored results of earlier checks of the device, and exit."),
     ] = False,
     dry: Annotated[bool, typer.Option("--no-store", help="Show the results without storing them.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every result to this file.", dir_okay=False)
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="A problem without a result after this many seconds hangs.")
+        float, typer.Option(min=1, help="Seconds after which a problem without a result counts as hung.")
     ] = 30.0,
 ) -> None:
-    """Prove on this machine what vosops would run: each implementation of each op, forward and backward.
+    """Test every implementation of every op on this machine, forward and backward.
 
-    Small problems in each arithmetic are compared with the reference in float64, each implementation in a process of
-    its own. What is wrong, crashes or hangs is not chosen again on this device. Takes about a minute.
+    Compares the results of small problems in each arithmetic with the reference in float64, each implementation in a
+    separate process. Implementations that are wrong, crash or hang are not chosen again on this device. Takes about a
+    minute.
 
-    Exit code 0 if everything that can run is right, 1 if something is not.
+    The exit code is 0 if everything that can run is right, 1 if something is not.
     """
     from vosops.checking import PROBLEMS, check_device, store, tune_device
     from vosops.checking.problems import of_ops, quick_problems
@@ -75,7 +78,7 @@ def check(
             cells = check_device(each, problems, seconds=seconds, progress=advance)
         orders = None
         if tune:
-            typer.echo(f"{each}: timing what is right, op by op")
+            typer.echo(f"{each}: timing the correct implementations, op by op")
 
             def keep(
                 op: str, found: Mapping[str, Any], each: torch.device = each, cells: Any = cells
@@ -92,7 +95,7 @@ def check(
             _print(_orders_table(orders))
         if not dry:
             path = store(each, cells, orders)
-            typer.echo(f"{each}: stored in {path} (forget it: vosops check --reset)")
+            typer.echo(f"{each}: stored in {path} (delete it: vosops check --reset)")
         right = right and all(cell.verdict in ("right", "cannot") for cell in cells)
         results[str(each)] = {"cells": [_plain(cell) for cell in cells], "orders": orders}
     if json_file is not None:

@@ -41,7 +41,7 @@ def demo(
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU, if available.")
     ] = None,
     naive: Annotated[
-        bool, typer.Option("--naive/--no-naive", help="Also measure the same model on naive PyTorch ops.")
+        bool, typer.Option("--naive/--no-naive", help="Also measure the same model with naive PyTorch ops.")
     ] = True,
 ) -> None:
     """Render a clip with three objects, segment it from its first mask, and report accuracy and speed.

@@ -43,7 +43,8 @@ def evaluate(
         Path, typer.Argument(help="Folder with one folder of PNG label maps per sequence.")
     ],
     ground_truth: Annotated[
-        Path, typer.Argument(help="True masks: such a folder, the root of a data set, or one sequence.")
+        Path,
+        typer.Argument(help="Ground-truth masks: such a folder, the root of a data set, or one sequence."),
     ],
     task: Annotated[
         str,
@@ -79,7 +80,8 @@ def evaluate(
     consistency: Annotated[
         int | None,
         typer.Option(
-            metavar="FRAMES", help="Semantic: also VSPW's consistency over this many frames, such as 8."
+            metavar="FRAMES",
+            help="Semantic: also compute VSPW's consistency over this many frames, such as 8.",
         ),
     ] = None,
     json_file: Annotated[
@@ -90,13 +92,14 @@ def evaluate(
 ) -> None:
     """Score masks against the ground truth: J, F and J&F, per object, per sequence and overall.
 
-    The semi-supervised protocol of DAVIS 2017: label maps named like the true ones, means over objects, without
-    the first and the last frame.
+    Follows the semi-supervised protocol of DAVIS 2017: label maps are named like the ground truth, and means are over
+    objects, without the first and the last frame.
 
-    --task semantic scores label maps of classes as Cityscapes does: IoU per class, mIoU and pixel accuracy over all
+    --task semantic scores label maps of classes like Cityscapes: IoU per class, mIoU and pixel accuracy
+    over all
     frames with ground truth.
 
-    A sequence that cannot be scored is listed with the reason, the means are over the others, and the exit code is 1.
+    Sequences that cannot be scored are listed with the reason and excluded from the means; the exit code is then 1.
     The exit code is 2 if nothing can be scored.
     """
     from vosops import metrics

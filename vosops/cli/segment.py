@@ -49,8 +49,8 @@ def segment(
     init: Annotated[
         str | None,
         typer.Option(
-            help="NAME:CLASS[,CLASS]: the first mask is what a network of vosops semantic finds of these classes, by "
-            "number or Cityscapes' names; each is an object."
+            help="NAME:CLASS[,CLASS]: take the first mask from these classes of a network of vosops semantic, given by "
+            "number or Cityscapes' names; each class is an object."
         ),
     ] = None,
     init_weights: Annotated[Path | None, typer.Option(help="Checkpoint of the network of --init.")] = None,
@@ -60,24 +60,24 @@ def segment(
     ] = None,
     instances: Annotated[
         bool,
-        typer.Option("--instances", help="Each connected part of a class of --init is an object of its own."),
+        typer.Option("--instances", help="Make each connected part of a class of --init a separate object."),
     ] = False,
     points: Annotated[
         list[str] | None,
         typer.Option(
-            help="ID:X,Y, a pixel of an object in the first frame; ID:X,Y,0 is one that is not. For sam2. Repeatable."
+            help="ID:X,Y, a pixel of an object in the first frame; ID:X,Y,0: a pixel outside it. For sam2. Repeatable."
         ),
     ] = None,
     box: Annotated[
         list[str] | None,
         typer.Option(
-            help="ID:LEFT,TOP,RIGHT,BOTTOM, around an object in the first frame. For sam2. Repeatable."
+            help="ID:LEFT,TOP,RIGHT,BOTTOM, a box around an object in the first frame. For sam2. Repeatable."
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Name of the model; vosops info lists them. Default: vosops_s where its weights are installed, else "
+            help="Name of the model; vosops info lists them. Default: vosops_s if its weights are installed, otherwise "
             "propagate."
         ),
     ] = None,
@@ -94,15 +94,19 @@ def segment(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     memory_budget: Annotated[
-        str | None, typer.Option(help="Limit of the model's memory of frames, such as 2GB or 512MiB.")
+        str | None, typer.Option(help="Limit of the memory for stored frames, such as 2GB or 512MiB.")
     ] = None,
     scales: Annotated[
         str,
-        typer.Option(help="Scales relative to --size, averaged, for networks; such as 0.5,0.75,1."),
+        typer.Option(
+            help="Scales relative to --size whose results are averaged, such as 0.5,0.75,1; for networks."
+        ),
     ] = "1",
-    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's size.")] = 480,
+    size: Annotated[
+        int, typer.Option(help="Short side of the computation in pixels; -1: the input's size.")
+    ] = 480,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
-    end: Annotated[int | None, typer.Option(help="Frame number to stop before (exclusive).")] = None,
+    end: Annotated[int | None, typer.Option(help="Frame number at which to stop (exclusive).")] = None,
     step: Annotated[int, typer.Option(help="Process every N-th frame.")] = 1,
     fps: Annotated[float, typer.Option(help="Frame rate of a folder of images, for the overlay.")] = 24.0,
     sequence: Annotated[
@@ -115,7 +119,8 @@ def segment(
     naive: Annotated[
         bool,
         typer.Option(
-            "--naive", help="Compute as the original code does, with its memory use, for comparison."
+            "--naive",
+            help="Compute in the same way as the original code, with its memory use, for comparison.",
         ),
     ] = False,
     overlay: Annotated[
@@ -128,50 +133,52 @@ def segment(
     shard: Annotated[
         str | None,
         typer.Option(
-            help="Be one of several workers on a data set, all with the same --out: i/n with i from 0, or auto "
+            help="Run as one of several workers on a data set, all with the same --out: i/n with i from 0, or auto "
             "(torchrun, Open MPI, Slurm)."
         ),
     ] = None,
     steal: Annotated[
         bool,
-        typer.Option("--steal", help="Also take sequences that other workers have not begun, or died on."),
+        typer.Option(
+            "--steal", help="Also process sequences that other workers have not started, or died on."
+        ),
     ] = False,
     chunk_frames: Annotated[
         int | None,
-        typer.Option(help="Start the tracker afresh after this many frames, for very long videos."),
+        typer.Option(help="Restart the tracker after this many frames, for very long videos."),
     ] = None,
     chunk_overlap: Annotated[
-        int, typer.Option(help="Frames before such a seam from whose masks it starts.")
+        int, typer.Option(help="Number of frames before a restart whose masks initialise the tracker.")
     ] = 8,
     live: Annotated[
         bool,
         typer.Option(
             "--live",
-            help="INPUT is a stream (rtsp://, srt://, ...) or a camera (/dev/video0), read as it comes.",
+            help="INPUT is a stream (rtsp://, srt://, ...) or a camera (/dev/video0), read live.",
         ),
     ] = False,
     drop: Annotated[
         str,
         typer.Option(
-            help="Of --live: oldest drops all but the newest frame when late; none makes the sender wait."
+            help="With --live: oldest drops all but the newest frame when late; none makes the sender wait."
         ),
     ] = "oldest",
     input_option: Annotated[
         list[str] | None,
-        typer.Option(help="FFmpeg's option for --live, NAME=VALUE, such as rtsp_transport=tcp. Repeatable."),
+        typer.Option(help="FFmpeg option for --live, NAME=VALUE, such as rtsp_transport=tcp. Repeatable."),
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
-            help="Segment a data set on a Ray cluster: its address, auto, or local for one on this machine."
+            help="Segment a data set on a Ray cluster: its address, auto, or local for a cluster on this machine."
         ),
     ] = None,
-    ray_workers: Annotated[int, typer.Option(help="Workers of --ray.")] = 2,
+    ray_workers: Annotated[int, typer.Option(help="Number of workers for --ray.")] = 2,
     lease: Annotated[
-        float, typer.Option(help="Seconds that a worker may stand still before others take over.")
+        float, typer.Option(help="Seconds without progress after which other workers take over.")
     ] = 60.0,
 ) -> None:
-    """Track the objects of a mask, or those of a network's classes, through a video.
+    """Track the objects of a mask, or of the classes of a network, through a video.
 
     Writes one palette PNG per frame, contact_sheet.png and report.json to --out.
     """
@@ -337,7 +344,7 @@ def _live(
 
 
 def run_mode(resume: bool, overwrite: bool) -> Mode:
-    """Return what happens to a run that is in the folder already."""
+    """Return how to treat an existing run in the folder."""
     from vosops.io.errors import InputError
 
     if resume and overwrite:

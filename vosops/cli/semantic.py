@@ -42,8 +42,8 @@ def semantic(
     as_masks: Annotated[
         str | None,
         typer.Option(
-            help="CLASS[,CLASS], by number or Cityscapes' names: write masks as vosops segment does, in which the "
-            "first class is object 1, and all others are background."
+            help="CLASS[,CLASS], by number or Cityscapes' names: write masks in the format of vosops segment; the "
+            "first class is object 1, and classes that are not listed are background."
         ),
     ] = None,
     streaming: Annotated[
@@ -51,32 +51,36 @@ def semantic(
     ] = False,
     reset: Annotated[
         list[int] | None,
-        typer.Option(help="Forget the video before this frame number: a new scene begins. Repeatable."),
+        typer.Option(help="Reset the state before this frame number, where a new scene begins. Repeatable."),
     ] = None,
     tile: Annotated[
         int | None,
         typer.Option(
-            help="Segment each frame in tiles of that many rows and columns, one after the other, to need less memory."
+            help="Segment each frame in tiles of this many rows and columns, one after the other, to save memory."
         ),
     ] = None,
     tile_overlap: Annotated[
         int | None,
         typer.Option(
-            help="Pixels that neighbouring tiles share; default: as many as make the result that of the whole frame, "
-            "where a tile is four times as large and the model sees only so far, else a quarter of a tile."
+            help="Pixels that neighbouring tiles share; default: enough to give the result of the whole frame, if "
+            "the receptive field of the model allows it with this tile size, otherwise a quarter of a tile."
         ),
     ] = None,
     naive: Annotated[
         bool,
-        typer.Option("--naive", help="Compute as the original code does, a whole clip for each frame."),
+        typer.Option(
+            "--naive", help="Compute in the same way as the original code, a whole clip for each frame."
+        ),
     ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU, if available.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's size.")] = -1,
+    size: Annotated[
+        int, typer.Option(help="Short side of the computation in pixels; -1: the input's size.")
+    ] = -1,
     start: Annotated[int | None, typer.Option(help="First frame number to process.")] = None,
-    end: Annotated[int | None, typer.Option(help="Frame number to stop before (exclusive).")] = None,
+    end: Annotated[int | None, typer.Option(help="Frame number at which to stop (exclusive).")] = None,
     step: Annotated[int, typer.Option(help="Process every N-th frame.")] = 1,
     fps: Annotated[float, typer.Option(help="Frame rate of a folder of images, for the overlay.")] = 24.0,
     overlay: Annotated[

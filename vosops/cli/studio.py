@@ -23,14 +23,14 @@ def studio(
     work: Annotated[
         Path, typer.Option(help="Folder for projects, uploads and exports; nothing is written elsewhere.")
     ] = Path("vosops-studio"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any that is free.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free port.")] = 0,
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")
     ] = True,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Name of the model; vosops info lists them. Default: vosops_s where its weights are installed, else "
+            help="Name of the model; vosops info lists them. Default: vosops_s if its weights are installed, otherwise "
             "propagate."
         ),
     ] = None,
@@ -41,9 +41,11 @@ def studio(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     memory_budget: Annotated[
-        str | None, typer.Option(help="Limit of the model's memory of frames, such as 2GB or 512MiB.")
+        str | None, typer.Option(help="Limit of the memory for stored frames, such as 2GB or 512MiB.")
     ] = None,
-    size: Annotated[int, typer.Option(help="Short side of the computation; -1: the input's size.")] = 480,
+    size: Annotated[
+        int, typer.Option(help="Short side of the computation in pixels; -1: the input's size.")
+    ] = 480,
     click: Annotated[
         str | None, typer.Option(help="Network of vosops semantic whose classes a click selects.")
     ] = None,
@@ -53,12 +55,13 @@ def studio(
     ] = None,
     sam2: Annotated[
         Path | None,
-        typer.Option(help="Folder of a SAM 2 in the format of the package transformers, for clicks."),
+        typer.Option(help="Folder of a SAM 2 model in the format of transformers, for clicks."),
     ] = None,
 ) -> None:
-    """Mark objects in the browser, follow them through a video, correct, and export.
+    """Mark objects in the browser, track them through a video, correct the masks, and export them.
 
-    Prints the address of the page, which this machine alone can open. Ctrl-C ends it; what was done stays in --work.
+    Prints the address of the page, which can only be opened on this machine. Ctrl-C stops it; the work is kept in
+    --work.
     """
     import webbrowser
 

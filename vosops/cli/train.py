@@ -29,12 +29,14 @@ def train(
     config: Annotated[
         str,
         typer.Argument(
-            help="A YAML file, or the name of a network, whose recipe it is; vosops info lists them."
+            help="A YAML file, or the name of a network, to use its recipe; vosops info lists them."
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Output folder for checkpoints, weights, logs and pictures; empty or absent."),
+        typer.Option(
+            help="Output folder for checkpoints, weights, logs and pictures; must be empty or not exist."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -48,14 +50,14 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in --out from its latest checkpoint.")
     ] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Print the whole configuration as YAML, and train nothing.")
+        bool, typer.Option("--show", help="Print the whole configuration as YAML without training.")
     ] = False,
 ) -> None:
-    """Train a network: on still images with masks, videos in the layout of DAVIS or YouTube-VOS, or classes.
+    """Train a network on still images with masks, videos in the layout of DAVIS or YouTube-VOS, or label maps.
 
-    Writes weights.safetensors, which --weights of vosops segment and vosops semantic reads, best.safetensors (of the
-    best score), checkpoints, log.csv, scores.csv, TensorBoard's files and pictures of predictions to --out. Ctrl-C and
-    SIGTERM save a checkpoint first.
+    Writes weights.safetensors (for --weights of vosops segment and vosops semantic), best.safetensors (with the best
+    score), checkpoints, log.csv, scores.csv, TensorBoard logs and pictures of predictions to --out. Ctrl-C and
+    SIGTERM save a checkpoint before the run stops.
 
     On several GPUs: torchrun --nproc-per-node 4 -m vosops.cli train CONFIG --out DIR
     """

@@ -39,6 +39,6 @@ def install(*names: str, replace: bool = False) -> None:
         if sys.modules.get(name, module) is not module and not replace:
             raise RuntimeError(
                 f"{name} must not be imported before vosops.compat.install(), got the one of "
-                f"{getattr(sys.modules[name], '__file__', None)}; replace=True takes its place"
+                f"{getattr(sys.modules[name], '__file__', None)}; replace=True replaces it"
             )
     sys.modules.update(drop_ins)

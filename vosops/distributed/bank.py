@@ -102,7 +102,7 @@ class ShardedMemoryBank(LongTermMemory):
         """
         self._check_objects(objects)
         if permanent and temporary:
-            raise ValueError("permanent and temporary exclude each other: give one")
+            raise ValueError("permanent and temporary are mutually exclusive: give one")
         known = self._find(frame)
         new = [o for o in objects if o not in self.objects]
         permanent = permanent or bool(new) or (known is not None and known.permanent)
@@ -223,7 +223,7 @@ class ShardedMemoryBank(LongTermMemory):
             query_key = broadcast(self.exchange, query_key, query_from, self.device)
             selection = broadcast(self.exchange, selection, query_from, self.device) if flag else None
         if query_key is None:
-            raise TypeError("query_key must be a tensor unless query_from says whose it is, got None")
+            raise TypeError("query_key must be a tensor unless query_from is given, got None")
         return super().read(query_key, selection, objects=objects)
 
     def _read_groups(self, query: Query, members: Groups) -> dict[int, Tensor]:

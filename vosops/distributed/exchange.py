@@ -174,7 +174,7 @@ class Exchange:
             if failed:
                 name = self.global_rank(rank)
                 raise ValueError(
-                    f"arguments must be usable on all ranks, got others on rank {name}, as its error says"
+                    f"arguments must be valid on all ranks, got invalid ones on rank {name}, see its error"
                 )
         for rank, (_, *theirs) in enumerate(every):
             pairs = zip(what, theirs, every[0][1:], strict=True)

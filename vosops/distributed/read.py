@@ -245,7 +245,7 @@ def _query(
     if query_from is None:
         if not isinstance(query_key, Tensor):
             raise TypeError(
-                f"query_key must be a tensor unless query_from says whose it is, got {type(query_key).__name__}"
+                f"query_key must be a tensor unless query_from is given, got {type(query_key).__name__}"
             )
         return shared(exchange, query_key), None if selection is None else shared(exchange, selection)
     if isinstance(query_from, bool) or not isinstance(query_from, int):

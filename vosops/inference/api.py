@@ -41,43 +41,45 @@ def segment(
     probabilities: bool = False,
     **options: Any,
 ) -> Iterator[SegmentedFrame]:
-    """Segment the objects of a mask through a video, a frame at a time.
+    """Segment the objects of a mask through a video, one frame at a time.
 
     Args:
         video: A video file, a folder of frames, a file of many pictures (a TIFF stack, an animated GIF, WebP, AVIF or
-            PNG), a pipe or an http(s) URL, which is copied to a temporary file first; or frames in memory: a
-            (T, H, W, 3) uint8 RGB array or tensor, a sequence of (H, W, 3), or an iterator of them, which is read
-            once and of which frames before the earliest mask are kept. uint16 is scaled to uint8.
-        mask: A (H, W) bool or integer array or tensor for the first frame; a PNG, ``"FRAME=PNG"`` or a folder
-            of PNGs named by frame; a list of those; or a dict from frame to PNG or array. Integer keys (of Python,
-            numpy or torch) are frame numbers from 0, whatever the value is; texts are names of frames, else numbers.
-            0 is background, 255 ignored, other values are object ids; a mask of 0 and 255 alone is one
-            object with id 255.
-        model: Name of a model (``vosops.models.list_models()``), or a network or tracker that was made before; None:
-            ``vosops_s`` where its weights are installed (CC BY-NC 4.0), else ``propagate``.
+            PNG), a pipe or an http(s) URL, which is copied to a temporary file first; or frames in memory: a (T, H,
+            W, 3) uint8 RGB array or tensor, a sequence of (H, W, 3), or an iterator of them, which is read once;
+            frames before the earliest mask are kept in memory. uint16 is scaled to uint8.
+        mask: A (H, W) bool or integer array or tensor for the first frame; a PNG, ``"FRAME=PNG"`` or a folder of PNGs
+            named by frame; a list of those; or a dict from frame to PNG or array. Integer keys (of Python, numpy or
+            torch) are always frame numbers, counted from 0; strings are names of frames or, failing that, numbers. 0
+            is background, 255 is ignored, other values are object ids; a mask with only 0 and 255 is one object with
+            id 255.
+        model: Name of a model (``vosops.models.list_models()``), or an existing network or tracker; None:
+            ``vosops_s`` if its weights are installed (CC BY-NC 4.0), otherwise ``propagate``.
         weights: File of the model's weights, for models that take one.
         device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
         dtype: "float32", or "bfloat16" or "float16" for autocast.
         size: Short side of the computation in pixels; -1 computes at the input's size.
-        memory_budget: Most that the model may remember: bytes, or a text such as "2GB".
-        naive: Compute as the original code does, at its memory: ops in plain PyTorch, memory by concatenation.
-        scales: Average the network's results at these sizes, relative to ``size``: (0.5, 0.75, 1.0) is what RGMP's
-            authors use.
+        memory_budget: Limit of the memory for stored frames: bytes, or a string such as "2GB".
+        naive: Compute in the same way as the original code, with its memory use: ops in plain PyTorch, memory by
+            concatenation.
+        scales: Average the network's results at these sizes, relative to ``size``: (0.5, 0.75, 1.0) is the setting of
+            RGMP's authors.
         start: First frame number to process.
-        end: Frame number to stop before.
+        end: Frame number at which to stop (exclusive).
         step: Process every ``step``-th frame.
         probabilities: Keep each frame's (O+1, H, W) probabilities.
-        **options: Of the model's class, for a name: ``backbone="timm:resnet50"``, ``checkout="path/to/XMem"``.
+        **options: Options of the model's class, if model is a name: ``backbone="timm:resnet50"``,
+            ``checkout="path/to/XMem"``.
 
     Yields:
-        :class:`SegmentedFrame`, as soon as it is computed: from the earliest mask forward to the end, then
-        from the earliest mask backward to the start. Memory does not grow with the video, but for stm's without
+        :class:`SegmentedFrame`, as soon as it is computed: from the earliest mask forward to the end, then from the
+        earliest mask backward to the start. Memory does not grow with the length of the video, except for stm without
         a memory budget.
 
     Raises:
-        TypeError: For a model that is neither a name nor a network nor a tracker, or an option that it does not have.
-        InputError: At the call's first frame, when something given cannot be used.
-        VosopsError: When what must be remembered exceeds the memory budget.
+        TypeError: The model is neither a name, a network nor a tracker, or does not have an option.
+        InputError: At the first frame, if an argument cannot be used.
+        VosopsError: The permanent frames exceed the memory budget.
         IncompleteInputError: After the last frame that could be read, when the video ended early.
 
     Example:

@@ -1,4 +1,4 @@
-"""`create_tracker`: whatever tracks objects, from a model's name, a network, or a tracker."""
+"""`create_tracker`: a tracker from the name of a model, a network, or a tracker."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def create_tracker(
     device: str | torch.device | None = None,
     **options: Any,
 ) -> VideoTracker:
-    """Create what tracks objects through a video: a name, a network or a tracker in, a tracker out.
+    """Create a tracker of objects in a video from the name of a model, a network or a tracker.
 
     Args:
         model: A name of :func:`vosops.models.list_models`, a :class:`vosops.models.Network`, or a
             :class:`vosops.models.VideoTracker`, which is returned.
-        weights: A file of the model's weights, for a name: see :func:`vosops.models.create_model`.
-        device: Where it runs; None: on the CPU, for a network where it is.
-        **options: Of the model, for a name; and for a network those of :class:`vosops.inference.NetworkTracker`, which
+        weights: A file of the model's weights, if model is a name: see :func:`vosops.models.create_model`.
+        device: Device to run on; None: the CPU, or for a network its own device.
+        **options: Options of the model, if model is a name; for a network those of
+            :class:`vosops.inference.NetworkTracker`, which
             runs it: ``memory_every``, ``scales``, ``memory_budget``, ``dtype``, ``channels_last``, ``naive``.
 
     Raises:
-        ValueError: The name is unknown, its model does not track objects, or an option or the file cannot be.
-        TypeError: The model is something else, or an option is none of the model's.
-        FileNotFoundError, ImportError: There is no such file; the model needs a package.
+        ValueError: The name is unknown, its model does not track objects, or an option or the file is invalid.
+        TypeError: The model has another type, or does not have an option.
+        FileNotFoundError, ImportError: The file does not exist; a required package is missing.
 
     Example:
         >>> import torch

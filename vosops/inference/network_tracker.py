@@ -35,25 +35,24 @@ _FLOAT = 4  # bytes
 class NetworkTracker:
     """Tracks objects through a video with a network: a :class:`vosops.models.VideoTracker`.
 
-    :func:`create_tracker` makes it of a network or a model's name.
+    :func:`create_tracker` creates it from a network or the name of a model.
 
     Args:
-        model: a :class:`vosops.models.Network`, whose device is where everything runs; it is put into eval mode.
-        memory_every: networks whose memory grows (STM) keep every N-th frame, the first included.
+        model: a :class:`vosops.models.Network`, on whose device everything runs; it is put into eval mode.
+        memory_every: networks whose memory grows (STM) store every N-th frame, including the first.
         scales: the network runs at each of these sizes, relative to the frame's, and the results are averaged.
-        memory_budget: bytes, or a text such as "2GB", that what is remembered of the frames may take at most, at all
-            scales together.
+        memory_budget: limit of the memory for stored frames, over all scales: bytes, or a string such as "2GB".
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
         channels_last: keep the network's weights and maps in that memory format; None: as the network prefers, but
             contiguous if naive.
-        naive: as the original code computes: reference ops, memory by concatenation, everything at full size at once;
-            the same results at many times the memory, to show the difference.
+        naive: compute in the same way as the original code: reference ops, memory by concatenation, everything at
+            full size at once; gives the same results with many times the memory, for comparison.
 
-    Raises TypeError, ValueError for wrong arguments, in methods also RuntimeError before `initialize`, and
-    MemoryBudgetError when the frames that must be remembered do not fit the budget.
+    Raises TypeError, ValueError for invalid arguments; methods also raise RuntimeError before `initialize`, and
+    MemoryBudgetError if the permanent frames do not fit the budget.
 
-    Beside the network and its memory a step needs a few tens of megabytes: probabilities exist a few rows at a time,
-    unless they are the output. Not differentiable: networks are trained by their own `forward`.
+    In addition to the network and its memory, a step needs a few tens of megabytes: probabilities exist only a few
+    rows at a time, unless they are the output. Not differentiable: networks are trained with their own `forward`.
 
         >>> import torch
         >>> from vosops.inference import NetworkTracker
@@ -192,7 +191,7 @@ class NetworkTracker:
         self._object_ids.remove(object_id)
 
     def predict(self, frame: Tensor, *, output: str = "probs") -> Tensor:
-        """Segment a frame as `step` would, and stay as it was: see :class:`vosops.models.VideoTracker`.
+        """Segment a frame like `step`, without changing the state: see :class:`vosops.models.VideoTracker`.
 
         The latest frame is memorised by this, as the next step would.
         """
@@ -210,7 +209,7 @@ class NetworkTracker:
             return self._maps(latest, self._object_ids).confidence()
 
     def memory_bytes(self) -> int:
-        """Return the bytes of what is remembered of the frames."""
+        """Return the memory used by stored frames, in bytes."""
         return sum(memory.memory_bytes() for memory in self._memories)
 
     def state_dict(self) -> dict[str, Any]:
@@ -567,7 +566,7 @@ def _check_network(model: Any) -> None:
         )
     if hasattr(model, "initialize"):
         raise TypeError(
-            f"model must be a Network, got a {type(model).__name__}, which is a tracker already: use it directly, or "
+            f"model must be a Network, got a {type(model).__name__}, which is already a tracker: use it directly, or "
             "let create_tracker(model) decide"
         )
     raise TypeError(f"model must be a Network, got {type(model).__name__}")

@@ -81,7 +81,7 @@ class InitialPrompts:
             found[number] = (left, top, right, bottom)
         for number, given in clicks.items():
             if number not in found and not any(inside for *_, inside in given):
-                raise InputError(f"--points of object {number} must have one that is the object's")
+                raise InputError(f"--points of object {number} must include one on the object")
         ids = sorted({*clicks, *found})
         return cls({i: Prompt(tuple(clicks.get(i, ())), found.get(i)) for i in ids})
 
@@ -98,12 +98,12 @@ class InitialPrompts:
             for x, y in _corners(prompt):
                 if not (0 <= x <= width and 0 <= y <= height):
                     raise InputError(
-                        f"the prompt of object {number} must be inside of {width}x{height}, got {x:g},{y:g}"
+                        f"the prompt of object {number} must be inside the frame of {width}x{height}, got {x:g},{y:g}"
                     )
         labels = tracker.labels_of_prompts(torch.from_numpy(raw.image).permute(2, 0, 1), self.prompts).cpu()
         for number in self.prompts:
             if not bool((labels == number).any()):
-                raise InputError(f"--model {name} finds no pixel of object {number}: mark it by other points")
+                raise InputError(f"--model {name} finds no pixel of object {number}: use other points")
         digest = sha256(json.dumps(self._arguments(), sort_keys=True).encode()).hexdigest()
         return GivenMask(frame, "of --points and --box", digest, array=labels.numpy())
 

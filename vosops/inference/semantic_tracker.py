@@ -21,27 +21,24 @@ WINDOW = 4  # frames that the original's networks were trained on
 
 
 class SemanticTracker:
-    """Segments the frames of a video into classes; no mask is needed.
+    """Predicts the class of every pixel of the frames of a video; no mask is needed.
 
     Args:
-        model: a :class:`~vosops.models.SemanticNetwork`, such as LSTM-ICNet, whose device is where
-            everything runs; it is put into eval mode.
-        window: without streaming each frame is the last of a clip of this many frames (fewer at a video's
-            beginning), and the recurrent layers begin each clip with zeros: the original's way. What a frame
-            gives alone is computed once and kept, so only the recurrent layers work `window` times; a
-            FrameNetwork with several of them works as often up to the last of them. 1 for a network without
-            such layers.
-        streaming: carry the recurrent state from frame to frame instead: everything is computed once, and a
-            frame sees all those before it. The same for the first `window` frames, and different after.
+        model: a :class:`~vosops.models.SemanticNetwork`, such as LSTM-ICNet, on whose device everything runs; it is
+            put into eval mode.
+        window: without streaming each frame is the last of a clip of this many frames (fewer at a video's beginning),
+            and the recurrent layers start each clip with zeros, as in the original. Features of single frames are
+            computed once and cached, so only the recurrent layers run `window` times; a FrameNetwork with several
+            recurrent layers runs as often up to the last of them. 1 for a network without recurrent layers.
+        streaming: carry the recurrent state from frame to frame instead: everything is computed once, and a frame
+            depends on all previous ones. Results agree for the first `window` frames and differ afterwards.
         dtype: torch.bfloat16 or torch.float16 to run the network under autocast; None: as the caller runs.
         channels_last: keep the network's weights and maps in that memory format.
-        naive: as the original code computes: reference ops, whole clips from their frames, full-size
-            probabilities.
-        tile: segment tiles of that many rows and columns of a frame one after the other; for a network that is not
-            recurrent.
+        naive: compute in the same way as the original code: reference ops, whole clips, full-size probabilities.
+        tile: segment tiles of this many rows and columns of a frame one after the other; not for recurrent networks.
         overlap: pixels that neighbouring tiles share; see :meth:`vosops.models.FrameNetwork.predict`.
 
-    Memory beside the network: with a window, ``window`` times the features of a frame (LSTM-ICNet: 12 bytes a
+    Memory in addition to the network: with a window, ``window`` times the features of a frame (LSTM-ICNet: 12 bytes a
     pixel); streaming, the state, twice the maps of the recurrent layers. Not differentiable.
 
         >>> import torch

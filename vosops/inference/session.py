@@ -35,27 +35,27 @@ _LARGEST_ID = 254
 
 
 class Session:
-    """Follows objects through frames that arrive one by one, from a camera, a network or another program.
+    """Tracks objects through frames that arrive one at a time, from a camera, a network or another program.
 
-    Nothing need be known of the stream before: objects are added, corrected and removed at any time, and what is
-    remembered never exceeds the memory budget. One thread uses a session at a time; several sessions in one process
-    do not touch each other, and share a network that is given to each of them.
+    Objects can be added, corrected and removed at any time, and the memory never exceeds its budget. Only one thread
+    may use a session at a time. Several sessions in one process are independent, and can share a network that is
+    passed to each of them.
 
     Args:
-        model: Name of a model, or a network or tracker that was made before; None: as of `vosops.segment`.
+        model: Name of a model, or an existing network or tracker; None: as in `vosops.segment`.
         weights: File of the model's weights, for models that take one.
         device: "cpu", "cuda:1", ...; None takes the GPU if there is one.
         dtype: "float32", or "bfloat16" or "float16" for autocast.
         size: Short side of the computation in pixels; -1 computes at the frames' size.
-        memory_budget: Most that the model may remember: bytes, or a text such as "2GB".
+        memory_budget: Limit of the memory for stored frames: bytes, or a string such as "2GB".
         naive: Run the ops in plain PyTorch.
         scales: Average the network's results at these sizes, relative to ``size``.
-        **options: Of the model's class.
+        **options: Options of the model's class.
 
     Raises:
         InputError: The model, device or an option cannot be used.
 
-    A method that raises InputError leaves the session as it was: a broken frame can be skipped.
+    A method that raises InputError leaves the session unchanged, so a broken frame can be skipped.
 
         >>> import numpy as np, vosops
         >>> session = vosops.Session(size=-1, device="cpu")
@@ -129,14 +129,14 @@ class Session:
 
         Args:
             frame: (H, W, 3) uint8 RGB array or tensor, or uint16, which is scaled. All frames are of one size.
-            labels: What is known of it, as of :meth:`add_objects`.
+            labels: Known labels of the frame, as in :meth:`add_objects`.
             time: Seconds since the first frame; None: the frame's number.
 
         Raises:
             InputError: The frame has another size, shape or dtype, or the labels cannot be used; it does not count.
             MemoryBudgetError: What must be remembered exceeds the budget.
 
-        Time is that of a step of the model. Before an object is added every pixel is background.
+        Takes the time of one step of the model. Before an object is added, every pixel is background.
         """
         image = torch.from_numpy(frame_of_array(frame, "frame"))
         size = (image.shape[0], image.shape[1])
@@ -253,14 +253,14 @@ class Session:
 
         Args:
             path: What :meth:`save` wrote, on any machine.
-            weights: The model's weights here, which must be those of before.
+            weights: The model's weights on this machine, which must be the same as before.
             device: Where it continues; None takes the GPU if there is one.
             memory_budget: Another budget; None: as before.
-            model: The network or tracker, for a session that was made with one.
+            model: The network or tracker, if the session was created with one.
 
         Raises:
             ResumeError: The file is no session, or the weights differ.
-            InputError: The model cannot be made here.
+            InputError: The model cannot be created on this machine.
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -271,7 +271,7 @@ class Session:
             raise ResumeError(f"{path} is not a saved session: {' '.join(str(error).split())}") from error
         if saved is None:
             if model is None:
-                raise ResumeError(f"{path} was made with a network or tracker of its own: give it as model")
+                raise ResumeError(f"{path} was created with a custom network or tracker: pass it as model")
             session = cls(model, device=device, size=short_side, memory_budget=memory_budget)
         else:
             session = cls(
@@ -287,7 +287,7 @@ class Session:
             )
             assert session._settings is not None
             if session._settings.arguments()["weights content"] != saved["weights content"]:
-                raise ResumeError(f"{path} was made with other weights than {weights}")
+                raise ResumeError(f"{path} was created with other weights than {weights}")
         session.load_state_dict(state)
         return session
 
@@ -302,7 +302,7 @@ class Session:
         if getattr(labels, "dtype", None) in (torch.bool, bool):
             free = next((i for i in range(1, _LARGEST_ID + 1) if i not in self.object_ids), None)
             if free is None:
-                raise InputError(f"a session follows at most {_LARGEST_ID} objects")
+                raise InputError(f"a session tracks at most {_LARGEST_ID} objects")
             array = (array > 0).to(torch.uint8) * free
         ids = ids_of(array)
         if not ids:

@@ -139,7 +139,7 @@ def accelerate(
     if not found and not known:
         names = ", ".join(sorted(module.__name__ for module in modules)[:5]) or "no module"
         raise ValueError(
-            "target must lead to the memory read of SAM 2, XMem, Cutie, STCN, Mask-Propagation, AOT or CFBI, "
+            "target must contain the memory read of SAM 2, XMem, Cutie, STCN, Mask-Propagation, AOT or CFBI, "
             f"got {target!r:.80}: nothing to replace in {names}; import the checkout's modules first"
         )
     recipes = [recipe for _, recipe, _ in found.values()]
@@ -150,7 +150,7 @@ def accelerate(
     ):
         if value and not known and not any(recipe in own for recipe in recipes):
             raise ValueError(
-                f"{option} must be None but for SAM 2 and its kin, got {value!r} for {target!r:.80}"
+                f"{option} must be None except for SAM 2 and related models, got {value!r} for {target!r:.80}"
             )
     replaced = [
         _Replaced(function, replacement_for(recipe, function), owner)

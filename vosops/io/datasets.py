@@ -139,7 +139,7 @@ def masks_of_sequence(
         if frame is not None and frame in indices:
             found.append((frame, path))
     if not found:
-        raise InputError(f"{sequence.masks} holds no mask of a frame that is processed")
+        raise InputError(f"{sequence.masks} holds no mask of a processed frame")
     if sequence.first_mask_only:
         found = [_first_object(sequence, found, masks.values())]
     folder = None if sequence.first_mask_only else sequence.masks
@@ -168,4 +168,4 @@ def _first_object(
     for frame, path in found:
         if values(path) - (set() if binary else {VOID}):
             return frame, path
-    raise InputError(f"no mask in {sequence.masks} of a frame that is processed shows an object")
+    raise InputError(f"no mask in {sequence.masks} of a processed frame shows an object")

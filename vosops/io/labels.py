@@ -106,7 +106,7 @@ def _labels_of_picture(
             f"{what} is a {mode} image: save it as a palette or grey PNG whose values are object ids"
         )
     if "16" in raw or scale != 1:
-        raise InputError(f"{what} is a colour image of more or less than 8 bits a sample: save it with 8")
+        raise InputError(f"{what} is a colour image with other than 8 bits per sample: save it with 8")
     if mode == "RGB":
         key = picture.info.get("transparency")
         labels = _labels_of_colours(samples, what)

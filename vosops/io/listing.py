@@ -170,7 +170,7 @@ def chosen_names(
             parts = [part.strip() for part in option.split(",") if part.strip()]
             if not parts:
                 raise InputError(
-                    f"{option_name} {option!r} names nothing: give a name or a text file of names"
+                    f"{option_name} {option!r} contains no names: give a name or a text file of names"
                 )
             found += parts
     return list(dict.fromkeys(_match(name, known) for name in found))
@@ -188,7 +188,7 @@ def read_names(path: Path, known: Collection[str] = (), option_name: str = "--se
     """
     shown_as = f"{option_name} {shown(path)}"
     if not os.path.exists(path):
-        raise InputError(f"{shown_as}: there is no such file of names")
+        raise InputError(f"{shown_as}: no such file of names")
     if not os.path.isfile(path):
         raise InputError(f"{shown_as} is not a file: give a text file with a name on each line")
     try:
@@ -210,7 +210,7 @@ def read_names(path: Path, known: Collection[str] = (), option_name: str = "--se
         elif name and (name in known or not name.startswith(_COMMENT)):
             names.append(name)
     if not names:
-        raise InputError(f"{shown_as} names nothing: write a name on each line")
+        raise InputError(f"{shown_as} contains no names: write one name per line")
     return list(dict.fromkeys(names))
 
 

@@ -149,7 +149,7 @@ class MaskSet:
                     del self._by_frame[frame]
                     continue
                 if mask.folder:
-                    raise InputError(f"no mask in {mask.folder} of a frame that is processed shows an object")
+                    raise InputError(f"no mask in {mask.folder} of a processed frame shows an object")
                 raise InputError(f"mask {mask.title} shows no object: paint one with an id above 0")
             self._new_ids[frame] = ids_here
             for inside in ids_here:
@@ -182,7 +182,7 @@ class MaskSet:
             more = f", like those of {others} other{'s' * (others > 1)}," if others else ""
             warn(
                 f"mask {self._by_frame[frame].title}: its {pixels[frame]} pixels of value 255{more} count as unknown, "
-                "for other ids are given too: give an object another id"
+                "because there are other ids too: give an object another id"
             )
 
     @property
@@ -300,7 +300,7 @@ def _masks_of_folder(folder: Path, source: FrameSource, indices: Sequence[int]) 
         if frame is not None and frame in indices
     ]
     if not found:
-        raise InputError(f"mask folder {folder} holds no PNG for a frame that is processed")
+        raise InputError(f"mask folder {folder} holds no PNG for a processed frame")
     return found
 
 

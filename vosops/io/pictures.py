@@ -107,7 +107,7 @@ def read_frame(path: str | os.PathLike[str], what: str | None = None) -> Image:
         count = len(page_numbers(picture))
         if count > 1:
             raise InputError(
-                f"{what} holds {count} pictures: give that file alone as the input, or each frame as a file of its own"
+                f"{what} holds {count} pictures: give only that file as the input, or save each frame separately"
             )
         return frame_of_picture(picture, what)
 
@@ -138,7 +138,7 @@ def _upper_byte(samples: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
     if samples.size and 0 < samples.max() < _DARK:
         warn(
-            f"a frame of 16 bits has no sample of {_DARK} or more out of 65535, which is nearly black: if the samples "
+            f"a 16-bit frame has no sample of {_DARK} or more out of 65535 and is nearly black: if the samples "
             "have fewer bits, scale them to 16"
         )
     upper: npt.NDArray[np.uint8] = (samples >> _UPPER_BYTE).astype(np.uint8)

@@ -47,7 +47,7 @@ def bounded_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     if chosen != wanted:
         frames, large, small = (f"{width}x{height}" for height, width in (size, wanted, chosen))
         warn(
-            f"frames of {frames} are computed at {small}: {large}, as --size asks, would take too much memory"
+            f"frames of {frames} are computed at {small}: {large}, as requested by --size, would take too much memory"
         )
     return chosen
 

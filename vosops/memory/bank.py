@@ -26,19 +26,19 @@ NEW_LIFE = 1e-7  # reads that a new position has seen, so that usage / life is d
 class MemoryBank:
     """A memory of past frames for `vosops.memory_read`: preallocated, bounded, read in place.
 
-    Frames are added with one key and a value for each object, and read with the query key of a later frame. Objects
-    that came in the same frame are a group; a group sees the frames since it came, and each group's first frame is
-    permanent, as is every frame added with `permanent=True`. Old frames are dropped, condensed to prototypes or
-    off-loaded to host memory, as `MemorySettings` say.
+    Frames are added with one key and one value per object, and read with the query key of a later frame. Objects that
+    appeared in the same frame form a group. A group sees the frames since its first frame, which is permanent, as is
+    every frame added with `permanent=True`. Old frames are dropped, condensed to prototypes or off-loaded to host
+    memory, according to `MemorySettings`.
 
     Args:
-        settings: a `MemorySettings`; or give its fields as keywords.
-        device: where the bank lies, and queries come from.
+        settings: a `MemorySettings`; alternatively pass its fields as keywords.
+        device: device of the storage and of the queries.
 
-    Storage is one allocation, channel-last, in which columns move when objects come or go. With a budget it never
-    holds more than that many bytes on its device, `bytes_reserved`; what a read itself needs (its output and the
-    op's workspace, independent of the memory's size) comes on top. Not differentiable: what is stored is detached.
-    One video to a bank (batch 1).
+    The storage is one channel-last allocation, in which columns move when objects are added or removed. With a budget
+    it never uses more than that many bytes on its device, `bytes_reserved`; the output of a read and the workspace of
+    the op, which do not depend on the size of the memory, are not included. Not differentiable: stored tensors are
+    detached. One video per bank (batch 1).
 
         >>> import torch
         >>> from vosops.memory import MemoryBank
@@ -154,21 +154,21 @@ class MemoryBank:
         permanent: bool = False,
         temporary: bool = False,
     ) -> bool:
-        """Store a frame; makes room by the policy first.
+        """Store a frame; first make room according to the policy.
 
-        frame: its number; a number that is stored already is replaced for the objects given. key (1,Ck,H,W), value
+        frame: its number; a frame that is already stored is replaced for the given objects. key (1,Ck,H,W), value
         (1,O,Cv,H,W) for the O `objects` (ids), shrinkage (1,1,H,W), selection (1,Ck,H,W), which "long_term" uses to
-        condense. Known objects of a group come together or not at all; new ones are a new group, which makes the frame
-        permanent. temporary: it is dropped by the next `add`.
+        condense. The known objects of a group must be given together or not at all; new objects form a new group,
+        which makes the frame permanent. temporary: drop the frame at the next `add`.
 
-        Returns whether it was stored: a frame is not when the permanent ones leave no room for another.
-        Raises MemoryBudgetError when the permanent frames do not fit the budget, and then changes nothing;
-        TypeError, ValueError for wrong arguments. Time O(H W (Ck + O Cv)), and now and then that of condensing
-        or of moving columns.
+        Returns whether the frame was stored, which it is not if the permanent frames leave no room for another.
+        Raises MemoryBudgetError if the permanent frames do not fit the budget, and then changes nothing; TypeError,
+        ValueError for wrong arguments. Time O(H W (Ck + O Cv)), and now and then that of condensing or of moving
+        columns.
         """
         self._check(key, value, objects, shrinkage, selection)
         if permanent and temporary:
-            raise ValueError("permanent and temporary exclude each other: give one")
+            raise ValueError("permanent and temporary are mutually exclusive: give one")
         known = next((slot for slot in self.frames if slot.frame == frame and not slot.temporary), None)
         new = [o for o in objects if o not in self.objects]
         permanent = permanent or bool(new) or (known is not None and known.permanent)
@@ -217,7 +217,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def remove_frames(self, frames: Iterable[int]) -> None:
-        """Forget the frames of these numbers, permanent ones too; prototypes stay.
+        """Remove the frames with these numbers, including permanent ones; prototypes stay.
 
         Raises ValueError for one that is not stored.
         """
@@ -231,9 +231,9 @@ class MemoryBank:
 
     @torch.no_grad()
     def remove_objects(self, objects: Iterable[int]) -> None:
-        """Forget these objects, with the frames and prototypes that no other object sees.
+        """Remove these objects, with the frames and prototypes that no other object sees.
 
-        Raises ValueError for an id that is not there.
+        Raises ValueError for an unknown id.
         """
         gone = set(objects)
         if gone - set(self.objects):
@@ -261,8 +261,7 @@ class MemoryBank:
     def set_budget(self, budget: int | str | None) -> None:
         """Change the budget; the oldest frames and the least used prototypes are dropped if they no longer fit.
 
-        Raises MemoryBudgetError when the permanent frames do not fit, and then changes nothing. Takes a copy of what is
-        stored.
+        Raises MemoryBudgetError if the permanent frames do not fit, and then changes nothing. Copies the stored data.
         """
         before, self.settings = self.settings, replace(self.settings, budget=budget)
         if self._geometry is None:
@@ -293,16 +292,16 @@ class MemoryBank:
     def read(
         self, query_key: Tensor, selection: Tensor | None = None, *, objects: Sequence[int] | None = None
     ) -> Tensor:
-        """Return what the memory says of each pixel of a frame, for each object.
+        """Read the memory for each pixel of a frame and each object.
 
-        query_key (1,Ck,*Q) and selection (1,Ck,*Q), on the bank's device -> (1,O,Cv,*Q) in query_key's dtype, for
-        `objects` or else all in the order of `objects`. Each group reads the positions that it sees, with the
-        softmax over the `top_k` best or all of them. With "long_term" usage is counted, as the first group reads
-        (it sees everything, unless frames were added without it).
+        query_key (1,Ck,*Q) and selection (1,Ck,*Q), on the bank's device -> (1,O,Cv,*Q) in query_key's dtype, for the
+        given objects, by default for all in the order of the property `objects`. Each group reads the positions that
+        it sees, with the softmax over the `top_k` best or all of them. With "long_term" the usage of the first
+        group's read is counted (it sees everything, unless frames were added without it).
 
-        Raises RuntimeError when the bank is empty. Time and memory are those of `vosops.memory_read`, with one pass
-        over the scores for all groups that see all prototypes or none, and one for each other group;
-        for int8 and what must come from the host also that of bringing it, a frame at a time.
+        Raises RuntimeError if the bank is empty. Time and memory are those of `vosops.memory_read`, with one pass
+        over the scores for all groups that see all prototypes or none, and one pass for each other group. For int8
+        and off-loaded frames, copying one frame at a time adds to this.
         """
         if not self._groups or not self._has_frames():
             raise RuntimeError("the memory bank is empty: add a frame before reading")
@@ -669,7 +668,9 @@ class MemoryBank:
             raise ValueError(f"objects must be different ids, at least one, got {list(objects)}")
         for members in self._groups.values():
             if 0 < len(set(members) & set(objects)) < len(members):
-                raise ValueError(f"objects must hold all of a group, {members}, or none, got {list(objects)}")
+                raise ValueError(
+                    f"objects must include all of a group, {members}, or none, got {list(objects)}"
+                )
 
     def _check(
         self,

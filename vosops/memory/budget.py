@@ -9,7 +9,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*?)b?\s*", re.IGNORECASE)
 
 
 class MemoryBudgetError(RuntimeError):
-    """What must be remembered does not fit the budget; the bank is as it was before the call."""
+    """The permanent frames do not fit the budget; the bank is unchanged."""
 
     needed: int | None = None
     """Bytes that the budget must be at least, where that is known."""

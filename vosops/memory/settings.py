@@ -1,4 +1,4 @@
-"""What a memory bank keeps, and how."""
+"""Settings of a memory bank."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ _NOT_OF_THE_STATE = ("budget", "host_budget")  # a state may be loaded into a ba
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """Settings of a `MemoryBank`, by the names that XMem and Cutie give them.
+    """Settings of a `MemoryBank`, with the names used by XMem and Cutie.
 
     policy:
-        "every": keeps all frames (STM, STCN), under a budget the latest.
-        "window": permanent frames and the latest max_mem_frames - 1 others (Cutie).
-        "long_term": the latest frames as they are, older ones condensed to prototypes (XMem; Cutie's use_long_term).
-    mem_every: `MemoryBank.due` is true this many frames after the last one that was added.
-    max_mem_frames: of "window"; one of them is the first frame, as Cutie counts.
+        "every": keeps all frames (STM, STCN), with a budget the latest ones.
+        "window": keeps permanent frames and the latest max_mem_frames - 1 others (Cutie).
+        "long_term": keeps the latest frames unchanged, older ones condensed to prototypes (XMem; Cutie's
+        use_long_term).
+    mem_every: `MemoryBank.due` is true this many frames after the last added frame.
+    max_mem_frames: of "window"; includes the first frame, as in Cutie.
     max_mid_term_frames, min_mid_term_frames: of "long_term". When this many frames have accumulated, all but the
         permanent ones and the last min_mid_term_frames - 1 are condensed. The first frame counts as one of them.
-    num_prototypes: positions of greatest usage (weight in reads, divided by the reads since it came) that are left
-        of the frames that are condensed; their values are averages of the frames', weighted by similarity.
-    max_long_term_elements: prototypes that are kept at most; those of least usage go first.
-    buffer_tokens: how many more than needed go then (Cutie).
+    num_prototypes: number of positions with the highest usage (weight in reads, divided by the number of
+        reads since the position was stored) that are kept when frames are condensed; their values are
+        averages over these frames, weighted by similarity.
+    max_long_term_elements: maximum number of prototypes; the least used ones are evicted first.
+    buffer_tokens: number of additional prototypes evicted each time (Cutie).
     evict_ties: all prototypes of equal usage are evicted together (XMem); False: exactly as many as needed (Cutie).
-    enable_long_term_count_usage: whether prototypes' usage is counted; without it the oldest go first.
+    enable_long_term_count_usage: whether the usage of prototypes is counted; otherwise the oldest are
+        evicted first.
     top_k: of the reads; None: softmax over everything.
     similarity, scale: of `vosops.memory_read`.
-    budget: bytes, or a text such as "2GB", that the bank allocates at most on its device; None: as many as the
-        policy needs. On the CPU all of it is reserved at the first `add`, where pages cost nothing before they are
-        used.
-    host_budget: bytes for frames that do not fit any more, in pinned host memory (plain if there is no GPU), with
+    budget: bytes, or a text such as "2GB", the maximum that the bank allocates on its device; None: as
+        much as the policy needs. On the CPU all of it is reserved at the first `add`; pages cost nothing
+        before they are used.
+    host_budget: bytes for frames that no longer fit, in pinned host memory (plain if there is no GPU), with
         "every" and "window"; None: such frames are dropped.
     dtype: of the stored values, float32, float16, bfloat16 or int8 (with a scale for each position and object).
     key_dtype: of stored keys and selections; None: as dtype, float16 for int8.

@@ -27,25 +27,25 @@ def create_model(
 
     Args:
         name: One of :func:`vosops.models.list_models`, or an alias.
-        weights: A file of the model's weights: safetensors or a checkpoint (:func:`vosops.models.load_weights`), or an
-            .npz of a TensorFlow checkpoint's variables (``lstm_icnet``, ``feelvos``). None takes what the model ships
-            with: ``propagate`` is not trained and takes no file, ``vosops_s`` takes those of the distribution
-            ``vosops-weights-s``, ``cutie``, ``sam2`` and ``xmem`` need theirs, and a network gets random weights,
-            always the same ones.
-        device: Where its parameters are.
-        **options: Of the model's class.
+        weights: A file of the model's weights: safetensors or a checkpoint (:func:`vosops.models.load_weights`), or
+            an .npz of a TensorFlow checkpoint's variables (``lstm_icnet``, ``feelvos``). None selects the default:
+            ``propagate`` is not trained and takes no file, ``vosops_s`` uses the weights of the distribution
+            ``vosops-weights-s``, ``cutie``, ``sam2`` and ``xmem`` require a file, and a network gets fixed random
+            weights.
+        device: Device of the parameters.
+        **options: Options of the model's class.
 
     Returns:
-        A tracker (``cutie``, ``propagate``, ``sam2``, ``vosops_s``, ``xmem``) as :class:`vosops.models.VideoTracker`
-        says, which tracks objects by itself; or a network, a ``torch.nn.Module`` in eval mode, which tracks objects by
-        :func:`vosops.inference.create_tracker`, or finds the class of every pixel by
+        A tracker (``cutie``, ``propagate``, ``sam2``, ``vosops_s``, ``xmem``), which is a
+        :class:`vosops.models.VideoTracker`; or a network, a ``torch.nn.Module`` in eval mode, which tracks objects
+        with :func:`vosops.inference.create_tracker` or predicts the class of every pixel with
         :class:`vosops.inference.SemanticTracker`.
 
     Raises:
-        ValueError: The name is unknown, an option cannot be, or the file is not the model's: the first keys missing,
-            unexpected and misshapen are named.
-        TypeError: An option that the model does not have.
-        FileNotFoundError, ImportError: There is no such file; the model needs a package.
+        ValueError: The name is unknown, an option is invalid, or the file does not fit the model: the error lists the
+            first keys that are missing, unexpected or have the wrong shape.
+        TypeError: The model does not have an option.
+        FileNotFoundError, ImportError: The file does not exist; a required package is missing.
 
     Example:
         >>> from vosops.models import create_model

@@ -78,7 +78,7 @@ class TensorMasks(Masks):
 
 
 class Memory(ABC):
-    """What a network remembers of one video, at one scale.
+    """The memory of a network for one video at one scale.
 
     Images are (1,3,h,w) float32 in [0, 1], padded (and resized), on the network's device; all of one video have one
     size. ``object_ids`` is that of the masks that were added last. Masks may hold objects that earlier ones did not:
@@ -121,7 +121,7 @@ class Memory(ABC):
 
     @abstractmethod
     def memory_bytes(self) -> int:
-        """Return the bytes of what is remembered."""
+        """Return the memory used by stored frames, in bytes."""
 
 
 class Network(nn.Module, ABC):
@@ -179,7 +179,7 @@ class Network(nn.Module, ABC):
 
         Raises NotImplementedError where the network does not say how it is trained.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no clip_logits, by which it could be trained")
+        raise NotImplementedError(f"{type(self).__name__} has no clip_logits, which training needs")
 
     def probabilities(self, scores: Tensor, size: tuple[int, int], rows: range | None = None) -> Tensor:
         """Coarse scores of one scale -> probabilities (O+1,len(rows),w) float32 of rows of the image, or of all."""

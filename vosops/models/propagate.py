@@ -1,11 +1,10 @@
 """Propagate: masks through a video by matching frozen features. No training, no download.
 
-Each cell of a coarse grid (stride 8) is compared with the cells of every object, and of the background, in
-the permanent frames (global matching: the mean of the nearest few) and in recent frames (local matching: the
-nearest in a window). The features are whitened by the covariance within the classes. A linear classifier
-fitted to the permanent frames adds its score, and, if wanted, a memory of every fifth frame what it reads. A softmax
-over these gives coarse probabilities, which a guided filter brings to the frame's edges. docs/models/propagate.md tells
-what was measured.
+Each cell of a coarse grid (stride 8) is compared with the cells of every object, and of the background, in the
+permanent frames (global matching: the mean of the nearest few) and in recent frames (local matching: the nearest in a
+window). The features are whitened by the covariance within the classes. A linear classifier fitted to the permanent
+frames adds its score, and, if wanted, a memory of every fifth frame what it reads. A softmax over these gives coarse
+probabilities, which a guided filter brings to the frame's edges. docs/models/propagate.md has the measurements.
 """
 
 from __future__ import annotations
@@ -123,9 +122,10 @@ class Propagate(KeepsConfidence):
 
     backbone: a name for :func:`vosops.models.features.create_backbone`; pretrained=False takes random weights.
     size: the short side of the computation in pixels (frames are resized to it and results are given at the frame's
-    own size); -1 computes at the frame's size. device: where everything runs; results stay there. memory_budget: bytes,
-    or a text such as "2GB", that what is remembered of the frames takes at most; MemoryBudgetError, with how many
-    permanent frames fit, before it would be passed. memory: whether every fifth frame is remembered too, in a
+    own size); -1 computes at the frame's size. device: where everything runs; results stay there.
+    memory_budget: limit of the memory for stored frames: bytes, or a string such as "2GB"; before it
+    would be exceeded, MemoryBudgetError is raised with the number of permanent frames that fit. memory:
+    whether every fifth frame is stored too, in a
     :class:`vosops.memory.MemoryBank`; None: if there is a budget for it.
     Cost: one backbone pass, then time and memory linear in the cells near the objects times those of the
     permanent frames.
@@ -146,7 +146,7 @@ class Propagate(KeepsConfidence):
     ) -> None:
         if weights is not None:
             raise ValueError(
-                f"weights must be None, got {weights}: propagate is not trained; choose its features by backbone="
+                f"weights must be None, got {weights}: propagate is not trained; choose its features with backbone="
             )
         if size != -1 and size < SIZE_MULTIPLE:
             raise ValueError(f"size must be -1 or at least {SIZE_MULTIPLE}, got {size}")
@@ -215,7 +215,9 @@ class Propagate(KeepsConfidence):
 
     @torch.no_grad()
     def predict(self, frame: Tensor, *, output: str = "probs") -> Tensor:
-        """Segment a frame as `step` would, and stay as it was: see :class:`vosops.models.VideoTracker`."""
+        """Segment a frame like `step`, without changing the state: see
+        :class:`vosops.models.VideoTracker`.
+        """
         _, _, fine = self._segment(frame, output)
         probabilities = _resized(fine, (frame.shape[1], frame.shape[2]))
         return probabilities if output == "probs" else most_probable(probabilities, self.object_ids)
@@ -236,7 +238,7 @@ class Propagate(KeepsConfidence):
 
     @torch.no_grad()
     def remove_object(self, object_id: int) -> None:
-        """Stop tracking an object; what it covered is unknown in the permanent frames."""
+        """Stop tracking an object; its pixels become unknown in the permanent frames."""
         if object_id not in self.object_ids:
             raise ValueError(f"object_id must be one of {self.object_ids}, got {object_id}")
         channel = 1 + self.object_ids.index(object_id)
@@ -353,7 +355,7 @@ class Propagate(KeepsConfidence):
         self._restart_memory()
 
     def memory_bytes(self) -> int:
-        """Return the bytes of what is remembered of the frames."""
+        """Return the memory used by stored frames, in bytes."""
         lists = [getattr(self, f"_{name}") for name in _SAVED_LISTS]
         tensors = [*(x for saved in lists for x in saved), self._permanent_keys]
         stored: int = sum(x.numel() * x.element_size() for x in tensors)

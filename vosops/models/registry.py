@@ -1,4 +1,4 @@
-"""The registry of models: what there is by name, and how each of them is made and run.
+"""The registry of models: their names, and how each model is created and run.
 
 A model of this package joins by a line of `_BUILT_IN`; one of another package by :func:`register_model`, which a
 package can have called at the first look into the registry by an entry point of the group ``vosops.models``.
@@ -40,11 +40,11 @@ class ModelEntry:
     """A line of the registry.
 
     Attributes:
-        name: What `create_model` knows it by; an identifier, as `torch.hub` needs one.
-        factory: A network's is called with the options alone, a tracker's with ``weights`` and ``device`` too. A class,
-            a function, or ``"module:attribute"``, which is imported when it is needed.
-        kind: What the factory makes: "tracker", "mask network" or "semantic network".
-        summary: What it does, in one line for tables and lists.
+        name: Its name in `create_model`; an identifier, as required by `torch.hub`.
+        factory: Called with the options, for a tracker also with ``weights`` and ``device``. A class, a function, or
+            ``"module:attribute"``, which is imported when it is needed.
+        kind: The type of model that the factory creates: "tracker", "mask network" or "semantic network".
+        summary: A one-line description for tables and lists.
         paper: Authors, venue and year.
         weights: Whether it is of use without a file of weights: "required", "optional", or "none" if it takes none.
         checkpoint: Which file that is.

@@ -1,4 +1,4 @@
-"""Modules with parameters, made of the operators."""
+"""Modules with parameters, built on the operators."""
 
 from vosops.nn.conv_lstm import ConvLSTM, ConvLSTMCell
 from vosops.nn.global_conv import GlobalConv2d

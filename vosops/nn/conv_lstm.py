@@ -151,7 +151,7 @@ class ConvLSTM(nn.Module):
         input_size: channels C of the input.
         hidden_size: channels of every layer's state.
         kernel_size: an odd number, or (kh, kw).
-        num_layers: layers, each of which reads the outputs of the one before.
+        num_layers: number of layers, each of which reads the outputs of the previous one.
         bias: whether the gates have a bias.
         batch_first: input and output are (N,T,C,H,W); False: (T,N,C,H,W).
         options: variant, forget_bias, precision, device and dtype, see `ConvLSTMCell`.

@@ -19,7 +19,7 @@ class GlobalConv2d(nn.Module):
         kernel_size: odd, or an odd (kh,kw).
         mid_channels: between the two convolutions of each branch.
         bias: whether the four convolutions have biases.
-        precision: as that of `vosops.global_conv`.
+        precision: as in `vosops.global_conv`.
         device: of the parameters.
         dtype: of the parameters.
 

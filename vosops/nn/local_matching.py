@@ -15,11 +15,11 @@ class LocalMatching(nn.Module):
     """`vosops.local_matching` with its options, and CFBI's two biases: of the background and of all objects.
 
     Args:
-        radius: pixels, or nested radii, as that of `vosops.local_matching`.
+        radius: pixels, or nested radii, as in `vosops.local_matching`.
         dilation: of the window.
         bias: whether the distances have learned biases, which start at 0.
         normalize: whether distances are mapped to [0, 1] (with negative biases to less).
-        precision: as that of `vosops.local_matching`.
+        precision: as in `vosops.local_matching`.
         device: of the parameters.
         dtype: of the parameters.
 

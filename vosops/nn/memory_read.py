@@ -19,14 +19,15 @@ class MemoryRead(nn.Module):
         key_channels: of the keys.
         value_channels: of the values.
         kernel_size: odd; of the four convolutions that make keys and values.
-        similarity: "dot" (STM) or "l2" (STCN), as that of `vosops.memory_read`.
+        similarity: "dot" (STM) or "l2" (STCN), as in `vosops.memory_read`.
         top_k: read only this many best positions of the memory for each pixel; None: all.
-        precision: as that of `vosops.memory_read`.
+        precision: as in `vosops.memory_read`.
         device: of the parameters.
         dtype: of the parameters.
 
     Parameters: `memory_key`, `memory_value`, `query_key` and `query_value`, convolutions initialised as those of
-    torch.nn.Conv2d. The affinity of all pixels with all memory is never made, neither forward nor backward.
+    torch.nn.Conv2d. The affinity of all pixels with the whole memory is never built, neither in the forward nor in
+    the backward pass.
 
         >>> import torch, vosops.nn
         >>> module = vosops.nn.MemoryRead(32, key_channels=8, value_channels=16)
@@ -63,7 +64,7 @@ class MemoryRead(nn.Module):
                 self.add_module(f"{side}_{name}", convolution)
 
     def forward(self, query: Tensor, memory: Tensor) -> Tensor:
-        """Return what the memory says of each pixel, and what the frame itself says: (N,2*value_channels,H,W).
+        """Return the values read for each pixel, concatenated with the frame's own values: (N,2*value_channels,H,W).
 
         query (N,in_channels,H,W); memory (N,in_channels,T,H',W'), T frames of any size. Raises ValueError, TypeError.
         """

@@ -183,7 +183,7 @@ class Memory:
             raise ValueError(f"memory_value must have equal (O,Cv) in all segments, got {counts}")
         if not self.double and any(value.dtype == torch.float64 for value in every):
             raise TypeError(
-                f"memory_value must be float64 only where query_key or memory_key is, got {torch.float64} with "
+                f"memory_value must be float64 only if query_key or memory_key is, got {torch.float64} with "
                 f"query_key {self.query_key.dtype}"
             )
         if self.double:

@@ -65,7 +65,7 @@ def conv_lstm(
         weights: packed in the gate order i, f, g, o, of x's dtype, every kernel size odd. By variant:
 
             - "convolution": (4*hidden, C+hidden, kh, kw);
-            - "spatial": (4*hidden, C+hidden, k, 1) and then, for each gate and each of x and h by itself,
+            - "spatial": (4*hidden, C+hidden, k, 1) and then, separately for each gate and for x and h,
               (4*hidden, 2*hidden, 1, k);
             - "depthwise": (4, C+hidden, kh, kw), one filter per gate and channel, which needs C = hidden;
             - "separable": the same, for any C, and then (4*hidden, C+hidden, 1, 1).
@@ -87,12 +87,12 @@ def conv_lstm(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
         NotImplementedError: under forward-mode differentiation.
 
-    Differentiable to any order in x, weights, bias and state. Under autocast everything is computed in autocast's
-    dtype, as torch.nn.LSTM does; the cell update is float32 inside. Without Winograd the convolution of x is done
-    for all steps at once, and what a step saves for the backward is its activated gates and its states. With
-    Winograd the gates never exist as a whole: the backward computes them again from the states. Where no gradient
-    is wanted, the transformed or packed weights are kept for as long as the weights live and stay unchanged. Of changes
-    that PyTorch does not count (through `.data`, by fused optimizers) only those of most weights at once are seen.
+    Differentiable to any order in x, weights, bias and state. Under autocast the op runs in autocast's dtype, like
+    torch.nn.LSTM; the cell update is float32 internally. Without Winograd, x is convolved for all steps at once, and
+    each step saves its activated gates and states for the backward pass. With Winograd the gates are never stored;
+    the backward pass recomputes them from the states. Without gradients, the transformed or packed weights are cached
+    for the lifetime of the weights, while they are unchanged. Changes that PyTorch does not count (through `.data`,
+    by fused optimizers) are detected only if most of the weights change at once.
 
     Time O(N T H W hidden (C + hidden) kh kw) for "convolution".
 

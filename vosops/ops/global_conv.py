@@ -51,7 +51,7 @@ def global_conv(
 
     Args:
         x: (N,C,H,W); float32, float16, bfloat16, on the CPU also float64. Any strides.
-        l1_weight: (Ml,C,kh,1), of the dtype of x, as the other weights and biases are.
+        l1_weight: (Ml,C,kh,1). All weights and biases have the dtype of x.
         l2_weight: (M,Ml,1,kw).
         r1_weight: (Mr,C,1,kw).
         r2_weight: (M,Mr,kh,1). kh and kw are odd.
@@ -59,19 +59,19 @@ def global_conv(
         l2_bias: (M,).
         r1_bias: (Mr,).
         r2_bias: (M,).
-        prepared: (N or 1,Ml+Mr,H,W) from `global_conv_prepare`: the part of the first stage that channels beyond
-            those of x contribute, with the first stage's biases, which must then not be given here. x then has the
-            first channels of l1_weight and r1_weight.
+        prepared: (N or 1,Ml+Mr,H,W) from `global_conv_prepare`: the contribution of the channels beyond those of x to
+            the first stage, including its biases, which must then not be given here. x then has the first channels of
+            l1_weight and r1_weight.
         precision: on the CPU "exact" (PyTorch's own convolution) or "winograd" (in float32, not for float64; 2.8
             times fewer multiplications, error below 2e-5 of the result's root mean square; where it does not help,
-            below 16 channels or for other kernels than 3 to 9, it is "exact"; float16 and bfloat16 are summed directly
-            where the library for AMX is used, at any kernel); on a GPU "ieee", "tf32x3" or "tf32".
-            "exact" and "ieee" mean the same. None means on the CPU "exact" for float64, for half precision where the
-            processor has AMX and another library serves, and where torch.use_deterministic_algorithms is on, otherwise
-            "winograd"; on a GPU "ieee" unless torch.backends.cuda.matmul.allow_tf32 is on.
+            below 16 channels or for kernels other than 3 to 9, it is "exact"; the AMX library sums float16 and
+            bfloat16 directly, for any kernel); on a GPU "ieee", "tf32x3" or "tf32". "exact" and "ieee" are
+            equivalent. None selects, on the CPU, "exact" for float64, for half precision if the processor has AMX but
+            another library is loaded, and if torch.use_deterministic_algorithms is on, otherwise "winograd"; on a GPU
+            "ieee" unless torch.backends.cuda.matmul.allow_tf32 is on.
 
     Returns:
-        (N,M,H,W) in the dtype of x; channels_last where x is.
+        (N,M,H,W) in the dtype of x; channels_last if x is channels_last.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -118,10 +118,10 @@ def global_conv_prepare(
     r1_bias: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Return what the last channels of `global_conv`'s input contribute to its first stage, biases included.
+    """Return the contribution of the last input channels of `global_conv` to its first stage, including biases.
 
-    RGMP concatenates the features of every frame with those of the same first frame: the half of the first stage
-    that reads the latter is the same for a whole video.
+    RGMP concatenates the features of every frame with those of the first frame, so the half of the first stage that
+    reads the first frame is constant over a video.
 
     Args:
         reference: (N,C',H,W), the last C' of the C channels that l1_weight and r1_weight read.
@@ -129,7 +129,7 @@ def global_conv_prepare(
         r1_weight: (Mr,C,1,kw).
         l1_bias: (Ml,).
         r1_bias: (Mr,).
-        precision: as that of `global_conv`.
+        precision: as in `global_conv`.
 
     Returns:
         (N,Ml+Mr,H,W), the `prepared` of `global_conv`. Differentiable to any order.

@@ -82,27 +82,26 @@ def global_matching(
     return_indices: bool = False,
     precision: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Squared L2 distance from each query pixel to the nearest pixels of each object in reference frames.
+    """Compute the squared L2 distance from each query pixel to the nearest pixels of each object in reference frames.
 
     Args:
         query: (N,C,H,W) embeddings of the current frame; float32, float16, bfloat16, on the CPU also float64.
         key: (N,C,T,H2,W2) embeddings of T reference frames, or (N,C,H2,W2) of one, of the same dtype; or a
             sequence of frames (N,C,H2,W2), which are copied into one tensor.
-        mask: the objects in `key`. bool or floating (> 0.5) (N,O,[T,]H2,W2), which may overlap; or an integer
-            label map (N,[T,]H2,W2), where label v is object v, 0 counts and 255 is ignored. A sequence if
-            `key` is one.
-        neighbors: k; the mean of the k nearest distances is returned, of those that there are.
+        mask: the objects in `key`. bool or floating (> 0.5) (N,O,[T,]H2,W2), which may overlap; or an integer label
+            map (N,[T,]H2,W2), where label v is object v, including 0, and 255 is ignored. A sequence if `key` is one.
+        neighbors: k; return the mean of the k nearest distances, or of all if there are fewer.
         bias: (O,) added to the distance of each object (CFBI); may be learned.
         normalize: return tanh((d + bias) / 2), which equals FEELVOS' 1 - 2 / (1 + exp(d)); an object without a
             pixel gives exactly 1. Without it the raw distance is returned, +inf for an absent object.
         num_objects: number of objects O; needed with a label map.
         query_mask: bool (N,H,W); other query pixels are skipped and get the absent value.
         return_indices: also return the flat indices t * H2 * W2 + y * W2 + x (int64), -1 for none.
-        precision: of float32 products, by the names of torch.set_float32_matmul_precision: "highest", "high" or
-            "medium"; None is what was set there. It matters on Intel processors with AMX and on GPUs. "ieee", "tf32x3"
-            and "tf32" are the names of a GPU's arithmetic: "highest" is "ieee" there, the others are "tf32". See
-            Concepts, "Precision of float32". The distances returned are always computed again in
-            float32 from the differences to the chosen pixels.
+        precision: of float32 products, with the names of torch.set_float32_matmul_precision: "highest", "high" or
+            "medium"; None uses PyTorch's setting. It has an effect on Intel processors with AMX and on GPUs. "ieee",
+            "tf32x3" and "tf32" name the arithmetic of a GPU: "highest" is "ieee" there, the others are "tf32". See
+            Concepts, "Precision of float32". The returned distances are always recomputed in float32 from the
+            differences to the chosen pixels.
 
     Returns:
         (N,O,H,W) float32 (float64 for float64 input). With `return_indices` a pair with the indices:

@@ -81,17 +81,17 @@ def local_attention(
     bias: Tensor | None = None,
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend from each pixel of `query` to the pixels of `key` and `value` in a window around the same place.
+    """Attend from each pixel of `query` to the pixels of `key` and `value` in a window around the same position.
 
-    For query pixel p and offset d in the window, with s the scale and for each head by itself, the score is
-    s query[p] . key[p + d] + query[p] . relative_key[d] + bias[d]; the result is the sum over d of
-    softmax(score)[d] (value[p + d] + relative_value[d]). Positions outside the image do not exist.
+    For query pixel p and offset d in the window, with scale s and separately for each head, the score is s query[p] .
+    key[p + d] + query[p] . relative_key[d] + bias[d]; the result is the sum over d of softmax(score)[d] (value[p + d]
+    + relative_value[d]). Positions outside the image do not exist.
 
     Args:
         query: (N,C,H,W); float32, float16, bfloat16 or float64. Head m has channels m C/heads and on.
-        key: (N,C,H,W), of the previous frame, say.
-        value: (N,Cv,H,W). All three have one dtype.
-        radius: of the window in pixels, in x and y; AOT's `max_dis` 7. 0: the same pixel alone.
+        key: (N,C,H,W), for example of the previous frame.
+        value: (N,Cv,H,W). All three have the same dtype.
+        radius: of the window in pixels, in x and y; AOT's `max_dis` 7. 0: only the same pixel.
         heads: number of heads; divides C and Cv.
         dilation: offsets are the multiples of it up to the radius: K = (2 (radius // dilation) + 1)^2, row by row.
         scale: of the product of query and key; 1 / sqrt(C / heads) unless given. It does not scale relative_key.
@@ -109,10 +109,10 @@ def local_attention(
         NotImplementedError: under forward-mode differentiation.
 
     Scores, softmax and sums are float32, also under autocast. Differentiable to any order in all tensors,
-    deterministic. Time O(N H W K (C + Cv)); memory beyond inputs and result: the scores, O(N heads H W K), in place of
-    windows of key and value, C + Cv times as much per head, or of a dense map over all pixels (AOT); on processors with
-    AMX none of these, but for the few calls that its kernels leave (docs/ops/local_attention.md). Where neither the
-    compiled kernels nor Triton's run, PyTorch's own ops do, a shift of the window at a time.
+    deterministic. Time O(N H W K (C + Cv)); memory beyond inputs and result: the scores, O(N heads H W K), instead of
+    windows of key and value, C + Cv times as much per head, or a dense map over all pixels (AOT); on processors with
+    AMX none of these, except for the few calls that its kernels do not support (docs/ops/local_attention.md). If
+    neither the compiled kernels nor Triton can run, PyTorch's own ops are used, one shift of the window at a time.
 
     Source: Yang et al., AOT, NeurIPS 2021 (`MultiheadLocalAttentionV2`); Yang and Yang, DeAOT, NeurIPS 2022.
 

@@ -28,17 +28,17 @@ def local_correlation(
     dilation: Pair = 1,
     dilation_patch: Pair = 1,
 ) -> Tensor:
-    """Dot products of each pixel of `query` with the pixels of `key` at the displacements of a patch.
+    """Compute dot products of each pixel of `query` with the pixels of `key` at the displacements of a patch.
 
-    For output o and position p of the patch, the sum over channels and over pixels k of the kernel of
+    For output o and position p of the patch, the result is the sum over channels and over pixels k of the kernel of
     query[o * stride - padding + k * dilation] key[the same + (p - (patch_size - 1) // 2) * dilation_patch]. Positions
-    outside the image contribute nothing. The sum is not divided by anything.
+    outside the image contribute nothing. The sum is not normalised.
 
     Args:
         query: (N,C,H,W); float32, float16, bfloat16, on the CPU also float64.
         key: (N,C,H,W), of the same dtype.
         kernel_size: pixels of the kernel. Every option is an int or a pair for y and x.
-        patch_size: displacements; of an even number one more lies to the right than to the left.
+        patch_size: number of displacements; with an even number there is one more to the right than to the left.
         stride: between the query pixels of neighbouring outputs, in pixels.
         padding: pixels that the outputs reach beyond the image on each side.
         dilation: between the pixels of the kernel, in pixels.
@@ -52,12 +52,12 @@ def local_correlation(
         NotImplementedError: under forward-mode differentiation.
 
     Sums are float32 (float64 for float64), rounded once, also under autocast. Differentiable to any order,
-    deterministic. Time O(N oH oW PH PW C), whatever the kernel: the products of a pixel are computed once, and a kernel
-    adds them up, for which they are stored at every pixel that it touches (O(N H W PH PW) where that is more than the
+    deterministic. Time O(N oH oW PH PW C), for any kernel: the products of a pixel are computed once and then summed
+    by the kernel, for which they are stored at every pixel that it touches (O(N H W PH PW) if that exceeds the
     output). Memory beyond inputs and output: a copy of both maps.
 
-    Source: Dosovitskiy et al., FlowNet, ICCV 2015, section 3; the options are those of `SpatialCorrelationSampler` of
-    the package spatial-correlation-sampler.
+    Source: Dosovitskiy et al., FlowNet, ICCV 2015, section 3; with the options of `SpatialCorrelationSampler` of the
+    package spatial-correlation-sampler.
 
         >>> import torch, vosops
         >>> first, second = torch.randn(2, 1, 64, 30, 54)

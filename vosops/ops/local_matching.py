@@ -82,7 +82,7 @@ def local_matching(
     return_indices: bool = False,
     precision: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Least squared L2 distance from each query pixel to each object's pixels in a window of `key`.
+    """Compute the least squared L2 distance from each query pixel to the pixels of each object in a window of `key`.
 
     For pixel p of `query` and object o, the minimum of |query[p] - key[p + offset]|^2 over the offsets in x
     and y that are multiples of `dilation` up to `radius` and lead to a pixel of o inside the image.
@@ -90,10 +90,10 @@ def local_matching(
     Args:
         query: (N,C,H,W) embeddings of the current frame; float32, float16, bfloat16, on the CPU also float64.
         key: (N,C,H,W) embeddings of the other (usually the previous) frame, of the same dtype.
-        mask: the objects in `key`. bool or floating (> 0.5) (N,O,H,W), which may overlap; or an integer label
-            map (N,H,W), where label v is object v, 0 counts and 255 is ignored.
-        radius: half side of the square window, in pixels of the feature map; or ascending nested radii,
-            which cost one pass.
+        mask: the objects in `key`. bool or floating (> 0.5) (N,O,H,W), which may overlap; or an integer label map
+            (N,H,W), where label v is object v, including 0, and 255 is ignored.
+        radius: half side of the square window, in pixels of the feature map; or ascending nested radii, which share
+            one pass.
         dilation: distance between the pixels of the window, in pixels.
         bias: (O,) added to the raw distance of each object (CFBI); may be learned.
         normalize: return tanh((d + bias) / 2), which equals FEELVOS' 1 - 2 / (1 + exp(d)); an object without a
@@ -101,11 +101,11 @@ def local_matching(
         num_objects: number of objects O; needed with a label map.
         query_mask: bool (N,H,W); other query pixels are skipped and get the absent value.
         return_indices: also return the flat index y * W + x (int64) of the nearest pixel, -1 for none.
-        precision: of float32 products, by the names of torch.set_float32_matmul_precision: "highest", "high" or
-            "medium"; None is what was set there. It matters on Intel processors with AMX and on GPUs. "ieee", "tf32x3"
-            and "tf32" are the names of a GPU's arithmetic: "highest" is "ieee" there, the others are "tf32". See
-            Concepts, "Precision of float32". The distance returned is always computed again in
-            float32 from the differences to the chosen pixel.
+        precision: of float32 products, with the names of torch.set_float32_matmul_precision: "highest", "high" or
+            "medium"; None uses PyTorch's setting. It has an effect on Intel processors with AMX and on GPUs. "ieee",
+            "tf32x3" and "tf32" name the arithmetic of a GPU: "highest" is "ieee" there, the others are "tf32". See
+            Concepts, "Precision of float32". The returned distance is always recomputed in float32 from the
+            differences to the chosen pixel.
 
     Returns:
         (N,O,H,W) float32 (float64 for float64 input); with a sequence of R radii (N,O,R,H,W), never increasing

@@ -230,8 +230,9 @@ def memory_read(
     query pixel p and a memory position m the score is, with `s` the scale and `w` the shrinkage (1 without it),
 
     - "dot": s w[m] memory_key[m] . query_key[p];
-    - "l2": s w[m] (2 memory_key[m] . query_key[p] - |memory_key[m]|^2), where |query_key[p]|^2 is left out as in
-      STCN and XMem; with a selection e: -s w[m] sum over c of e[c,p] (memory_key[c,m] - query_key[c,p])^2;
+    - "l2": s w[m] (2 memory_key[m] . query_key[p] - |memory_key[m]|^2), where |query_key[p]|^2 is
+      omitted as in STCN and XMem; with a selection e: -s w[m] sum over c of e[c,p] (memory_key[c,m] -
+      query_key[c,p])^2;
 
     plus bias[m]. The result is the sum over m of softmax(score)[m,p] memory_value[m].
 
@@ -239,43 +240,42 @@ def memory_read(
         query_key: (N,Ck,*Q); float32, float16, bfloat16, on the CPU also float64.
         memory_key: (N,Ck,*M), or a sequence of such segments (long-term, working, temporary memory), which are read
             in order without being concatenated. Dtypes of query, key and value may differ.
-        memory_value: (N,Cv,*M), or (N,O,Cv,*M) for O objects that share the keys; a sequence of segments where
-            memory_key is one; in place of a tensor a sequence over objects, which is copied into one. Values stored
-            channel-last are read in place, fastest so with top_k.
+        memory_value: (N,Cv,*M), or (N,O,Cv,*M) for O objects that share the keys; a sequence of segments if
+            memory_key is one. Each tensor may be replaced by a sequence over objects, which is copied into one.
+            Values stored channel-last are read in place, which is the fastest layout with top_k.
         similarity: "dot" or "l2".
         scale: factor of the similarity; 1 / sqrt(Ck) unless given.
         shrinkage: (N,1,*M), one per segment.
         selection: (N,Ck,*Q), with "l2" only.
         bias: (N,*M) added to the score, one per segment.
         valid: the memory positions that exist: bool (N,*M), one per segment, or a range (start, stop) of positions
-            counted over all segments; positions outside of it cost nothing.
-        memory_lengths: how many positions the memory of each batch element has, counted over all segments: (N,) int64
-            or int32 on the device of query_key, or N ints. The positions behind may hold anything and are not read; on
-            the CPU they cost next to nothing. With `valid`, the positions that both leave are read.
-        groups: a `valid` for each of several groups of objects, to read them in one call: memory_value is then a
-            sequence with the values of each, and the result a list of what a call for each would return.
-        top_k: use only the k greatest scores of each query (all where the memory is smaller); exact, on a tie the
-            first position wins.
-        prior: standard deviation, in pixels of the query, of KMN's Gaussian around the query pixel that each memory
-            position likes best. Needs the whole affinity in memory (plain PyTorch) and a single segment.
+            counted over all segments; positions outside it cost nothing.
+        memory_lengths: number of memory positions of each batch element, counted over all segments: (N,) int64 or
+            int32 on the device of query_key, or N ints. Positions beyond it may contain anything and are not read; on
+            the CPU they cost almost nothing. With `valid`, positions must satisfy both.
+        groups: one `valid` for each of several groups of objects, to read them in one call: memory_value is then a
+            sequence with the values of each group, and the result is a list of the results of separate calls.
+        top_k: use only the k highest scores of each query (all if the memory is smaller); exact, and the first
+            position wins a tie.
+        prior: standard deviation, in pixels of the query, of KMN's Gaussian around the query pixel with the highest
+            score for each memory position. Needs the whole affinity in memory (plain PyTorch) and a single segment.
         return_usage: also return each memory position's weights summed over the queries: (N,*M) float32, not
-            differentiable; a list with one per segment where memory_key is a sequence.
+            differentiable; a list with one tensor per segment if memory_key is a sequence.
         return_lse: also return log(sum over m of exp(score)), (N,*Q) float32, differentiable; see `merge_reads`.
-        precision: of float32 products, by the names of torch.set_float32_matmul_precision: "highest", "high" or
-            "medium"; None is what was set there. It matters on Intel processors with AMX and on GPUs. "ieee", "tf32x3"
-            and "tf32" are the names of a GPU's arithmetic: "highest" is "ieee" there, the others are "tf32". See
+        precision: of float32 products, with the names of torch.set_float32_matmul_precision: "highest", "high" or
+            "medium"; None uses PyTorch's setting. It has an effect on Intel processors with AMX and on GPUs. "ieee",
+            "tf32x3" and "tf32" name the arithmetic of a GPU: "highest" is "ieee" there, the others are "tf32". See
             Concepts, "Precision of float32".
 
     A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
-    position reads 0, its lse is -inf. A query pixel that is NaN reads NaN and counts in no usage. The content of
-    positions that `valid` or memory_lengths leaves out has no influence; on a GPU a full read copies key and value for
-    this with memory_lengths or where `valid` is a mask.
-    With top_k a position whose score is NaN is not chosen, and what is not chosen has no influence and no gradient. A
-    full read multiplies NaN like any number.
+    position reads 0, its lse is -inf. A NaN query pixel reads NaN and is not counted in the usage. The content of
+    positions excluded by `valid` or memory_lengths has no influence; to ensure this, a full read on a GPU copies key
+    and value with memory_lengths or if `valid` is a mask. With top_k a position whose score is NaN is not chosen, and
+    positions that are not chosen have no influence and no gradient. A full read multiplies NaN like any number.
 
     Returns:
-        (N,Cv,*Q), or (N,O,Cv,*Q), in the value's dtype; with return_usage or return_lse a tuple (out, usage, lse) of
-        those asked for.
+        (N,Cv,*Q), or (N,O,Cv,*Q), in the value's dtype; with return_usage or return_lse a tuple of (out, usage, lse)
+        with the requested parts.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
@@ -487,7 +487,7 @@ def merge_reads(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor,
         if not isinstance(parts, Sequence):
             raise TypeError(f"{name} must be a sequence of tensors, got {type(parts).__name__}")
     if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(f"outs and lses must be as many, at least one, got {len(outs)} and {len(lses)}")
+        raise ValueError(f"outs and lses must be equally many, at least one, got {len(outs)} and {len(lses)}")
     for out, part_lse in zip(outs, lses, strict=True):
         for name, tensor in (("outs", out), ("lses", part_lse)):
             if not isinstance(tensor, Tensor):

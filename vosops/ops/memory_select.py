@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 class MemoryWeights(NamedTuple):
-    """The k best memory positions of each query, and what the read takes of each.
+    """The k best memory positions of each query, and their weights.
 
     `indices` int32 (N,k,*Q) count the positions of all segments in order, -1 where fewer than k exist; `weights`
-    float32 (N,k,*Q), greatest first, sum to 1 (to 0 where there is none); `lse` float32 (N,*Q) is the logarithm
-    of the sum of the chosen exp(score).
+    float32 (N,k,*Q), in descending order, sum to 1 (to 0 if there is none); `lse` float32 (N,*Q) is the logarithm of
+    the sum of the chosen exp(score).
     """
 
     indices: Tensor
@@ -131,11 +131,11 @@ def memory_select(
     return_usage: bool = False,
     precision: str | None = None,
 ) -> MemoryWeights | tuple[MemoryWeights, Tensor | list[Tensor]] | list[Any]:
-    """First phase of a top-k `memory_read`: the k best memory positions of each query and their weights.
+    """Select the k best memory positions of each query and their weights: the first phase of a top-k `memory_read`.
 
-    Arguments as those of `memory_read`. Returns `MemoryWeights`, differentiable through its weights and lse; with
-    return_usage a pair of it and the usage; with groups a list with one or the other for each. Values of any number
-    of objects are then read by `memory_gather`.
+    The arguments are those of `memory_read`. Returns `MemoryWeights`, differentiable through its weights and lse;
+    with return_usage a pair of it and the usage; with groups a list with one result per group. `memory_gather` then
+    reads the values of any number of objects.
 
         >>> import torch, vosops
         >>> chosen = vosops.memory_select(torch.randn(1, 8, 6, 6), torch.randn(1, 8, 2, 6, 6), 4)

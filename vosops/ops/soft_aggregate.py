@@ -1,4 +1,4 @@
-"""Fusing the probabilities of objects that were segmented one by one: STM's soft aggregation."""
+"""Merging the probabilities of independently segmented objects: STM's soft aggregation."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def soft_aggregate(
     slots: int | None = None,
     return_logits: bool = False,
 ) -> Tensor:
-    """Make one distribution over background and objects of the probabilities of each object for itself.
+    """Merge the probabilities of independently segmented objects into one distribution over background and objects.
 
-    A class of probability p weighs its odds p / (1 - p), with p held in [1e-7, 1 - 1e-7]; the background's
-    probability is the product of 1 - p over the objects unless given. The weights are divided by their sum.
+    A class of probability p has the weight p / (1 - p), its odds, with p clamped to [1e-7, 1 - 1e-7]; the
+    background's probability is the product of 1 - p over the objects unless given. The weights are divided by their
+    sum.
 
     Args:
-        probabilities: (...,O,H,W) in [0, 1], each object's against all else; any floating dtype. O may be 0.
-        background: (...,H,W) in [0, 1], in place of the product (RGMP: one minus the probability of the union).
-        slots: divide as if there were this many classes, absent ones with probability 1e-7: STM has 11.
-        return_logits: return the logarithms of the odds, before the softmax: for a loss, and for cross entropy.
+        probabilities: (...,O,H,W) in [0, 1], of each object against everything else; any floating dtype. O may be 0.
+        background: (...,H,W) in [0, 1], instead of the product (RGMP: one minus the probability of the union).
+        slots: normalise as if there were this many classes, absent ones with probability 1e-7: STM has 11.
+        return_logits: return the logarithms of the odds, before the softmax, for example for cross entropy.
 
     Returns:
         (...,1+O,H,W), background first: always float32, also under autocast (in float16, 1 - 1e-7 is 1 and its odds are
@@ -40,8 +41,8 @@ def soft_aggregate(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
 
     Differentiable to any order in probabilities and background; the gradient of a clamped probability is 0. NaN in an
-    object gives NaN in all classes of that pixel. Without gradients one buffer of the result's size is all that is
-    allocated beside the result. Time O(number of elements).
+    object gives NaN in all classes of that pixel. Without gradients, one buffer of the size of the result is
+    allocated in addition to the result. Time O(number of elements).
 
     Source: Oh et al., STM, ICCV 2019, section 3.4; RGMP, CVPR 2018; `aggregate` in STCN, XMem and Cutie.
 

@@ -171,7 +171,7 @@ class Lease:
         """Raise :class:`LeaseLostError` if it is lost."""
         if self.lost:
             raise LeaseLostError(
-                f"{self._name} was taken over by another worker, for this one had stood still for "
+                f"{self._name} was taken over by another worker, because this one had not renewed its lease for "
                 f"{self._fleet.lease_seconds:g} s"
             )
 

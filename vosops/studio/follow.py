@@ -85,7 +85,7 @@ class FollowRequest:
         if until is not None:
             project.check_frame(until)
             if (direction == "forward" and until < frame) or (direction == "backward" and until > frame):
-                raise InputError(f"until must be on the way {direction} from frame {frame}, got {until}")
+                raise InputError(f"until must be in direction {direction} from frame {frame}, got {until}")
         return cls(direction, frame, until)
 
     @classmethod

@@ -301,9 +301,7 @@ class _Api:
         with disk_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             if length and length.isdecimal() and int(length) + _SPARE_BYTES > shutil.disk_usage(folder).free:
-                raise VosopsError(
-                    f"{name} has {int(length)} bytes, for which the disk has no room: free some"
-                )
+                raise VosopsError(f"{name} has {int(length)} bytes, more than the disk has free: make room")
             part = folder / f".part-{os.urandom(8).hex()}"
             try:
                 with part.open("xb") as file:
@@ -415,7 +413,7 @@ class _Api:
                 raise InputError(f"points must be in the frame of {width}x{height}, got {x}, {y}")
             points.append((x, y, bool(on)))
         if not any(on for _, _, on in points):
-            raise InputError("points must have one that is on the object")
+            raise InputError("points must include one on the object")
 
         def select() -> bytes:
             image = self.studio.previews(project.id).image(frame)

@@ -110,7 +110,7 @@ def create_network(config: TrainConfig) -> nn.Module:
     try:
         network: nn.Module = create_model(config.model, config.weights, **config.options)
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise InputError(f"{config.model} cannot be made: {error}") from error
+        raise InputError(f"{config.model} cannot be created: {error}") from error
     for pattern in config.freeze:
         frozen = [p for name, p in network.named_parameters() if fnmatchcase(name, pattern)]
         if not frozen:
@@ -145,7 +145,7 @@ def recompute(network: nn.Module, patterns: Sequence[str], *, norms_are_fixed: b
         for module in chosen:
             if not norms_are_fixed and any(is_batch_norm(x) for x in module.modules()):
                 raise InputError(
-                    "recompute must not match batch norm that learns its statistics, which would see each batch twice, "
+                    "recompute must not match batch norm in training mode, which would see each batch twice, "
                     f"got {pattern!r}: set freeze_batch_norm, or choose other modules"
                 )
             module.__class__ = _recomputing(type(module))  # type: ignore[arg-type]

@@ -274,7 +274,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{source} is no YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"{source} must hold keys and values, got {type(content).__name__}")
     if not Path(source).is_file():

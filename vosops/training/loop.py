@@ -221,7 +221,7 @@ class _Run:
             found[name] = float(self.fabric.all_reduce(mean, reduce_op="mean"))
         if not math.isfinite(found["loss"]):
             raise VosopsError(
-                f"the loss is no number in the steps up to {self.step}: lower optimizer.rate or set clip_norm"
+                f"the loss is not a number in the steps up to {self.step}: lower optimizer.rate or set clip_norm"
             )
         if self.records is not None:
             self.records.log(self.step, {**found, "seconds": self.seconds})

@@ -39,7 +39,7 @@ class MaskTask(ClipTask):
 
     def __init__(self, config: TrainConfig, shard: Shard) -> None:
         if any(source.kind == "stills" for source in config.data.held_out.sources):
-            raise InputError("data.held_out.sources must be videos for a network of masks, got stills")
+            raise InputError("data.held_out.sources must be videos for a tracking network, got stills")
         super().__init__(config, shard)
 
     def side(self, wanted: int) -> int:

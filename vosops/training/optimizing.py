@@ -38,7 +38,7 @@ def create_optimizer(
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((settings.rate * factor, decay), []).append(parameter)
     if not groups:
-        raise InputError("freeze must leave a parameter to be trained, got none")
+        raise InputError("freeze must leave at least one parameter to train, got none")
     if unused:
         raise InputError(f"optimizer.factors must match a trained parameter, got {sorted(unused)[0]!r}")
     parameters = [

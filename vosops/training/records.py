@@ -74,7 +74,7 @@ class Records:
         if resume:
             self._check_same()
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} holds something: give another --out, or --resume to continue a run")
+            raise InputError(f"{out} is not empty: give another --out, or --resume to continue a run")
         with disk_errors(str(out)):
             out.mkdir(parents=True, exist_ok=True)
 
@@ -169,7 +169,7 @@ class Records:
         ]
         if changed:
             raise ResumeError(
-                f"{self.out} is of a run with another {', '.join(changed)}: resume it with its own configuration, "
+                f"{self.out} is of a run with another {', '.join(changed)}: resume it with the same configuration, "
                 "or give another --out"
             )
 

@@ -74,7 +74,7 @@ def _read(image: Path, labels: Path, short_side: int | None) -> tuple[Tensor, Te
     ids = torch.from_numpy(read_labels(labels)[0])
     if frame.shape[1:] != ids.shape:
         sizes = " and ".join(f"{x.shape[-1]}x{x.shape[-2]}" for x in (frame, ids))
-        raise InputError(f"{shown(image)} and {shown(labels)} must be of one size, got {sizes}")
+        raise InputError(f"{shown(image)} and {shown(labels)} must have the same size, got {sizes}")
     if short_side is not None and short_side != min(ids.shape):
         scale = short_side / min(ids.shape)
         size = max(1, round(ids.shape[0] * scale)), max(1, round(ids.shape[1] * scale))
@@ -104,7 +104,7 @@ class Stills:
             AnnotatedFrames(name, ((images[name], masks[name]),)) for name in images if name in masks
         ]
         if not self.items:
-            raise InputError(f"{source.images} holds no image that has a mask of its name in {source.masks}")
+            raise InputError(f"{source.images} holds no image with a mask of the same name in {source.masks}")
 
     def frames(self, item: int, decoded: Decoded, short_side: int | None) -> tuple[Tensor, Tensor]:
         """Return the frame (1,3,H,W) and its labels (1,H,W), both uint8."""
@@ -151,7 +151,7 @@ class Videos:
         chosen = places_of(len(sequence) - first, clips, clips.gap.at(step), choice)
         pairs = [decoded.read(*sequence[first + place], clips.short_side) for place in chosen]
         if any(labels.shape != pairs[0][1].shape for _, labels in pairs):
-            raise InputError(f"{shown(sequence[0][0].parent)} holds frames of several sizes")
+            raise InputError(f"{shown(sequence[0][0].parent)} holds frames of different sizes")
         frames, labels = (torch.stack(x) for x in zip(*pairs, strict=True))
         return frames, meant(labels, self.source, binary)
 

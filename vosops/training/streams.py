@@ -54,7 +54,7 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         if any(side < 64 or side % 32 for side in self.window):
-            raise ValueError(f"window must be multiples of 32, of 64 at least, got {self.window}")
+            raise ValueError(f"window must be multiples of 32, at least 64, got {self.window}")
         if not 1 <= self.shortest <= self.longest:
             raise ValueError(f"shortest must be from 1 to longest, got {self.shortest} and {self.longest}")
         if not 0 < self.hardest <= 1:

@@ -64,7 +64,7 @@ def chain(
             factor, corners = int(module.scale_factor), bool(module.align_corners)  # type: ignore[arg-type]
             maps = [Enlarged(x, [factor * side for side in x.size[2:]], align_corners=corners) for x in maps]
         else:
-            raise TypeError(f"modules must be of those that have rows, got {type(module).__name__}")
+            raise TypeError(f"modules must be ones that compute by rows, got {type(module).__name__}")
     (x,) = maps
     return x
 

@@ -119,9 +119,9 @@ class DANet(FrameNetwork):
             ("depthwise" or "separable": a full kernel has 302 million weights), "positions" and "channels", what each
             attention leads to, and "head", their sum.
 
-    `forward` gives logits (N,K,H,W) of images (N,C,H,W) of any size; in training mode those of the sum, of the position
-    attention and of the channel attention, of which the loss is the sum of three. Parameters are named as in
-    PyTorch-Encoding (``pretrained.*``, ``head.*``). Raises ValueError for an option that cannot be.
+    `forward` gives logits (N,K,H,W) of images (N,C,H,W) of any size; in training mode those of the sum, of the
+    position attention and of the channel attention, of which the loss is the sum of three. Parameters are named as in
+    PyTorch-Encoding (``pretrained.*``, ``head.*``). Raises ValueError for an invalid option.
 
     Source: Fu et al., Dual attention network for scene segmentation, CVPR 2019.
 
@@ -164,7 +164,7 @@ class DANet(FrameNetwork):
         self.set_places(places, recurrent)
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held is the backbone's last map, and then what attention reads of it."""
+        """See :class:`FrameNetwork`; stores the backbone's last map, then the inputs of the attention."""
         found = self.head.rows(self.at("bottleneck", self.pretrained.whole(Held(images))))
         both = [self.rows_at(place, x) for place, x in zip(("positions", "channels"), found, strict=True)]
         del found

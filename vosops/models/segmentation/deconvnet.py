@@ -106,7 +106,7 @@ class DeconvNet(FrameNetwork):
         return self.classify(last, functional.max_unpool2d(x, places.pop(), [2, 2]))
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held is a pooled map, and two bits for each value of those before it."""
+        """See :class:`FrameNetwork`; stores a pooled map, and two bits for each value of those before it."""
         x = images
         pooled = []
         for stage in range(1, len(_STAGES) + 1):

@@ -121,9 +121,9 @@ class DeepLabV3Plus(FrameNetwork):
         recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "bottleneck", what the parallel convolutions give,
             "low", the 48 channels of the finer map, and "head", what the classifier reads.
 
-    `forward` gives logits (N,K,H,W) of images (N,C,H,W). They may have any size, with "xception" sides of at least 71,
-    or 103 where output_stride is 8, and of at least 3 with "mobilenet_v2". Parameters are named as in
-    DeepLabV3Plus-Pytorch (``backbone``, ``classifier``). Raises ValueError for an option or a size that cannot be.
+    `forward` gives logits (N,K,H,W) of images (N,C,H,W). They may have any size, with "xception" sides of at least
+    71, or 103 where output_stride is 8, and of at least 3 with "mobilenet_v2". Parameters are named as in
+    DeepLabV3Plus-Pytorch (``backbone``, ``classifier``). Raises ValueError for an invalid option or size.
 
     Source: Chen et al., Encoder-decoder with atrous separable convolution for semantic image segmentation, ECCV 2018.
 
@@ -171,7 +171,7 @@ class DeepLabV3Plus(FrameNetwork):
         self.set_places({"bottleneck": _CHANNELS, "low": _LOW_CHANNELS, "head": _CHANNELS}, recurrent)
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held is the backbone's map, and 48 channels of the fine one."""
+        """See :class:`FrameNetwork`; stores the backbone's map, and 48 channels of the fine one."""
         maps = self.backbone.streamed_pair(Held(images))
         low = chain(Held(next(maps)), self.classifier.project).whole()
         coarse = Held(self.at("bottleneck", self.classifier.aspp.rows(next(maps)).whole()))

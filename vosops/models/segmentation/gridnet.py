@@ -151,7 +151,7 @@ class GridNet(FrameNetwork):
         return logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held is a map of each row, which columns change in place."""
+        """See :class:`FrameNetwork`; stores a map of each row, which columns change in place."""
         half = self.COLUMNS // 2
         state = [self.lateral_init.rows(Held(images)).whole()]
         for row in range(1, self.scales):

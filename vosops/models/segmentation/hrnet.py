@@ -234,7 +234,7 @@ class _PlainHRNet(_HRNet):
         return self.classify(self.last_layer, self.joined(self.maps(images)))
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the maps of the four branches."""
+        """See :class:`FrameNetwork`; stores the maps of the four branches."""
         x = self.rows_at("head", self.inner_rows(self.streamed(images), self.last_layer))
         return Held(chain(x, self.last_layer[-1]).whole())
 
@@ -252,7 +252,7 @@ class HRNetW48(_PlainHRNet):
             branches, "bottleneck", that of the coarsest, and "head", what the classifier reads.
 
     `forward` gives logits (N,K,h,w) of images (N,C,H,W) of any size, at a quarter of it, rounded up. Parameters are
-    named as in HRNet-Semantic-Segmentation. Raises ValueError for an option that cannot be.
+    named as in HRNet-Semantic-Segmentation. Raises ValueError for an invalid option.
 
     Source: Wang et al., Deep high-resolution representation learning for visual recognition, PAMI 2020.
 
@@ -364,7 +364,7 @@ class HRNetW48OCR(_HRNet):
 
     `forward` gives logits (N,K,h,w) of images (N,C,H,W) of any size, at a quarter of it, rounded up; in training mode
     those of the first guess, of which the loss takes 0.4 times, and the logits. Parameters are named as in
-    HRNet-Semantic-Segmentation. Raises ValueError for an option that cannot be.
+    HRNet-Semantic-Segmentation. Raises ValueError for an invalid option.
 
     Source: Yuan et al., Object-contextual representations for semantic segmentation, ECCV 2020.
 
@@ -405,7 +405,7 @@ class HRNetW48OCR(_HRNet):
         return (guess, logits) if self.training else logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the maps of the four branches, and then 512 channels."""
+        """See :class:`FrameNetwork`; stores the maps of the four branches, and then 512 channels."""
         maps = self.streamed(images)
         guess = chain(self.inner_rows(maps, self.aux_head), self.aux_head[-1]).whole()
         size, corners = maps[0].shape[2:], self.align_corners

@@ -87,9 +87,9 @@ class ICNet(FrameNetwork):
     a multiple of 8, so for other sizes the logits are larger than the image. In training mode it gives four: these,
     the same at a quarter of the size, and of the coarser branches at an eighth and a sixteenth. The loss weighs the
     last three by 1, 0.4 and 0.4. Parameters are named as in ICNet-pytorch (``pretrained``, ``conv_sub1``, ``head``),
-    with the ``pretrained.fc`` that nothing uses. What the original computes of the half-size image and throws away, the
-    backbone's last two stages, is left out: in training their batch norms see the quarter-size image alone. Raises
-    ValueError for an option or a size that cannot be.
+    with the ``pretrained.fc`` that nothing uses. What the original computes of the half-size image and throws away,
+    the backbone's last two stages, is left out: in training their batch norms see the quarter-size image alone.
+    Raises ValueError for an invalid option or size.
 
     Source: Zhao et al., ICNet for real-time semantic segmentation on high-resolution images, ECCV 2018.
 
@@ -124,7 +124,7 @@ class ICNet(FrameNetwork):
         self.set_places(dict.fromkeys(("bottleneck", "medium", "high", "head"), _CHANNELS), recurrent)
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held is the last map of each branch, at most."""
+        """See :class:`FrameNetwork`; stores the last map of each branch, at most."""
         image = Held(images)
         scaled = (
             Enlarged(image, [side // n for side in images.shape[2:]], align_corners=True)

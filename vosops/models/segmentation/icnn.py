@@ -177,7 +177,7 @@ class ICNN(FrameNetwork):
         return logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the maps of a cell, and those of the next."""
+        """See :class:`FrameNetwork`; stores the maps of a cell, and those of the next."""
         maps = []
         for row, (conv, norm) in enumerate(zip(self.input_conv, self.input_bnm, strict=True)):
             images = _halve(images) if row else images

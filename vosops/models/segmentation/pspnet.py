@@ -71,9 +71,9 @@ class PSPNet(FrameNetwork):
             ("depthwise" or "separable": a full kernel has 302 million weights), and "head", what the classifier reads.
 
     `forward` gives logits (N,K,h,w) of images (N,C,H,W), h = (H-1)/8*zoom_factor+1. Sides must be one more than a
-    multiple of 8: 473, 713. In training mode it gives those of the auxiliary head too, of which the paper's loss takes
-    0.4 times. Parameters are named as in semseg (``layer0`` ... ``layer4``, ``ppm``, ``cls``, ``aux``). Raises
-    ValueError for an option or a size that cannot be.
+    multiple of 8: 473, 713. In training mode it gives those of the auxiliary head too, of which the paper's loss
+    takes 0.4 times. Parameters are named as in semseg (``layer0`` ... ``layer4``, ``ppm``, ``cls``, ``aux``). Raises
+    ValueError for an invalid option or size.
 
     Source: Zhao et al., Pyramid scene parsing network, CVPR 2017.
 
@@ -138,7 +138,7 @@ class PSPNet(FrameNetwork):
         return (logits, self.enlarged(self.aux(middle), images)) if self.training else logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held is the backbone's last map, and the means of its parts."""
+        """See :class:`FrameNetwork`; stores the backbone's last map, and the means of its parts."""
         stages = [self.get_submodule(f"layer{n}") for n in range(1, len(MIDDLES) + 1)]
         x = self.at("bottleneck", stages_whole(stages, [chain(Held(images), self.layer0)]))
         sources = self.ppm.sources(x) if hasattr(self, "ppm") else [Held(x)]

@@ -132,7 +132,7 @@ class ResUNet(FrameNetwork):
         return logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the skips, and the map that the next stage enlarges."""
+        """See :class:`FrameNetwork`; stores the skips, and the map that the next stage enlarges."""
         image = Held(images)
         skips = [chain(image, self.input_layer, addend=chain(image, self.input_skip)).whole()]
         for block in (self.residual_conv_1, self.residual_conv_2, self.bridge):
@@ -311,7 +311,7 @@ class ResUNetPlusPlus(FrameNetwork):
         return logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the maps that are squeezed, and that attention weighs."""
+        """See :class:`FrameNetwork`; stores the maps that are squeezed or weighted by attention."""
         skips = [self.c1.whole(Held(images))]
         for block in (self.c2, self.c3):
             skips.append(block.whole(Held(skips[-1])))

@@ -97,7 +97,7 @@ class SegNet(FrameNetwork):
         return logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held is a pooled map, and two bits for each value of those before it."""
+        """See :class:`FrameNetwork`; stores a pooled map, and two bits for each value of those before it."""
         x = images
         pooled = []
         for stage, widths in enumerate(_STAGES, 1):

@@ -155,7 +155,7 @@ class UNet(FrameNetwork):
         return logits
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the skips, and the map that the next stage enlarges."""
+        """See :class:`FrameNetwork`; stores the skips, and the map that the next stage enlarges."""
         skips = [chain(Held(images), self.inc.double_conv).whole()]
         for down in (self.down1, self.down2, self.down3, self.down4):
             skips.append(down.rows(Held(skips[-1])).whole())
@@ -261,7 +261,7 @@ class UNetPlusPlus(FrameNetwork):
         return self.get_submodule(f"final{self.depth - 1}" if self.deep_supervision else "final")
 
     def rows(self, images: Tensor) -> Rows:
-        """See :class:`FrameNetwork`: what is held are the maps that skips lead on from; the last two are not."""
+        """See :class:`FrameNetwork`; stores the maps that feed skips, except the last two."""
         maps: list[list[Rows]] = []
         last = self.depth - 1
         for row in range(self.depth):
