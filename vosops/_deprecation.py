@@ -12,7 +12,7 @@ __all__ = ["moved", "warn"]
 
 
 def warn(old: str, new: str) -> None:
-    """Tell whoever asks a module for an old name what to write in its place; call it in ``__getattr__``."""
+    """Warn about an old name of a module, and name its replacement; call it in ``__getattr__``."""
     warnings.warn(f"{old} is deprecated, use {new}", DeprecationWarning, stacklevel=3)
 
 

@@ -33,6 +33,17 @@ REPLACED = {
     r"with what is learned": "with learned terms",
     r"what (went|came) wrong": "the error",
     r"says? nothing of": "does not affect",
+    r"for want of": "because no ... was available",
+    r"for good(?=[,.;:)]|$)": "permanently",
+    r"(started?|starts) .{0,20}afresh": "restart",
+    r"held back from": "held out of",
+    r"(and|or) its (kin|like)": "and related models, and similar files",
+    r"a process of (its|their) own": "a separate process",
+    r"what you train": "your own training",
+    r"what is held (is|are)": "the network stores",
+    r"(?<!\w)and says so": "prints a message, warns",
+    r"too many or of another shape": "unexpected or has the wrong shape",
+    r"what helped|what did not help": "successful, unsuccessful optimisations",
 }
 """Pattern of a phrase -> what to write instead."""
 
@@ -40,7 +51,14 @@ ANY = re.compile("|".join(rf"\b(?:{p})(?!\w)" if p[0] != "\\" else p for p in RE
 
 
 @pytest.mark.parametrize(
-    "phrase", ["told where it lies in memory", "is told of stages", "every so many frames"]
+    "phrase",
+    [
+        "told where it lies in memory",
+        "is told of stages",
+        "every so many frames",
+        "each runs in a process of its own",
+        "what is held are two maps",
+    ],
 )
 def test_the_patterns_find_what_they_replace(phrase):
     assert ANY.search(phrase)

@@ -1,4 +1,4 @@
-"""The steps of the GPU check that run the ops: each in a process of its own, which a faulty kernel may take down.
+"""The steps of the GPU check that run the ops: each in a separate process, which a faulty kernel may take down.
 
     python -m vosops.benchmarking.gpu_steps runtime FILE --seconds 30
 

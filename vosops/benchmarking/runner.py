@@ -291,7 +291,7 @@ def _contenders(benchmark: Benchmark, case: Plan, clock: Clock) -> tuple[list[Va
 
 
 def _peak(benchmark: Benchmark, case: Plan, variant: str, clock: Clock) -> int | None:
-    """Return the peak memory of a contender; of the CPU in a process of its own."""
+    """Return the peak memory of a contender; of the CPU in a separate process."""
     if clock.on_gpu:
         call = next(v for v in benchmark.variants if v.name == variant).call(
             case.inputs(clock.device), case.backward

@@ -1,8 +1,9 @@
 """Whole networks on whole frames: time and peak memory of a step, frugal against naive, and what fits in 4 GB.
 
-Weights are random: neither time nor memory depends on them. Each measurement has a process of its own, whose peak
+Weights are random: neither time nor memory depends on them. Each measurement has a separate process, whose peak
 resident memory is reported, interpreter, libraries and weights included. `naive` computes as the original code does
-(`vosops.inference.NetworkTracker`). A measurement may be held to a limit: a process that needs more fails, and says so.
+(`vosops.inference.NetworkTracker`). A measurement may be held to a limit: a process that needs more fails with a
+message.
 """
 
 from __future__ import annotations

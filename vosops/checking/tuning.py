@@ -80,7 +80,7 @@ def tune_device(
     seconds: float = 300.0,
     progress: Callable[[str, dict[str, dict[str, Any]]], None] = lambda op, entries: None,
 ) -> Orders:
-    """Time what `check_device` found right, each op in a process of its own, and return the orders.
+    """Time what `check_device` found right, each op in a separate process, and return the orders.
 
     Args:
         device: "cpu" or a CUDA device.

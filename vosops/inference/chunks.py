@@ -1,4 +1,4 @@
-"""Long videos in overlapping chunks: the tracker starts afresh at each seam, from masks that it made before it."""
+"""Long videos in overlapping chunks: the tracker restarts at each seam, from masks that it made before it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Seen:
 
 
 class Chunks:
-    """Starts a tracker afresh every ``frames`` frames, so that nothing older than a chunk is remembered.
+    """Restarts a tracker every ``frames`` frames, so that nothing older than a chunk is remembered.
 
     A chunk begins with each object's first frame, whose mask was given, and with the frames that show the objects best
     among the last ``overlap`` ones before the seam; an object that none of these shows, with the last frame that did.
@@ -59,7 +59,7 @@ class Chunks:
         self._last: dict[int, _Seen] = {}
 
     def before(self, tracker: VideoTracker) -> None:
-        """Start the tracker afresh if the next frame is the first of a chunk."""
+        """Restart the tracker if the next frame is the first of a chunk."""
         if self._count == 0 or self._count % self.frames or not self._last:
             return
         ids = [i for i in tracker.object_ids if i in self._last]

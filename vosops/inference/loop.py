@@ -124,13 +124,13 @@ def resized_frames(
 class TrackingLoop:
     """Drives a tracker over one video; iterate over it once to get :class:`SegmentedFrame` objects.
 
-    Frames come in the order they are computed: forward from the earliest mask to the end, then, with the
-    tracker started afresh on the earliest mask, backward from it to the first frame. Only the objects of
-    the earliest mask go backward; an object first given later exists from its mask on.
+    Frames come in the order they are computed: forward from the earliest mask to the end, then, with the tracker
+    restarted on the earliest mask, backward from it to the first frame. Only the objects of the earliest mask go
+    backward; an object first given later exists from its mask on.
 
-    A mask on a later frame is that frame's output. It speaks of the objects it shows: known ones are
-    corrected, and the tracker keeps the frame for good; new ids become new objects; known objects that it
-    does not show stay where the tracker sees them outside the mask's own objects.
+    A mask on a later frame is that frame's output. It speaks of the objects it shows: known ones are corrected, and
+    the tracker keeps the frame permanently; new ids become new objects; known objects that it does not show stay
+    where the tracker sees them outside the mask's own objects.
 
     Between two frames :meth:`state_dict` says all that :meth:`load_state_dict` needs to go on; on the CPU
     the frames that follow are bit-identical.
@@ -145,7 +145,7 @@ class TrackingLoop:
         dtype: Autocast type of the tracker's computation; float32 means no autocast.
         keep_probabilities: Fill ``SegmentedFrame.probabilities``.
         naive: Run the ops in plain PyTorch.
-        chunks: Start the tracker afresh at the seams between these; None: one chunk.
+        chunks: Restart the tracker at the seams between these; None: one chunk.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class TrackingLoop:
             yield from self._backward()
 
     def correct(self, image: Tensor, labels: Tensor) -> None:
-        """Show the tracker the truth of the frame that came last, before the next one; it is kept for good.
+        """Show the tracker the truth of the frame that came last, before the next one; it is kept permanently.
 
         Unlike a given mask, and unlike :meth:`vosops.Session.add_objects`, it speaks of every object: one that it does
         not show is not in the frame.

@@ -136,9 +136,9 @@ class NetworkTracker:
     ) -> Tensor:
         """Segments the next frame: see :class:`vosops.models.VideoTracker`.
 
-        permanent: keep this frame's result for good, as labelled frames are. end: the last frame; nothing depends on it
-        here, since a frame is memorised when the next one comes. output: "probs", or "labels" for a map of ids (H,W),
-        uint8 where the ids fit, else int64, which never needs the probabilities of all pixels at once.
+        permanent: keep this frame's result permanently, as labelled frames are. end: the last frame; nothing depends
+        on it here, since a frame is memorised when the next one comes. output: "probs", or "labels" for a map of ids
+        (H,W), uint8 where the ids fit, else int64, which never needs the probabilities of all pixels at once.
         """
         latest = self._started()
         check_frame(frame, _size(latest.frame))
@@ -156,7 +156,7 @@ class NetworkTracker:
         """Add the objects of labels, or correct known ones, in the frame that was segmented last.
 
         0 in labels is "none of the objects in labels": the other objects keep the pixels that they have there. The
-        frame counts as labelled: it is kept for good.
+        frame counts as labelled: it is kept permanently.
         """
         if self._latest is None:
             self.initialize(frame, labels)

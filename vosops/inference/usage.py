@@ -27,7 +27,7 @@ def peak_memory(cuda: bool) -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep up to 1 GB of freed memory for this process instead of handing it back.
 
-    A tracker frees and asks for the same buffers in every frame; without this each frame pays some 25,000 page
+    A tracker frees and asks for the same buffers in every frame; without this each frame pays about 25,000 page
     faults. It concerns the whole process, so only the commands call it. Nothing happens where there is no glibc.
     """
     if not sys.platform.startswith("linux"):

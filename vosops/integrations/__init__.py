@@ -1,4 +1,4 @@
-"""Running other people's code on vosops' ops: SAM 2 and its kin, XMem, Cutie, STCN, AOT, CFBI and their forks."""
+"""Running the code of other projects on vosops' ops: SAM 2, XMem, Cutie, STCN, AOT, CFBI and their forks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def accelerate(
     cache_keys: bool | None = None,
     objects_together: bool | None = None,
 ) -> Acceleration:
-    """Make SAM 2 and its kin, XMem, Cutie, STCN, Mask-Propagation, AOT, DeAOT or CFBI compare by vosops' ops.
+    """Make SAM 2 and related models, XMem, Cutie, STCN, Mask-Propagation, AOT, DeAOT or CFBI use vosops' ops.
 
     SAM 2 (`sam2`, a clone or a fork), EdgeTAM, EfficientTAM and transformers' Sam2VideoModel: the attention to the
     memory reads the 64 channels of the memory itself, and projects what it read; see `vosops.integrations.rotary`.

@@ -44,7 +44,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return the plan nearest to the default that fits the frame's size and the budget.
 
-    pixels: positions of a frame; permanent: frames that are kept for good; token_bytes: of a position. Raises
+    pixels: positions of a frame; permanent: frames that are kept permanently; token_bytes: of a position. Raises
     MemoryBudgetError when the budget does not hold two frames beside the permanent ones and as much long-term memory.
     """
     wanted = default.work_frames + -(-default.long_tokens // pixels)
@@ -119,7 +119,7 @@ class CheckoutTracker(KeepsConfidence, ABC):
     ) -> Tensor:
         """Segments the next frame: see :class:`vosops.models.VideoTracker`.
 
-        permanent: keep this frame for good, if the checkout can. end: the last frame, which is not remembered.
+        permanent: keep this frame permanently, if the checkout can. end: the last frame, which is not remembered.
         output: "probs", or "labels" for a map of ids (H,W).
         """
         self._check_started()

@@ -34,7 +34,7 @@ class Cutie(CheckoutTracker):
 
     weights: the published file, cutie-base-mega.pth or cutie-small-mega.pth. config: changes to Cutie's own
     configuration, such as {"mem_every": 10} or {"long_term": {"max_num_tokens": 5000}}. Frames with given labels stay
-    in memory for good. Needs the package rf-cutie: ``pip install 'vosops[cutie]'``.
+    in memory permanently. Needs the package rf-cutie: ``pip install 'vosops[cutie]'``.
     """
 
     name = "cutie"

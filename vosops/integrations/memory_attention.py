@@ -20,7 +20,7 @@ _SIDE_OF_KEYS = 2  # of EdgeTAM's summaries of a frame
 _POOLINGS = (None, Pooling(bias=2 * math.log(2)), Pooling(shift=2 * math.log(2)))  # SAM 2; EfficientTAM's two
 
 
-# ---- sam2: sam2/modeling/sam/transformer.py, RoPEAttention and its kin.
+# ---- sam2: sam2/modeling/sam/transformer.py, RoPEAttention and related models.
 
 
 def _rope_attention(original: Function) -> Function:

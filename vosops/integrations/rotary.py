@@ -1,4 +1,4 @@
-"""Attention of SAM 2 and its kin to remembered frames: raw values are read, and keys are rotated once a frame.
+"""Attention of SAM 2 and related models to remembered frames: raw values are read, and keys are rotated once a frame.
 
 Two identities of an attention with one head, linear projections and rotary positions make it cheaper and leave its
 result as it is:

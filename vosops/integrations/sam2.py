@@ -37,9 +37,9 @@ class SAM2(CheckoutTracker):
     or "l", for weights that do not show it. image_size: side of the square that frames are resized to, a multiple of
     32; the published weights are of 1024. config: changes to the model's configuration by their dotted names, such as
     {"num_maskmem": 5}. size, device, memory_budget: of :class:`CheckoutTracker`; the budget holds the outputs of
-    frames, of which the oldest leave. Frames with given labels stay for good. Probabilities are the softmax of the
-    objects' logits and 0 for the background. Needs the package sam2:
-    ``pip install 'vosops[sam2]'``, see docs/sam2.md.
+    frames, of which the oldest leave. Frames with given labels stay permanently. Probabilities are the softmax of the
+    objects' logits and 0 for the background. Needs the package sam2: ``pip install 'vosops[sam2]'``, see
+    docs/sam2.md.
     """
 
     name = "sam2"

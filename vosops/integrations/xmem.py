@@ -48,7 +48,7 @@ class XMem(CheckoutTracker):
     """XMem (Cheng and Schwing, ECCV 2022) with its long-term memory.
 
     weights: the published file, XMem.pth. checkout: the folder of a clone of hkchengrex/XMem. config: changes to the
-    options of its eval.py, such as {"top_k": 50}. Of given frames XMem keeps the first for good. An object that is
+    options of its eval.py, such as {"top_k": 50}. Of given frames XMem keeps the first permanently. An object that is
     removed stays in the memory, unseen, until `reset`. Objects may appear at any time; where XMem's eviction would
     then end with NotImplementedError, the least used of the shared positions go.
     """

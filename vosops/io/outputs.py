@@ -66,7 +66,7 @@ def complete_or_absent(
     Args:
         target: A path, whose file is replaced whatever it is; or a file of an :class:`OwnedFolder`, which is
             replaced only where the folder owns it.
-        sync: Return only when the file is on the disk for good, for what must survive a power failure.
+        sync: Return only when the file is safely on the disk, for what must survive a power failure.
         advice: What a user does when the trouble is over.
 
     Raises:

@@ -117,7 +117,7 @@ def _resolutions(root: Path) -> str:
 
 
 def _holds_masks(folder: Path) -> bool:
-    """Return whether a folder is one of label maps, be they usable or not: whoever opens it says what is wrong."""
+    """Return whether a folder is one of label maps, usable or not: the error comes when it is opened."""
     try:
         return bool(pngs(folder))
     except EvaluationError:

@@ -92,11 +92,11 @@ class Memory(ABC):
         """Remembers a frame with its masks.
 
         Called for every frame before the next one is segmented, in order. frame: its number, from 0. permanent: its
-        masks are the truth (the first frame; one with new or corrected objects) and it stays for good. keep: it is one
-        of every N-th that a growing memory keeps (STM); neither: it is needed for the next frame alone, as the
-        previous one. A memory that keeps only the first and the previous frame (RGMP, FEELVOS) ignores `keep`.
-        Raises MemoryBudgetError (best by its `of`, which says what is needed), and then changes nothing, if permanent
-        frames do not fit the budget.
+        masks are the truth (the first frame; one with new or corrected objects) and it stays permanently. keep: it is
+        one of every N-th that a growing memory keeps (STM); neither: it is needed for the next frame alone, as the
+        previous one. A memory that keeps only the first and the previous frame (RGMP, FEELVOS) ignores `keep`. Raises
+        MemoryBudgetError (best by its `of`, which says what is needed), and then changes nothing, if permanent frames
+        do not fit the budget.
         """
 
     @abstractmethod

@@ -196,7 +196,7 @@ class Propagate(KeepsConfidence):
     ) -> Tensor:
         """Segments the next frame: see :class:`vosops.models.VideoTracker`.
 
-        permanent: keep this frame's result as a reference for good, as labelled frames are. end: the last frame,
+        permanent: keep this frame's result as a reference permanently, as labelled frames are. end: the last frame,
         after which nothing need be remembered. output: "probs", or "labels" for a map of ids (H,W), uint8 where the
         ids fit, else int64.
         """

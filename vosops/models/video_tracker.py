@@ -33,9 +33,10 @@ class VideoTracker(Protocol):
         end: bool = False,
         output: str = "probs",
     ) -> Tensor:
-        """Segment the next frame; labels, if any, are the truth for it and are kept for good.
+        """Segment the next frame; labels, if any, are the truth for it and are kept permanently.
 
-        permanent: keep the frame for good, as labelled ones are. end: it is the last one, nothing need be remembered.
+        permanent: keep the frame permanently, as labelled ones are. end: it is the last one;
+        nothing need be stored.
         output: "probs", or "labels" for a map of ids (H,W), uint8 where they fit, else int64.
         """
 

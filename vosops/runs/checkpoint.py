@@ -81,7 +81,7 @@ class RunState:
     def save(self, propagation: dict[str, Any], done: int, seconds: float, masks: Iterable[Path]) -> None:
         """Write a checkpoint: the loop's state, how much of the record belongs to it, the time spent.
 
-        ``masks`` were written since the last one; they are on the disk for good before the checkpoint is.
+        ``masks`` were written since the last one; they are safely on the disk before the checkpoint is.
         """
         state = {
             "version": _VERSION,

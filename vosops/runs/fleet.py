@@ -195,7 +195,7 @@ class Fleet:
 
     Args:
         out: The output folder of the data set.
-        lease_seconds: How long a worker may stand still before others take what it has.
+        lease_seconds: How long a worker may make no progress before others take what it has.
         worker: What this one is called in the report; None: its host and process.
     """
 

@@ -47,7 +47,7 @@ class Settings(ModelSettings):
         start: First frame number.
         end: Frame number to stop before.
         step: Every step-th frame.
-        chunk_frames: Start the tracker afresh after this many frames; None: never.
+        chunk_frames: Restart the tracker after this many frames; None: never.
         chunk_overlap: Frames before such a seam from which it starts.
     """
 
@@ -84,7 +84,7 @@ class Job:
         should_stop: Asked between frames.
         shard: Which of several workers on a data set this is; None: the only one.
         steal: Also take what other workers have not begun, or cannot finish.
-        lease_seconds: How long a worker may stand still before others take over.
+        lease_seconds: How long a worker may make no progress before others take over.
         note: Receives lines for the user.
     """
 

@@ -97,8 +97,8 @@ class FollowRequest:
 class WithReferences:
     """A tracker that has seen other marked frames before it starts: a :class:`vosops.models.VideoTracker`.
 
-    ``initialize`` shows it the references first, so that what a person marked elsewhere is remembered for good, then
-    the frame it starts from. Objects that this frame does not show are known but nowhere in it.
+    ``initialize`` shows it the references first, so that what a person marked elsewhere is remembered permanently,
+    then the frame it starts from. Objects that this frame does not show are known but nowhere in it.
 
     Args:
         tracker: What tracks.

@@ -201,7 +201,7 @@ class JobQueue:
         return self._halt(project, number, "pause")
 
     def stop(self, project: Project, number: int) -> Job:
-        """End a job for good; what it has written stays."""
+        """End a job permanently; what it has written stays."""
         return self._halt(project, number, "stop")
 
     def jobs(self, project: Project) -> list[dict[str, Any]]:

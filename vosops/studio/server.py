@@ -161,7 +161,7 @@ class Studio:
         self._open[project.id][1].offer(frame, image)
 
     def pause(self) -> bool:
-        """Let what is in progress come to rest, for good; return whether it is a job, which may take a frame's time."""
+        """Stop what is in progress permanently; return whether it is a job, which may take a frame's time."""
         self._closing.set()
         return self.queue.pause_all()
 

@@ -245,7 +245,7 @@ class HRNetW48(_PlainHRNet):
     Args:
         num_classes: K.
         in_channels: Of the images.
-        align_corners: How maps are enlarged, and logits by whoever enlarges them. True for the checkpoints of the
+        align_corners: How maps are upsampled; upsample the logits in the same way. True for the checkpoints of the
             branch HRNet-OCR for COCO-Stuff and ADE20K; False for those of pytorch-v1.1 and of Cityscapes, LIP and
             PASCAL-Context.
         recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "branch1" to "branch3", the maps of the finer
@@ -358,7 +358,7 @@ class HRNetW48OCR(_HRNet):
     Args:
         num_classes: K.
         in_channels: Of the images.
-        align_corners: How maps are enlarged, and logits by whoever enlarges them; True for all published checkpoints.
+        align_corners: How maps are upsampled; upsample the logits in the same way. True for all published checkpoints.
         recurrent: Where ConvLSTMs are, see :class:`FrameNetwork`: "branch1" to "branch3", the maps of the finer
             branches, "bottleneck", that of the coarsest, and "head", what the classifier reads.
 
