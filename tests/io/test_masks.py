@@ -213,7 +213,7 @@ class TestFinding:
             write_mask(tmp_path / "masks" / f"{name}.png", label_map(a=1))
         assert self.frames(find_masks([str(tmp_path / "masks")], folder, range(6))) == [1, 3]
         assert self.frames(find_masks([str(tmp_path / "masks")], folder, range(2, 6))) == [3]
-        with pytest.raises(InputError, match="no PNG for a frame"):
+        with pytest.raises(InputError, match="holds no PNG for a processed frame"):
             find_masks([str(tmp_path / "masks")], folder, range(4, 6))
 
     def write_masks(self, tmp_path, *masks):

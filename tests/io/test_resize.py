@@ -49,5 +49,7 @@ def test_enlarging_without_end_and_huge_frames_are_bounded():
 
 
 def test_the_user_is_told():
-    with pytest.warns(InputWarning, match="frames of 3000x40 are computed at .*: 36000x480, as --size asks"):
+    with pytest.warns(
+        InputWarning, match="frames of 3000x40 are computed at .*: 36000x480, as requested by --size"
+    ):
         bounded_size((40, 3000), 480)

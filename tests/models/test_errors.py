@@ -259,7 +259,7 @@ def test_a_checkpoint_of_feelvos_for_the_matching_of_cfbi():
 def test_a_network_that_does_not_say_how_it_is_trained():
     with torch.device("meta"):
         network = FEELVOS("torchvision:resnet50")
-    with pytest.raises(NotImplementedError, match="FEELVOS has no clip_logits, by which it could be trained"):
+    with pytest.raises(NotImplementedError, match="FEELVOS has no clip_logits, which training needs"):
         Network.clip_logits(network, torch.empty(0), torch.empty(0), 1)
 
 
