@@ -100,7 +100,7 @@ def describe(facts: dict[str, Any]) -> str:
         _line("optional", ", ".join(installed) or "none"),
         *([_line("not installed", ", ".join(missing))] if missing else []),
         "",
-        _line("build", build.get("summary", "unknown: vosops/build_info.json is not there")),
+        _line("build", build.get("summary", "unknown: vosops/build_info.json does not exist")),
         *(_line(key.replace("_", " "), str(build[key])) for key in sorted(build) if key != "summary"),
         _line("processor", f"{cpu['processor']}, {cpu['threads']} threads, {cpu['capability']}"),
         _line("CPU library", library),
@@ -116,7 +116,7 @@ def describe(facts: dict[str, Any]) -> str:
     for devices in facts["ops"].values():
         for device, explanation in devices.items():
             if device == "cuda" and not facts["gpus"]:
-                where = "on a CUDA device (there is none here)"
+                where = "on a CUDA device (none available)"
             else:
                 where = f"on {device}"
             first, *rest = explanation.splitlines()

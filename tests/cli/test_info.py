@@ -62,7 +62,7 @@ def test_a_missing_build_is_said():
     facts["build"] = {"libraries": "none"}
     facts["cpu"] |= {"library": None, "library_missing": ["it was not built"]}
     text = info.describe(facts)
-    assert "vosops/build_info.json is not there" in text
+    assert "vosops/build_info.json does not exist" in text
     assert "none: it was not built" in text
 
 
