@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class ShardedMemoryBank(LongTermMemory):
-    """A memory of past frames that the ranks of a group hold together, and that is read as one.
+    """A memory of past frames that is sharded over the ranks of a group and read as one.
 
     Every rank makes a bank with the same settings (the budgets may differ) and makes the same calls with the same
     arguments. A frame is stored by one rank, the one that has the least in it, and stays there; reads are those of
@@ -36,10 +36,10 @@ class ShardedMemoryBank(LongTermMemory):
     as one bank would, by the usage of all ranks, and where all budgets are full the oldest frame goes.
 
     Args:
-        settings: as of `MemoryBank`; the budgets are those of this rank.
+        settings: as in `MemoryBank`; the budgets are those of this rank.
         group: the process group; None: the default one.
-        timeout: seconds that a rank may keep the others waiting; None: as the group was made.
-        device: where this rank's part lies, and queries come from.
+        timeout: seconds to wait for a rank; None: the timeout of the group.
+        device: device of this rank's part and of the queries.
 
     `frames`, `num_prototypes`, `bytes_used` and the like are of this rank's part; `owners` of all.
 
@@ -213,9 +213,9 @@ class ShardedMemoryBank(LongTermMemory):
         objects: Sequence[int] | None = None,
         query_from: int | None = None,
     ) -> Tensor:
-        """Return what the memory of all ranks says of each pixel of a frame; see `MemoryBank.read`.
+        """Read the memory of all ranks for each pixel of a frame; see `MemoryBank.read`.
 
-        query_key and selection are alike on all ranks; or those of the rank `query_from`, and None on the others.
+        query_key and selection are identical on all ranks; or given on the rank `query_from`, and None on the others.
         Traffic is that of `vosops.distributed.memory_read` for each group of objects.
         """
         if query_from is not None:

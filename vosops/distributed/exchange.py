@@ -1,4 +1,4 @@
-"""What the ranks of a group say to each other: collectives in rank order, counted in bytes, that notice who is dead."""
+"""Communication between the ranks of a group: collectives in rank order that count bytes and notice dead ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RankError(RuntimeError):
     """A rank of the group died, hangs or failed.
 
     Attributes:
-        ranks: The global ranks that did not answer; empty where the backend cannot tell which (NCCL).
+        ranks: The global ranks that did not answer; empty if the backend cannot identify them (NCCL).
     """
 
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
@@ -85,7 +85,7 @@ class Exchange:
 
     Args:
         group: The process group; None: the default one.
-        timeout: Seconds that a collective may take before the others are asked who is alive; None: those of the group.
+        timeout: Seconds that a collective may take before the ranks are checked; None: the timeout of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Nearest pixels over the reference frames of all ranks, from those of each."""
+"""Nearest pixels over the reference frames of all ranks."""
 
 from __future__ import annotations
 

@@ -47,18 +47,18 @@ def memory_read(
     values never move.
 
     Args:
-        query_key: (N,Ck,*Q), alike on all ranks; or that of the rank `query_from`, and None on the others.
+        query_key: (N,Ck,*Q), identical on all ranks; or given on the rank `query_from`, and None on the others.
         memory_key: this rank's part, (N,Ck,*M) or segments of it; a rank without any frame passes sizes of 0.
         memory_value: its values, (N,[O,]Cv,*M), as many objects and channels as on the other ranks.
         group: the process group, with gloo or NCCL; None: the default one.
         query_from: the rank of the group whose query_key and selection are broadcast; None: every rank has them.
-        timeout: seconds that a rank may keep the others waiting; None: as the group was made.
+        timeout: seconds to wait for a rank; None: the timeout of the group.
         similarity: "dot" or "l2", as all options as of `vosops.memory_read`, and alike on all ranks.
         scale: factor of the similarity.
         shrinkage: (N,1,*M) of this rank's part.
         selection: (N,Ck,*Q), alike on all ranks or of `query_from`.
         bias: (N,*M) of this rank's part.
-        valid: the positions of this rank's part that exist; a range counts these alone.
+        valid: the valid positions of this rank's part; a range counts only these.
         groups: a `valid` for each of several groups of objects; as many on all ranks.
         top_k: use only the k greatest scores of each query, of all ranks together.
         return_usage: also this part's usage, (N,*M) float32, under the softmax over all parts.
@@ -173,7 +173,7 @@ def global_matching(
         key: this rank's reference frames, (N,C,T,H2,W2); T may differ, and be 0.
         mask: the objects in them, bool (N,O,T,H2,W2) or labels (N,T,H2,W2).
         group: the process group; None: the default one.
-        timeout: seconds that a rank may keep the others waiting; None: as the group was made.
+        timeout: seconds to wait for a rank; None: the timeout of the group.
         neighbors: k; the mean of the k nearest distances, over all ranks.
         bias: (O,) added to the distance of each object.
         normalize: tanh((d + bias) / 2); without it the raw distance.

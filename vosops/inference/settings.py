@@ -1,4 +1,4 @@
-"""Which model a run uses and how: told once, by the command line or from Python, and taken whole to the factory."""
+"""The model settings of a run, from the command line or from Python, passed as a whole to the factory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SHORT_OPTIONS = (
 
 @dataclass(frozen=True)
 class Flags:
-    """What the command line calls the settings of a model."""
+    """The names of the model settings on the command line."""
 
     model: str = "--model"
     weights: str = "--weights"
@@ -59,7 +59,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model a run uses, how it is made, and how it computes.
+    """The model of a run, how it is created, and how it computes.
 
     Attributes:
         model: Its name.

@@ -1,4 +1,4 @@
-"""How much memory this process has used, and how it keeps what it frees."""
+"""The memory that this process has used, and how it reuses freed memory."""
 
 from __future__ import annotations
 

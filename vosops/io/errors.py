@@ -11,7 +11,7 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # no quotas on W
 
 
 class VosopsError(Exception):
-    """Something went wrong while running; the message is one line that says what to do."""
+    """An error during a run; the message is one line with the remedy."""
 
     exit_code = 1
 
@@ -70,7 +70,7 @@ def disk_errors(what: str, then: str = "run the same command again") -> Iterator
 
 
 def require(module: str, extra: str = "video") -> ModuleType:
-    """Import an optional dependency, or say in one line how to install it."""
+    """Import an optional dependency, or raise a one-line error that explains how to install it."""
     from importlib import import_module
 
     try:

@@ -50,11 +50,11 @@ _FRAME_ENDING = "_leftImg8bit"
 def confusion_matrix(prediction: Mask, ground_truth: Mask, num_classes: int = len(CITYSCAPES)) -> Matrix:
     """Return how many pixels of each true class were predicted as each class.
 
-    Cost: linear in the pixels; half a megabyte beside a copy of the maps in 64 bits.
+    Cost: linear in the pixels; half a megabyte in addition to a copy of the maps in 64 bits.
 
     Args:
         prediction: (H, W) integers, the class of each pixel, 0 to `num_classes` - 1; 255 is none of them.
-        ground_truth: (H, W) integers, likewise; pixels of 255 are left out.
+        ground_truth: (H, W) integers, likewise; pixels of 255 are ignored.
         num_classes: K, from 2 to 255.
 
     Returns:
@@ -101,7 +101,7 @@ def class_iou(matrix: Matrix) -> NDArray[np.float64]:
         matrix: (K, K+1), or (K, K) where every pixel was predicted as some class.
 
     Returns:
-        (K,) float64 in [0, 1]; NaN for a class that was neither there nor predicted.
+        (K,) float64 in [0, 1]; NaN for a class that neither occurs nor was predicted.
     """
     hits = np.diagonal(matrix)
     union = matrix.sum(1) + matrix[:, : len(matrix)].sum(0) - hits
@@ -117,7 +117,7 @@ class Consistency:
     wrong, stays the same too. Differs from VSPW's public code in two points: the last window counts, as in the
     paper, and ignored pixels do not.
 
-    Memory: four bytes a pixel. Time: linear in the pixels, whatever the window.
+    Memory: four bytes per pixel. Time: linear in the pixels, for any window.
 
     Args:
         window: frames, at least 2; VSPW reports 8 and 16.
@@ -162,7 +162,7 @@ class Consistency:
 
 @dataclass(frozen=True)
 class SequenceCounts:
-    """What was counted in one sequence."""
+    """The counts of one sequence."""
 
     name: str
     frames: int
@@ -273,8 +273,8 @@ def evaluate_semantic(
         jobs: threads; default one per core.
 
     Raises:
-        EvaluationError: a folder is not what it must be, no sequence can be scored, or no window of consecutive
-            frames has a truth.
+        EvaluationError: a folder is invalid, no sequence can be scored, or no window of consecutive frames has a
+            truth.
         ValueError: `num_classes`, `ids` or `consistency` is out of range.
     """
     if not 1 < num_classes < _VALUES:

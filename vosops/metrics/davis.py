@@ -181,12 +181,12 @@ def evaluate_sequence(
     name: str = "sequence",
     keep_ends: bool = False,
 ) -> list[ObjectScore]:
-    """Score every object of one sequence held in memory.
+    """Score every object of one sequence in memory.
 
     Args:
         predictions: T label maps (H, W), integer; 0 is background.
         ground_truth: T label maps (H, W), integer; 0 is background, 255 is background too.
-        name: what to call the sequence in the result.
+        name: name of the sequence in the result.
         keep_ends: score the first frame that shows an object and the last frame as well, which the semi-supervised
             protocol leaves out (the first is given, the last was once not annotated alike). Frames before the
             first object are never scored.

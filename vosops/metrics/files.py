@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class EvaluationError(InputError, ValueError):
-    """What is wrong with the folders, in one line."""
+    """An error in the folders, described in one line."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ MERGED_OBJECT = 1
 class Report:
     """The scores of all objects of all sequences that could be scored, and why the others could not.
 
-    All means are over what was scored: see `problems` before comparing them with others.
+    All means cover only the scored sequences: check `problems` before comparing them with others.
     """
 
     objects: tuple[ObjectScore, ...]
@@ -121,7 +121,7 @@ def evaluate(
         jobs: threads; default one per core.
 
     Raises:
-        EvaluationError: a folder is not what it must be, or no sequence can be scored.
+        EvaluationError: a folder is invalid, or no sequence can be scored.
     """
     found = find_sequences(Path(predictions), Path(ground_truth), sequences)
     planned = by_sequence(

@@ -49,7 +49,7 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Where clips come from: still images with masks, or annotated videos."""
+    """A source of clips: still images with masks, or annotated videos."""
 
     kind: Literal["stills", "videos"]
     root: Path | None = None
@@ -98,7 +98,7 @@ class Gap(_Strict):
 
 
 class Clips(_Strict):
-    """What a clip is."""
+    """Settings of the clips."""
 
     frames: Positive = 3
     crop: tuple[Side, Side] | Side = 384
@@ -126,7 +126,7 @@ class Clips(_Strict):
 
 
 class Motion(_Strict):
-    """How stills move: each frame changes what the frame before it was by up to this much."""
+    """Motion of stills: the maximum change from one frame to the next."""
 
     rotation: Amount = 10.0
     """Degrees."""
@@ -147,7 +147,7 @@ class Motion(_Strict):
 
 
 class HeldOut(_Strict):
-    """What is scored while training, and how."""
+    """The held-out data that is scored during training."""
 
     sources: tuple[Source, ...] = ()
     size: int = -1
@@ -157,7 +157,7 @@ class HeldOut(_Strict):
 
 
 class Data(_Strict):
-    """Where clips come from and how they are read."""
+    """The sources of clips and how they are read."""
 
     train: tuple[Source, ...] = Field(min_length=1)
     held_out: HeldOut = HeldOut()
@@ -170,7 +170,7 @@ class Data(_Strict):
 
 
 class Loss(_Strict):
-    """What is minimised: the cross entropy of each sample, averaged over its pixels and then over samples."""
+    """The loss: the cross entropy of each sample, averaged over its pixels and then over samples."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Only the hardest share of the pixels of each sample counts (bootstrapping)."""
@@ -311,7 +311,7 @@ def parse_config(content: dict[str, Any], name: str = "configuration") -> TrainC
 def list_recipes() -> list[str]:
     """Return the names that :func:`load_config` knows: every network of the registry.
 
-    A model without a recipe of its own has that of its kind.
+    A model without its own recipe uses the one of its kind.
     """
     own = {name for name in _own_recipes() if name in list_models()}
     return sorted({*list_models("mask network"), *list_models("semantic network"), *own})

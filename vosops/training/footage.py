@@ -234,7 +234,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class Mix:
-    """How often scenes are of which kind, each from 0 to 1."""
+    """The frequency of each kind of scene, from 0 to 1."""
 
     stills: float = 0.25
     """Cut-outs of stills."""

@@ -58,13 +58,13 @@ def train(
     Args:
         config: The run; see :func:`vosops.training.config.load_config`.
         out: The folder for all that is written; empty or absent, unless a run in it is resumed.
-        resume: Go on from the latest checkpoint; on the CPU the result is that of a run without interruption, to the
-            bit. Without a checkpoint it begins anew.
+        resume: Continue from the latest checkpoint; on the CPU the result is bit-identical to an uninterrupted run.
+            Without a checkpoint the run starts from the beginning.
         progress: What receives the progress.
         should_stop: Asked after every step; True saves a checkpoint and ends.
 
     Returns:
-        What the run came to. Under ``torchrun`` every process returns, and the first one writes.
+        The result of the run. Under ``torchrun`` every process returns, and the first one writes.
 
     Raises:
         InputError, ResumeError: The configuration, a source or the folder cannot be used.

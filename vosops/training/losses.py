@@ -20,7 +20,7 @@ def bootstrapped_cross_entropy(
     Args:
         logits: (N,K,H,W) floating, of K classes.
         labels: (N,H,W) integer, the class of each pixel.
-        share: of all pixels of the batch, the hardest of which count, in (0, 1].
+        share: the share of the hardest pixels of the batch that count, in (0, 1].
         ignored: the label of pixels that count nothing, though they count as pixels.
 
     Returns:

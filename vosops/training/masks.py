@@ -89,8 +89,9 @@ def scores_of_videos(
 ) -> dict[str, float]:
     """Segment held-out videos from their first mask on, and score the objects that it shows.
 
-    model: a network or a tracker. precision: "float32", or "bfloat16" or "float16" for autocast. device: where it is.
-    Returns "score", J&F, "J" and "F" over all objects, and J&F of each video; nothing if none is held out.
+    model: a network or a tracker. precision: "float32", or "bfloat16" or "float16" for autocast. device: the device
+    of the model. Returns "score", J&F, "J" and "F" over all objects, and J&F of each video; nothing if none is held
+    out.
 
     Raises:
         InputError: A video cannot be read, or shows no object.

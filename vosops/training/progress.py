@@ -1,4 +1,4 @@
-"""What a training run reports: its progress and its result."""
+"""The progress and the result of a training run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: its steps, the file of weights, scores, files that were skipped, seconds, peak bytes."""
+    """The result of a run: its steps, the file of weights, scores, skipped files, seconds, peak bytes."""
 
     steps: int
     weights: Path

@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder: logs, pictures, checkpoints, weights."""
+"""The output of a training run: logs, pictures, checkpoints, weights."""
 
 from __future__ import annotations
 

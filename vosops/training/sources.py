@@ -1,4 +1,4 @@
-"""Where the clips of a training run come from: lists of annotated frames, and a cache of what has been decoded."""
+"""The sources of a training run: lists of annotated frames, and a cache of decoded frames."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Stills:
 
 
 class Videos:
-    """Videos of which some frames have a label map."""
+    """Videos in which some frames have a label map."""
 
     moving = False
 

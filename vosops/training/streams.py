@@ -35,14 +35,14 @@ _FAR = -12.0  # a logit outside the region that is searched
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What streams are made of.
+    """Settings of the streams.
 
     Attributes:
         window: rows and columns of the pictures, multiples of 32.
         shortest, longest: frames that a scene is tracked for.
-        mix: how often scenes are of which kind.
+        mix: the frequency of each kind of scene.
         hardest: share of the pixels whose cross entropy counts.
-        dice: weight of the Dice loss beside it.
+        dice: weight of the additional Dice loss.
     """
 
     window: tuple[int, int] = (352, 416)

@@ -1,4 +1,4 @@
-"""What the training loop runs: a `Task`, which a model's name leads to."""
+"""The tasks of the training loop: a `Task`, found by the name of a model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, network: nn.Module, out: Path) -> dict[str, float]:
-        """Score the network, in eval mode, on held-out data; "score" is what is to be maximised.
+        """Score the network, in eval mode, on held-out data; "score" is maximised.
 
         Empty where nothing is held out. out: a folder for what it writes.
         """
@@ -74,7 +74,7 @@ class Task(ABC):
         return None
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
-        """Return what the file of the trained weights holds."""
+        """Return the contents of the file of trained weights."""
         return dict(network.state_dict())
 
 
