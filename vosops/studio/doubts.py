@@ -25,8 +25,8 @@ def confidence_of(record: FrameRecord) -> float | None:
 def look_at(records: dict[int, FrameRecord], marks: set[int], pixels: int) -> list[dict[str, Any]]:
     """Return the frames that deserve a look, the most doubtful first: lost objects, jumps of size, low confidence.
 
-    Of frames near each other, a fiftieth of the video, only the most doubtful is returned, so that one bad passage
-    is one entry.
+    Of frames near each other, a fiftieth of the video, only the most doubtful is kept, so that one bad passage is one
+    entry.
 
     Args:
         records: What is known of each frame, ascending.
