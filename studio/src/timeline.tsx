@@ -101,7 +101,7 @@ export function Timeline({ store }: { store: Store }) {
         <span class="soft fact">
           {isMarked ? "marked by you" : certain === undefined ? "no mask yet" : certain === null ? "no object here" : `confidence ${certain.toFixed(2)}`}
         </span>
-        {here && here.kind !== "confidence" && <span class="warning">{here.why}</span>}
+        {here && here.kind !== "confidence" && <span class="warning" title={here.why}>{here.why}</span>}
         {next && (
           <button
             type="button"

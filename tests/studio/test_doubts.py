@@ -41,8 +41,8 @@ def test_marked_frames_need_no_look():
 def test_an_object_that_suddenly_grows_or_shrinks_is_to_be_looked_at_the_most_sudden_first():
     records = records_of([1000] * 20 + [1600] * 20 + [400] * 20)
     assert look_at(records, set(), PIXELS) == [
-        {"frame": 40, "kind": "size", "why": "object 1 is only 25% as large as on the frame before"},
-        {"frame": 20, "kind": "size", "why": "object 1 is 1.6 times as large as on the frame before"},
+        {"frame": 40, "kind": "size", "why": "object 1 is suddenly at 25% of its size"},
+        {"frame": 20, "kind": "size", "why": "object 1 is suddenly 1.6 times as large"},
     ]
 
 

@@ -81,10 +81,10 @@ def _jumps(records: dict[int, FrameRecord], pixels: int) -> list[dict[str, Any]]
                 continue
             factor = max(area / old, old / area)
             if factor > JUMP:
-                change = (
-                    f"{area / old:.1f} times as large" if area > old else f"only {area / old:.0%} as large"
+                size = (
+                    f"{area / old:.1f} times as large" if area > old else f"at {area / old:.0%} of its size"
                 )
-                why = f"object {number} is {change} as on the frame before"
+                why = f"object {number} is suddenly {size}"
                 found.append((factor, {"frame": after.index, "kind": "size", "why": why}))
     return [entry for _, entry in sorted(found, key=lambda item: -item[0])]
 

@@ -92,9 +92,9 @@ def test_from_a_phones_video_to_an_overlay(page, tmp_path, screenshot):
         page.get_by_role("button", name="Forward from here").click()
         page.get_by_text("Finished: 1 frame,").wait_for(timeout=600_000)
         jump = page.locator(".look-here.size").first
-        assert "look at frame 11: object 1 is only" in jump.get_attribute("title")
+        assert "look at frame 11: object 1 is suddenly at" in jump.get_attribute("title")
         go_to(page, 11)
-        page.locator(".warning").get_by_text(re.compile("object 1 is only .* as large")).wait_for()
+        page.locator(".warning").get_by_text(re.compile("object 1 is suddenly at .* of its size")).wait_for()
         pictured(page, screenshot, "look")
         page.get_by_role("button", name="Take back the latest result").click()
         jump.wait_for(state="detached")
