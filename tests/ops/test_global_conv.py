@@ -492,6 +492,17 @@ def test_changed_weights_count_at_once():
     assert torch.equal(gc(x), (gc.conv_l2.bias + gc.conv_r2.bias)[None, :, None, None].expand_as(before))
 
 
+def test_a_module_that_leaves_the_cpu_keeps_its_weights_channels_last():
+    gc = module(12, 8)
+    weights = [conv.weight for conv in gc.children()]
+    assert all(weight.is_contiguous() for weight in weights)
+    for elsewhere in (gc.to("meta"), module(12, 8, device="meta"), gc.half()):
+        for conv in elsewhere.children():
+            assert isinstance(conv.weight, torch.nn.Parameter)
+            assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+            assert not conv.weight.is_contiguous()
+
+
 def test_precision_is_chosen_as_documented(deterministic):
     gc, x = module().requires_grad_(False), normal(1, 34, 12, 13)
     exact = vosops.reference.global_conv(

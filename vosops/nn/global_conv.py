@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vosops.ops.global_conv import global_conv, global_conv_prepare
@@ -25,7 +26,8 @@ class GlobalConv2d(nn.Module):
 
     The parameters have RGMP's names: `conv_l1.weight` (mid,in,kh,1), `conv_l2.weight` (out,mid,1,kw),
     `conv_r1.weight` (mid,in,1,kw), `conv_r2.weight` (out,mid,kh,1), and a `bias` each, initialised as those of
-    torch.nn.Conv2d.
+    torch.nn.Conv2d. On a GPU the four weights are channels_last, the layout in which the kernels read them in place:
+    they are rearranged once, where the module arrives there, and not in every call.
 
     Where the last channels of the input are the same for many calls, as the features of RGMP's reference frame,
     `prepare` computes their half of the first stage once:
@@ -68,6 +70,19 @@ class GlobalConv2d(nn.Module):
         self.conv_l2 = line(mid_channels, out_channels, (1, width))
         self.conv_r1 = line(in_channels, mid_channels, (1, width))
         self.conv_r2 = line(mid_channels, out_channels, (height, 1))
+        self._arrange_weights()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalConv2d:
+        """Move or cast the parameters, as every module does, and lay out the weights for where they are then."""
+        super()._apply(fn, recurse)
+        self._arrange_weights()
+        return self
+
+    def _arrange_weights(self) -> None:
+        for conv in (self.conv_l1, self.conv_l2, self.conv_r1, self.conv_r2):
+            weight = conv._parameters.get("weight")  # None under a parametrization
+            if weight is not None and weight.device.type != "cpu":
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, prepared: Tensor | None = None) -> Tensor:
         """Convolve (N,in,H,W) -> (N,out,H,W); with `prepared` x is the target, the first channels of the input."""

@@ -346,6 +346,8 @@ def _steps(
         hidden, cell, _ = pointwise(gates, None, cell, forget_bias)
         return hidden.unsqueeze(1), cell
     of_x, of_hidden = _split_weights(weights, x.shape[2], variant)
+    if x.shape[1] > 1:  # cuDNN copies a slice of a weight in every step
+        of_hidden = [weight.clone(memory_format=torch.preserve_format) for weight in of_hidden]
     all_gates = _convolve(x.flatten(0, 1), of_x, bias, variant).unflatten(0, tuple(x.shape[:2]))
     steps = []
     for gates in all_gates.unbind(1):
