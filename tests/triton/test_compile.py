@@ -87,6 +87,22 @@ def test_products_run_on_tensor_cores_except_in_ieee_float32(report, rows):
     assert [report.label(r) for r in products if bool(r.tensor_cores) == (" ieee" in r.case)] == []
 
 
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0)])
+def test_gpus_with_99_kilobytes_take_the_shapes_of_sm_80_which_fit(report, rows, monkeypatch, capability):
+    from vosops.triton import _common
+
+    def shapes() -> dict:
+        return {case.name: (case.constants, case.options) for case in report.cases("sm_80")}
+
+    expected, limit = shapes(), _common.architecture_of(capability).shared_bytes
+    target = _common.Target
+    monkeypatch.setattr(
+        _common, "Target", lambda _, processors: target(capability[0], processors, capability[1])
+    )
+    assert shapes() == expected
+    assert [r for r in rows if r.target == "sm_80" and r.shared_bytes > limit] == []
+
+
 def test_half_precision_runs_two_programs_on_a_multiprocessor_of_an_h100(report, rows):
     """The epilogue of one program runs beside the products of the other."""
     products = [row for row in rows if row.target == "sm_90" and " match " in row.case]

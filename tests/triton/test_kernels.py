@@ -67,14 +67,36 @@ class TestTilings:
     @pytest.mark.parametrize("dtype", _common.SUPPORTED_DTYPES)
     @pytest.mark.parametrize("precision", _common.PRECISIONS)
     def test_resident_tiles_fit_in_shared_memory(self, channels, dtype, precision):
-        for capability in (0, 8, 9, 10):
-            target = _common.Target(capability, 132)
+        for capability, minor in ((0, 0), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 0)):
+            target = _common.Target(capability, 132, minor)
             choices = _common.tilings(channels, dtype, precision, target, many_queries=True)
             for tiling in choices:
                 rows = tiling.queries + tiling.options["num_stages"] * tiling.keys
                 assert tiling.channels >= channels
-                limit = _common.STAGED_BYTES.get(capability, _common.STAGED_BYTES_ELSEWHERE)
-                assert rows * tiling.block_c * dtype.itemsize <= limit
+                limits = target.architecture
+                assert rows * tiling.block_c * dtype.itemsize <= limits.staged_bytes <= limits.shared_bytes
+
+    @pytest.mark.parametrize(
+        ("capability", "products", "kilobytes"),
+        [
+            ((8, 0), "mma.sync", 163),
+            ((8, 6), "mma.sync", 99),
+            ((8, 7), "mma.sync", 163),
+            ((8, 9), "mma.sync", 99),
+            ((9, 0), "wgmma", 227),
+            ((10, 0), "tcgen05", 227),
+            ((10, 3), "tcgen05", 227),
+            ((11, 0), "tcgen05", 227),
+            ((12, 0), "mma.sync", 99),
+            ((12, 1), "mma.sync", 99),
+            ((7, 5), "mma.sync", 99),
+            ((0, 0), "mfma", 64),
+        ],
+    )
+    def test_every_capability_has_an_architecture(self, capability, products, kilobytes):
+        """sm_120 follows sm_100 in number alone: it multiplies as sm_86 does and has as little shared memory."""
+        found = _common.architecture_of(capability)
+        assert (found.products, found.shared_bytes) == (products, kilobytes * 1024)
 
     def test_a_small_map_gets_small_tiles(self):
         target = _common.Target(9, 132)

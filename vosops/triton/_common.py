@@ -34,12 +34,6 @@ ROW_SHIFT = tl.constexpr(1.0 + 2.0**-16)
 MIN_CHANNELS = 16
 """Channels are padded with zeros to a multiple of this, the depth of one half-precision tensor-core step."""
 
-STAGED_BYTES = {0: 64 * 1024, 9: 112 * 1024}
-"""Shared memory that tiles may take, by compute capability: all that AMD has, half of what an H100 has ..."""
-
-STAGED_BYTES_ELSEWHERE = 96 * 1024
-"""... and what every other GPU with tensor cores for bfloat16 has."""
-
 MAX_GRID = 65535
 """Programs that CUDA launches along the second and third axis."""
 
@@ -170,11 +164,64 @@ def squared_distance(
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """A kind of GPU, as far as launch shapes depend on it.
+
+    Attributes:
+        name: the first of its kind.
+        products: how Triton multiplies 16-bit tiles there: "mma.sync" (a warp owns 16 rows, sums are registers),
+            "wgmma" (four warps own 64 rows, operands come from shared memory), "tcgen05" (sums lie in tensor memory) or
+            "mfma".
+        shared_bytes: shared memory that one program may have.
+        staged_bytes: of it, what tiles of queries and the stages of key tiles may take.
+    """
+
+    name: str
+    products: str
+    shared_bytes: int
+    staged_bytes: int
+
+
+KB = 1024
+AMD = Architecture("gfx942", "mfma", 64 * KB, 64 * KB)
+ARCHITECTURES = {
+    # 163 KB a program; 96 KB leaves room for the lists and reductions of one program, 64 KB tiles run two.
+    (8, 0): Architecture("sm_80", "mma.sync", 163 * KB, 96 * KB),
+    # 99 KB a program, and so a multiprocessor: the shapes of sm_80 fit, one program at a time.
+    (8, 6): Architecture("sm_86", "mma.sync", 99 * KB, 96 * KB),
+    (8, 7): Architecture("sm_87", "mma.sync", 163 * KB, 96 * KB),
+    (8, 9): Architecture("sm_89", "mma.sync", 99 * KB, 96 * KB),
+    # 227 KB: half of it, so that the products of one program hide the selection of another.
+    (9, 0): Architecture("sm_90", "wgmma", 227 * KB, 112 * KB),
+    # 227 KB; two programs share 512 columns of tensor memory, which bounds them before shared memory does.
+    (10, 0): Architecture("sm_100", "tcgen05", 227 * KB, 96 * KB),
+    # No tensor memory and no wgmma: as sm_86.
+    (12, 0): Architecture("sm_120", "mma.sync", 99 * KB, 96 * KB),
+}
+"""By compute capability, each entry for itself and what follows it up to the next. What comes before 8.0 has no tensor
+cores for bfloat16; Triton does not multiply in TF32 there."""
+
+
+def architecture_of(capability: tuple[int, int]) -> Architecture:
+    """Return the architecture of a compute capability; (0, 0): of AMD."""
+    if capability[0] == 0:
+        return AMD
+    before = [first for first in ARCHITECTURES if first <= capability]
+    return ARCHITECTURES[max(before, default=(8, 6))]
+
+
+@dataclass(frozen=True)
 class Target:
-    """What launch shapes depend on: the compute capability's first number (0: not CUDA) and the multiprocessors."""
+    """What launch shapes depend on: the compute capability, major (0: not CUDA) and minor, and the multiprocessors."""
 
     capability: int
     processors: int
+    minor: int = 0
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its entry in the table."""
+        return architecture_of((self.capability, self.minor))
 
 
 INTERPRETED = Target(9, 132)
@@ -186,7 +233,9 @@ def target_of(tensor: Tensor) -> Target:
     if not tensor.is_cuda:
         return INTERPRETED
     properties = torch.cuda.get_device_properties(tensor.device)
-    return Target(properties.major if torch.version.hip is None else 0, properties.multi_processor_count)
+    if torch.version.hip is not None:
+        return Target(0, properties.multi_processor_count)
+    return Target(properties.major, properties.multi_processor_count, properties.minor)
 
 
 def compile_options(warps: int, **more: int) -> dict[str, int]:
@@ -221,19 +270,19 @@ def tilings(
     """
     stored = max(1, -(-channels // MIN_CHANNELS)) * MIN_CHANNELS
     block = power_of_two(stored)
-    staged = STAGED_BYTES.get(target.capability, STAGED_BYTES_ELSEWHERE)
+    architecture = target.architecture
     shapes: list[tuple[int, int, dict[str, int]]] = [
-        (128, 64, compile_options(8 if target.capability >= 10 else 4, num_stages=3)),
+        (128, 64, compile_options(8 if architecture.products == "tcgen05" else 4, num_stages=3)),
         (64, 64, compile_options(4, num_stages=3)),
         (64, 64, compile_options(4, num_stages=2)),
         (64, 32, compile_options(4, num_stages=2)),
     ]
-    if many_queries and target.capability == 9:
+    if many_queries and architecture.products == "wgmma":
         shapes.insert(0, (256, 64, compile_options(8, num_stages=3, maxnreg=128)))
     fitting = [
         Tiling(queries, keys, stored, block, options)
         for queries, keys, options in shapes
-        if (queries + options["num_stages"] * keys) * block * dtype.itemsize <= staged
+        if (queries + options["num_stages"] * keys) * block * dtype.itemsize <= architecture.staged_bytes
     ]
     if not uses_tensor_cores(dtype, precision):
         block, stages = MIN_CHANNELS, 2

@@ -382,7 +382,7 @@ def gradient_launch(scores: Scores, columns: int, value_channels: int, value_kin
     """Tiles of ``_query_gradient`` and ``_key_gradient``."""
     kind = slowest((scores.kind, value_kind))
     block_v = {"half": 64, "tf32": 64, "tf32x3": 16, "ieee": 32}[kind]
-    if scores.target.capability != 9:
+    if scores.target.architecture.products != "wgmma":
         block_v = min(32, block_v)
     blocks = {
         **square_blocks(scores),

@@ -389,7 +389,7 @@ def _gathered_value_gradient(
 
 def scan_launch(scores: Scores, top_k: int, mode: tl.constexpr) -> tuple[dict[str, Any], dict[str, int]]:
     """Compile-time arguments and options of ``_scan``; all modes cut the scores into the same tiles."""
-    half = scores.kind == "half"
+    half, tensor_memory = scores.kind == "half", scores.target.architecture.products == "tcgen05"
     block_p = block_of(scores.queries, 64)
     block_m = block_of(scores.memory, 64 if half else 32)
     blocks = {
@@ -398,9 +398,9 @@ def scan_launch(scores: Scores, top_k: int, mode: tl.constexpr) -> tuple[dict[st
         "BLOCK_C": MIN_BLOCK if scores.kind == "tf32x3" else channel_block(scores),
         "MODE": mode.value,
         "CAPACITY": triton.cdiv(top_k, LIST_WIDTH) * LIST_WIDTH + 2 * block_m,
-        "WIDTH": LIST_WIDTH if scores.target.capability == 10 else REPAIR_WIDTH,
+        "WIDTH": LIST_WIDTH if tensor_memory else REPAIR_WIDTH,
     }
-    warps = 4 if mode.value == COLLECT.value and scores.target.capability == 10 else 8
+    warps = 4 if mode.value == COLLECT.value and tensor_memory else 8
     return {**scores.constants, **blocks}, options_of(warps, 2)
 
 
