@@ -73,6 +73,9 @@ class Case:
     multiples_of_16: tuple[str, ...] = ()
     """Sizes and strides that are, as in the layouts that the kernels read in wide pieces."""
 
+    copy_bytes: int = 16
+    """What an asynchronous copy of keys and values moves."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -249,8 +252,10 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         *,
         selection: bool = False,
         tensor_cores: bool = False,
+        piece: int = 1,
         **pointers: str,
     ) -> Case:
+        """piece: channel-major keys and values, read so many elements at a time; 1: channel-last ones."""
         names, data = kernel.arg_names, POINTER[dtype]
         kinds = {"query": "*fp32" if selection else data, "key": data, "value": data, "grad": data}
         kinds |= {"shrinkage": "*fp32", "query_bias": "*fp32", "key_bias": "*fp32", "scale": "fp32"}
@@ -265,7 +270,10 @@ def memory_cases(chip: Any) -> Iterator[Case]:
             "entries": "*i64",
             "score": "*fp32",
         }
-        constants = dict(launch[0]) | {"key_c": 1, "value_c": 1, "query_p": 1, "grad_p": 1}
+        neighbours = ("key_c", "value_c") if piece == 1 else ("key_m", "value_m")
+        constants = dict(launch[0]) | dict.fromkeys((*neighbours, "query_p", "grad_p"), 1)
+        constants |= dict.fromkeys(("KEY_PIECE", "VALUE_PIECE"), piece)
+        constants |= dict.fromkeys(("KEY_LAST", "VALUE_LAST"), False)
         if not selection:
             constants |= {"shrinkage": None, "query_bias": None}
         constants = {key: value for key, value in constants.items() if key in names}
@@ -284,8 +292,12 @@ def memory_cases(chip: Any) -> Iterator[Case]:
             "value_m",
         )
         wide += ("value_end", "grad_n", "grad_o", "grad_c", "grad_end", "columns")
-        multiples = tuple(key for key in wide if key in names and key not in constants)
-        return Case(f"memory {name}", kernel, kinds, constants, launch[1], tensor_cores, multiples)
+        in_pieces = ("key_", "value_") if piece > 1 else ()
+        multiples = tuple(
+            key for key in wide if key in names and key not in constants and not key.startswith(in_pieces)
+        )
+        width = 16 if piece == 1 else piece * dtype.itemsize
+        return Case(f"memory {name}", kernel, kinds, constants, launch[1], tensor_cores, multiples, width)
 
     half = torch.bfloat16
     precisions = [
@@ -299,6 +311,16 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         yield case(
             f"read {label}", memory_read._read, launch, dtype, tensor_cores=label != "ieee", out="*fp32"
         )
+    launch = memory_read.read_launch(scores(half, "ieee", False), 512, 512, "half")
+    yield case(
+        "read bf16, 8100 positions",
+        memory_read._read,
+        launch,
+        half,
+        tensor_cores=True,
+        piece=4,
+        out="*fp32",
+    )
     selected, plain = scores(half, "ieee", True), scores(half, "ieee", False)
     launch = memory_read.read_launch(selected, 512, 512, "half")
     yield case(
@@ -515,7 +537,7 @@ def examine(case: Case, target: str) -> Row:
         shared_bytes=shared,
         occupancy=occupancy,
         tensor_cores=compiled.asm["ptx"].count(TENSOR_CORE_PTX[target]),
-        async_copies=sum(name.startswith("LDGSTS") and ".128" in name for name in code),
+        async_copies=sum(name.startswith("LDGSTS") and f".{8 * case.copy_bytes}" in name for name in code),
         wide_loads=sum(name.startswith("LDG.") and ".128" in name for name in code),
         instructions=len(code),
     )

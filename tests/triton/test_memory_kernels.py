@@ -34,6 +34,26 @@ def test_any_number_of_parts_gives_the_same_read(chip, processors):
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("programs", "steps", "parts"),
+    [
+        (26, 507, 5),
+        (26, 127, 5),
+        (78, 507, 5),
+        (128, 638, 1),
+        (132, 100, 1),
+        (1, 3, 3),
+        (1, 10**6, 132),
+        (0, 1, 1),
+    ],
+)
+def test_parts_fill_the_multiprocessors_of_an_h100(programs, steps, parts):
+    """480p at 1/16 with 20, with 5 frames, and with 20 of three objects; 1080p with 5."""
+    assert memory_scores.parts_for(programs, steps, 132) == parts
+    longest = -(-programs * parts // 132) * -(-steps // parts)
+    assert longest <= steps * max(1, -(-programs // 132))
+
+
 @pytest.mark.parametrize("capability", [0, 8, 10])
 def test_the_tiles_of_other_devices_read_the_same(chip, capability):
     query, key, value = problem(torch.float16, memory=70, columns=300)
@@ -53,6 +73,54 @@ def test_only_what_cannot_be_read_in_wide_pieces_is_copied():
         assert (
             torch.equal(copy[..., : copied.shape[-1]], copied) and copy[..., copied.shape[-1] :].eq(0).all()
         )
+
+
+def shaped(layout, *sizes, dtype=torch.float16):
+    """Numbers in one of the layouts that models make: neighbouring positions or channels, or a part of a longer row."""
+    numbers = torch.randn(*sizes[:-1], sizes[-1] + 4).to(DEVICE, dtype)[..., 4:]
+    if layout == "part":
+        return numbers
+    numbers = numbers.contiguous()
+    return numbers if layout == "channel-major" else numbers.mT.contiguous().mT
+
+
+PIECES = [
+    ("channel-major", 100, torch.float16, 4),
+    ("channel-major", 102, torch.float16, 2),
+    ("channel-major", 101, torch.float16, None),
+    ("channel-major", 101, torch.float32, 1),
+    ("channel-major", 8, torch.float32, 8),
+    ("channel-last", 101, torch.float16, 4),
+    ("part", 100, torch.bfloat16, 4),
+]
+"""Layout, positions, dtype, and the elements that can be read at a time; None: a copy."""
+
+
+@pytest.mark.parametrize(("layout", "memory", "dtype", "piece"), PIECES)
+def test_keys_and_values_of_any_number_are_read_in_place(layout, memory, dtype, piece):
+    """5 frames of 30 x 54 are 8100 positions: rows of 16200 bytes, in pieces of 8."""
+    query = torch.randn(2, 20, 9).to(DEVICE, dtype)
+    key = shaped(layout, 2, 20, memory, dtype=dtype)
+    value = shaped(layout, 2, 2, 12, memory, dtype=dtype)
+    for tensor in (key, value):
+        pieces = memory_scores.in_pieces(tensor)
+        assert (pieces.tensor is tensor) == (piece is not None)
+        assert pieces.piece == (piece or 1) and pieces.channel_last == (layout == "channel-last")
+    out, lse = read(query, key, value)
+    want, want_lse = memory_read_core(*(t.double() for t in (query, key, value)), None, None, None, 0.5)
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
+
+
+def test_what_asynchronous_copies_cannot_read_is_copied():
+    far = torch.empty_strided((2, 4, 12), (2**31, 12, 1), device="meta")
+    every_second = torch.empty(1, 4, 24, device="meta")[..., ::2]
+    odd = torch.empty(1, 4, 13, dtype=torch.float16, device="meta")
+    for tensor in (far, every_second, odd):
+        pieces = memory_scores.in_pieces(tensor)
+        assert pieces.tensor is not tensor and pieces.piece == 1
+        assert memory_scores.is_aligned(pieces.tensor)
 
 
 @pytest.mark.parametrize(

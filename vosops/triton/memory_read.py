@@ -22,17 +22,18 @@ from vosops.triton.memory_scores import (
     LN2,
     LOG2E,
     Scores,
-    aligned,
     block_of,
     channel_block,
+    in_pieces,
     load_row_tiles,
     load_vector,
     of_batch,
     options_of,
+    parts_for,
+    piece_of,
     score_operands,
     scores_of_queries,
     slowest,
-    splits_for,
 )
 from vosops.triton.memory_values import (
     MERGE_BLOCK,
@@ -89,16 +90,35 @@ def _read(
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
     VALUE_PRECISION: tl.constexpr,
+    KEY_PIECE: tl.constexpr,
+    KEY_LAST: tl.constexpr,
+    VALUE_PIECE: tl.constexpr,
+    VALUE_LAST: tl.constexpr,
 ):
-    """Grid (query tiles * column blocks * N * parts); out (parts, N, columns, P) and lse (parts, N, P) contiguous."""
+    """Grid (query tiles * column blocks * N * parts); out (parts, N, columns, P) and lse (parts, N, P) contiguous.
+
+    Strides and ends of keys and values count pieces (`Pieces`), those of neighbours elements.
+    """
     tile = tl.program_id(0) % tiles
     column_block = tl.program_id(0) // tiles % column_blocks
     row = (tl.program_id(0) // tiles // column_blocks).to(tl.int64)
     n = row % batch
     part = (row // batch).to(tl.int32)
+    if KEY_PIECE > 1 and KEY_LAST:
+        key_m *= KEY_PIECE
+    elif KEY_PIECE > 1:
+        key_c *= KEY_PIECE
+        key_end *= KEY_PIECE
+    if VALUE_PIECE > 1 and VALUE_LAST:
+        value_m *= VALUE_PIECE
+    elif VALUE_PIECE > 1:
+        value_c *= VALUE_PIECE
+        value_end *= VALUE_PIECE
+    if VALUE_PIECE > 1:
+        value_o *= VALUE_PIECE
     query += n * query_n
-    key += n * key_n
-    value += n * value_n
+    key = piece_of(key, n * KEY_PIECE * key_n, KEY_PIECE)
+    value = piece_of(value, n * VALUE_PIECE * value_n, VALUE_PIECE)
     shrinkages = of_batch(shrinkage, n, shrinkage_n)
     query_biases = of_batch(query_bias, n, query_bias_n)
     key_biases = of_batch(key_bias, n, key_bias_n)
@@ -174,14 +194,29 @@ def _merge(
         tl.store(lse + n * P + p, tl.where(some, offset + tl.log2(total) * LN2, float("-inf")), mask=p < P)
 
 
+HALF_TILES = {
+    # 16 rows a warp: 64 registers of sums and 32 of scores a thread; twice the columns would spill. 64 KB, which 99 KB
+    # of sm_86, sm_89 and sm_120 hold, too.
+    "mma.sync": (128, 64, 128),
+    # 64 rows for each of two warp groups, and the widest product there is, 256 columns: 128 registers of sums a thread.
+    # 128 KB for queries and two stages.
+    "wgmma": (128, 64, 256),
+    # Sums and scores lie in tensor memory, 256 and 32 of its 512 columns; what a step adds passes through registers.
+    "tcgen05": (128, 32, 256),
+    "mfma": (128, 64, 128),
+}
+"""Queries, positions and value columns of a tile with 16-bit products, by how an architecture multiplies: 8 warps."""
+
+TF32_COLUMNS = {"tcgen05": 64}
+"""Value columns with TF32; elsewhere 128: 4 warps, 64 queries and 32 positions, which pass through registers."""
+
+
 def read_launch(scores: Scores, columns: int, value_channels: int, value_kind: str) -> Launch:
     """Tiles of ``_read``."""
-    kind = slowest((scores.kind, value_kind))
-    capability = scores.target.capability
-    half = {9: (128, 64, 256), 10: (128, 32, 256)}.get(capability, (128, 64, 128))
+    kind, products = slowest((scores.kind, value_kind)), scores.target.architecture.products
     block_p, block_m, block_v, options = {
-        "half": (*half, options_of(8, 2)),
-        "tf32": (64, 32, 64 if capability == 10 else 128, options_of(4, 2)),
+        "half": (*HALF_TILES[products], options_of(8, 2)),
+        "tf32": (64, 32, TF32_COLUMNS.get(products, 128), options_of(4, 2)),
         "tf32x3": (64, 32, 64, options_of(4, 2)),
         "ieee": (64, 32, 64, options_of(4, 2)),
     }[kind]
@@ -222,10 +257,11 @@ def memory_read(
         is nothing to read.
 
     Memory: where queries and channels do not fill the device, N * O * Cv * P float32 for each part of the memory; a
-    copy of keys or values that cannot be read 16 bytes at a time (see `aligned`).
+    copy of keys or values in which no 4 bytes can be read at a time (see `in_pieces`): channel-major ones of 16 bits
+    with an odd number of positions, for instance.
     """
     check_value(value, key)
-    scores = score_operands(query, key, shrinkage, query_bias, key_bias, scale, precision)
+    scores = score_operands(query, key, shrinkage, query_bias, key_bias, scale, precision, pieces=True)
     batch, objects, channels, _ = value.shape
     columns, queries = objects * channels, scores.queries
     out = value.new_empty((batch, objects, channels, queries))
@@ -233,11 +269,11 @@ def memory_read(
     if lse.numel() == 0:
         return out, lse
     constants, options = read_launch(scores, columns, channels, kind_of_value(value, precision, scores))
-    value = aligned(value)
+    values = in_pieces(value)
     tiles = triton.cdiv(queries, constants["BLOCK_P"])
     column_blocks = max(1, triton.cdiv(columns, constants["BLOCK_V"]))
     steps = max(1, triton.cdiv(scores.memory, constants["BLOCK_M"]))
-    parts = splits_for(tiles * column_blocks * batch, steps, scores.target)
+    parts = parts_for(tiles * column_blocks * batch, steps, scores.target.processors)
     part_steps = triton.cdiv(steps, parts)
     parts = triton.cdiv(steps, part_steps)
     part_out, part_lse = out, lse
@@ -247,17 +283,18 @@ def memory_read(
     with launch_on(value):
         _read[(tiles * column_blocks * batch * parts,)](
             *scores.arguments,
-            value,
+            values.tensor,
             part_out,
             part_lse,
-            *value.stride(),
-            value.shape[3],
+            *values.strides,
+            values.end,
             batch,
             columns,
             tiles,
             column_blocks,
             part_steps,
             **constants,
+            **values.constants("VALUE"),
             **options,
         )
         if parts > 1:

@@ -10,6 +10,8 @@ term, so that scores in the thousands keep an error below 1e-2.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 ALIGNMENT = 16
 """Elements: strides that are multiples of this are read in pieces of 16 bytes, by asynchronous copies."""
 
+PIECE_BYTES = 4
+"""The least that an asynchronous copy moves."""
+
 MAX_QUERIES = 2**23
 MAX_MEMORY = 2**24
 """Above these, 32-bit offsets within an output tile would overflow (`store_transposed`)."""
@@ -45,6 +50,15 @@ MIN_BLOCK = 16
 
 CHANNEL_BLOCK = {"half": 128, "tf32": 64, "tf32x3": 32, "ieee": 16}
 """Channels of a step of the scores: float32 operands pass through registers, split in two for tf32x3."""
+
+
+@triton.jit
+def piece_of(matrix, offset, PIECE: tl.constexpr):
+    """Return the pointer ``offset`` elements on, of which the compiler learns that pieces are aligned."""
+    moved = matrix + offset
+    if PIECE > 1:
+        moved = tl.multiple_of(moved, PIECE * matrix.dtype.element_ty.primitive_bitwidth // 8)
+    return moved
 
 
 @triton.jit
@@ -338,6 +352,7 @@ def score_operands(
     precision: str,
     *,
     stream_queries: bool = False,
+    pieces: bool = False,
 ) -> Scores:
     """Check the operands of the scores and lay out the side that is streamed for wide reads.
 
@@ -350,6 +365,7 @@ def score_operands(
         scale: Factor of the products.
         precision: "ieee", "tf32" or "tf32x3", for float32 keys.
         stream_queries: Whether the queries are streamed, not the memory.
+        pieces: Whether the kernel takes keys in pieces, KEY_PIECE and KEY_LAST among its constants.
     """
     for name, tensor in (("query", query), ("key", key)):
         check_dtype(name, tensor)
@@ -382,17 +398,21 @@ def score_operands(
     squares = query.shape[1] != channels
     wide = squares or query.dtype != key.dtype
     precision = product_precision("tf32x3" if wide and key.dtype != torch.float32 else precision, target)
+    constants = {"C": channels, "SQUARES": squares, "WIDE": wide, "PRECISION": precision}
     if stream_queries:
         query = aligned(query)
-    else:
+    elif not pieces:
         key = aligned(key)
+    keys = in_pieces(key) if pieces else Pieces(key, 1, channel_last=False)
+    if pieces:
+        constants |= keys.constants("KEY")
     return Scores(
         (
-            *(query, key, *rows),
+            *(query, keys.tensor, *rows),
             *(0 if row is None else row.stride(0) for row in rows),
-            *(*query.stride(), *key.stride(), scale, queries, memory, query.shape[2], key.shape[2]),
+            *(*query.stride(), *keys.strides, scale, queries, memory, query.shape[2], keys.end),
         ),
-        {"C": channels, "SQUARES": squares, "WIDE": wide, "PRECISION": precision},
+        constants,
         batch,
         queries,
         memory,
@@ -415,19 +435,74 @@ def unit_stride(vector: Tensor) -> Tensor:
     return vector if vector.stride(-1) == 1 else vector.contiguous()
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether 16 bytes of a tensor (N, ..., C, pixels) can be read at a time, and Triton sees it."""
+    *batches, channel, pixel = tensor.stride()
+    places = tensor.data_ptr() % ALIGNMENT == 0 and all(stride % ALIGNMENT == 0 for stride in batches)
+    channel_last = channel == 1 and pixel % ALIGNMENT == 0
+    channel_major = pixel == 1 and channel % ALIGNMENT == 0 and tensor.shape[-1] % ALIGNMENT == 0
+    return places and (channel_last or channel_major)
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """Return a tensor (N, ..., C, pixels) as it is where 16 bytes can be read at a time, else a copy.
 
     The copy is channel-major; its rows are filled up with zeros to a multiple of ALIGNMENT, so that it may have more
     pixels.
     """
-    *batches, channel, pixel = tensor.stride()
-    places = tensor.data_ptr() % ALIGNMENT == 0 and all(stride % ALIGNMENT == 0 for stride in batches)
-    channel_last = channel == 1 and pixel % ALIGNMENT == 0
-    channel_major = pixel == 1 and channel % ALIGNMENT == 0 and tensor.shape[-1] % ALIGNMENT == 0
-    if places and (channel_last or channel_major):
+    if is_aligned(tensor):
         return tensor
     return torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT)).contiguous()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor (N, ..., C, pixels) that a kernel reads several neighbouring elements at a time.
+
+    Triton knows of a number that it is a multiple of 16, or nothing. Where strides and size are multiples of less, the
+    kernel receives them divided by ``piece`` and multiplies: then the compiler sees that pieces are aligned.
+    """
+
+    tensor: Tensor
+    piece: int
+    """Elements of a piece; 1: what Triton knows is enough."""
+
+    channel_last: bool
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides in pieces; that of neighbours stays 1."""
+        neighbours = self.tensor.dim() - (2 if self.channel_last else 1)
+        return tuple(
+            stride if dim == neighbours else stride // self.piece
+            for dim, stride in enumerate(self.tensor.stride())
+        )
+
+    def constants(self, side: str) -> dict[str, Any]:
+        """Return what the kernel must know at compile time of a side, "KEY" or "VALUE"."""
+        return {f"{side}_PIECE": self.piece, f"{side}_LAST": self.piece > 1 and self.channel_last}
+
+    @property
+    def end(self) -> int:
+        """Return the pixels of a row: in pieces where they are neighbours."""
+        return self.tensor.shape[-1] // (1 if self.channel_last else self.piece)
+
+
+def in_pieces(tensor: Tensor) -> Pieces:
+    """Return a tensor (N, ..., C, pixels) as it is where asynchronous copies can read it, else its `aligned` copy.
+
+    As it is: neighbouring channels or pixels, and strides, pixels and address that allow pieces of 4, 8 or 16 bytes.
+    """
+    *_, channel, pixel = tensor.stride()
+    if not is_aligned(tensor) and 1 in (channel, pixel) and max(tensor.stride()) < 2**31:
+        channel_last = pixel != 1
+        outer = [*tensor.stride()[:-2], *((pixel,) if channel_last else (channel, tensor.shape[-1]))]
+        place = tensor.data_ptr() // tensor.element_size()
+        piece = math.gcd(ALIGNMENT, place, *outer)
+        if piece * tensor.element_size() >= PIECE_BYTES:
+            return Pieces(tensor, piece, channel_last)
+    tensor = aligned(tensor)
+    return Pieces(tensor, 1, tensor.stride(-1) != 1)
 
 
 def block_of(size: int, most: int) -> int:
@@ -453,6 +528,29 @@ def slowest(kinds: Sequence[str]) -> str:
 def splits_for(programs: int, steps: int, target: Target, resident: int = 1) -> int:
     """In how many parts to cut the streamed side, so that every multiprocessor has work."""
     return max(1, min(steps, target.processors * resident // max(1, programs)))
+
+
+PART_STEPS = 8
+"""What a part of the memory costs besides its steps: queries are loaded, sums stored in float32 and merged."""
+
+MOST_WAVES = 4
+"""Parts are not made so small that programs come in more waves than this."""
+
+
+@functools.lru_cache(maxsize=1024)
+def parts_for(programs: int, steps: int, processors: int) -> int:
+    """In how many parts to cut a memory of so many steps, one program on a multiprocessor at a time.
+
+    The fewest steps that the last multiprocessor to end walks: 78 programs leave 54 of 132 without work, while five
+    parts each come in three full waves.
+    """
+    most = max(1, min(steps, MOST_WAVES * processors // max(1, programs)))
+
+    def longest(parts: int) -> int:
+        waves = -(-programs * parts // processors)
+        return waves * (-(-steps // parts) + PART_STEPS)
+
+    return min(range(1, most + 1), key=longest)
 
 
 @triton.jit
