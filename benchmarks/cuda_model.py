@@ -353,7 +353,9 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def trace(run: Callable[[], None], multiprocessors: int, *, dry: bool) -> list[dict[str, Any]]:
+def trace(
+    run: Callable[[], Any], multiprocessors: int, *, dry: bool, architecture: str = "90"
+) -> list[dict[str, Any]]:
     """Return what a call launches on an emulated device; dry: launched only, not run."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace"
@@ -361,7 +363,7 @@ def trace(run: Callable[[], None], multiprocessors: int, *, dry: bool) -> list[d
         with _environment(
             VOSOPS_EMULATOR_TRACE=str(file),
             VOSOPS_EMULATOR_MULTIPROCESSORS=str(multiprocessors),
-            VOSOPS_EMULATOR_ARCH="90",
+            VOSOPS_EMULATOR_ARCH=architecture,
             **more,
         ):
             run()

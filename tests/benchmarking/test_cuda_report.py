@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_cubin_is_known_by_the_unnamed_namespace_of_its_source(cuda_report):
         mangled = function.format(len(source) + 39, len(source) + 3, source)
         assert cuda_report.source_of(mangled) == source
     assert cuda_report.source_of(" Function _ZN6vosops4cuda11pack_kernelEv:\n") is None
+
+
+def test_every_generation_has_code_of_its_own_and_those_to_come_have_ptx():
+    """The code of sm_90a, and its PTX, would run on compute capability 9.0 alone."""
+    setup = (ROOT / "setup.py").read_text()
+    (listed,) = re.findall(r'^DEFAULT_CUDA_ARCHITECTURES = "(.*)"$', setup, re.MULTILINE)
+    entries = listed.split(";")
+    assert {entry.split(".")[0] for entry in entries} == {"8", "9", "10", "12"}
+    assert entries[-1].endswith("+PTX")
+    assert not [entry for entry in entries if entry.removesuffix("+PTX").endswith(("a", "f"))]
+    assert f'"{listed}"' in (ROOT / "Makefile").read_text()
 
 
 def test_a_library_of_other_architectures_or_sources_cannot_stand_for_them(cuda_report):
