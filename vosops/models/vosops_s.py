@@ -272,8 +272,8 @@ class VosopsS(Propagate):
     weights: a file of the network's, as ``vosops train`` writes it; or a `Refiner`, trained or not; None takes those of
     the distribution ``vosops-weights-s`` (CC BY-NC 4.0), and is a ValueError where that is not installed. pretrained:
     False takes random weights for the backbone. size, device and memory_budget: as of :class:`vosops.models.Propagate`.
-    memory: whether every fifth frame is remembered, which the network was trained with. bfloat16: whether the network,
-    not the backbone and what is matched, computes by autocast to bfloat16, as it was trained; None: on CPUs with AMX.
+    memory: whether every fifth frame is remembered, which the network was trained with. bfloat16: whether backbone
+    and network, not the matching, compute by autocast to bfloat16, as in training; None: on CPUs with AMX.
     Raises ValueError also for a file that is not the network's, FileNotFoundError, and ImportError without the
     backbone's package.
     Cost: propagate's, with a larger backbone, and the network on the part of the frame that is searched.
