@@ -249,10 +249,10 @@ class TestTask:
         card = (SHIPPED / "README.md").read_text()
         window = "x".join(str(side) for side in StreamSettings.parsed(recipe.task).window)
         told = (
-            f"{recipe.steps} steps of four frames, {window}, {recipe.precision}",
+            f"{recipe.steps} steps of four frames at {window} in {recipe.precision}",
             f"rate {recipe.optimizer.rate:.0e}".replace("e-0", "e-"),
             f"weight decay {recipe.optimizer.weight_decay:.0e}".replace("e-0", "e-"),
-            f"average of the weights {recipe.ema}",
+            f"weight averaging with decay {recipe.ema}",
             f"all but {', '.join(recipe.data.train[0].without)}",
         )
         assert not [words for words in told if words not in card]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import warnings
@@ -66,6 +68,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
+    # The interpreter's last collection would walk PyTorch's 300,000 objects, most of a second, to free nothing.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     try:
         with _short_warnings():
             build_app()()

@@ -336,10 +336,14 @@ class VosopsS(Propagate):
     def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (N,3,H,W) in [0, 1], H and W multiples of 16 -> the backbone's maps of strides 2, 4, 8 and 16."""
         assert isinstance(self.backbone, EfficientNetLite)
+        return self.backbone.pyramid(images)
+
+    def _own_pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute `pyramid` in the tracker's own arithmetic; in training the trainer chooses it."""
         if not self.bfloat16:
-            return self.backbone.pyramid(images)
+            return self.pyramid(images)
         with torch.autocast(self.device.type, torch.bfloat16):
-            return self.backbone.pyramid(images)
+            return self.pyramid(images)
 
     @torch.no_grad()
     def begin(self, pyramid: tuple[Tensor, ...], labels: Tensor) -> None:
@@ -382,7 +386,7 @@ class VosopsS(Propagate):
         box = _Box.around(base._around(search, MARGIN)) if search.any() else None
         if box is None or box.area > MOST_OF_FRAME * search.numel():
             return self._features(image)
-        pyramid = self.pyramid(box.of(image[None], 1))
+        pyramid = self._own_pyramid(box.of(image[None], 1))
         self._keep_maps(pyramid, box)
         matched = []
         for x, stride in zip(pyramid[2:], STRIDES[2:], strict=True):
@@ -401,7 +405,7 @@ class VosopsS(Propagate):
         return torch.cat([1 - self._latest.sum(0, keepdim=True), self._latest])
 
     def _features(self, image: Tensor) -> Tensor:
-        return self._see(self.pyramid(image[None]))
+        return self._see(self._own_pyramid(image[None]))
 
     def _see(self, pyramid: tuple[Tensor, ...]) -> Tensor:
         """Keep the maps (1,C,h,w) of a frame for the network, and return its features (C,H/8,W/8)."""

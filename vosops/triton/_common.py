@@ -170,7 +170,7 @@ class Architecture:
     Attributes:
         name: the first of its kind.
         products: how Triton multiplies 16-bit tiles there: "mma.sync" (a warp owns 16 rows, sums are registers),
-            "wgmma" (four warps own 64 rows, operands come from shared memory), "tcgen05" (sums lie in tensor memory) or
+            "wgmma" (four warps own 64 rows, operands come from shared memory), "tcgen05" (sums are in tensor memory) or
             "mfma".
         shared_bytes: shared memory that one program may have.
         staged_bytes: of it, what tiles of queries and the stages of key tiles may take.

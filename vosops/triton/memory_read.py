@@ -201,7 +201,7 @@ HALF_TILES = {
     # 64 rows for each of two warp groups, and the widest product there is, 256 columns: 128 registers of sums a thread.
     # 128 KB for queries and two stages.
     "wgmma": (128, 64, 256),
-    # Sums and scores lie in tensor memory, 256 and 32 of its 512 columns; what a step adds passes through registers.
+    # Sums and scores are in tensor memory, 256 and 32 of its 512 columns; what a step adds passes through registers.
     "tcgen05": (128, 32, 256),
     "mfma": (128, 64, 128),
 }

@@ -539,7 +539,7 @@ MOST_WAVES = 4
 
 @functools.lru_cache(maxsize=1024)
 def parts_for(programs: int, steps: int, processors: int) -> int:
-    """In how many parts to cut a memory of so many steps, one program on a multiprocessor at a time.
+    """Return in how many parts to cut a memory of these steps, one program on a multiprocessor at a time.
 
     The fewest steps that the last multiprocessor to end walks: 78 programs leave 54 of 132 without work, while five
     parts each come in three full waves.
