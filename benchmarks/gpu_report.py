@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_model, cuda_report
+from benchmarks import cuda_model, cuda_report, triton_model
 from benchmarks.gpu_check import SHARES, problems
 from vosops.benchmarking import BENCHMARKS
 from vosops.benchmarking.gpu_cases import CELLS, MODES
@@ -364,10 +364,92 @@ def predictions(reports: Sequence[Report]) -> str:
     )
 
 
+READ, TOP_30 = "480p, 20 frames, values channel-last", "480p, 20 frames, top 30, values channel-last"
+LOCAL, GLOBAL = "480p, radius 15, one object", "480p, one object on the whole frame"
+CONV, CELL = "4096 channels of 15 x 27, 2 x 256 outputs, channels_last", "a step of 128 channels, 30 x 54"
+TARGETS = (
+    (
+        "memory_read",
+        READ,
+        150e-6,
+        "that two warp groups hide each other's softmax; Triton's own producer warps on sm_90 keep 504 bytes of "
+        "registers in local memory, and were not tried on a card",
+    ),
+    (
+        "global_matching",
+        GLOBAL,
+        300e-6,
+        "three objects on parts of the frame cost the same products and more list ends; issue, not products, decides "
+        "in Triton",
+    ),
+    ("local_matching", LOCAL, 30e-6, "105 blocks leave 27 of 132 multiprocessors without work"),
+    ("memory_select", TOP_30, 60e-6, "no model: how often a list overflows depends on the data"),
+    ("global_conv", CONV, 40e-6, "that the copies of x and weights hide behind the products"),
+    ("conv_lstm", CELL, 12e-6, "no model; by graph replay, which leaves out the host"),
+)
+"""Op, problem, seconds on an H100 in bfloat16, and what a prediction below them does not prove."""
+
+MODELLED_BY_LOOP = """The CUDA C++ kernels multiply by `mma.sync`, which an H100 runs at about 5/8 of its rate;
+Triton's by `wgmma`. Of these `benchmarks/triton_model.py` counts a round of the hot loop (Triton {version}, sm_90a).
+Two bounds of a time: with all that is no product hidden behind the products, and with nothing hidden:"""
+
+
+def targets() -> str:
+    """Return what is aimed at on an H100 beside what the models predict of each implementation."""
+    rows_of = {(r.op, r.problem): r for r in cuda_model.REFERENCES}
+    newest_table = max(cuda_report.TABLES.glob("*.json"), key=lambda p: [int(n) for n in p.stem.split(".")])
+    _, rows = cuda_report.from_json(newest_table.read_text())
+    launched = json.loads(cuda_model.LAUNCHES.read_text())
+    version, loops = triton_model.committed()
+    by_triton = {(r.op, r.problem): triton_model.seconds(r, loops[r.case]) for r in triton_model.REFERENCES}
+
+    def by_cpp(op: str, problem: str) -> str:
+        reference = rows_of.get((op, problem))
+        if reference is None:
+            return "no model"
+        row, card = rows["sm_90a"][reference.kernel], cuda_model.CARDS[-1]
+        tile = cuda_model.Tile(**row[cuda_report.HOT])
+        launch = launched[reference.kernel][str(card.multiprocessors)]
+        return duration(cuda_model.predict(reference, tile, launch, row["blocks"], card).seconds)
+
+    def bounds(op: str, problem: str) -> str:
+        found = by_triton.get((op, problem))
+        return "no model" if found is None else " to ".join(map(duration, found))
+
+    aims = [
+        [f"`{op}`, {problem}", duration(target), by_cpp(op, problem), bounds(op, problem), unproved]
+        for op, problem, target, unproved in TARGETS
+    ]
+    counted = []
+    for reference in triton_model.REFERENCES:
+        loop = loops[reference.case]
+        shapes = ", ".join(f"{count} {shape.split('.')[0]}" for shape, count in loop.wgmma.items())
+        figures = [
+            f"{loop.instructions}",
+            f"{loop.per_hmma:.2g}",
+            f"{loop.issue:.0f}",
+            f"{loop.products:.0f}",
+        ]
+        counted.append(
+            [f"`{reference.op}`, {reference.problem}", shapes, f"{loop.copies}", f"{loop.barriers}", *figures]
+            + [bounds(reference.op, reference.problem)]
+        )
+    loop_names = ["problem", "wgmma", "copies a thread", "barriers", "instructions a warp", "per HMMA's work"]
+    loop_names += ["issue cycles", "product cycles", "predicted"]
+    return "\n\n".join(
+        [
+            "## Targets on an H100\n\nBfloat16, forward. Nothing here was measured; a prediction is a lower bound.",
+            table(["problem", "target", "CUDA C++ predicted", "Triton predicted", "not proved"], aims),
+            MODELLED_BY_LOOP.format(version=version),
+            table(loop_names, counted),
+        ]
+    )
+
+
 def page(reports: Sequence[Report]) -> str:
     """Return the whole page."""
     parts = [section(report) for report in reports] if reports else [NOTHING]
-    return "\n\n".join([HEADER, *parts, predictions(reports)]) + "\n"
+    return "\n\n".join([HEADER, *parts, predictions(reports), targets()]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
