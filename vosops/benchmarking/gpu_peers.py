@@ -71,9 +71,9 @@ def varlen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return tensor.transpose(1, 2).flatten(0, 1), ends, length
 
     (q, q_ends, q_length), (k, k_ends, k_length) = packed(query), packed(key)
-    out = varlen_attn(q, k, packed(value)[0], q_ends, k_ends, q_length, k_length)
-    assert isinstance(out, Tensor)
-    return out.unflatten(0, (query.shape[0], q_length)).transpose(1, 2)
+    out: Any = varlen_attn(q, k, packed(value)[0], q_ends, k_ends, q_length, k_length)
+    attended: Tensor = out.unflatten(0, (query.shape[0], q_length)).transpose(1, 2)
+    return attended
 
 
 def read_peers(size: MemorySize, dtype: torch.dtype, backward: bool) -> Iterator[ReadPeer]:
