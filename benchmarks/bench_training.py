@@ -33,8 +33,8 @@ from vosops.training.clips_task import recompute
 RESULTS = Path(__file__).parent / "results" / "training_cpu.json"
 # model, options, frames, (height, width), objects or classes, patterns of modules to recompute
 CASES: dict[str, tuple[str, dict[str, Any], int, tuple[int, int], int, tuple[str, ...]]] = {
-    "stm": ("stm", {}, 3, (384, 384), 1, ("Encoder_*.res*", "Decoder.*")),
-    "stm-20": ("stm", {}, 20, (480, 864), 1, ("Encoder_?", "Decoder")),
+    "stm": ("stm", {}, 3, (384, 384), 1, ("Encoder_?", "Decoder.*")),
+    "stm-20": ("stm", {}, 20, (480, 864), 1, ("Encoder_?", "Decoder.*")),
     "feelvos": ("feelvos", {"output_stride": 16}, 3, (465, 465), 1, ("deeplab.encoder*", "head.layers.*")),
     "lstm_icnet": ("lstm_icnet", {}, 4, (512, 1024), 18, ()),
     "lstm_icnet-20": ("lstm_icnet", {}, 20, (480, 864), 18, ()),

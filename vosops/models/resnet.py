@@ -80,6 +80,11 @@ class ResNet50Encoder(nn.Module):
 
     def last(self, frame: Tensor, *masks: Tensor) -> Tensor:
         """Return the last stage's map alone; the others are freed as soon as they have been used."""
+        if (
+            torch.is_grad_enabled()
+        ):  # as a module, so that `recompute` applies; gradients keep the other maps anyway
+            maps: list[Tensor] = self(frame, *masks)
+            return maps[-1]
         for x in self.stages(frame, *masks):  # noqa: B007
             pass
         return x
