@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write every verdict to this JSON file")
     given = parser.parse_args()
     known = {
-        (row["path"], row["line"]): Raise(**row)
+        (row["path"], row["text"]): Raise(**row)
         for path in given.after
         for row in json.loads(path.read_text())
         if row["verdict"] == "noticed"
@@ -233,8 +233,8 @@ def main() -> int:
                 importlib.import_module(module)
         results = []
         for found in find_raises(given.rooms):
-            if (found.path, found.line) in known:
-                results.append(known[found.path, found.line])
+            if (found.path, found.text) in known:
+                results.append(known[found.path, found.text])
                 continue
             tests = reaching(data, copy, found)
             if tests:
