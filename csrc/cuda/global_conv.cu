@@ -105,14 +105,7 @@ struct ByTensorCores {
         const unsigned char* from = x[x_row[pair] + shift] + k * kStepBytes + lane() / 8 % 2 * 16;
         const bool both = 2 * pair + 1 < kTilesPixels;
         uint32_t loaded[4];
-        if (both) {
-          load_matrices<4>(loaded, from);
-        } else {
-          uint32_t one[2];
-          load_matrices<2>(one, from);
-          loaded[0] = one[0];
-          loaded[1] = one[1];
-        }
+        load_tiles(loaded, from, both);
 #pragma unroll
         for (int j = 0; j < (both ? 2 : 1); ++j) {
           uint32_t b[2] = {loaded[2 * j], loaded[2 * j + 1]}, b_low[2] = {};

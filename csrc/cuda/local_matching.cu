@@ -433,16 +433,8 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
             for (int pair = 0; pair < kTilesN; pair += 2) {
               if (pair >= tiles) continue;
               uint32_t loaded[4];
-              const auto* row =
-                  &in.rows[warp_x + pair * kTileKeys + lane % 8][k * kStepBytes + lane / 8 % 2 * 16];
-              if (pair + 1 < kTilesN) {
-                load_matrices<4>(loaded, row + lane / 16 * kTileKeys * sizeof(in.rows[0]));
-              } else {
-                uint32_t two[2];
-                load_matrices<2>(two, row);
-                loaded[0] = two[0];
-                loaded[1] = two[1];
-              }
+              const int row = warp_x + (pair + lane / 16) * kTileKeys + lane % 8;
+              load_tiles(loaded, in.rows[row] + k * kStepBytes + lane / 8 % 2 * 16, pair + 1 < kTilesN);
 #pragma unroll
               for (int j = pair; j < kTilesN && j < pair + 2; ++j) {
                 if (j >= tiles) continue;

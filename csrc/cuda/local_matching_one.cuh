@@ -210,14 +210,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Rows<T> query, Rows<T> key
             for (int pair = 0; pair < kTilesN; pair += 2) {
               uint32_t loaded[4];
               const unsigned char* at = row + pair * kTileKeys * kRowPitch<kSteps> + k * kStepBytes;
-              if (pair + 1 < kTilesN) {
-                load_matrices<4>(loaded, at);
-              } else {
-                uint32_t two[2];
-                load_matrices<2>(two, at);
-                loaded[0] = two[0];
-                loaded[1] = two[1];
-              }
+              load_tiles(loaded, at, pair + 1 < kTilesN);
 #pragma unroll
               for (int j = pair; j < kTilesN && j < pair + 2; ++j) {
                 const uint32_t b[2] = {loaded[2 * (j - pair)], loaded[2 * (j - pair) + 1]};

@@ -28,6 +28,20 @@ __device__ __forceinline__ void prepare(uint32_t (&high)[kCount], uint32_t (&low
   }
 }
 
+// The right factors of two tiles of 8 rows, of which lanes 8i .. 8i+7 name halves (the first tile's first and
+// second 16 bytes, then the second tile's): registers 2j and 2j + 1 are tile j's. Without `both` the first
+// tile only.
+__device__ __forceinline__ void load_tiles(uint32_t (&registers)[4], const void* row, bool both) {
+  if (both) {
+    load_matrices<4>(registers, row);
+  } else {
+    uint32_t first[2];
+    load_matrices<2>(first, row);
+    registers[0] = first[0];
+    registers[1] = first[1];
+  }
+}
+
 // d = c + a b for a tile of 16 x 8.
 template <class T, Arithmetic kArithmetic>
 __device__ __forceinline__ void step_from(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4],
