@@ -48,7 +48,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<float> in, Values<V
   DYNAMIC_SHARED(Smem, s);
   const int thread = int(threadIdx.x), tx = thread % kSide, ty = thread / kSide, warp = thread / kWarp,
             lane = thread % kWarp;
-  const Share share(in.queries, in.memory, kTileQueries, column_tiles, target.shares);
+  const Share share(in, kTileQueries, column_tiles, target.shares);
   const int first_column = share.column_tile * kTileColumns;
   const int columns = min(value.columns - first_column, kTileColumns);
   const V* values = value.data + share.n * value.batch_stride;
@@ -68,7 +68,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<float> in, Values<V
         const int row = i / kVectors, column = i % kVectors * 4;
         const float* from = row < kTileQueries
                                 ? queries + min(share.first_query + row, in.queries - 1) * in.row_columns
-                                : keys + min(first + row - kTileQueries, in.memory - 1) * in.row_columns;
+                                : keys + min(first + row - kTileQueries, share.end - 1) * in.row_columns;
         copy_async<16>(&s.rows[chunk % 2][row][column], from + chunk * kChunk + column);
       }
       copy_async_commit();
@@ -98,7 +98,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<float> in, Values<V
     }
 #pragma unroll
     for (int j = 0; j < kOwnPositions; ++j) {
-      const int64_t m = first + kSide * j + tx, read = min(m, in.memory - 1);
+      const int64_t m = first + kSide * j + tx, read = min(m, share.end - 1);
       const float shrinkage = in.shrinkage_of(share.n, read), shift = in.shift_of(share.n, read);
 #pragma unroll
       for (int i = 0; i < kOwnQueries; ++i)
@@ -232,7 +232,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
   DYNAMIC_SHARED(Shared, s);
   const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int g = lane / 4, t = lane % 4;  // of the fragments: rows g and g + 8, columns 2t and 2t + 1
-  const Share share(in.queries, in.memory, X::kTileQueries, column_tiles, target.shares);
+  const Share share(in, X::kTileQueries, column_tiles, target.shares);
   const int first_column = share.column_tile * X::kTileColumns;
   const int columns = min(value.columns - first_column, X::kTileColumns);
   const V* values = value.data + share.n * value.batch_stride;
@@ -278,7 +278,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
     const unsigned char* from = key_at;
     if (last) {
       VISIT(last_keys, 1);
-      from -= max(first + key_row - (in.memory - 1), int64_t{0}) * row_bytes;
+      from -= max(first + key_row - (share.end - 1), int64_t{0}) * row_bytes;
     }
     key_at += tile_bytes;
     SharedAddress to = key_to + tile % kStages * kTileMemory * row_pitch;

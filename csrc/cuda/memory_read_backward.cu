@@ -1,8 +1,8 @@
 // Backward of the memory read on the GPU, deterministic: every sum has a fixed order, nothing is added by
 // atomics.
 //
-// A batch element and a chunk of the memory at a time, the weights are recomputed from the log-sum-exp and
-// kept, so that all gradients are products of rows with rows:
+// Some batch elements and a chunk of the memory at a time, the weights are recomputed from the log-sum-exp
+// and kept, so that all gradients are products of rows with rows:
 //   weights_kernel:  W[m][p] = exp(score - lse) from keys and queries;
 //   ds_kernel:       dS[m][p] = W (values . grad_out - delta), delta = out . grad_out - grad_lse, and dS
 //   transposed;
@@ -11,7 +11,8 @@
 // Q~ carries two more rows, ones and the query's bias, and shrinkage K~ one more, the shrinkage: their
 // products are the sums that the gradients of shrinkage and biases need. finish_kernel turns dK~ into those
 // of key, shrinkage and key bias. A chunk gives each multiprocessor kTilesPerMultiprocessor tiles of the
-// weights: 54 MB for all three arrays of float on an H100, whatever the sizes of query and memory. Where all
+// weights, of as many batch elements as that takes: 54 MB for all three arrays of float on an H100, whatever
+// the sizes of query and memory. Where all
 // inputs are bfloat16, so are the operands of gradients, with the weights and their derivatives rounded to it
 // as PyTorch's own operators do. Otherwise they are rows of float: float16 is exact in TF32, which multiplies
 // it, while its range would lose small derivatives. Products bound the time: four for the forward's two.
@@ -26,25 +27,27 @@ namespace {
 constexpr int kThreads = kTileThreads;
 constexpr int64_t kTilesPerMultiprocessor = 4;
 
-// The tile (of A's rows and B's) that a block works on.
+// The tile (of A's rows and B's, of one of the elements) that a block works on.
 struct BlockTile {
-  int64_t first_a, first_b;
+  int64_t element, first_a, first_b;
 
-  __device__ explicit BlockTile(int64_t b) {
-    const int64_t tiles = ceil_div(b, int64_t{kTileB});
-    first_a = blockIdx.x / tiles * kTileA;
-    first_b = blockIdx.x % tiles * kTileB;
+  __device__ BlockTile(int64_t a, int64_t b) {
+    const int64_t tiles_a = ceil_div(a, int64_t{kTileA}), tiles_b = ceil_div(b, int64_t{kTileB});
+    first_b = blockIdx.x % tiles_b * kTileB;
+    first_a = blockIdx.x / tiles_b % tiles_a * kTileA;
+    element = blockIdx.x / tiles_b / tiles_a;
   }
 };
 
-unsigned tile_blocks(int64_t a, int64_t b) {
-  return checked_blocks(ceil_div(a, int64_t{kTileA}) * ceil_div(b, int64_t{kTileB}));
+unsigned tile_blocks(int64_t elements, int64_t a, int64_t b) {
+  return checked_blocks(elements * ceil_div(a, int64_t{kTileA}) * ceil_div(b, int64_t{kTileB}));
 }
 
-// One batch element and chunk: positions [begin, begin + count). Arrays of weights are [count][query_columns]
-// and [P][memory_columns], with zeros behind the last column.
+// Batch elements [n, n + elements) and a chunk of their memories: positions [begin, begin + count). Arrays of
+// weights are [elements][count][query_columns] and [elements][P][memory_columns], with zeros behind the last
+// column.
 struct Chunk {
-  int64_t n, begin, count;
+  int64_t n, elements, begin, count;
   int query_columns, memory_columns;
 };
 
@@ -52,41 +55,43 @@ template <class Tile, class G>
 __global__ __launch_bounds__(kThreads) void weights_kernel(Scores<typename Tile::Element> in,
                                                            const float* lse, Chunk chunk, G* weights) {
   DYNAMIC_SHARED(typename Tile::Smem, s);
-  const BlockTile tile(chunk.query_columns);
+  const BlockTile tile(chunk.count, chunk.query_columns);
+  const int64_t n = chunk.n + tile.element;
+  weights += tile.element * chunk.count * chunk.query_columns;
   float products[kOwnA][kOwnB];
-  Tile::multiply(s, {in.keys_of(chunk.n), chunk.begin + tile.first_a, in.memory},
-                 {in.queries_of(chunk.n), tile.first_b, in.queries}, in.row_columns, products);
+  Tile::multiply(s, {in.keys_of(n), chunk.begin + tile.first_a, in.memory},
+                 {in.queries_of(n), tile.first_b, in.queries}, in.row_columns, products);
   float bias[kOwnB], query_lse[kOwnB];
 #pragma unroll
   for (int j = 0; j < kOwnB; ++j) {
     const int64_t p = min(tile.first_b + Tile::column(j), in.queries - 1);
-    bias[j] = in.bias_of(chunk.n, p);
-    query_lse[j] = lse[chunk.n * in.queries + p];
+    bias[j] = in.bias_of(n, p);
+    query_lse[j] = lse[n * in.queries + p];
   }
 #pragma unroll
   for (int i = 0; i < kOwnA; ++i) {
     const int64_t row = tile.first_a + Tile::row(i);
     if (row >= chunk.count) continue;
-    const float shrinkage = in.shrinkage_of(chunk.n, chunk.begin + row),
-                shift = in.shift_of(chunk.n, chunk.begin + row);
+    const float shrinkage = in.shrinkage_of(n, chunk.begin + row), shift = in.shift_of(n, chunk.begin + row);
+    const bool is_read = in.reads(n, chunk.begin + row);
 #pragma unroll
     for (int j = 0; j < kOwnB; ++j) {
       const int64_t p = tile.first_b + Tile::column(j);
       if (p >= chunk.query_columns) continue;
       const float score = fmaf(shrinkage, fmaf(in.scale, products[i][j], bias[j]), shift);
-      const bool reads = p < in.queries && query_lse[j] != -INFINITY;
+      const bool reads = is_read && p < in.queries && query_lse[j] != -INFINITY;
       weights[row * chunk.query_columns + p] =
           from_float<G>(reads ? exp2f((score - query_lse[j]) * kLog2E) : 0.f);
     }
   }
 }
 
-// Rows of values and of the output's gradient, [count][columns] and [P][columns].
+// Rows of values and of the output's gradient, [elements][count][columns] and [elements][P][columns].
 template <class G>
 struct Flow {
   const G *values, *grads;
   int columns;
-  const float* delta;  // [P]
+  const float* delta;  // [elements][P]
   const G* weights;
   G *ds, *transposed;
 };
@@ -103,7 +108,13 @@ __global__ __launch_bounds__(kThreads) void ds_kernel(Flow<typename Tile::Elemen
   using G = typename Tile::Element;
   using Shared = DsSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
-  const BlockTile tile(chunk.query_columns);
+  const BlockTile tile(chunk.memory_columns, chunk.query_columns);
+  flow.values += tile.element * chunk.count * flow.columns;
+  flow.grads += tile.element * queries * flow.columns;
+  flow.delta += tile.element * queries;
+  flow.weights += tile.element * chunk.count * chunk.query_columns;
+  flow.ds += tile.element * chunk.count * chunk.query_columns;
+  flow.transposed += tile.element * queries * chunk.memory_columns;
   float products[kOwnA][kOwnB];
   Tile::multiply(s.tile, {flow.values, tile.first_a, chunk.count}, {flow.grads, tile.first_b, queries},
                  flow.columns, products);
@@ -114,8 +125,9 @@ __global__ __launch_bounds__(kThreads) void ds_kernel(Flow<typename Tile::Elemen
 #pragma unroll
     for (int i = 0; i < kOwnA; ++i) {
       const int64_t row = tile.first_a + Tile::row(i), at = row * chunk.query_columns + p;
-      float ds = 0;
-      if (row < chunk.count && p < queries) ds = to_float(flow.weights[at]) * (products[i][j] - delta);
+      // Values of no weight count for nothing, whatever they are.
+      const float weight = row < chunk.count && p < queries ? to_float(flow.weights[at]) : 0.f;
+      const float ds = weight != 0 ? weight * (products[i][j] - delta) : 0.f;
       if (row < chunk.count && p < chunk.query_columns) flow.ds[at] = from_float<G>(ds);
       s.transposed[Tile::column(j)][Tile::row(i)] = ds;
     }
@@ -128,29 +140,37 @@ __global__ __launch_bounds__(kThreads) void ds_kernel(Flow<typename Tile::Elemen
   }
 }
 
-// result[a][b] = (or +=) rows of A times rows of B.
+// Rows of a factor, [elements][count][columns].
+template <class E>
+struct Factor {
+  const E* rows;
+  int64_t count;
+};
+
+// result[element][a][b] = (or +=) rows of A times rows of B.
 template <class T>
 struct Result {
   T* data;
-  int64_t row_stride;
+  int64_t element_stride, row_stride;
   bool add;
 };
 
 template <class Tile, class T>
-__global__ __launch_bounds__(kThreads) void product_kernel(const typename Tile::Element* a, int64_t count_a,
-                                                           const typename Tile::Element* b, int64_t count_b,
-                                                           int columns, Result<T> result) {
+__global__ __launch_bounds__(kThreads) void product_kernel(Factor<typename Tile::Element> a,
+                                                           Factor<typename Tile::Element> b, int columns,
+                                                           Result<T> result) {
   DYNAMIC_SHARED(typename Tile::Smem, s);
-  const BlockTile tile(count_b);
+  const BlockTile tile(a.count, b.count);
   float products[kOwnA][kOwnB];
-  Tile::multiply(s, {a, tile.first_a, count_a}, {b, tile.first_b, count_b}, columns, products);
+  Tile::multiply(s, {a.rows + tile.element * a.count * columns, tile.first_a, a.count},
+                 {b.rows + tile.element * b.count * columns, tile.first_b, b.count}, columns, products);
 #pragma unroll
   for (int i = 0; i < kOwnA; ++i)
 #pragma unroll
     for (int j = 0; j < kOwnB; ++j) {
       const int64_t row = tile.first_a + Tile::row(i), column = tile.first_b + Tile::column(j);
-      if (row >= count_a || column >= count_b) continue;
-      T& to = result.data[row * result.row_stride + column];
+      if (row >= a.count || column >= b.count) continue;
+      T& to = result.data[tile.element * result.element_stride + row * result.row_stride + column];
       to = from_float<T>(result.add ? to_float(to) + products[i][j] : products[i][j]);
     }
 }
@@ -185,14 +205,16 @@ __global__ __launch_bounds__(kThreads) void delta_kernel(const V* out, const V* 
   delta[n * queries + p] = sum;
 }
 
-// Rows behind the others: ones and the queries' bias behind Q~.
+// Rows behind the `channels` others of Q~, of every element: ones and the queries' bias.
 template <class G>
-__global__ __launch_bounds__(kThreads) void query_rows_kernel(const float* bias, int64_t queries, int columns,
-                                                              G* ones, G* biases) {
-  const int64_t p = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (p >= columns) return;
+__global__ __launch_bounds__(kThreads) void query_rows_kernel(const float* bias, int64_t elements,
+                                                              int64_t queries, int columns, int channels,
+                                                              G* rows) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x, p = at % columns, element = at / columns;
+  if (element >= elements) return;
+  G* ones = rows + (element * (channels + 2) + channels) * columns;
   ones[p] = from_float<G>(p < queries ? 1.f : 0.f);
-  biases[p] = from_float<G>(p < queries && bias ? bias[p] : 0.f);
+  ones[columns + p] = from_float<G>(p < queries && bias ? bias[element * queries + p] : 0.f);
 }
 
 // Rows of keys [c][m] of a chunk times their shrinkage, and the shrinkage behind them.
@@ -200,48 +222,54 @@ template <class E, class G>
 __global__ __launch_bounds__(kThreads) void key_rows_kernel(Scores<E> in, Chunk chunk, int channels,
                                                             G* rows) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t c = at / chunk.memory_columns, m = at % chunk.memory_columns;
-  if (c > channels) return;
+  const int64_t m = at % chunk.memory_columns, c = at / chunk.memory_columns % (channels + 1);
+  const int64_t element = at / chunk.memory_columns / (channels + 1), n = chunk.n + element;
+  if (element >= chunk.elements) return;
   float x = 0;
   if (m < chunk.count) {
     const int64_t position = chunk.begin + m;
-    x = in.shrinkage_of(chunk.n, position);
-    if (c < channels) x *= in.scale * to_float(in.keys_of(chunk.n)[position * in.row_columns + c]);
+    x = in.reads(n, position) ? in.shrinkage_of(n, position) : 0.f;
+    if (c < channels && x != 0) x *= in.scale * to_float(in.keys_of(n)[position * in.row_columns + c]);
   }
   rows[at] = from_float<G>(x);
 }
 
 template <class K>
 struct KeyGradients {
-  K* key;                       // [C][M]
-  float *shrinkage, *key_bias;  // [M], or null
+  K* key;                       // [N][C][M]
+  float *shrinkage, *key_bias;  // [N][M], or null
 };
 
-// From products [channels + 2][count]: what Q~, ones and the bias make of dS.
+// From products [elements][channels + 2][count]: what Q~, ones and the bias make of dS.
 template <class E, class K>
 __global__ __launch_bounds__(kThreads) void finish_kernel(Scores<E> in, Chunk chunk, int key_channels,
                                                           int query_channels, const float* products,
                                                           KeyGradients<K> out) {
-  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (row >= chunk.count) return;
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t row = at % chunk.count, element = at / chunk.count, n = chunk.n + element;
+  if (element >= chunk.elements) return;
   const int64_t m = chunk.begin + row;
-  const float factor = in.scale * in.shrinkage_of(chunk.n, m);
-  const E* keys = in.keys_of(chunk.n) + m * in.row_columns;
+  const bool reads = in.reads(n, m);
+  const float factor = reads ? in.scale * in.shrinkage_of(n, m) : 0.f;
+  const E* keys = in.keys_of(n) + m * in.row_columns;
+  products += element * (int64_t{query_channels} + 2) * chunk.count;
+  K* key_gradients = out.key + n * key_channels * in.memory;
   float product = 0;
   for (int c = 0; c < key_channels; ++c) {
-    const float key = to_float(keys[c]);
+    const float key = reads ? to_float(keys[c]) : 0.f;
     float sum = products[c * chunk.count + row];
     product = fmaf(sum, key, product);
     if (query_channels > key_channels) {
       const float squared = products[(key_channels + c) * chunk.count + row];
-      product = fmaf(squared, to_float(keys[key_channels + c]), product);
+      product = fmaf(squared, reads ? to_float(keys[key_channels + c]) : 0.f, product);
       sum = fmaf(2 * key, squared, sum);
     }
-    out.key[c * in.memory + m] = from_float<K>(factor * sum);
+    key_gradients[c * in.memory + m] = from_float<K>(factor * sum);
   }
   if (out.shrinkage)
-    out.shrinkage[m] = in.scale * product + products[(int64_t{query_channels} + 1) * chunk.count + row];
-  if (out.key_bias) out.key_bias[m] = products[int64_t{query_channels} * chunk.count + row];
+    out.shrinkage[n * in.memory + m] =
+        in.scale * product + products[(int64_t{query_channels} + 1) * chunk.count + row];
+  if (out.key_bias) out.key_bias[n * in.memory + m] = products[int64_t{query_channels} * chunk.count + row];
 }
 
 // ---- Host ----
@@ -258,14 +286,27 @@ Tensor narrowed(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(tensor, dim, start, length);
 }
 
-// Runs one batch element and chunk after the other.
+// How much is done at once: a chunk of one memory, or several whole memories.
+struct Pass {
+  int64_t elements, positions;
+};
+
+Pass choose_pass(const ScoreInputs& in, int query_columns) {
+  const int64_t tiles = kTilesPerMultiprocessor * device_limits().multiprocessors;
+  const int64_t positions = std::min(ceil_div(tiles * kTileA, int64_t{query_columns}) * kTileB, in.memory());
+  if (positions < in.memory()) return {1, positions};
+  const int64_t fit = tiles * kTileA * kTileB / (in.memory() * query_columns);
+  return {std::clamp<int64_t>(fit, 1, in.batch()), positions};
+}
+
+// Runs one pass after the other.
 template <class ScoreTile, class GradientTile>
 void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out, const Tensor& delta,
               const Tensor& lse, Gradients& gradients, Stream stream) {
   using E = typename ScoreTile::Element;
   using G = typename GradientTile::Element;
   const int64_t queries = in.queries(), columns = value.size(1) * value.size(2);
-  const int channels = int(in.query.size(1));
+  const int channels = int(in.query.size(1)), key_channels = int(in.key.size(1));
   ScoreMemory memory;
   const Scores<E> scores = pack_scores<E>(in, stream, memory);
   const auto numbers = [&](std::vector<int64_t> shape) {
@@ -276,94 +317,89 @@ void backward(const ScoreInputs& in, const Tensor& value, const Tensor& grad_out
   };
   const auto data_of = [](const Tensor& tensor) { return static_cast<G*>(tensor.mutable_data_ptr()); };
   const int query_columns = row_columns_of(queries);
-  const int64_t tiles = kTilesPerMultiprocessor * device_limits().multiprocessors;
-  const int64_t longest = std::min(ceil_div(tiles * kTileA, int64_t{query_columns}) * kTileB, in.memory());
+  const Pass most = choose_pass(in, query_columns);
   const auto threads = [](int64_t count) { return dim3(checked_blocks(ceil_div(count, int64_t{kThreads}))); };
-  const auto multiply = [&]<class T>(const G* a, int64_t count_a, const G* b, int64_t count_b, int depth,
-                                     const Result<T>& result) {
-    if (count_a == 0 || count_b == 0) return;
-    LAUNCH((product_kernel<GradientTile, T>), dim3(tile_blocks(count_a, count_b)), dim3(kThreads),
-           sizeof(typename GradientTile::Smem), stream, a, count_a, b, count_b, depth, result);
-  };
 
   const Tensor grad_columns =
       torch::stable::view(grad_out, std::vector<int64_t>{in.batch(), columns, queries});
-  Tensor weights = operands({longest, query_columns}), ds = operands({longest, query_columns});
-  Tensor transposed = operands({queries, row_columns_of(longest)});
-  Tensor query_sums = numbers({channels + 1, queries}), key_sums = numbers({channels + 2, longest});
-  for (int64_t n = 0; n < in.batch(); ++n) {
-    const Tensor grad = narrowed(grad_columns, 0, n, 1);
+  Tensor weights = operands({most.elements, most.positions, query_columns});
+  Tensor ds = operands({most.elements, most.positions, query_columns});
+  Tensor transposed = operands({most.elements, queries, row_columns_of(most.positions)});
+  Tensor key_sums = numbers({most.elements, channels + 2, most.positions});
+  for (int64_t n = 0; n < in.batch(); n += most.elements) {
+    const int64_t elements = std::min(most.elements, in.batch() - n);
+    const auto multiply = [&]<class T>(const Factor<G>& a, const Factor<G>& b, int depth,
+                                       const Result<T>& result) {
+      if (a.count == 0 || b.count == 0) return;
+      LAUNCH((product_kernel<GradientTile, T>), dim3(tile_blocks(elements, a.count, b.count)), dim3(kThreads),
+             sizeof(typename GradientTile::Smem), stream, a, b, depth, result);
+    };
+    const Tensor grad = narrowed(grad_columns, 0, n, elements);
     const Tensor grad_by_query = rows_of<G>(grad, 2, 1, false, stream);   // [P][columns]
     const Tensor grad_by_column = rows_of<G>(grad, 1, 2, false, stream);  // [columns][P]
-    const Tensor query = rows_of<G>(narrowed(in.query, 0, n, 1), 1, 2, false, stream);
-    Tensor query_rows = operands({channels + 2, query_columns});
-    Tensor plain_rows = narrowed(query_rows, 0, 0, channels);
-    torch::stable::copy_(plain_rows,
-                         torch::stable::view(query, std::vector<int64_t>{channels, query_columns}));
-    G* extra = data_of(query_rows) + int64_t{channels} * query_columns;
-    LAUNCH(query_rows_kernel<G>, threads(query_columns), dim3(kThreads), 0, stream,
-           scores.query_bias ? scores.query_bias + n * queries : nullptr, queries, query_columns, extra,
-           extra + query_columns);
+    const Tensor query = rows_of<G>(narrowed(in.query, 0, n, elements), 1, 2, false, stream);
+    Tensor query_rows = operands({elements, channels + 2, query_columns});
+    Tensor plain_rows = narrowed(query_rows, 1, 0, channels);
+    torch::stable::copy_(plain_rows, query);
+    LAUNCH(query_rows_kernel<G>, threads(elements * query_columns), dim3(kThreads), 0, stream,
+           scores.query_bias ? scores.query_bias + n * queries : nullptr, elements, queries, query_columns,
+           channels, data_of(query_rows));
+    Tensor query_sums = numbers({elements, channels + 1, queries});
 
-    for (int64_t begin = 0; begin < in.memory(); begin += longest) {
-      const int64_t count = std::min(longest, in.memory() - begin);
-      const Chunk chunk{n, begin, count, query_columns, row_columns_of(count)};
+    for (int64_t begin = 0; begin < in.memory(); begin += most.positions) {
+      const int64_t count = std::min(most.positions, in.memory() - begin);
+      const Chunk chunk{n, elements, begin, count, query_columns, row_columns_of(count)};
       G* w = data_of(weights);
-      LAUNCH((weights_kernel<ScoreTile, G>), dim3(tile_blocks(count, query_columns)), dim3(kThreads),
-             sizeof(typename ScoreTile::Smem), stream, scores, lse.const_data_ptr<float>(), chunk, w);
+      LAUNCH((weights_kernel<ScoreTile, G>), dim3(tile_blocks(elements, count, query_columns)),
+             dim3(kThreads), sizeof(typename ScoreTile::Smem), stream, scores, lse.const_data_ptr<float>(),
+             chunk, w);
 
-      const int64_t objects = value.size(1), value_channels = value.size(2);
-      const int value_columns = row_columns_of(columns);
-      Tensor value_rows;
-      if (objects == 1) {
-        const Tensor part = narrowed(narrowed(value, 0, n, 1), 3, begin, count);
-        value_rows = rows_of<G>(torch::stable::squeeze(part, 1), 2, 1, false, stream);
-      } else {
-        // (1, O, C, count) with its objects and channels as one dimension.
-        const Tensor part = narrowed(narrowed(value, 0, n, 1), 3, begin, count);
-        value_rows =
-            rows_of<G>(torch::stable::reshape(part, std::vector<int64_t>{1, objects * value_channels, count}),
-                       2, 1, false, stream);
-      }
+      // (elements, O, C, count) with its objects and channels as one dimension.
+      const int64_t objects = value.size(1);
+      const Tensor part = narrowed(narrowed(value, 0, n, elements), 3, begin, count);
+      const Tensor value_rows = rows_of<G>(
+          objects == 1 ? torch::stable::squeeze(part, 1)
+                       : torch::stable::reshape(part, std::vector<int64_t>{elements, columns, count}),
+          2, 1, false, stream);
       const Flow<G> flow{data_of(value_rows),
                          data_of(grad_by_query),
-                         value_columns,
+                         row_columns_of(columns),
                          delta.const_data_ptr<float>() + n * queries,
                          w,
                          data_of(ds),
                          data_of(transposed)};
-      LAUNCH(ds_kernel<GradientTile>, dim3(tile_blocks(chunk.memory_columns, query_columns)), dim3(kThreads),
-             sizeof(DsSmem<GradientTile>), stream, flow, chunk, queries);
+      LAUNCH(ds_kernel<GradientTile>, dim3(tile_blocks(elements, chunk.memory_columns, query_columns)),
+             dim3(kThreads), sizeof(DsSmem<GradientTile>), stream, flow, chunk, queries);
 
       dispatch(value.scalar_type(), [&](auto sample) {
         using V = decltype(sample);
         auto* to = static_cast<V*>(gradients.value.mutable_data_ptr()) + n * columns * in.memory() + begin;
-        multiply(data_of(grad_by_column), columns, w, count, query_columns,
-                 Result<V>{to, in.memory(), false});
+        multiply({data_of(grad_by_column), columns}, {w, count}, query_columns,
+                 Result<V>{to, columns * in.memory(), in.memory(), false});
       });
-      multiply(data_of(query_rows), channels + 2, flow.ds, count, query_columns,
-               Result<float>{key_sums.mutable_data_ptr<float>(), count, false});
-      Tensor key_rows = operands({channels + 1, chunk.memory_columns});
-      LAUNCH((key_rows_kernel<E, G>), threads(int64_t{channels + 1} * chunk.memory_columns), dim3(kThreads),
-             0, stream, scores, chunk, channels, data_of(key_rows));
-      multiply(data_of(key_rows), channels + 1, flow.transposed, queries, chunk.memory_columns,
-               Result<float>{query_sums.mutable_data_ptr<float>(), queries, begin > 0});
+      multiply({data_of(query_rows), channels + 2}, {flow.ds, count}, query_columns,
+               Result<float>{key_sums.mutable_data_ptr<float>(), (channels + 2) * count, count, false});
+      Tensor key_rows = operands({elements, channels + 1, chunk.memory_columns});
+      LAUNCH((key_rows_kernel<E, G>), threads(elements * (channels + 1) * chunk.memory_columns),
+             dim3(kThreads), 0, stream, scores, chunk, channels, data_of(key_rows));
+      multiply(
+          {data_of(key_rows), channels + 1}, {flow.transposed, queries}, chunk.memory_columns,
+          Result<float>{query_sums.mutable_data_ptr<float>(), (channels + 1) * queries, queries, begin > 0});
       dispatch(in.key.scalar_type(), [&](auto sample) {
         using K = decltype(sample);
-        const auto row = [&](Tensor& tensor, bool given) {
-          return given ? tensor.mutable_data_ptr<float>() + n * in.memory() : nullptr;
+        const auto row = [](Tensor& tensor, bool given) {
+          return given ? tensor.mutable_data_ptr<float>() : nullptr;
         };
-        const KeyGradients<K> out{
-            static_cast<K*>(gradients.key.mutable_data_ptr()) + n * in.key.size(1) * in.memory(),
-            row(gradients.shrinkage, in.shrinkage.has_value()),
-            row(gradients.key_bias, in.key_bias.has_value())};
-        LAUNCH((finish_kernel<E, K>), threads(count), dim3(kThreads), 0, stream, scores, chunk,
-               int(in.key.size(1)), channels, key_sums.const_data_ptr<float>(), out);
+        const KeyGradients<K> out{static_cast<K*>(gradients.key.mutable_data_ptr()),
+                                  row(gradients.shrinkage, in.shrinkage.has_value()),
+                                  row(gradients.key_bias, in.key_bias.has_value())};
+        LAUNCH((finish_kernel<E, K>), threads(elements * count), dim3(kThreads), 0, stream, scores, chunk,
+               key_channels, channels, key_sums.const_data_ptr<float>(), out);
       });
     }
     const auto write = [&](Tensor& gradient, int64_t first, int64_t rows) {
-      Tensor to = narrowed(gradient, 0, n, 1);
-      const Tensor from = narrowed(query_sums, 0, first, rows);
+      Tensor to = narrowed(gradient, 0, n, elements);
+      const Tensor from = narrowed(query_sums, 1, first, rows);
       torch::stable::copy_(to, torch::stable::view(from, to.sizes()));
     };
     write(gradients.query, 0, channels);

@@ -51,18 +51,22 @@ struct Share {
   int share, column_tile;
   int64_t n, first_query, begin, end;  // positions [begin, end)
 
-  __device__ Share(int64_t queries, int64_t memory, int tile_queries, int column_tiles, int shares) {
+  template <class E>
+  __device__ Share(const Scores<E>& in, int tile_queries, int column_tiles, int shares) {
     int64_t block = blockIdx.x;
     share = int(block % shares);
     block /= shares;
     column_tile = int(block % column_tiles);
     block /= column_tiles;
-    const int64_t tiles = ceil_div(queries, int64_t{tile_queries});
+    const int64_t tiles = ceil_div(in.queries, int64_t{tile_queries});
     first_query = block % tiles * tile_queries;
     n = block / tiles;
-    const int64_t memory_tiles = ceil_div(memory, int64_t{kTileMemory});
-    begin = memory_tiles * share / shares * kTileMemory;
-    end = min(memory_tiles * (share + 1) / shares * kTileMemory, memory);
+    // Whole tiles from the one with the first position that is read.
+    const Span span = in.span_of(n);
+    const int64_t first = span.begin / kTileMemory * kTileMemory;
+    const int64_t memory_tiles = max(ceil_div(span.end - first, int64_t{kTileMemory}), int64_t{0});
+    begin = first + memory_tiles * share / shares * kTileMemory;
+    end = max(begin, min(first + memory_tiles * (share + 1) / shares * kTileMemory, span.end));
   }
 };
 

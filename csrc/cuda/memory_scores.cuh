@@ -28,6 +28,51 @@ inline void check_scores(const ScoreInputs& in) {
                   "a batch element is limited to 2^31 - 1 queries and positions");
 }
 
+// ---- Which positions are read ----
+// A batch element's memory from the first to behind the last position whose bias is not minus infinity: what
+// lies outside has no weight, and is not read. (A range whose end is not behind its begin is empty.)
+struct Span {
+  int64_t begin, end;
+};
+
+constexpr int kSpanThreads = 256, kSpanOwn = 16;  // positions of a thread that are looked at together
+
+struct SpanSmem {
+  unsigned first[kSpanThreads / kWarp];
+};
+
+// A block finds the range of one batch element, from both ends: of a memory without gaps it reads twice
+// kSpanThreads * kSpanOwn biases.
+template <class B>
+__global__ __launch_bounds__(kSpanThreads) void span_kernel(const B* key_bias, int64_t memory, int* spans) {
+  DYNAMIC_SHARED(SpanSmem, s);
+  const int thread = int(threadIdx.x);
+  key_bias += blockIdx.x * memory;
+  // How many positions there are before the first that is read, or behind the last.
+  const auto outside = [&](bool behind) {
+    for (int64_t start = 0; start < memory; start += kSpanThreads * kSpanOwn) {
+      unsigned first = ~0u;
+#pragma unroll
+      for (int i = kSpanOwn - 1; i >= 0; --i) {
+        const int64_t at = start + i * kSpanThreads + thread;
+        if (at < memory && key_bias[behind ? memory - 1 - at : at] != -INFINITY)
+          first = unsigned(i * kSpanThreads + thread);
+      }
+      if (!__syncthreads_or(first != ~0u)) continue;
+      first = __reduce_min_sync(kAllLanes, first);
+      if (thread % kWarp == 0) s.first[thread / kWarp] = first;
+      __syncthreads();
+      for (const unsigned of_warp : s.first) first = min(first, of_warp);
+      return start + first;
+    }
+    return memory;
+  };
+  const int64_t before = outside(false), behind = outside(true);
+  if (thread != 0) return;
+  spans[2 * blockIdx.x] = int(before);
+  spans[2 * blockIdx.x + 1] = int(memory - behind);
+}
+
 // ---- Score operands ----
 // Pointers to what scores are made of; a vector that is absent is null.
 template <class E>
@@ -36,6 +81,7 @@ struct Scores {
   int64_t query_batch, key_batch;  // elements from one batch element to the next; 0 if all are the same
   int row_columns;
   const float *query_bias, *shrinkage, *key_bias;
+  const int* spans;  // [N][2], or null: all is read
   int64_t queries, memory;
   float scale;
 
@@ -48,11 +94,16 @@ struct Scores {
     return shrinkage ? shrinkage[n * memory + m] : 1.f;
   }
   __device__ float shift_of(int64_t n, int64_t m) const { return key_bias ? key_bias[n * memory + m] : 0.f; }
+  // Whether a position may be read: what it holds otherwise counts for nothing.
+  __device__ bool reads(int64_t n, int64_t m) const { return shift_of(n, m) != -INFINITY; }
+  __device__ Span span_of(int64_t n) const {
+    return spans ? Span{spans[2 * n], spans[2 * n + 1]} : Span{0, memory};
+  }
 };
 
 // The memory behind Scores.
 struct ScoreMemory {
-  Tensor query, key;
+  Tensor query, key, spans;
   std::optional<Tensor> query_bias, shrinkage, key_bias;
 };
 
@@ -68,6 +119,14 @@ Scores<E> pack_scores(const ScoreInputs& in, Stream stream, ScoreMemory& memory)
   const auto batch_elements = [](const Tensor& rows) {
     return rows.size(0) == 1 ? int64_t{0} : rows.size(1) * rows.size(2);
   };
+  const float* key_bias = vector(in.key_bias, memory.key_bias);
+  int* spans = nullptr;
+  if (key_bias) {
+    memory.spans = torch::stable::new_empty(in.key, std::vector<int64_t>{in.batch(), 2}, ScalarType::Int);
+    spans = memory.spans.mutable_data_ptr<int>();
+    LAUNCH(span_kernel<float>, dim3(checked_blocks(in.batch())), dim3(kSpanThreads), sizeof(SpanSmem), stream,
+           key_bias, in.memory(), spans);
+  }
   return {static_cast<const E*>(memory.query.const_data_ptr()),
           static_cast<const E*>(memory.key.const_data_ptr()),
           batch_elements(memory.query),
@@ -75,7 +134,8 @@ Scores<E> pack_scores(const ScoreInputs& in, Stream stream, ScoreMemory& memory)
           int(memory.query.size(2)),
           vector(in.query_bias, memory.query_bias),
           vector(in.shrinkage, memory.shrinkage),
-          vector(in.key_bias, memory.key_bias),
+          key_bias,
+          spans,
           in.queries(),
           in.memory(),
           float(in.scale)};
@@ -105,6 +165,7 @@ struct StagedRows {
     const int row_bytes = row_columns * int(sizeof(E));
 #pragma unroll 2
     for (int i = int(threadIdx.x); i < (kTileA + kTileB) * kChunkVectors; i += kTileThreads) {
+      VISIT(row_copy, 2);
       const int row = i / kChunkVectors, vector = i % kChunkVectors,
                 at = (chunk * kChunkVectors + vector) * kVectorBytes;
       const RowSpan<E>& side = row < kTileA ? a : b;
@@ -149,6 +210,7 @@ struct TensorTile {
     __syncthreads();  // everyone is done with what the stages held
     if (chunks > 0) Staged::stage(s, a, b, row_columns, 0);
     for (int chunk = 0; chunk < chunks; ++chunk) {
+      VISIT(chunk, 1);
       copy_async_wait<0>();
       __syncthreads();
       if (chunk + 1 < chunks) Staged::stage(s, a, b, row_columns, chunk + 1);

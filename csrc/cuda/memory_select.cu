@@ -104,8 +104,11 @@ __global__ __launch_bounds__(kThreads,
   const int64_t query_tiles = ceil_div(in.queries, int64_t{kTileA}), share = blockIdx.x % shares;
   const int64_t n = blockIdx.x / shares / query_tiles,
                 first_query = blockIdx.x / shares % query_tiles * kTileA;
-  const int64_t tiles = ceil_div(in.memory, int64_t{kTileB});
-  const int begin = int(tiles * share / shares), end = int(tiles * (share + 1) / shares);
+  const Span span = in.span_of(n);
+  const int64_t first_tile = span.begin / kTileB;
+  const int64_t tiles = max(ceil_div(span.end, int64_t{kTileB}) - first_tile, int64_t{0});
+  const int begin = int(first_tile + tiles * share / shares),
+            end = int(first_tile + tiles * (share + 1) / shares);
   const auto global_list = [&](int q) {
     return lists + ((n * in.queries + first_query + q) * shares + share) * top_k;
   };
@@ -123,8 +126,10 @@ __global__ __launch_bounds__(kThreads,
   // Merges the buffers of this warp's queries that hold at least `least`.
   const auto merge_buffers = [&](int least) {
     for (int q = warp; q < kTileA && first_query + q < in.queries; q += kWarps) {
+      VISIT(buffer, 1);
       const int count = min(s.counts[q], kBuffer);
       if (count < least) continue;
+      VISIT(merge, 1);
       merge(list(q), top_k, s.found[q], count);
       if (lane == 0) {
         s.counts[q] = 0;
@@ -136,6 +141,7 @@ __global__ __launch_bounds__(kThreads,
   };
 
   for (int tile = begin; tile < end; ++tile) {
+    VISIT(tile, 1);
     float scores[kOwnA][kOwnB];
     const int64_t first = int64_t{tile} * kTileB;
     Tile::multiply(s.tile, {in.queries_of(n), first_query, in.queries}, {in.keys_of(n), first, in.memory},
@@ -158,8 +164,10 @@ __global__ __launch_bounds__(kThreads,
       }
     }
     while (true) {
+      VISIT(arrivals, 1);
       unsigned turned_away = 0;
       if (waiting) {
+        VISIT(candidates, 1);
 #pragma unroll
         for (int i = 0; i < kOwnA; ++i)
 #pragma unroll
@@ -210,6 +218,27 @@ __global__ __launch_bounds__(kThreads) void join_kernel(Candidate* lists, int64_
   }
 }
 
+// The number of shares of the memory for which waves of blocks take the least time, in tiles of a block.
+int choose_shares(int64_t query_tiles, int64_t memory, int blocks_by_registers, size_t block_bytes) {
+  constexpr double kStart = 1;           // tiles' time that a block takes before its first and after its last
+  constexpr size_t kReserved = 1 << 10;  // shared memory that each block costs besides its own
+  const DeviceLimits device = device_limits();
+  const bool two = blocks_by_registers > 1 && 2 * block_bytes + kReserved <= device.shared_bytes;
+  const int64_t slots = int64_t{two ? 2 : 1} * device.multiprocessors;
+  const int64_t tiles = ceil_div(memory, int64_t{kTileB});
+  int best = 1;
+  double least = 0;
+  for (int shares = 1; shares <= std::min<int64_t>(tiles, kMostShares); ++shares) {
+    const double time =
+        double(ceil_div(query_tiles * shares, slots)) * (double(ceil_div(tiles, int64_t{shares})) + kStart);
+    if (shares == 1 || time < 0.97 * least) {
+      best = shares;
+      least = time;
+    }
+  }
+  return best;
+}
+
 std::tuple<Tensor, Tensor> memory_select(const Tensor& query, const Tensor& key,
                                          const std::optional<Tensor>& shrinkage,
                                          const std::optional<Tensor>& query_bias,
@@ -231,21 +260,23 @@ std::tuple<Tensor, Tensor> memory_select(const Tensor& query, const Tensor& key,
     return {score, index};
   }
   const int64_t query_tiles = in.batch() * ceil_div(in.queries(), int64_t{kTileA});
-  const int64_t memory_tiles = ceil_div(in.memory(), int64_t{kTileB});
-  const int64_t wanted = ceil_div(int64_t{2} * device_limits().multiprocessors, query_tiles);
-  const int shares = int(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(memory_tiles, kMostShares)));
-  Tensor lists = torch::stable::fill_(
-      torch::stable::new_empty(query, std::vector<int64_t>{in.batch(), in.queries(), shares, top_k},
-                               ScalarType::Long),
-      -1);  // kNoCandidate
-  auto* candidates = static_cast<Candidate*>(lists.mutable_data_ptr());
+  Tensor lists;
+  Candidate* candidates = nullptr;
+  int shares = 1;
   with_tile(products, key.scalar_type(), [&](auto tile) {
     using Tile = decltype(tile);
     ScoreMemory memory;
     const auto scores = pack_scores<typename Tile::Element>(in, stream, memory);
     const size_t bytes = sizeof(SelectSmem<Tile>), list_bytes = size_t(top_k) * kTileA * sizeof(Candidate);
+    const bool in_shared = bytes + list_bytes <= device_limits().shared_bytes;
+    shares = choose_shares(query_tiles, in.memory(), Tile::kBlocks, bytes + (in_shared ? list_bytes : 0));
+    lists = torch::stable::fill_(
+        torch::stable::new_empty(query, std::vector<int64_t>{in.batch(), in.queries(), shares, top_k},
+                                 ScalarType::Long),
+        -1);  // kNoCandidate
+    candidates = static_cast<Candidate*>(lists.mutable_data_ptr());
     const dim3 blocks(checked_blocks(query_tiles * shares));
-    if (bytes + list_bytes <= device_limits().shared_bytes)
+    if (in_shared)
       LAUNCH((select_kernel<Tile, true>), blocks, dim3(kThreads), bytes + list_bytes, stream, scores,
              int(top_k), shares, candidates);
     else

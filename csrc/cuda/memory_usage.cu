@@ -1,9 +1,12 @@
 // Usage on the GPU: the sum of each memory position's weights over the queries, from the saved log-sum-exp.
 //
-// A block owns kTileB positions and goes through all queries, kTileA at a time: scores come out of the
-// product of both in registers, become weights exp(score - lse) and are added up per position; the threads
-// that share a position add their sums in a fixed order at the end. Keys are read once, queries once per
-// block from the second-level cache. Products bound the time: 2 C operations per pair of query and position.
+// A block owns kTileB positions and goes through a share of the queries, kTileA at a time: scores come out of
+// the product of both in registers, become weights exp(score - lse) and are added up per position; the
+// threads that share a position add their sums in a fixed order at the end. Where the memory makes fewer
+// blocks than the multiprocessors hold, the queries are cut into shares, whose sums sum_kernel adds in their
+// order. Keys are read once, queries once per block from the second-level cache. Products bound the time: 2 C
+// operations per pair of query and position.
+#include <algorithm>
 #include <optional>
 #include <string_view>
 
@@ -18,13 +21,25 @@ struct UsageSmem {
   float sums[kSharers][kTileB];
 };
 
+// usage[share][N][M]
 template <class Tile>
 __global__ __launch_bounds__(kTileThreads, Tile::kBlocks) void usage_kernel(Scores<typename Tile::Element> in,
-                                                                            const float* lse, float* usage) {
+                                                                            const float* lse, int64_t batch,
+                                                                            int shares, float* usage) {
   using Shared = UsageSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
-  const int64_t tiles = ceil_div(in.memory, int64_t{kTileB}), n = blockIdx.x / tiles,
-                first = blockIdx.x % tiles * kTileB;
+  const int64_t tiles = ceil_div(in.memory, int64_t{kTileB}), block = blockIdx.x / shares, n = block / tiles,
+                first = block % tiles * kTileB;
+  const int share = int(blockIdx.x % shares);
+  const int64_t query_tiles = ceil_div(in.queries, int64_t{kTileA});
+  const int64_t begin = query_tiles * share / shares * kTileA,
+                end = min(query_tiles * (share + 1) / shares * kTileA, in.queries);
+  usage += (share * batch + n) * in.memory;
+  const Span span = in.span_of(n);
+  if (first >= span.end || first + kTileB <= span.begin) {
+    if (threadIdx.x < kTileB && first + threadIdx.x < in.memory) usage[first + threadIdx.x] = 0;
+    return;
+  }
   float shrinkage[kOwnB], shift[kOwnB], sums[kOwnB] = {};
 #pragma unroll
   for (int j = 0; j < kOwnB; ++j) {
@@ -32,7 +47,8 @@ __global__ __launch_bounds__(kTileThreads, Tile::kBlocks) void usage_kernel(Scor
     shrinkage[j] = in.shrinkage_of(n, m);
     shift[j] = in.shift_of(n, m);
   }
-  for (int64_t p0 = 0; p0 < in.queries; p0 += kTileA) {
+  for (int64_t p0 = begin; p0 < end; p0 += kTileA) {
+    VISIT(tile, 1);
     float products[kOwnA][kOwnB];
     Tile::multiply(s.tile, {in.queries_of(n), p0, in.queries}, {in.keys_of(n), first, in.memory},
                    in.row_columns, products);
@@ -55,7 +71,35 @@ __global__ __launch_bounds__(kTileThreads, Tile::kBlocks) void usage_kernel(Scor
   if (threadIdx.x >= kTileB || m >= in.memory) return;
   float total = 0;
   for (int i = 0; i < kSharers; ++i) total += s.sums[i][threadIdx.x];
-  usage[n * in.memory + m] = total;
+  usage[m] = in.reads(n, m) ? total : 0.f;
+}
+
+__global__ __launch_bounds__(kTileThreads) void sum_kernel(const float* parts, int shares, int64_t count,
+                                                           float* usage) {
+  const int64_t at = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  if (at >= count) return;
+  float sum = 0;
+  for (int share = 0; share < shares; ++share) sum += parts[share * count + at];
+  usage[at] = sum;
+}
+
+// The number of shares of the queries that makes the least time of waves of blocks, in tiles of a block.
+int choose_shares(int64_t blocks, int64_t queries, int resident) {
+  constexpr int kMostShares = 16;
+  constexpr double kStart = 2;  // tiles' time that a block and its sums take besides
+  const int64_t slots = int64_t{resident} * device_limits().multiprocessors;
+  const int64_t tiles = ceil_div(queries, int64_t{kTileA});
+  int best = 1;
+  double least = 0;
+  for (int shares = 1; shares <= std::min<int64_t>(tiles, kMostShares); ++shares) {
+    const double time =
+        double(ceil_div(blocks * shares, slots)) * (double(ceil_div(tiles, int64_t{shares})) + kStart);
+    if (shares == 1 || time < 0.9 * least) {
+      best = shares;
+      least = time;
+    }
+  }
+  return best;
 }
 
 Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<Tensor>& shrinkage,
@@ -75,9 +119,16 @@ Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<
     using Tile = decltype(tile);
     ScoreMemory memory;
     const auto scores = pack_scores<typename Tile::Element>(in, device.stream(), memory);
-    LAUNCH(usage_kernel<Tile>, dim3(checked_blocks(in.batch() * ceil_div(in.memory(), int64_t{kTileB}))),
-           dim3(kTileThreads), sizeof(UsageSmem<Tile>), device.stream(), scores, lses.const_data_ptr<float>(),
-           usage.mutable_data_ptr<float>());
+    const int64_t blocks = in.batch() * ceil_div(in.memory(), int64_t{kTileB}), count = usage.numel();
+    const int shares = choose_shares(blocks, in.queries(), Tile::kBlocks);
+    const Tensor parts =
+        shares == 1 ? usage : torch::stable::new_empty(usage, std::vector<int64_t>{shares, count});
+    LAUNCH(usage_kernel<Tile>, dim3(checked_blocks(blocks * shares)), dim3(kTileThreads),
+           sizeof(UsageSmem<Tile>), device.stream(), scores, lses.const_data_ptr<float>(), in.batch(), shares,
+           parts.mutable_data_ptr<float>());
+    if (shares > 1)
+      LAUNCH(sum_kernel, dim3(checked_blocks(ceil_div(count, int64_t{kTileThreads}))), dim3(kTileThreads), 0,
+             device.stream(), parts.const_data_ptr<float>(), shares, count, usage.mutable_data_ptr<float>());
   });
   return usage;
 }

@@ -54,3 +54,42 @@ def test_weights_of_a_global_convolution_are_rearranged_only_where_they_are_not_
 
     assert launches(first, second)["weight_kernel"] == 2
     assert "weight_kernel" not in launches(*(w.contiguous(memory_format=last) for w in (first, second)))
+
+
+def backward_of(batch: int) -> Callable[[], Any]:
+    query, key, value = torch.randn(batch, 8, 40), torch.randn(batch, 8, 60), torch.randn(batch, 2, 5, 60)
+    out, lse = torch.randn(batch, 2, 5, 40), torch.randn(batch, 40)
+    arguments = (out, lse, query, key, value, None, None, None, 0.3, "ieee", out, lse)
+    return lambda: torch.ops.vosops_emulated.memory_read_backward(*arguments)
+
+
+def test_small_batch_elements_share_the_launches_of_memory_read_backward() -> None:
+    """A launch has 528 tiles of weights of 64 x 128: those of 40 queries and 60 positions are less than one."""
+    one = launches_of(backward_of(1))
+    assert one["weights_kernel"] == one["ds_kernel"] == 1 and one["product_kernel"] == 3
+    assert launches_of(backward_of(50)) == one
+
+
+def test_shares_leave_no_multiprocessor_without_a_block() -> None:
+    """XMem's read at 480p: 26 tiles of queries, two blocks of select_kernel on each of 132 multiprocessors."""
+    query, key = torch.randn(1, 64, 1620).bfloat16(), torch.randn(1, 64, 20 * 1620).bfloat16()
+    blocks = {
+        launch["kernel"].strip("()").split("<")[0]: launch["blocks"]
+        for launch in trace(
+            lambda: torch.ops.vosops_emulated.memory_select(query, key, None, None, None, 0.1, "ieee", 30),
+            MULTIPROCESSORS,
+            dry=True,
+        )
+    }
+    assert blocks["select_kernel"] == 260
+
+    lse = torch.randn(1, 1620)
+    usage = trace(
+        lambda: torch.ops.vosops_emulated.memory_usage(
+            query, key[..., :1620], None, None, None, 0.1, "ieee", lse
+        ),
+        MULTIPROCESSORS,
+        dry=True,
+    )
+    (main,) = [launch for launch in usage if "usage_kernel" in launch["kernel"]]
+    assert MULTIPROCESSORS < main["blocks"] <= 2 * MULTIPROCESSORS  # of 13 without shares of the queries
