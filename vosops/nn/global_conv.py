@@ -74,7 +74,7 @@ class GlobalConv2d(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalConv2d:
         """Move or cast the parameters, as every module does, and lay out the weights for where they are then."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._arrange_weights()
         return self
 
