@@ -316,7 +316,8 @@ REFERENCES = (
             streamed=21 * PLACES * 128 * 2 * 2,
             floor=2 * PLACES * 20 * PLACES * (128 + 512) / H100_FLOPS,
             reason="keys in the worst order raise the maximum so often that 24 % of the tiles rescale a thread's 128 "
-            "sums, 0.4 instructions a product; the softmax of 32 positions takes the rest beside 80 products",
+            "sums, 0.4 instructions a product; the softmax of 32 positions takes the rest beside 80 products, and 0.03 "
+            "are where the memory that is left out begins and ends",
         )
         for layout, last in (("channel-major", False), ("channel-last", True))
     ),
