@@ -355,3 +355,17 @@ def test_names_with_brackets_are_shown_as_they_are(capsys):
         console.note("wrote a[1].png")
         console.end()
     assert "wrote a[1].png" in capsys.readouterr().err
+
+
+def test_the_second_signal_stops_at_once():
+    from vosops.cli.segment import StopSignals
+    from vosops.io.errors import InterruptedRunError
+
+    said = []
+    with StopSignals(said.append) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.requested and said == ["stopping after this frame (again: at once)"]
+        with pytest.raises(
+            InterruptedRunError, match="stopped at once; --resume continues from the last checkpoint"
+        ):
+            signal.raise_signal(signal.SIGTERM)

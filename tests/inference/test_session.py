@@ -122,6 +122,19 @@ def test_what_is_no_session(tmp_path):
         Session.load(tmp_path / "c.pt")
 
 
+def test_a_session_of_another_size_or_with_other_objects_than_fit(session):
+    session.push(FRAMES[0])
+    other = Session(ColourTracker(), size=32, device="cpu")
+    with pytest.raises(ResumeError, match="saved by another version of vosops or with another size"):
+        other.load_state_dict(session.state_dict())
+    every = np.arange(1, 255, dtype=np.uint8).repeat(2)
+    labels = np.zeros((48, 64), np.uint8)
+    labels.flat[: every.size] = every
+    session.add_objects(labels)
+    with pytest.raises(InputError, match="a session tracks at most 254 objects"):
+        session.add_objects(labels == 1)
+
+
 def test_sessions_share_a_network_and_nothing_else():
     network = create_model("stm").eval()
     sessions = [Session(network, size=32, device="cpu") for _ in range(2)]

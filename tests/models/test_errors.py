@@ -267,3 +267,8 @@ def test_an_overlap_that_is_no_integer():
     for overlap, name in ((1.5, "float"), (True, "bool")):
         with pytest.raises(TypeError, match=f"overlap must be an integer, got {name}"):
             cut_into_tiles((64, 64), 32, overlap)
+
+
+def test_propagate_takes_no_weights():
+    with pytest.raises(ValueError, match="weights must be None, got w.pth: propagate is not trained"):
+        Propagate(weights="w.pth", pretrained=False)

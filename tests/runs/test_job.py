@@ -413,3 +413,23 @@ class TestDatasets:
             Job(tmp_path / "out", settings=SETTINGS).dataset(root)
         assert len(list((tmp_path / "out" / "bear").glob("000*.png"))) == 3
         assert len(list((tmp_path / "out" / "cow").glob("000*.png"))) == 8
+
+
+def test_a_folder_of_one_video_takes_no_data_set(tmp_path, mask):
+    clip = write_folder(tmp_path / "clip", [picture(boxes) for boxes in BOXES[:3]])
+    Job(tmp_path / "out", settings=SETTINGS).video(clip, [str(mask)])
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    write_folder(tmp_path / "set" / "JPEGImages" / "s", [picture(boxes) for boxes in BOXES[:3]])
+    write_mask(tmp_path / "set" / "Annotations" / "s" / "00000.png", truth(BOXES[0]))
+    with pytest.raises(
+        InputError, match="out holds a run over one video: choose another --out for a data set"
+    ):
+        Job(tmp_path / "out", mode="resume", settings=SETTINGS).dataset(tmp_path / "set")
+
+
+def test_a_lease_is_a_time(tmp_path):
+    from vosops.runs.fleet import Fleet
+
+    with pytest.raises(InputError, match="--lease must be above 0 seconds, got 0"):
+        Fleet(tmp_path / "out", 0)
