@@ -1,4 +1,7 @@
-"""The convolutional LSTM: one convolution over [x; h], one fused kernel for gates and cell (Shi et al., 2015)."""
+"""The convolutional LSTM: one convolution over [x; h], one fused kernel for gates and cell (Shi et al., 2015).
+
+More than 800 lines: the steps of all variants, their cached weights and their gradients share the resolution of a call.
+"""
 
 from __future__ import annotations
 
