@@ -314,24 +314,33 @@ def measured(reports: Sequence[Report], op: str, card: str) -> str:
     return "nothing yet"
 
 
+def newest_table() -> Path:
+    """Return the committed table of the newest nvcc."""
+    return max(cuda_report.TABLES.glob("*.json"), key=lambda path: [int(n) for n in path.stem.split(".")])
+
+
+def predicted(
+    rows: cuda_report.Table, reference: cuda_model.Reference, card: cuda_model.Card
+) -> cuda_model.Prediction:
+    """Return what the static model says of a problem on a card, from a table and the committed launches."""
+    row = rows["sm_80" if card.name == "A100" else "sm_90a"][reference.kernel]
+    launched = json.loads(cuda_model.LAUNCHES.read_text())
+    launch = launched[reference.kernel][str(card.multiprocessors)]
+    return cuda_model.predict(reference, cuda_model.Tile(**row[cuda_report.HOT]), launch, row["blocks"], card)
+
+
 def predictions(reports: Sequence[Report]) -> str:
     """Return what the static model says of each op, from the committed table of the newest nvcc."""
-    newest_table = max(
-        cuda_report.TABLES.glob("*.json"), key=lambda path: [int(n) for n in path.stem.split(".")]
-    )
-    text = newest_table.read_text()
+    newest = newest_table()
+    text = newest.read_text()
     _, rows = cuda_report.from_json(text)
-    launched = json.loads(cuda_model.LAUNCHES.read_text())
     tiles, times = [], []
     for reference in cuda_model.REFERENCES:
         for target in cuda_report.TARGETS:
             figures = cuda_model.Tile(**rows[target][reference.kernel][cuda_report.HOT]).figures()
             tiles.append([f"`{reference.op}`, {reference.problem}", target, *map(str, figures.values())])
         for card in cuda_model.CARDS:
-            row = rows["sm_80" if card.name == "A100" else "sm_90a"][reference.kernel]
-            tile = cuda_model.Tile(**row[cuda_report.HOT])
-            launch = launched[reference.kernel][str(card.multiprocessors)]
-            found = cuda_model.predict(reference, tile, launch, row["blocks"], card)
+            found = predicted(rows, reference, card)
             times.append(
                 [
                     f"`{reference.op}`, {reference.problem}",
@@ -356,7 +365,7 @@ def predictions(reports: Sequence[Report]) -> str:
         [
             MODEL.format(cards=cards),
             table(["problem", *names], times),
-            f"The work of a tile as nvcc {newest_table.stem} compiles it, all code and the worse of random and worst "
+            f"The work of a tile as nvcc {newest.stem} compiles it, all code and the worse of random and worst "
             f"data counted; the goals are at most {goals_}:",
             table(["problem", "target", *cuda_model.HOT_FIGURES], tiles),
             *([REASONS + "\n\n" + "\n".join(reasons)] if reasons else []),
@@ -397,9 +406,7 @@ Two bounds of a time: with all that is no product hidden behind the products, an
 def targets() -> str:
     """Return what is aimed at on an H100 beside what the models predict of each implementation."""
     rows_of = {(r.op, r.problem): r for r in cuda_model.REFERENCES}
-    newest_table = max(cuda_report.TABLES.glob("*.json"), key=lambda p: [int(n) for n in p.stem.split(".")])
-    _, rows = cuda_report.from_json(newest_table.read_text())
-    launched = json.loads(cuda_model.LAUNCHES.read_text())
+    _, rows = cuda_report.from_json(newest_table().read_text())
     version, loops = triton_model.committed()
     by_triton = {(r.op, r.problem): triton_model.seconds(r, loops[r.case]) for r in triton_model.REFERENCES}
 
@@ -407,10 +414,7 @@ def targets() -> str:
         reference = rows_of.get((op, problem))
         if reference is None:
             return "no model"
-        row, card = rows["sm_90a"][reference.kernel], cuda_model.CARDS[-1]
-        tile = cuda_model.Tile(**row[cuda_report.HOT])
-        launch = launched[reference.kernel][str(card.multiprocessors)]
-        return duration(cuda_model.predict(reference, tile, launch, row["blocks"], card).seconds)
+        return duration(predicted(rows, reference, cuda_model.CARDS[-1]).seconds)
 
     def bounds(op: str, problem: str) -> str:
         found = by_triton.get((op, problem))

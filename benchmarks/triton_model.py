@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import sass, triton_report  # noqa: E402
-from benchmarks.cuda_model import CARDS, H100_BYTES, SCHEDULERS, START  # noqa: E402
+from benchmarks.cuda_model import CARDS, H100_BYTES, PIXELS, PLACES, SCHEDULERS, START  # noqa: E402
 
 LOOPS = ROOT / "benchmarks/results/triton_loops.json"
 TARGET = "sm_90"
@@ -41,8 +41,6 @@ MULTIPLY_ADDS = 2048
 
 PER_HMMA = 2048
 """Multiply-adds of mma.sync.m16n8k16: per this, instructions compare with those of the CUDA C++ kernels."""
-
-PIXELS, PLACES = 120 * 214, 1620
 
 
 @dataclass(frozen=True)
