@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from vosops.io.listing import pictures
+from vosops.inference import segment
+from vosops.io.datasets import VideoSequence, find_sequences
+from vosops.io.labels import read_labels
+from vosops.io.listing import label_maps
 from vosops.io.outputs import write_text
-from vosops.io.pictures import read_frame
-from vosops.io.resize import bounded_size, resize_frame, resize_labels, to_labels
 from vosops.metrics import evaluate_sequence
 from vosops.models import create_model
 from vosops.models.vosops_s import RefinerInput, VosopsS
@@ -70,22 +70,14 @@ class Ablated(VosopsS):
         return super()._judged(without(inputs, self.part))
 
 
-def score(frames: list[Path], masks: list[Path], part: str) -> tuple[float, float]:
-    """Return the mean J and F of a sequence, first and last frame left out as DAVIS does."""
-    truths = [(np.array(Image.open(path).convert("L")) > 0).astype(np.uint8) for path in masks]
-    size = bounded_size(truths[0].shape, ROWS)
+def score(sequence: VideoSequence, part: str) -> tuple[float, float]:
+    """Return the mean J and F of a sequence as `vosops segment` and `vosops eval` have them."""
+    truths = [(read_labels(path)[0] > 0).astype(np.uint8) for path in label_maps(sequence.masks).values()]
     tracker = create_model("propagate") if part == "propagate" else Ablated()
     if isinstance(tracker, Ablated):
         tracker.part = part
-    found = [truths[0]]
-    for i, path in enumerate(frames):
-        frame = resize_frame(torch.from_numpy(read_frame(path)).permute(2, 0, 1), size)
-        if i == 0:
-            tracker.initialize(frame, resize_labels(torch.from_numpy(truths[0]), size, [1]).long())
-        else:
-            labels, _ = to_labels(tracker.step(frame), [1], truths[0].shape)
-            found.append(labels.numpy())
-    (result,) = evaluate_sequence(found, truths)
+    found = segment(sequence.frames, truths[0], model=tracker, size=ROWS, device="cpu")
+    (result,) = evaluate_sequence([frame.labels.numpy() for frame in found], truths)
     return result.j.mean, result.f.mean
 
 
@@ -100,13 +92,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=("propagate", *PARTS))
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in given.sequences:
-        frames = list(pictures(given.root / "JPEGImages" / given.resolution / name).values())
-        masks = list(pictures(given.root / "Annotations" / given.resolution / name).values())
+    for sequence in find_sequences(given.root, given.sequences, given.resolution):
         for part in given.parts:
-            region, boundary = score(frames, masks, part)
-            results.setdefault(part, {})[name] = [round(region, 4), round(boundary, 4)]
-            print(name, part, *results[part][name], flush=True)
+            region, boundary = score(sequence, part)
+            results.setdefault(part, {})[sequence.name] = [round(region, 4), round(boundary, 4)]
+            print(sequence.name, part, *results[part][sequence.name], flush=True)
             write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     whole = results.get("everything", {})
     for part, scores in results.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from vosops.inference.usage import keep_freed_memory
+from vosops.io.datasets import VideoSequence, find_sequences
 from vosops.io.labels import read_labels
 from vosops.io.listing import label_maps, pictures
 from vosops.io.pictures import read_frame
@@ -24,12 +25,10 @@ from vosops.models import create_model
 ROWS = 480
 
 
-def seconds_of_frames(
-    root: Path, resolution: str, name: str, models: list[str], most: int
-) -> list[list[float]]:
+def seconds_of_frames(sequence: VideoSequence, models: list[str], most: int) -> list[list[float]]:
     """Return the CPU seconds of each counted frame, a list for each model."""
-    paths = list(pictures(root / "JPEGImages" / resolution / name).values())[: most + 2]
-    mask = next(iter(label_maps(root / "Annotations" / resolution / name).values()))
+    paths = list(pictures(sequence.frames).values())[: most + 2]
+    mask = next(iter(label_maps(sequence.masks).values()))
     frames = [torch.from_numpy(read_frame(path)).permute(2, 0, 1).contiguous() for path in paths]
     labels = torch.from_numpy((read_labels(mask)[0] > 0).astype("uint8"))
     trackers = [create_model(model, size=ROWS) for model in models]
@@ -58,14 +57,14 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    for name in given.sequences:
-        found = seconds_of_frames(given.root, given.resolution, name, given.models, given.frames)
+    for sequence in find_sequences(given.root, given.sequences, given.resolution):
+        found = seconds_of_frames(sequence, given.models, given.frames)
         medians = [statistics.median(seconds) for seconds in found]
         parts = [
             f"{model} {median * 1e3:.0f} ms ({median / medians[0]:.2f})"
             for model, median in zip(given.models, medians, strict=True)
         ]
-        print(name, *parts, flush=True)
+        print(sequence.name, *parts, flush=True)
 
 
 if __name__ == "__main__":

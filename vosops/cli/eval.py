@@ -95,8 +95,7 @@ def evaluate(
     Follows the semi-supervised protocol of DAVIS 2017: label maps are named like the ground truth, and means are over
     objects, without the first and the last frame.
 
-    --task semantic scores label maps of classes like Cityscapes: IoU per class, mIoU and pixel accuracy
-    over all
+    --task semantic scores label maps of classes like Cityscapes: IoU per class, mIoU and pixel accuracy over all
     frames with ground truth.
 
     Sequences that cannot be scored are listed with the reason and excluded from the means; the exit code is then 1.

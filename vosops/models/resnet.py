@@ -82,7 +82,7 @@ class ResNet50Encoder(nn.Module):
         """Return the last stage's map alone; the others are freed as soon as they have been used."""
         if (
             torch.is_grad_enabled()
-        ):  # as a module, so that `recompute` applies; gradients keep the other maps anyway
+        ):  # which keep the other maps anyway; as a module, so that `recompute` applies
             maps: list[Tensor] = self(frame, *masks)
             return maps[-1]
         for x in self.stages(frame, *masks):  # noqa: B007

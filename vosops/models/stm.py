@@ -94,7 +94,7 @@ class STM(Network):
             keys.append(key)
             values.append(value)
             query = self.query(frame)
-            read = memory_read(query.key.repeat_interleave(objects, 0), list(keys), list(values))
+            read = memory_read(query.key.repeat_interleave(objects, 0), keys, values)
             shared = (query.value, query.skip3, self.Decoder.RF2.skip(query.r2))
             scores = self.Decoder(read, *(x.repeat_interleave(objects, 0) for x in shared))
             apart = functional.interpolate(scores[:, None], frame.shape[2:], mode="bilinear").sigmoid()
