@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import interpreter
 from tests.effort import EXHAUSTIVE
 from tests.scripts import load_script
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hasten()
 
 SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "shared"))
 
