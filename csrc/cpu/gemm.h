@@ -75,15 +75,29 @@ template <class E, class Start, class Finish>
 }
 #endif
 
+// Processors with AMX wait for the first line of every page that comes from the third-level cache. What will
+// be read next is fetched into the second there: any address will do.
+#if defined(VOSOPS_AMX)
+constexpr bool kPrefetches = true;
+#else
+constexpr bool kPrefetches = false;
+#endif
+inline void prefetch_second(const float* from) {
+  if constexpr (kPrefetches) __builtin_prefetch(from, 0, 2);
+}
+struct NothingAhead {
+  void operator()(int64_t) const {}
+};
+
 // sums[j][r] = start(j, r) + sum over elements of lanes[e][r] * keys[e][j]; then finish(sums). The lanes of
 // successive elements are lane_stride apart and their keys key_stride. A panel at the end of a row may be
-// kColumns < kTileRegisters wide.
-template <class E, int kColumns = kTileRegisters, class Start, class Finish>
+// kColumns < kTileRegisters wide. ahead(e) is called before element e: a place to prefetch from.
+template <class E, int kColumns = kTileRegisters, class Start, class Finish, class Ahead = NothingAhead>
 [[gnu::always_inline]] inline void multiply(const typename E::Lanes::T* lanes,
                                             const typename E::Lanes::T* keys, int64_t elements,
                                             const Start& start, const Finish& finish,
                                             int64_t lane_stride = kColumns * E::Lanes::kLanes,
-                                            int64_t key_stride = kKeyPanel) {
+                                            int64_t key_stride = kKeyPanel, const Ahead& ahead = {}) {
   using V = typename E::Lanes;
 #if defined(VOSOPS_BF16_MATRIX)
   if constexpr (E::kRun == 2) return multiply_matrices<E>(lanes, keys, elements, start, finish);
@@ -95,6 +109,7 @@ template <class E, int kColumns = kTileRegisters, class Start, class Finish>
     for (int r = 0; r < kColumns; ++r) sums[j][r] = start(j, r);
   }
   for (int64_t e = 0; e < elements; ++e) {
+    ahead(e);
     typename V::Reg q[kColumns];
 #pragma GCC unroll 16
     for (int r = 0; r < kColumns; ++r) q[r] = V::load(lanes + r * V::kLanes);
@@ -124,13 +139,14 @@ template <class E, int kColumns = kTileRegisters, class Start, class Finish>
 }
 
 // The same from sums of 0 with each key in a row of its own: key j of element e is rows[j][e].
-template <class E, class Finish>
+template <class E, class Finish, class Ahead = NothingAhead>
 [[gnu::always_inline]] inline void multiply_rows(
     const typename E::Lanes::T* lanes, const std::array<const typename E::Lanes::T*, kKeyPanel>& rows,
-    int64_t elements, const Finish& finish) {
+    int64_t elements, const Finish& finish, const Ahead& ahead = {}) {
   using V = typename E::Lanes;
   TileSums<E> sums{};
   for (int64_t e = 0; e < elements; ++e) {
+    ahead(e);
     typename V::Reg q[kTileRegisters];
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRegisters; ++r) q[r] = V::load(lanes + r * V::kLanes);

@@ -235,7 +235,7 @@ class WinogradLine {
                             float* products) {
     std::array<const float*, kKeyPanel> rows;
     for (int j = 0; j < kKeyPanel; ++j) rows[j] = values + j * kRowStride;
-    multiply_rows<Element>(weights, rows, channels, [&](const TileSums<Element>& sums) {
+    const auto store_sums = [&](const TileSums<Element>& sums) {
 #pragma GCC unroll 16
       for (int j = 0; j < kKeyPanel; ++j) {
 #pragma GCC unroll 16
@@ -244,7 +244,13 @@ class WinogradLine {
           V::store(to, add ? V::load(to) + sums[j][r] : sums[j][r]);
         }
       }
-    });
+    };
+    const auto ahead = [&](int64_t e) {  // the values and products of the next tiles
+      constexpr int64_t kValues = kKeyPanel * kRowStride, kProducts = kKeyPanel * kPanel;
+      if (e * kLanes < kValues) prefetch_second(values + kValues + e * kLanes);
+      if (e * kLanes < kProducts) prefetch_second(products + kProducts + e * kLanes);
+    };
+    multiply_rows<Element>(weights, rows, channels, store_sums, ahead);
   }
 
   // Writes, or adds, the pixels of a block's tiles in a panel of output channels.
