@@ -65,7 +65,9 @@ FOUND_IN_ADDRESS = {
 }
 
 
-@pytest.fixture(scope="module", params=["checked", "address", "plain"])
+@pytest.fixture(
+    scope="module", params=["checked", pytest.param("address", marks=pytest.mark.exhaustive), "plain"]
+)
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -117,6 +119,7 @@ def test_fault_is_found_by_the_memory_hooks(case: str) -> None:
     assert matches(FOUND_IN_CHECKED[case], text), text
 
 
+@pytest.mark.exhaustive  # beside test_bounds.py, in which the kernels run in this mode
 @pytest.mark.parametrize("case", sorted(FOUND_IN_ADDRESS))
 def test_access_out_of_bounds_is_found_by_address_sanitizer(case: str) -> None:
     status, text = run("address", case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ def local_arguments(
 
     Without a DTensor among them the arguments are returned as they are, with None twice.
     """
-    if not dist.is_available():
+    # There is no DTensor before its module is imported, which takes two seconds.
+    if not dist.is_available() or "torch.distributed.tensor" not in sys.modules:
         return dict(tensors), None, None
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
