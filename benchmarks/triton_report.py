@@ -232,6 +232,7 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         memory_read_backward,
         memory_scores,
         memory_select,
+        memory_softmax,
         memory_usage,
         memory_values,
     )
@@ -259,7 +260,14 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         names, data = kernel.arg_names, POINTER[dtype]
         kinds = {"query": "*fp32" if selection else data, "key": data, "value": data, "grad": data}
         kinds |= {"shrinkage": "*fp32", "query_bias": "*fp32", "key_bias": "*fp32", "scale": "fp32"}
-        kinds |= {"out": data, "lse": "*fp32", "delta": "*fp32", "weight": "*fp32", "index": "*i64"}
+        kinds |= {
+            "ends": "*i32",
+            "out": data,
+            "lse": "*fp32",
+            "delta": "*fp32",
+            "weight": "*fp32",
+            "index": "*i64",
+        }
         kinds |= {"usage": "*fp32", "part_out": "*fp32", "part_lse": "*fp32", "grad_rows": data}
         kinds |= {"grad_query": "*fp32", "grad_key": data, "grad_value": data, "grad_weight": "*fp32"}
         kinds |= {f"grad_{vector}": "*fp32" for vector in ("shrinkage", "query_bias", "key_bias", "lse")}
@@ -270,10 +278,11 @@ def memory_cases(chip: Any) -> Iterator[Case]:
             "entries": "*i64",
             "score": "*fp32",
         }
-        neighbours = ("key_c", "value_c") if piece == 1 else ("key_m", "value_m")
+        rows = piece == 1
+        neighbours = ("key_c", "value_c") if rows else ("key_m", "value_m")
         constants = dict(launch[0]) | dict.fromkeys((*neighbours, "query_p", "grad_p"), 1)
         constants |= dict.fromkeys(("KEY_PIECE", "VALUE_PIECE"), piece)
-        constants |= dict.fromkeys(("KEY_LAST", "VALUE_LAST"), False)
+        constants |= dict.fromkeys(("KEY_LAST", "VALUE_LAST"), rows)
         if not selection:
             constants |= {"shrinkage": None, "query_bias": None}
         constants = {key: value for key, value in constants.items() if key in names}
@@ -307,11 +316,11 @@ def memory_cases(chip: Any) -> Iterator[Case]:
     ]
     for label, dtype, precision in precisions:
         kind = precision if dtype == torch.float32 else "half"
-        launch = memory_read.read_launch(scores(dtype, precision, False), 512, 512, kind)
+        launch = memory_softmax.read_launch(scores(dtype, precision, False), 512, 512, kind)
         yield case(
             f"read {label}", memory_read._read, launch, dtype, tensor_cores=label != "ieee", out="*fp32"
         )
-    launch = memory_read.read_launch(scores(half, "ieee", False), 512, 512, "half")
+    launch = memory_softmax.read_launch(scores(half, "ieee", False), 512, 512, "half")
     yield case(
         "read bf16, 8100 positions",
         memory_read._read,
@@ -322,7 +331,7 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         out="*fp32",
     )
     selected, plain = scores(half, "ieee", True), scores(half, "ieee", False)
-    launch = memory_read.read_launch(selected, 512, 512, "half")
+    launch = memory_softmax.read_launch(selected, 512, 512, "half")
     yield case(
         "read bf16 with selection",
         memory_read._read,
@@ -332,6 +341,8 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         tensor_cores=True,
         out="*fp32",
     )
+    bias = {"key_bias_m": 1}, memory_scores.SCAN_OPTIONS
+    yield case("last position read", memory_scores._last_read, bias, half)
     yield case("usage bf16", memory_usage._usage, memory_usage.usage_launch(plain), half, tensor_cores=True)
     single = scores(torch.float32, "tf32x3", True)
     gradients = (memory_read_backward._query_gradient, memory_read_backward._key_gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vosops.reference.memory_read import memory_read_core
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.vosops, "memory_read"), reason="the CPU library was not compiled"
 )
+read_module: Any = importlib.import_module("vosops.ops.memory_read")
 SCALE = 0.3
 LENGTHS = (41, 0, 64, 13)  # of 64 positions
 
@@ -141,14 +143,28 @@ def test_lengths_equal_a_read_of_each(option: str, top_k: int | None, implementa
     torch.testing.assert_close(got, theirs, rtol=1e-5, atol=2e-5)
 
 
-def test_triton_reads_nothing_behind() -> None:
+@pytest.mark.parametrize("option", ["dot", "l2 shrinkage"])
+@pytest.mark.parametrize(("layout", "gradients"), [("rows", False), ("rows", True), ("channel-major", False)])
+def test_triton_reads_nothing_behind(
+    option: str, layout: str, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a copy of channel-last keys and values, unless gradients may be asked for."""
     load(INTERPRETED)
-    (query, key, value), _ = problem()
-    want = reference.memory_read(query, key, value, memory_lengths=LENGTHS, return_lse=True)
-    key, value = filled_behind([key, value], LENGTHS, torch.nan)
+    copies: list[Any] = []
+    exclude = read_module.without_excluded
+    monkeypatch.setattr(read_module, "without_excluded", lambda *args: copies.append(args) or exclude(*args))
+    (query, key, value), options = problem(option)
+    more = {"similarity": options.pop("similarity"), "memory_lengths": LENGTHS, "return_lse": True}
+    want = reference.memory_read(query, key, value, **options, **more)
+    key, value, *vectors = filled_behind([key, value, *options.values()], LENGTHS, torch.nan)
+    if layout == "rows":
+        key, value = (tensor.mT.contiguous().mT for tensor in (key, value))
     with vosops.use_backend("triton"):
-        got = vosops.memory_read(query, key, value, memory_lengths=LENGTHS, return_lse=True)
+        got = vosops.memory_read(
+            query.requires_grad_(gradients), key, value, **dict(zip(options, vectors, strict=True)), **more
+        )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    assert bool(copies) == (gradients or layout != "rows")
 
 
 @pytest.mark.parametrize("top_k", [None, 4])

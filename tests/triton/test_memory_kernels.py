@@ -6,13 +6,17 @@ precision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+import triton.language as tl
 
 import vosops
 from tests.triton.device import DEVICE
+from vosops.ops._registration import TRITON_INTERPRETED
 from vosops.reference.memory_read import memory_read_core, memory_select_core
-from vosops.triton import memory_read, memory_scores, memory_select
+from vosops.triton import memory_read, memory_scores, memory_select, memory_softmax
 
 
 def read(query, key, value, precision="ieee"):
@@ -111,6 +115,119 @@ def test_keys_and_values_of_any_number_are_read_in_place(layout, memory, dtype, 
     tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(out.double(), want, rtol=0, atol=tolerance)
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
+
+
+LENGTHS = (200, 129, 128, 127, 65, 64, 63, 33, 17, 1, 0)
+"""All of a memory, whole tiles of 64, 32 and 16 positions and one more or less, one position, none."""
+
+
+def ragged(
+    memory: int,
+    lengths: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    layout: str = "channel-major",
+    channels: int = 20,
+    columns: tuple[int, int] = (2, 12),
+    tile: int = 1,
+):
+    """A memory for each length, its bias, and what a read of each part alone gives, float64.
+
+    NaN behind each, from the first tile on in which nothing is read.
+    """
+    batch = len(lengths)
+    query = torch.randn(batch, channels, 9).to(DEVICE, dtype)
+    key, value = (shaped(layout, batch, *sizes, memory, dtype=dtype) for sizes in ((channels,), columns))
+    positions, ends = torch.arange(memory, device=DEVICE), torch.tensor(lengths, device=DEVICE)[:, None]
+    bias = torch.randn(batch, memory, device=DEVICE).masked_fill(positions >= ends, -torch.inf)
+    wide = [t.double() for t in (query, key, value)]
+    want = memory_read_core(*wide, None, None, bias.double(), 0.5)
+    behind = positions >= (ends + tile - 1) // tile * tile
+    key.masked_fill_(behind[:, None], torch.nan)
+    value.masked_fill_(behind[:, None, None], torch.nan)
+    return query, key, value, bias, want
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "tile", "processors"),
+    [
+        (torch.float32, "channel-major", 32, 1),
+        (torch.float32, "channel-last", 1, 40),
+        (torch.float16, "channel-major", 64, 40),
+        (torch.float16, "channel-last", 1, 40),
+        (torch.bfloat16, "part", 64, 132),
+    ],
+)
+def test_a_read_ends_with_the_memory(chip, dtype, layout, tile, processors):
+    """In one part or in several; NaN in a tile that is read in part is harmless in channel-last keys and values."""
+    chip(9, processors)
+    query, key, value, bias, (want, want_lse) = ragged(200, LENGTHS, dtype, layout, tile=tile)
+    assert memory_read.ends_with_memory(query, key, value) == (tile == 1)
+    out, lse = memory_read.memory_read(query, key, value, None, None, bias, 0.5, "ieee")
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
+
+
+def test_what_is_copied_does_not_end_with_the_memory():
+    """Odd strides of 16 bits: the copy is channel-major."""
+    query, key, value = (
+        torch.zeros(1, *sizes, dtype=torch.float16) for sizes in ((12, 9), (12, 40), (1, 12, 40))
+    )
+    odd = torch.zeros(1, 40, 13, dtype=torch.float16)[..., :12].mT
+    rows = [tensor.mT.contiguous().mT for tensor in (key, value)]
+    ends = [
+        memory_read.ends_with_memory(query, *each)
+        for each in (rows, (key, rows[1]), (rows[0], value), (odd, rows[1]))
+    ]
+    assert ends == [True, False, False, False]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_end_of_a_memory_is_the_last_position_read(monkeypatch, stride):
+    """The last positions are looked at first, so many at a time."""
+    if TRITON_INTERPRETED:
+        monkeypatch.setattr(memory_scores, "SCAN_BLOCK", tl.constexpr(32))
+    block = memory_scores.SCAN_BLOCK.value
+    memory = 2 * block + 10
+    ends = [memory, memory - 1, 2 * block - 1, block + 10, block, 10, 9, 1, 0]
+    bias = torch.full((len(ends), memory, stride), -torch.inf)
+    for row, end in zip(bias, ends, strict=True):
+        row[[each for each in (end - 1, end - 3) if each >= 0]] = 0.0
+    bias[1, -2] = torch.nan
+    assert memory_scores.ends_of(bias.to(DEVICE)[..., 0]).tolist() == ends
+    assert memory_scores.ends_of(None) is None
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the calls of the interpreter")
+@pytest.mark.parametrize("layout", ["channel-major", "channel-last"])
+def test_tiles_behind_the_end_are_not_loaded(chip, monkeypatch, layout):
+    """Three programs share the tiles of 64 positions in which something is read."""
+    chip(9, 3)
+    loaded = []
+    load = memory_softmax.load_columns
+    monkeypatch.setattr(
+        memory_softmax,
+        "load_columns",
+        lambda *args: loaded.append(int(args[1].handle.data[0])) or load(*args),
+    )
+    for length, tiles in ((640, 10), (500, 8), (65, 2), (64, 1), (17, 1), (0, 0)):
+        query, key, value, bias, (want, _) = ragged(640, (length,), torch.float16, layout, tile=64)
+        loaded.clear()
+        out, _ = memory_read.memory_read(query, key, value, None, None, bias, 0.5, "ieee")
+        assert sorted(loaded) == [64 * tile for tile in range(tiles)]
+        torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-3)
+
+
+def test_a_selection_ends_with_the_memory(chip):
+    chip(9, 3)
+    top_k = 3
+    query, key, _, bias, _ = ragged(200, (200, 65, 32, 1, 0))
+    score, index = memory_select.memory_select(query, key, None, None, bias, 0.5, "ieee", top_k)
+    hidden = bias.isneginf()
+    wide = query.double(), key.double().masked_fill(hidden[:, None], 0)
+    want, want_index = memory_select_core(*wide, None, None, bias.double(), 0.5, top_k)
+    assert torch.equal(index, want_index)
+    torch.testing.assert_close(score.double(), want, rtol=0, atol=1e-5)
 
 
 def test_what_asynchronous_copies_cannot_read_is_copied():

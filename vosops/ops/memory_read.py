@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
@@ -267,11 +268,12 @@ def memory_read(
             "tf32x3" and "tf32" name the arithmetic of a GPU: "highest" is "ieee" there, the others are "tf32". See
             Concepts, "Precision of float32".
 
-    A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory
-    position reads 0, its lse is -inf. A NaN query pixel reads NaN and is not counted in the usage. The content of
-    positions excluded by `valid` or memory_lengths has no influence; to ensure this, a full read on a GPU copies key
-    and value with memory_lengths or if `valid` is a mask. With top_k a position whose score is NaN is not chosen, and
-    positions that are not chosen have no influence and no gradient. A full read multiplies NaN like any number.
+    A batch of 1 on any side broadcasts without being repeated in memory. A query pixel without a valid memory position
+    reads 0, its lse is -inf. A NaN query pixel reads NaN and is not counted in the usage. The content of positions
+    excluded by `valid` or memory_lengths has no influence; to ensure this, a full read on a GPU copies key and value if
+    `valid` is a mask, and with memory_lengths unless Triton reads channel-last ones without gradients. With top_k a
+    position whose score is NaN is not chosen, and positions that are not chosen have no influence and no gradient. A
+    full read multiplies NaN like any number.
 
     Returns:
         (N,Cv,*Q), or (N,O,Cv,*Q), in the value's dtype; with return_usage or return_lse a tuple of (out, usage, lse)
@@ -547,13 +549,12 @@ def _full_reads(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return out and lse of the full softmax for each group."""
     members = [scores.members(group) for group in range(len(values))]
-    masked = scores.memory.lengths is not None or any(mask is not None for mask in scores.memory.masks)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in values]
     for i, piece in enumerate(scores.pieces):
         inside = [group for group in range(len(values)) if i in members[group]]
         for alike in _by_kind(inside, values, piece):
             each = [values[group].of(piece) for group in alike]
-            out, lse = _read_piece(kernels, piece, [value for part in each for value in part], masked)
+            out, lse = _read_piece(kernels, piece, [value for part in each for value in part], scores.memory)
             sizes = [values[group].objects for group in alike]
             shares = [out] if len(alike) == 1 else out.split(sizes, 1)  # a split's gradient is a copy
             for group, share in zip(alike, shares, strict=True):
@@ -583,7 +584,7 @@ def _usage(kernels: backends.Implementation, piece: Piece, lse: Tensor) -> Tenso
 
 
 def _read_piece(
-    kernels: backends.Implementation, piece: Piece, values: list[Tensor], masked: bool
+    kernels: backends.Implementation, piece: Piece, values: list[Tensor], memory: Memory
 ) -> tuple[Tensor, Tensor]:
     """One call of the core, with the values of all objects side by side: copied only where they must be."""
     query, key, *rest = piece.core
@@ -595,13 +596,43 @@ def _read_piece(
             out, lse = torch.ops.vosops.memory_read_list(query, key, values, *rest)
             return out, lse
         value = torch.cat(values, 1) if together is None else together
-    if masked and not (kernels.name == "cpp" and query.device.type == "cpu"):
-        # The kernels of GPUs multiply by 0 what a mask leaves out.
+    if _multiplies_excluded(kernels, memory, query, key, value, rest):
         shrinkage, query_bias, key_bias, *rest = rest
         key, value, shrinkage = without_excluded(key, value, shrinkage, key_bias)
         rest = [shrinkage, query_bias, key_bias, *rest]
     out, lse = kernels.run("memory_read", query, key, value, *rest)
     return out, lse
+
+
+def _multiplies_excluded(
+    kernels: backends.Implementation,
+    memory: Memory,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vectors: list[Any],
+) -> bool:
+    """Whether a full read multiplies by 0 what `valid` or memory_lengths leaves out, and so passes NaN on.
+
+    On the CPU no implementation but plain PyTorch does. Triton's read can end with a memory's length; its gradients do
+    not, and the wrappers of vmap hide what is differentiated, and the strides.
+    """
+    if kernels.name == "cpp" and memory.call.device.type == "cpu":
+        return False
+    if any(mask is not None for mask in memory.masks):
+        return True
+    if memory.lengths is None:
+        return False
+    given = [query, key, value, *(vector for vector in vectors if isinstance(vector, Tensor))]
+    if (
+        kernels.name != "triton"
+        or _checks.wants_gradients(*given)
+        or torch.compiler.is_compiling()
+        or any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in given)
+    ):
+        return True
+    ends: bool = import_module("vosops.triton.memory_read").ends_with_memory(query, key, value)
+    return not ends
 
 
 def _read_selected(

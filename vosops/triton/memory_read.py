@@ -8,6 +8,11 @@ register file. Queries stay in shared memory; key and value tiles arrive by asyn
 for 512 columns, the price of an accumulator that fits. Where queries and columns do not fill the device, the memory is
 cut into parts, whose results ``_merge`` combines by their log-sum-exp. At T=20, 480p/16: 13 x 2 x 5 programs, 78 Gflop,
 47 MB from L2 a part; bound by the tensor cores.
+
+A memory ends at the last position that its bias lets through (`memory_lengths` arrives as a bias of -inf): a kernel of
+one program a batch element looks for it, and the parts share the positions before it. Of channel-last keys and values
+nothing behind it is loaded, so that a NaN there meets no weight of 0; of channel-major ones the last tile is, for a
+bound that is no multiple of what is copied at a time would cut the copies to single elements.
 """
 
 from __future__ import annotations
@@ -17,33 +22,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vosops.triton._common import dot, launch_on
+from vosops.triton._common import launch_on
 from vosops.triton.memory_scores import (
     LN2,
     LOG2E,
-    Scores,
-    block_of,
-    channel_block,
+    ends_of,
     in_pieces,
+    in_place,
     load_row_tiles,
     load_vector,
     of_batch,
     options_of,
     parts_for,
     piece_of,
+    read_end,
     score_operands,
-    scores_of_queries,
-    slowest,
 )
-from vosops.triton.memory_values import (
-    MERGE_BLOCK,
-    Launch,
-    check_value,
-    kind_of_value,
-    load_columns,
-    store_transposed,
-    value_constants,
-)
+from vosops.triton.memory_softmax import read_launch, step, store_read
+from vosops.triton.memory_values import MERGE_BLOCK, check_value, kind_of_value
 
 
 @triton.jit
@@ -67,6 +63,7 @@ def _read(
     M,
     query_end,
     key_end,
+    ends,
     value,
     out,
     lse,
@@ -79,7 +76,7 @@ def _read(
     columns,
     tiles,
     column_blocks,
-    part_steps,
+    parts,
     C: tl.constexpr,
     VALUE_C: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -133,35 +130,23 @@ def _read(
     maximum = tl.full((BLOCK_P,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
     acc = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
+    end = read_end(ends, n, M)
+    part_steps = tl.cdiv(tl.cdiv(end, BLOCK_M), parts)
     begin = part * part_steps * BLOCK_M
-    for first in range(begin, tl.minimum(begin + part_steps * BLOCK_M, M), BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
-        score, _ = scores_of_queries(
-            query_tile, query_squares, row_bias, p, m, query, key, shrinkages, key_biases,
-            query_c, query_p, key_c, key_m, scale, M, query_end, key_end, query_bias is not None, True,
-            C, SQUARES, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION,
+    end = tl.minimum(begin + part_steps * BLOCK_M, end)
+    if ends is not None and KEY_LAST:
+        M = end
+        key_end = end
+    if ends is not None and VALUE_LAST:
+        value_end = end
+    for first in range(begin, end, BLOCK_M):
+        maximum, total, acc = step(
+            maximum, total, acc, query_tile, query_squares, row_bias, p, first + tl.arange(0, BLOCK_M), column,
+            query, key, shrinkages, key_biases, query_c, query_p, key_c, key_m, scale, M, query_end, key_end,
+            value, value_m, value_o, value_c, value_end, columns, query_bias is not None,
+            C, SQUARES, WIDE, BLOCK_P, BLOCK_M, BLOCK_C, PRECISION, VALUE_C, VALUE_PRECISION,
         )  # fmt: skip
-        greater = tl.maximum(maximum, tl.max(score, axis=1))
-        offset = tl.where(greater == float("-inf"), 0.0, greater)
-        weight = tl.exp2(score - offset[:, None])
-        rescale = tl.exp2(maximum - offset)
-        maximum = greater
-        total = total * rescale + tl.sum(weight, axis=1)
-        tile_of_values = load_columns(
-            value, m, column, value_m, value_o, value_c, value_end, columns, VALUE_C
-        )
-        acc = dot(weight.to(value.dtype.element_ty), tile_of_values, acc * rescale[:, None], VALUE_PRECISION)
-
-    some = total != 0.0
-    total = tl.where(some, total, 1.0)
-    acc = acc * (1.0 / total)[:, None]
-    store_transposed(
-        out + row * columns * P, tile * BLOCK_P, column_block * BLOCK_V, acc, P, columns, BLOCK_P, BLOCK_V
-    )
-    if column_block == 0:
-        tl.store(
-            lse + row * P + p, tl.where(some, (maximum + tl.log2(total)) * LN2, float("-inf")), mask=p < P
-        )
+    store_read(out, lse, row, tile, column_block, p, maximum, total, acc, P, columns, BLOCK_P, BLOCK_V)
 
 
 @triton.jit
@@ -194,39 +179,13 @@ def _merge(
         tl.store(lse + n * P + p, tl.where(some, offset + tl.log2(total) * LN2, float("-inf")), mask=p < P)
 
 
-HALF_TILES = {
-    # 16 rows a warp: 64 registers of sums and 32 of scores a thread; twice the columns would spill. 64 KB, which 99 KB
-    # of sm_86, sm_89 and sm_120 hold, too.
-    "mma.sync": (128, 64, 128),
-    # 64 rows for each of two warp groups, and the widest product there is, 256 columns: 128 registers of sums a thread.
-    # 128 KB for queries and two stages.
-    "wgmma": (128, 64, 256),
-    # Sums and scores are in tensor memory, 256 and 32 of its 512 columns; what a step adds passes through registers.
-    "tcgen05": (128, 32, 256),
-    "mfma": (128, 64, 128),
-}
-"""Queries, positions and value columns of a tile with 16-bit products, by how an architecture multiplies: 8 warps."""
+def ends_with_memory(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a read loads nothing behind the last position that its bias lets through, so that NaN there is harmless.
 
-TF32_COLUMNS = {"tcgen05": 64}
-"""Value columns with TF32; elsewhere 128: 4 warps, 64 queries and 32 positions, which pass through registers."""
-
-
-def read_launch(scores: Scores, columns: int, value_channels: int, value_kind: str) -> Launch:
-    """Tiles of ``_read``."""
-    kind, products = slowest((scores.kind, value_kind)), scores.target.architecture.products
-    block_p, block_m, block_v, options = {
-        "half": (*HALF_TILES[products], options_of(8, 2)),
-        "tf32": (64, 32, TF32_COLUMNS.get(products, 128), options_of(4, 2)),
-        "tf32x3": (64, 32, 64, options_of(4, 2)),
-        "ieee": (64, 32, 64, options_of(4, 2)),
-    }[kind]
-    blocks = {
-        "BLOCK_P": block_of(scores.queries, block_p),
-        "BLOCK_M": block_of(scores.memory, block_m),
-        "BLOCK_C": channel_block(scores),
-        "BLOCK_V": block_of(columns, block_v),
-    }
-    return {**scores.constants, **value_constants(value_channels, value_kind), **blocks}, options
+    query (N, C, P), key (N, C, M), value (N, O, Cv, M), as `memory_read` would get them.
+    """
+    found = [in_place(tensor) for tensor in (key, value)]
+    return all(pieces is not None and pieces.channel_last for pieces in found)
 
 
 def memory_read(
@@ -261,7 +220,7 @@ def memory_read(
     with an odd number of positions, for instance.
     """
     check_value(value, key)
-    scores = score_operands(query, key, shrinkage, query_bias, key_bias, scale, precision, pieces=True)
+    scores = score_operands(query, key, shrinkage, query_bias, key_bias, scale, precision, pieces=in_pieces)
     batch, objects, channels, _ = value.shape
     columns, queries = objects * channels, scores.queries
     out = value.new_empty((batch, objects, channels, queries))
@@ -274,8 +233,7 @@ def memory_read(
     column_blocks = max(1, triton.cdiv(columns, constants["BLOCK_V"]))
     steps = max(1, triton.cdiv(scores.memory, constants["BLOCK_M"]))
     parts = parts_for(tiles * column_blocks * batch, steps, scores.target.processors)
-    part_steps = triton.cdiv(steps, parts)
-    parts = triton.cdiv(steps, part_steps)
+    parts = triton.cdiv(steps, triton.cdiv(steps, parts))
     part_out, part_lse = out, lse
     if parts > 1:
         part_out = out.new_empty((parts, *out.shape), dtype=torch.float32)
@@ -283,6 +241,7 @@ def memory_read(
     with launch_on(value):
         _read[(tiles * column_blocks * batch * parts,)](
             *scores.arguments,
+            ends_of(key_bias),
             values.tensor,
             part_out,
             part_lse,
@@ -292,7 +251,7 @@ def memory_read(
             columns,
             tiles,
             column_blocks,
-            part_steps,
+            parts,
             **constants,
             **values.constants("VALUE"),
             **options,

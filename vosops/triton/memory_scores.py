@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from vosops.triton._common import (
     Target,
     compile_options,
     dot,
+    launch_on,
     power_of_two,
     product_precision,
     target_of,
@@ -47,6 +48,11 @@ MAX_MEMORY = 2**24
 
 MIN_BLOCK = 16
 """The least side of a tile that tensor cores multiply."""
+
+SCAN_BLOCK = tl.constexpr(2048)
+"""Positions whose bias is looked at together for the last one that is read: one look where nothing is left out."""
+
+SCAN_OPTIONS = compile_options(8)
 
 CHANNEL_BLOCK = {"half": 128, "tf32": 64, "tf32x3": 32, "ieee": 16}
 """Channels of a step of the scores: float32 operands pass through registers, split in two for tf32x3."""
@@ -192,6 +198,35 @@ def of_batch(vector, n, stride_n):
     else:
         row = vector + n * stride_n
     return row
+
+
+@triton.jit
+def read_end(ends, n, M):
+    """Return where the memory of batch element n ends: M where there is no bias."""
+    if ends is None:
+        end = M
+    else:
+        end = tl.load(ends + n)
+    return end
+
+
+@triton.jit
+def _last_read(key_bias, ends, M, key_bias_n, key_bias_m):
+    """Grid (N): one past the last position whose bias is not -inf, 0 where there is none.
+
+    The last positions are looked at first. A kernel of its own: a search before the loop of the read costs that loop a
+    seventh more instructions, and it is the same for all its programs.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    end = tl.full((), 0, tl.int32)
+    unseen = tl.full((), 0, tl.int32) + M
+    while (end == 0) & (unseen > 0):
+        m = unseen - SCAN_BLOCK + tl.arange(0, SCAN_BLOCK)
+        pointers = key_bias + n * key_bias_n + m.to(tl.int64) * key_bias_m
+        bias = tl.load(pointers, mask=m >= 0, other=float("-inf"))
+        end = tl.max(tl.where(bias == float("-inf"), 0, m + 1), axis=0)
+        unseen -= SCAN_BLOCK
+    tl.store(ends + n, end)
 
 
 @triton.jit
@@ -352,7 +387,7 @@ def score_operands(
     precision: str,
     *,
     stream_queries: bool = False,
-    pieces: bool = False,
+    pieces: Callable[[Tensor], Pieces] | None = None,
 ) -> Scores:
     """Check the operands of the scores and lay out the side that is streamed for wide reads.
 
@@ -365,7 +400,8 @@ def score_operands(
         scale: Factor of the products.
         precision: "ieee", "tf32" or "tf32x3", for float32 keys.
         stream_queries: Whether the queries are streamed, not the memory.
-        pieces: Whether the kernel takes keys in pieces, KEY_PIECE and KEY_LAST among its constants.
+        pieces: How the kernel takes keys if it takes them in pieces, with KEY_PIECE and KEY_LAST among its constants:
+            `in_pieces` or `as_it_is`.
     """
     for name, tensor in (("query", query), ("key", key)):
         check_dtype(name, tensor)
@@ -401,10 +437,10 @@ def score_operands(
     constants = {"C": channels, "SQUARES": squares, "WIDE": wide, "PRECISION": precision}
     if stream_queries:
         query = aligned(query)
-    elif not pieces:
+    elif pieces is None:
         key = aligned(key)
-    keys = in_pieces(key) if pieces else Pieces(key, 1, channel_last=False)
-    if pieces:
+    keys = as_it_is(key) if pieces is None else pieces(key)
+    if pieces is not None:
         constants |= keys.constants("KEY")
     return Scores(
         (
@@ -420,6 +456,17 @@ def score_operands(
         target,
         "half" if not wide and key.dtype != torch.float32 else precision,
     )
+
+
+def ends_of(key_bias: Tensor | None) -> Tensor | None:
+    """Return for a bias (N, M) where each memory ends, int32 (N,); None where there is no bias."""
+    if key_bias is None:
+        return None
+    ends = key_bias.new_empty(key_bias.shape[:1], dtype=torch.int32)
+    if ends.numel():
+        with launch_on(key_bias):
+            _last_read[(ends.numel(),)](key_bias, ends, key_bias.shape[1], *key_bias.stride(), **SCAN_OPTIONS)
+    return ends
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
@@ -480,7 +527,7 @@ class Pieces:
 
     def constants(self, side: str) -> dict[str, Any]:
         """Return what the kernel must know at compile time of a side, "KEY" or "VALUE"."""
-        return {f"{side}_PIECE": self.piece, f"{side}_LAST": self.piece > 1 and self.channel_last}
+        return {f"{side}_PIECE": self.piece, f"{side}_LAST": self.channel_last}
 
     @property
     def end(self) -> int:
@@ -488,20 +535,31 @@ class Pieces:
         return self.tensor.shape[-1] // (1 if self.channel_last else self.piece)
 
 
-def in_pieces(tensor: Tensor) -> Pieces:
-    """Return a tensor (N, ..., C, pixels) as it is where asynchronous copies can read it, else its `aligned` copy.
+def in_place(tensor: Tensor) -> Pieces | None:
+    """Return a tensor (N, ..., C, pixels) as asynchronous copies can read it where it is, or None.
 
-    As it is: neighbouring channels or pixels, and strides, pixels and address that allow pieces of 4, 8 or 16 bytes.
+    They can with neighbouring channels or pixels, and strides, pixels and address that allow pieces of 4, 8 or 16
+    bytes.
     """
+    if is_aligned(tensor):
+        return as_it_is(tensor)
     *_, channel, pixel = tensor.stride()
-    if not is_aligned(tensor) and 1 in (channel, pixel) and max(tensor.stride()) < 2**31:
-        channel_last = pixel != 1
-        outer = [*tensor.stride()[:-2], *((pixel,) if channel_last else (channel, tensor.shape[-1]))]
-        place = tensor.data_ptr() // tensor.element_size()
-        piece = math.gcd(ALIGNMENT, place, *outer)
-        if piece * tensor.element_size() >= PIECE_BYTES:
-            return Pieces(tensor, piece, channel_last)
-    tensor = aligned(tensor)
+    if 1 not in (channel, pixel) or max(tensor.stride()) >= 2**31:
+        return None
+    channel_last = pixel != 1
+    outer = [*tensor.stride()[:-2], *((pixel,) if channel_last else (channel, tensor.shape[-1]))]
+    place = tensor.data_ptr() // tensor.element_size()
+    piece = math.gcd(ALIGNMENT, place, *outer)
+    return Pieces(tensor, piece, channel_last) if piece * tensor.element_size() >= PIECE_BYTES else None
+
+
+def in_pieces(tensor: Tensor) -> Pieces:
+    """Return a tensor (N, ..., C, pixels) `in_place`, else its `aligned` copy."""
+    return in_place(tensor) or as_it_is(aligned(tensor))
+
+
+def as_it_is(tensor: Tensor) -> Pieces:
+    """Return a tensor (N, ..., C, pixels) in pieces of one element: strides and pixels as they are."""
     return Pieces(tensor, 1, tensor.stride(-1) != 1)
 
 

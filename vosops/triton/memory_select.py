@@ -1,14 +1,15 @@
 """The two phases of a top-k memory read: select the k best positions of each query exactly, gather their values.
 
-Select looks at the scores twice. ``_scan`` for MAXIMA keeps, per query and part of the memory, the greatest score
-of each column of the tile over all steps: one maximum per score, no sorting. ``_threshold`` takes the k-th greatest of
+Select looks at the scores twice. ``_scan`` for MAXIMA keeps, per query and part of the memory, the greatest score of
+each column of the tile over all steps: one maximum per score, no sorting. ``_threshold`` takes the k-th greatest of
 these maxima: at least k scores reach it, and little more than k do, for neighbouring positions fall into different
 groups. ``_scan`` for COLLECT computes the same scores again, bit for bit, and appends what reaches the threshold to a
-list per query and part, in order, by a prefix sum. Scores that defeat the threshold (ties, above all) overflow it:
-then ``_scan`` for REPAIR goes over that part again and cuts the list to its k best whenever it is full, whose last
-becomes the threshold. ``_finish`` joins the lists, cuts them to k and ranks the rest by counting. Entries are 64-bit,
-the score's bits in sortable form above the complement of the position, so that ties go to the lowest position. At T=20,
-480p/16, Ck=128 that is twice 13.4 Gflop and no more bytes than two reads of the keys; the scores never exist.
+list per query and part, in order, by a prefix sum. Scores that defeat the threshold (ties, above all) overflow it: then
+``_scan`` for REPAIR goes over that part again and cuts the list to its k best whenever it is full, whose last becomes
+the threshold. Parts share the positions before the last position that the bias lets through (`read_end`). ``_finish``
+joins the lists, cuts them to k and ranks the rest by counting. Entries are 64-bit, the score's bits in sortable form
+above the complement of the position, so that ties go to the lowest position. At T=20, 480p/16, Ck=128 that is twice
+13.4 Gflop and no more bytes than two reads of the keys; the scores never exist.
 
 Gather: a program owns 16 queries and 128 value columns and adds up its k rows; channel-last values are read in whole
 rows. Its backward pass sorts the indices stably and sums each position's entries in their order, without atomics.
@@ -30,10 +31,12 @@ from vosops.triton.memory_scores import (
     block_of,
     channel_block,
     check_dtype,
+    ends_of,
     load_row_tiles,
     load_vector,
     of_batch,
     options_of,
+    read_end,
     score_operands,
     scores_of_queries,
     splits_for,
@@ -137,6 +140,7 @@ def _scan(
     M,
     query_end,
     key_end,
+    ends,
     maxima,
     thresholds,
     counts,
@@ -144,7 +148,6 @@ def _scan(
     batch,
     tiles,
     parts,
-    part_steps,
     top_k,
     C: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -175,8 +178,10 @@ def _scan(
         query, p, query_c, query_p, query_end, 0, C, SQUARES, True, WIDE, BLOCK_C
     )
     row_bias = load_vector(of_batch(query_bias, n, query_bias_n), p, P, 0.0)
+    end = read_end(ends, n, M)
+    part_steps = tl.cdiv(tl.cdiv(end, BLOCK_M), parts)
     begin = part * part_steps * BLOCK_M
-    end = tl.minimum(begin + part_steps * BLOCK_M, M)
+    end = tl.minimum(begin + part_steps * BLOCK_M, end)
     if MODE == MAXIMA:
         greatest = tl.full((BLOCK_P, BLOCK_M), LEAST, tl.int32)
     else:
@@ -219,6 +224,8 @@ def _scan(
     if MODE == MAXIMA:
         pointers = maxima + (row * parts + part)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.store(pointers, greatest, mask=(p < P)[:, None])
+    elif MODE == COLLECT:
+        tl.store(counts + row * parts + part, count, mask=p < P)
     else:
         tl.store(counts + row * parts + part, count, mask=p < tl.where(begin < end, P, 0))
 
@@ -445,14 +452,13 @@ def memory_select(
         splits_for(tiles * batch, steps, scores.target, resident=2),
         min(triton.cdiv(GROUPS_PER_CHOICE * kept, block_m), steps // 2),
     )
-    part_steps = triton.cdiv(steps, max(1, min(wanted, MAX_PARTS)))
-    parts = triton.cdiv(steps, part_steps)
+    parts = triton.cdiv(steps, triton.cdiv(steps, max(1, min(wanted, MAX_PARTS))))
     integers: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
     maxima = torch.empty((batch, queries, parts, block_m), **integers)
     thresholds = torch.full((batch, queries), LEAST.value, **integers)
     counts = torch.empty((batch, queries, parts), **integers)
     entries = torch.empty((batch, queries, parts, capacity), dtype=torch.int64, device=query.device)
-    rest = (maxima, thresholds, counts, entries, batch, tiles, parts, part_steps, kept)
+    rest = (ends_of(key_bias), maxima, thresholds, counts, entries, batch, tiles, parts, kept)
     lists = {"ROWS": LIST_ROWS, "WIDTH": list_width(kept), **options_of(4, 2)}
     with launch_on(key):
         grid = (tiles * batch * parts,)
