@@ -400,6 +400,8 @@ TARGETS = (
 
 MODELLED_BY_LOOP = """The CUDA C++ kernels multiply by `mma.sync`, which an H100 runs at about 5/8 of its rate;
 Triton's by `wgmma`. Of these `benchmarks/triton_model.py` counts a round of the hot loop (Triton {version}, sm_90a).
+By descriptors one thread asks the copy engine for whole tiles; such a read serves 16-bit memories whose rows are whole
+pieces of 16 bytes, once `vosops check` has found it right on the card.
 Two bounds of a time: with all that is no product hidden behind the products, and with nothing hidden:"""
 
 

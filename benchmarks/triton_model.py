@@ -52,8 +52,8 @@ class Loop:
         resident: programs on a multiprocessor.
         instructions: of one warp.
         multiply_adds: of a program.
-        wgmma: shapes in the PTX and how often they are there.
-        copies: asynchronous ones of one thread.
+        wgmma: shapes and how often each is there.
+        copies: asynchronous ones of one thread, or of the one that asks for whole tiles.
         barriers: at which all warps meet.
     """
 
@@ -113,6 +113,12 @@ def _read(frames: int, problem: str, case: str) -> Reference:
 REFERENCES = (
     _read(20, "480p, 20 frames, values channel-last", "memory read bf16"),
     _read(5, "480p, 5 frames (8100 positions), values channel-major", "memory read bf16, 8100 positions"),
+    _read(20, "480p, 20 frames, values channel-last, by descriptors", "memory read bf16 by descriptors"),
+    _read(
+        20,
+        "480p, 20 frames, values channel-major, by descriptors",
+        "memory read bf16 by descriptors, channel-major",
+    ),
     Reference(
         "global_matching",
         "480p, one object on the whole frame",
@@ -160,14 +166,15 @@ def examine(case: triton_report.Case, resident: int) -> Loop:
         ).stdout
     (body,) = sass.kernels(text).values()
     code = [i for i in hot_loop(body) if i.name.split(".")[0] != "NOP"]
-    shapes = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", compiled.asm["ptx"])
+    sides = [re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", i.name) for i in code]
+    shapes = ["m{}n{}k{}".format(*found.groups()) for found in sides if found]
     return Loop(
         case.options["num_warps"],
         resident,
         len(code),
         multiply_adds(case.constants),
         {shape: shapes.count(shape) for shape in sorted(set(shapes))},
-        _count(code, "LDGSTS"),
+        _count(code, "LDGSTS") + _count(code, "UTMALDG"),
         _count(code, "BAR"),
     )
 

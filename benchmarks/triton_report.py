@@ -228,6 +228,7 @@ def memory_cases(chip: Any) -> Iterator[Case]:
     """
     from vosops.triton import (
         _common,
+        memory_descriptors,
         memory_read,
         memory_read_backward,
         memory_scores,
@@ -278,7 +279,7 @@ def memory_cases(chip: Any) -> Iterator[Case]:
             "entries": "*i64",
             "score": "*fp32",
         }
-        rows = piece == 1
+        rows = launch[0].get("KEY_LAST", piece == 1)
         neighbours = ("key_c", "value_c") if rows else ("key_m", "value_m")
         constants = dict(launch[0]) | dict.fromkeys((*neighbours, "query_p", "grad_p"), 1)
         constants |= dict.fromkeys(("KEY_PIECE", "VALUE_PIECE"), piece)
@@ -331,6 +332,24 @@ def memory_cases(chip: Any) -> Iterator[Case]:
         out="*fp32",
     )
     selected, plain = scores(half, "ieee", True), scores(half, "ieee", False)
+    if chip.architecture.products in memory_descriptors.PRODUCTS:
+        for layout, rows in (("", True), (", channel-major", False)):
+            constants, options = memory_descriptors.tile_launch(plain, 512, 512)
+            positions = constants["BLOCK_M"]
+            tiles = [
+                [*lead, *([positions, channels] if rows else [channels, positions])]
+                for lead, channels in (((1,), constants["BLOCK_C"]), ((1, 1), constants["BLOCK_V"]))
+            ]
+            yield case(
+                f"read bf16 by descriptors{layout}",
+                memory_descriptors.read_tiles,
+                (constants | {"TILED_C": 512, "KEY_LAST": rows, "VALUE_LAST": rows}, options),
+                half,
+                tensor_cores=True,
+                out="*fp32",
+                key_tiles=f"tensordesc<bf16{tiles[0]}>",
+                value_tiles=f"tensordesc<bf16{tiles[1]}>",
+            )
     launch = memory_softmax.read_launch(selected, 512, 512, "half")
     yield case(
         "read bf16 with selection",
@@ -548,7 +567,8 @@ def examine(case: Case, target: str) -> Row:
         shared_bytes=shared,
         occupancy=occupancy,
         tensor_cores=compiled.asm["ptx"].count(TENSOR_CORE_PTX[target]),
-        async_copies=sum(name.startswith("LDGSTS") and f".{8 * case.copy_bytes}" in name for name in code),
+        async_copies=sum(name.startswith("LDGSTS") and f".{8 * case.copy_bytes}" in name for name in code)
+        + sum(name.startswith("UTMALDG") for name in code),
         wide_loads=sum(name.startswith("LDG.") and ".128" in name for name in code),
         instructions=len(code),
     )
@@ -561,17 +581,20 @@ def _examine_named(name: str, target: str) -> Row:
 def jobs(targets: list[str], *, sampled: bool = False) -> list[tuple[str, str]]:
     """Return what there is to compile: (case, target).
 
-    A sample is one configuration of each kernel: on every target if it multiplies on tensor cores, which have other
-    instructions on each, else on one target after the other.
+    A sample is one configuration of each kernel: on every target that has it if it multiplies on tensor cores, which
+    have other instructions on each, else on one target after the other.
     """
     if not sampled:
         return [(case.name, target) for target in targets for case in cases(target)]
-    kernels: dict[Any, Case] = {}
-    for case in cases(targets[0]):
-        kernels.setdefault(case.kernel, case)
+    kernels: dict[Any, tuple[Case, list[str]]] = {}
+    for target in targets:
+        for case in cases(target):
+            first, able = kernels.setdefault(case.kernel, (case, []))
+            if first.name == case.name:
+                able.append(target)
     taken = []
-    for position, case in enumerate(kernels.values()):
-        chosen = targets if case.tensor_cores else [targets[position % len(targets)]]
+    for position, (case, able) in enumerate(kernels.values()):
+        chosen = able if case.tensor_cores else [able[position % len(able)]]
         taken += [(case.name, target) for target in chosen]
     return taken
 

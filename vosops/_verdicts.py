@@ -25,6 +25,12 @@ import torch
 from vosops import _library
 
 SCHEMA = 1
+VARIANTS = ("triton descriptors",)
+"""Kernels of an implementation that serve its calls only where they were found right: see `proved`."""
+
+DESCRIPTORS = "VOSOPS_TRITON_DESCRIPTORS"
+"""The environment variable by which the first of them serves wherever it can (1) or never (0)."""
+
 BAD = ("wrong", "crashed", "hung", "failed")
 """Verdicts after which an implementation is not chosen."""
 
@@ -120,9 +126,16 @@ class Verdicts:
         orders = {
             (op, key): tuple(cell["order"]) for op, keys in self.orders.items() for key, cell in keys.items()
         }
-        if not bad and not orders:
+        proven = {
+            (op, name, key)
+            for op, names in self.found.items()
+            for name in VARIANTS
+            for key, cell in names.get(name, {}).items()
+            if cell["verdict"] == "right"
+        }
+        if not bad and not orders and not proven:
             return ""
-        text = repr((sorted(bad), sorted(orders.items())))
+        text = repr((sorted(bad), sorted(orders.items()), *([sorted(proven)] if proven else [])))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def to_json(self) -> str:
@@ -248,6 +261,16 @@ def order(device: torch.device, op: str, dtype: torch.dtype, precision: str | No
         return ""
     mode = mode_of(dtype, precision)
     return "" if mode is None else _order(str(device), op, mode, backward)
+
+
+def proved(device: torch.device, op: str, variant: str, dtype: torch.dtype) -> bool:
+    """Whether `vosops check` found a variant of an implementation right here: one that is used only then."""
+    mode = mode_of(dtype, None)
+    verdicts = of(device)
+    if mode is None or verdicts is None:
+        return False
+    cell = verdicts.found.get(op, {}).get(variant, {}).get(entry(mode, False))
+    return cell is not None and cell["verdict"] == "right"
 
 
 @_constant

@@ -13,6 +13,8 @@ import torch
 import vosops
 from tests.cli import commands
 from vosops import _library, _verdicts, backends
+from vosops.benchmarking import gpu_cases
+from vosops.benchmarking.memory_read import MemoryInputs
 from vosops.checking import Candidate, check_device, problems, runner, store, tuning
 from vosops.checking.judge import judge
 from vosops.checking.problems import PROBLEMS, candidates, quick_problems
@@ -376,3 +378,62 @@ def test_a_call_that_nobody_can_serve_has_an_error_of_its_own():
     frame, mask = torch.rand(1, 8, 6, 6).double(), torch.ones(1, 1, 6, 6, dtype=torch.bool)
     with vosops.use_backend("triton"), pytest.raises(backends.CannotRunError, match="on backend 'triton'"):
         vosops.local_matching(frame, frame, mask, radius=2)  # no Triton kernel takes float64
+
+
+# ---- Kernels that serve only where they were found right
+
+
+def descriptors(**changes) -> Candidate:
+    who = Candidate(
+        "Triton, descriptors", "triton", "cpu", {_verdicts.DESCRIPTORS: "1"}, variant="descriptors"
+    )
+    return replace(who, **changes)
+
+
+def test_a_variant_is_used_only_where_it_was_found_right(cache):
+    (problem, *_), who = problems.OF_DESCRIPTORS, descriptors()
+    asked = ("memory_read", "triton descriptors", torch.bfloat16)
+    assert problem.mode == "bf16"
+    assert not _verdicts.proved(CPU, *asked)
+    for verdict in ("wrong", "failed", "crashed", "hung"):
+        store(CPU, [runner.Cell(who, problem, verdict, "a reason")])
+        assert not _verdicts.proved(CPU, *asked)
+    digest = _verdicts.of(CPU).digest
+    store(CPU, [runner.Cell(who, problem, "right", errors=(1e-3,))])
+    assert _verdicts.proved(CPU, *asked)
+    assert not _verdicts.proved(CPU, *asked[:2], torch.float16)
+    assert not _verdicts.proved(CPU, *asked[:2], torch.float64)
+    assert not _verdicts.proved(CPU, "memory_read", "triton", torch.bfloat16)
+    assert _verdicts.of(CPU).digest not in ("", digest)
+
+
+def test_what_is_found_of_a_variant_says_nothing_of_the_other_kernels(cache):
+    store(CPU, [runner.Cell(descriptors(), problems.OF_DESCRIPTORS[0], "wrong", "a reason")])
+    assert _verdicts.refusal(CPU, "memory_read", "triton", torch.bfloat16, None, False) == ""
+
+
+def test_a_variant_solves_its_own_problems():
+    lacking = runner.check_device(CPU, PROBLEMS[-6:], who=[descriptors(reason_not="no GPU")])
+    assert [cell.problem for cell in lacking] == list(problems.OF_DESCRIPTORS)
+    assert {cell.verdict for cell in lacking} == {"cannot"}
+
+
+def test_the_problems_of_descriptors_are_read_by_them():
+    memory_descriptors = pytest.importorskip("vosops.triton.memory_descriptors")
+    target = memory_descriptors.Target(9, 132)
+    layouts = set()
+    for problem in problems.OF_DESCRIPTORS:
+        given = MemoryInputs.of(problem.size, gpu_cases.MODES[problem.mode].dtype, CPU)
+        assert memory_descriptors.reason_not(given.query, given.key, given.value, target) == ""
+        layouts.add((given.key.stride(1) == 1, given.value.stride(2) == 1))
+        memory = given.key.shape[2]
+        assert memory > 2 * 64 and memory % 64
+    assert layouts == {(False, False), (True, True)}
+
+
+@pytest.mark.exhaustive
+def test_a_check_runs_the_variant_in_the_interpreter():
+    pytest.importorskip("triton")
+    who = descriptors(environment={_verdicts.DESCRIPTORS: "1", "TRITON_INTERPRET": "1"})
+    cells = check_device(CPU, problems.OF_DESCRIPTORS, who=[who])
+    assert [cell.verdict for cell in cells] == ["right"] * len(cells), [cell.reason for cell in cells]

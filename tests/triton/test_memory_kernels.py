@@ -14,9 +14,11 @@ import triton.language as tl
 
 import vosops
 from tests.triton.device import DEVICE
+from vosops import _verdicts
 from vosops.ops._registration import TRITON_INTERPRETED
 from vosops.reference.memory_read import memory_read_core, memory_select_core
-from vosops.triton import memory_read, memory_scores, memory_select, memory_softmax
+from vosops.triton import memory_descriptors, memory_read, memory_scores, memory_select, memory_softmax
+from vosops.triton._common import Target
 
 
 def read(query, key, value, precision="ieee"):
@@ -287,3 +289,139 @@ def test_too_many_pixels_are_refused():
     query = torch.zeros(1, 1, 1).expand(1, 1, memory_scores.MAX_QUERIES + 1)
     with pytest.raises(ValueError, match="query and key must have at most"):
         read(query, torch.zeros(1, 1, 4), torch.zeros(1, 1, 1, 4))
+
+
+# ---- By tensor descriptors
+
+
+@pytest.fixture
+def by_descriptors(monkeypatch):
+    """Read by descriptors wherever they can, and count the reads."""
+    monkeypatch.setenv(_verdicts.DESCRIPTORS, "1")
+    reads = []
+    arguments = memory_descriptors.arguments
+    monkeypatch.setattr(memory_descriptors, "arguments", lambda *args: reads.append(1) or arguments(*args))
+    return reads
+
+
+def rows(layout: str, *sizes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers (N, ..., C, M) in layouts whose rows are whole pieces of 16 bytes."""
+    numbers = torch.randn(*sizes[:-2], sizes[-2] + 8, sizes[-1] + 8).to(DEVICE, dtype)
+    if layout == "part":
+        return numbers[..., 8:, 8:]
+    numbers = numbers[..., 8:, 8:].contiguous()
+    if layout == "channel-major":
+        return numbers
+    if layout == "channel-last":
+        return numbers.mT.contiguous().mT
+    return (
+        numbers.movedim(-1, 1).contiguous().movedim(1, -1)
+    )  # "interleaved": the objects of a position side by side
+
+
+DESCRIBED = [
+    ("channel-major", "channel-major", torch.float16, 72, (2, 24), 1),
+    ("channel-last", "channel-last", torch.bfloat16, 128, (1, 104), 40),
+    ("part", "interleaved", torch.float16, 136, (3, 24), 40),
+    ("channel-last", "part", torch.float16, 64, (2, 256), 1),
+    ("channel-major", "channel-last", torch.float16, 256, (2, 256), 1),
+]
+"""Layouts of keys and values, dtype, channels of a key, objects and channels of a value, multiprocessors."""
+
+
+@pytest.mark.parametrize(("of_keys", "of_values", "dtype", "channels", "columns", "processors"), DESCRIBED)
+def test_descriptors_read_the_same(
+    chip, by_descriptors, of_keys, of_values, dtype, channels, columns, processors
+):
+    """Whole tiles and what is left, in one part or in several; batch elements of one key; every term of the score."""
+    chip(9, processors)
+    batch, memory = 2, 152
+    query = torch.randn(batch, channels, 9).to(DEVICE, dtype) / channels**0.5
+    key, value = (
+        rows(of_keys, 1, channels, memory, dtype=dtype),
+        rows(of_values, batch, *columns, memory, dtype=dtype),
+    )
+    key = key.expand(batch, -1, -1)
+    shrinkage, query_bias, key_bias = (torch.rand(batch, n, device=DEVICE) for n in (memory, 9, memory))
+    for vectors in ((None, None, None), (shrinkage, query_bias, key_bias)):
+        out, lse = memory_read.memory_read(query, key, value, *vectors, 2.0, "ieee")
+        wide = [t if t is None else t.double() for t in (query, key, value, *vectors)]
+        want, want_lse = memory_read_core(*wide, 2.0)
+        tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        torch.testing.assert_close(out.double(), want, rtol=0, atol=tolerance)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
+    assert len(by_descriptors) == 2
+
+
+def test_a_read_by_descriptors_ends_with_the_memory(chip, by_descriptors):
+    """Lengths around whole tiles: of a tile with a hidden position nothing comes by a descriptor."""
+    chip(9, 20)
+    for layout, lengths in (("channel-major", LENGTHS), ("channel-last", (136, 128, 127, 65, 1))):
+        query, key, value, bias, (want, want_lse) = ragged(200, lengths, torch.float16, layout, 24, (1, 24))
+        out, lse = memory_read.memory_read(query, key, value, None, None, bias, 0.5, "ieee")
+        torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-3)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
+    assert len(by_descriptors) == 2
+
+
+def described(dtype=torch.float16, channels=64, memory=128, columns=(1, 64)):
+    query, key = torch.zeros(1, channels, 9, dtype=dtype), torch.zeros(1, channels, memory, dtype=dtype)
+    return query, key, torch.zeros(1, *columns, memory, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "reason"),
+    [
+        ((9, 0), {}, ""),
+        ((10, 0), {}, ""),
+        ((8, 0), {}, "it multiplies by mma.sync"),
+        ((12, 0), {}, "it multiplies by mma.sync"),
+        ((0, 0), {}, "it multiplies by mfma"),
+        ((9, 0), {"dtype": torch.float32}, "query, key and value must have 16 bits"),
+        ((9, 0), {"channels": 264}, "keys must have 1 to 256 channels"),
+        ((9, 0), {"memory": 56}, "a memory must have at least 64 positions"),
+        ((9, 0), {"columns": (0, 64)}, "a memory must have at least 64 positions and one column"),
+        ((9, 0), {"memory": 132}, "a key's rows must be whole pieces of 16 bytes"),
+    ],
+)
+def test_what_descriptors_cannot_read_is_named(target, changes, reason):
+    chip = Target(target[0], 132, target[1])
+    found = memory_descriptors.reason_not(*described(**changes), chip)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+def test_layouts_that_descriptors_cannot_read_are_named():
+    query, key, value = described()
+    chip = Target(9, 132)
+    assert memory_descriptors.reason_not(query.repeat(1, 2, 1), key, value, chip).startswith("keys must have")
+    odd = torch.zeros(1, 1, 64, 132, dtype=torch.float16)[..., :128]
+    assert memory_descriptors.reason_not(query, key, odd, chip).startswith(
+        "a value's rows must be whole pieces"
+    )
+    moved = torch.zeros(64 * 128 + 4, dtype=torch.float16)[4:].view(1, 64, 128)
+    assert memory_descriptors.reason_not(query, moved, value, chip).startswith(
+        "a key's rows must be whole pieces"
+    )
+    apart = torch.zeros(1, 2, 128, 96, dtype=torch.float16).mT
+    assert memory_descriptors.reason_not(query, key, apart, chip).startswith(
+        "tiles of 256 columns must be of one"
+    )
+
+
+def test_descriptors_are_not_preferred_until_they_were_found_right(chip, by_descriptors, monkeypatch):
+    chip(9)
+    problem = [tensor.to(DEVICE) for tensor in described()]
+    asked = []
+
+    def read_with(setting: str, proved: bool) -> bool:
+        monkeypatch.setenv(_verdicts.DESCRIPTORS, setting)
+        monkeypatch.setattr(_verdicts, "proved", lambda *args: asked.append(args) or proved)
+        by_descriptors.clear()
+        read(*problem)
+        return bool(by_descriptors)
+
+    assert [read_with(*each) for each in (("", False), ("", True), ("0", True))] == [False, True, False]
+    assert set(asked) == {(problem[1].device, "memory_read", "triton descriptors", torch.float16)}
+    assert read_with("1", False)
+    chip(8)
+    assert not read_with("1", True)

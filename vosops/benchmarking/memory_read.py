@@ -48,6 +48,8 @@ class MemorySize:
     """XMem's similarity, with shrinkage and selection, instead of the dot product."""
     channel_major: bool = False
     """With top_k: values as models make them, not channel-last as banks store them."""
+    channel_last: bool = False
+    """Keys and values as banks store them, also without top_k."""
 
     @property
     def title(self) -> str:
@@ -58,6 +60,7 @@ class MemorySize:
         parts += [f"batch {self.batch}"] if self.batch > 1 else []
         layout = ", channel-major values" if self.channel_major else ""
         parts += [f"top {self.top_k}{layout}"] if self.top_k else []
+        parts += ["keys and values channel-last"] if self.channel_last else []
         return ", ".join(parts)
 
 
@@ -110,13 +113,14 @@ class MemoryInputs:
 
         n, c, o, cv = size.batch, size.key_channels, size.objects, size.value_channels
         memory = size.pixels * size.frames
-        channel_last = size.top_k and not size.channel_major
+        channel_last = size.channel_last or (size.top_k and not size.channel_major)
         value = normal(n, o, memory, cv).transpose(2, 3) if channel_last else normal(n, o, cv, memory)
         shrinkage = selection = None
         if size.anisotropic:
             shrinkage = normal(n, 1, memory).float().abs() + 1
             selection = normal(n, c, size.pixels).sigmoid()
         query, key, weight = normal(n, c, size.pixels), normal(n, c, memory), normal(n, o, cv, size.pixels)
+        key = key.mT.contiguous().mT if size.channel_last else key
         return MemoryInputs(query, key, value, shrinkage, selection, weight, size.top_k)
 
     def call(self, read: Callable[[MemoryInputs], Tensor], backward: bool) -> Callable[[], list[Tensor]]:

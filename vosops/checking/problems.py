@@ -36,14 +36,28 @@ OTHERS = (
     Problem("local_attention", AttentionSize("13x19", 13, 19, 48, 2, 4, 1), "ieee"),
     Problem("local_correlation", CorrelationSize("13x35", 13, 35, 34, 9, 1, 2), "ieee"),
 )
+TILES = (
+    Problem("memory_read", MemorySize("tiles", 200, 3, 2, 72, 132), "ieee"),
+    Problem("memory_read", MemorySize("tiles of rows", 200, 3, 2, 72, 256, channel_last=True), "ieee"),
+)
+"""Reads in the two layouts that tensor descriptors copy, of several tiles and a part of one."""
+
 SIZES: tuple[Problem, ...] = (*gpu_cases.SMALL, *MATCHINGS, *READS, *OTHERS)
 """One problem of each op with tails in every dimension, and one that fills several tiles."""
 
-PROBLEMS: tuple[Problem, ...] = tuple(
-    replace(size, mode=mode, backward=backward)
-    for backward in (False, True)
-    for mode in gpu_cases.MODES
-    for size in SIZES
+OF_DESCRIPTORS: tuple[Problem, ...] = tuple(
+    replace(size, mode=mode) for mode in ("bf16", "f16") for size in TILES
+)
+"""What the kernel of `Candidate.variant` "descriptors" has to solve."""
+
+PROBLEMS: tuple[Problem, ...] = (
+    *(
+        replace(size, mode=mode, backward=backward)
+        for backward in (False, True)
+        for mode in gpu_cases.MODES
+        for size in SIZES
+    ),
+    *OF_DESCRIPTORS,
 )
 """Every size in every arithmetic, forward first."""
 
@@ -65,6 +79,7 @@ class Candidate:
         environment: what its process needs.
         stored: whether its verdicts are those of the library that `import vosops` loads here.
         reason_not: why it cannot run here at all; "" if it may.
+        variant: a kernel that serves the backend's calls only where it was found right: "descriptors"; "" otherwise.
     """
 
     name: str
@@ -73,6 +88,16 @@ class Candidate:
     environment: Mapping[str, str] = field(default_factory=dict)
     stored: bool = True
     reason_not: str = ""
+    variant: str = ""
+
+    @property
+    def implementation(self) -> str:
+        """Under which its verdicts are stored."""
+        return f"{self.backend} {self.variant}".strip()
+
+    def solves(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Return those of the problems that are its to solve."""
+        return [problem for problem in problems if not self.variant or problem in OF_DESCRIPTORS]
 
 
 def candidates(device: torch.device) -> list[Candidate]:
@@ -97,7 +122,29 @@ def candidates(device: torch.device) -> list[Candidate]:
     cuda = Candidate("CUDA C++", "cpp", place, reason_not="; ".join(_library.CUDA_REASONS))
     lacking = "" if HAS_TRITON else "triton is not installed"
     lacking = "TRITON_INTERPRET=1 is set" if TRITON_INTERPRETED else lacking
-    return [cuda, Candidate("Triton", "triton", place, reason_not=lacking)]
+    described = {_verdicts.DESCRIPTORS: "1"}
+    return [
+        cuda,
+        Candidate("Triton", "triton", place, reason_not=lacking),
+        Candidate(
+            "Triton, descriptors",
+            "triton",
+            place,
+            described,
+            reason_not=lacking or _lacks_descriptors(device),
+            variant="descriptors",
+        ),
+    ]
+
+
+def _lacks_descriptors(device: torch.device) -> str:
+    """Return why Triton's kernels do not read by tensor descriptors on a GPU, "" if they may."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    from vosops.triton import memory_descriptors, memory_scores
+
+    products = memory_scores.target_of(torch.empty(0, device=device)).architecture.products
+    return "" if products in memory_descriptors.PRODUCTS else f"it multiplies by {products}"
 
 
 def devices() -> list[torch.device]:
@@ -124,6 +171,7 @@ def entry_of(problem: Problem) -> str:
 
 def base_environment() -> dict[str, str]:
     """Return the environment of every process: one thread on a CPU, nothing that earlier checks stored."""
-    environment = {k: v for k, v in os.environ.items() if k != "VOSOPS_BACKEND"}
+    chosen = ("VOSOPS_BACKEND", _verdicts.DESCRIPTORS)
+    environment = {k: v for k, v in os.environ.items() if k not in chosen}
     own = {"OMP_NUM_THREADS": "1", "VOSOPS_CACHE": os.devnull, "PYTHONPATH": python_path()}
     return {**environment, **own}

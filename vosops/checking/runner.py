@@ -73,7 +73,7 @@ def check_device(
         progress: receives each result as it comes, from any thread.
 
     Returns:
-        One cell per candidate and problem; a candidate that cannot run here has cells that say so.
+        One cell per candidate and problem that is its to solve; a candidate that cannot run here has cells that say so.
     """
     with tempfile.TemporaryDirectory() as folder:
         oracles = Path(folder) / "oracles.pt"
@@ -98,6 +98,7 @@ def check_device(
 def _run_candidate(
     candidate: Candidate, problems: Sequence[Problem], oracles: Path, seconds: float, imports: Sequence[str]
 ) -> list[Cell]:
+    problems = candidate.solves(problems)
     if candidate.reason_not:
         return [Cell(candidate, problem, "cannot", candidate.reason_not) for problem in problems]
     left = {problem.key: problem for problem in problems}
@@ -212,7 +213,7 @@ def store(device: torch.device, cells: Sequence[Cell], orders: Mapping[str, Any]
         if not cell.candidate.stored or cell.verdict == "cannot":
             continue
         for op, entry in cell.entries or [(cell.problem.op, entry_of(cell.problem))]:
-            groups.setdefault((op, cell.candidate.backend, entry), []).append(cell)
+            groups.setdefault((op, cell.candidate.implementation, entry), []).append(cell)
     before = _verdicts.read(device)
     found: dict[str, Any] = json.loads(json.dumps(before.found)) if before else {}
     for (op, backend, entry), group in groups.items():

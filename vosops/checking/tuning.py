@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vosops import _verdicts
 from vosops.benchmarking import gpu_cases
 from vosops.benchmarking.cases import Case
 from vosops.benchmarking.gpu_convolutions import GlobalConvSize, LstmSize
@@ -104,8 +105,10 @@ def tune_device(
     for cell in cells:
         if cell.candidate.stored:
             problem = cell.problem
-            key = (problem.op, cell.candidate.backend, problem.mode, problem.backward)
+            key = (problem.op, cell.candidate.implementation, problem.mode, problem.backward)
             verdicts.setdefault(key, set()).add(cell.verdict)
+    described = [cell.verdict == "right" for cell in cells if cell.candidate.variant]
+    environment = {_verdicts.DESCRIPTORS: "1"} if described and all(described) else {}
     of_sizes = sizes or sizes_for(device)
     for op in dict.fromkeys(size.op for size in of_sizes):
         if ops and op not in ops:
@@ -116,7 +119,7 @@ def tune_device(
             if able:
                 groups.append({"mode": mode, "backward": backward, "backends": [*able, "reference"]})
         names = [size.size.name for size in of_sizes if size.op == op]
-        found = _tune(device, op, names, groups, imports, seconds) if groups else {}
+        found = _tune(device, op, names, groups, imports, seconds, environment) if groups else {}
         if found:
             orders[op] = found
             progress(op, found)
@@ -130,6 +133,7 @@ def _tune(
     groups: list[dict[str, Any]],
     imports: Sequence[str],
     seconds: float,
+    environment: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
     """Return the orders of one op by the entries that its calls look up: of all groups that it came to."""
     task = {
@@ -142,7 +146,7 @@ def _tune(
     try:
         lines = subprocess.run(
             [sys.executable, "-m", "vosops.checking.tuning"],
-            env=base_environment(),
+            env={**base_environment(), **environment},
             input=json.dumps(task).encode(),
             capture_output=True,
             timeout=seconds,

@@ -22,10 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vosops.triton import memory_descriptors
 from vosops.triton._common import launch_on
 from vosops.triton.memory_scores import (
     LN2,
     LOG2E,
+    as_it_is,
     ends_of,
     in_pieces,
     in_place,
@@ -184,6 +186,8 @@ def ends_with_memory(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
     query (N, C, P), key (N, C, M), value (N, O, Cv, M), as `memory_read` would get them.
     """
+    if memory_descriptors.is_chosen(query, key, value):
+        return True
     found = [in_place(tensor) for tensor in (key, value)]
     return all(pieces is not None and pieces.channel_last for pieces in found)
 
@@ -220,15 +224,22 @@ def memory_read(
     with an odd number of positions, for instance.
     """
     check_value(value, key)
-    scores = score_operands(query, key, shrinkage, query_bias, key_bias, scale, precision, pieces=in_pieces)
+    by_descriptors = memory_descriptors.is_chosen(query, key, value)
+    pieces = as_it_is if by_descriptors else in_pieces
+    scores = score_operands(query, key, shrinkage, query_bias, key_bias, scale, precision, pieces=pieces)
     batch, objects, channels, _ = value.shape
     columns, queries = objects * channels, scores.queries
     out = value.new_empty((batch, objects, channels, queries))
     lse = value.new_empty((batch, queries), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    constants, options = read_launch(scores, columns, channels, kind_of_value(value, precision, scores))
-    values = in_pieces(value)
+    values = pieces(value)
+    if by_descriptors:
+        constants, options = memory_descriptors.tile_launch(scores, columns, channels)
+        kernel, tiled = memory_descriptors.read_tiles, memory_descriptors.arguments(key, value, constants)
+    else:
+        constants, options = read_launch(scores, columns, channels, kind_of_value(value, precision, scores))
+        kernel, tiled = _read, values.constants("VALUE")
     tiles = triton.cdiv(queries, constants["BLOCK_P"])
     column_blocks = max(1, triton.cdiv(columns, constants["BLOCK_V"]))
     steps = max(1, triton.cdiv(scores.memory, constants["BLOCK_M"]))
@@ -239,7 +250,7 @@ def memory_read(
         part_out = out.new_empty((parts, *out.shape), dtype=torch.float32)
         part_lse = lse.new_empty((parts, *lse.shape))
     with launch_on(value):
-        _read[(tiles * column_blocks * batch * parts,)](
+        kernel[(tiles * column_blocks * batch * parts,)](
             *scores.arguments,
             ends_of(key_bias),
             values.tensor,
@@ -253,7 +264,7 @@ def memory_read(
             column_blocks,
             parts,
             **constants,
-            **values.constants("VALUE"),
+            **tiled,
             **options,
         )
         if parts > 1:
