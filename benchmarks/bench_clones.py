@@ -1,12 +1,13 @@
 """Whole systems by their own entry points, before and after `accelerate`: the same masks, what a frame takes.
 
-    python benchmarks/bench_clones.py sam2 DIR --json FILE   # or edgetam, efficienttam, aot, cfbi
+    python benchmarks/bench_clones.py sam2 DIR --json FILE   # or sam3, edgetam, efficienttam, aot, cfbi
 
 DIR is a clone, which is not changed: its scripts and builders run on a clip made here, with seeded weights, in a folder
 of their own; a file COMMIT may say which it is. Each case runs as it is, accelerated, and with its memory emptied,
 which has to change the result by 100 times what is tolerated, or the weights would hide an error. Times are those of
 the process on one thread, of the calls that track a frame, without reading pictures and building networks. CFBI's
-scripts ask for a GPU; here what they put there stays on the CPU. --case TEXT: only the cases whose title holds it.
+scripts and SAM 3 ask for a GPU; here what they put there stays on the CPU. --case TEXT: only the cases whose title
+holds it.
 """
 
 from __future__ import annotations
@@ -41,11 +42,18 @@ from vosops.io.outputs import write_text
 TOLERANCE = 1e-4  # of logits
 MEMORY_COUNTS = 100  # times that, at least, is what an emptied memory changes
 SCALE = 3  # of seeded weights of AOT, so that what is remembered changes the logits
-SIZES = {"128": (128, 128), "120p": (120, 216), "480p": (480, 854), "512": (512, 512), "1024": (1024, 1024)}
+SIZES = {
+    "128": (128, 128),
+    "120p": (120, 216),
+    "480p": (480, 854),
+    "1008": (1008, 1008),
+    "1024": (1024, 1024),
+}
 LATER, CORRECTED = (
     2,
     3,
 )  # frames of a session of SAM 2 in which an object comes, and in which one is corrected
+EXACT_CHUNKS = 8  # times as many in float64, or 16 objects at 480p would take 23 GB
 _MIB = 1 << 20
 _NO_OBJECT = -1e9  # logits below are those of objects that there are not
 
@@ -92,6 +100,29 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
                 setattr(owner, name, own[name])
             else:
                 delattr(owner, name)
+
+
+@contextlib.contextmanager
+def _without_gpu() -> Iterator[None]:
+    """Let what a script puts on a GPU stay where it is."""
+
+    def stays(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def load(file: Any, *args: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        return from_file(file, map_location="cpu", **kwargs)
+
+    from_file = torch.load
+    with (
+        replaced(torch.Tensor, cuda=stays),
+        replaced(nn.Module, cuda=stays),
+        replaced(torch, load=load),
+        replaced(torch.cuda, set_device=nothing, empty_cache=nothing),
+    ):
+        yield
 
 
 class Clone(NamedTuple):
@@ -171,7 +202,7 @@ def _run_script(path: Path, *arguments: object) -> None:
 # ---- SAM 2, EdgeTAM, EfficientTAM: a session of the video predictor.
 
 
-def _session(predictor: Any, case: Case, frames: Path, *, later: bool) -> list[Tensor]:
+def _session(predictor: Any, case: Case, frames: Path, *, later: bool = True) -> list[Tensor]:
     """Mark objects by clicks, boxes and masks, correct the first, let one come later, remove it -> all logits."""
     torch.manual_seed(0)
     found: list[Tensor] = []
@@ -209,12 +240,13 @@ def _session(predictor: Any, case: Case, frames: Path, *, later: bool) -> list[T
     return found
 
 
-def _ready_predictor(case: Case, predictor: Any, *, later: bool = True) -> Clone:
+def _ready_predictor(case: Case, predictor: Any, session: Callable[..., list[Tensor]] = _session) -> Clone:
+    attention = getattr(predictor, "memory_attention", None) or predictor.transformer.encoder  # SAM 3
     with torch.no_grad():
         predictor.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(
             10
         )  # else no object is ever seen
-        for layer in predictor.memory_attention.layers:
+        for layer in attention.layers:
             layer.cross_attn_image.v_proj.weight.mul_(10)
     _write_clip(case, Path("frames"))
     encode = predictor._encode_new_memory
@@ -225,10 +257,10 @@ def _ready_predictor(case: Case, predictor: Any, *, later: bool = True) -> Clone
 
     return Clone(
         predictor,
-        lambda: _session(predictor, case, Path("frames"), later=later),
+        lambda: session(predictor, case, Path("frames")),
         [Watch(predictor, "_run_single_frame_inference")],
         lambda: replaced(predictor, _encode_new_memory=nothing),
-        lambda: [type(predictor.memory_attention)],
+        lambda: [type(attention)],
         2 * case.frames,  # at most: some are tracked twice
     )
 
@@ -278,7 +310,7 @@ def edgetam(folder: str, case: Case) -> Clone:
             device="cpu",
             hydra_overrides_extra=[f"++model.{name}={value}" for name, value in sizes.items()],
         )
-    return _ready_predictor(case, predictor, later=False)
+    return _ready_predictor(case, predictor, functools.partial(_session, later=False))
 
 
 def efficienttam(folder: str, case: Case) -> Clone:
@@ -295,6 +327,67 @@ def efficienttam(folder: str, case: Case) -> Clone:
             f"configs/efficienttam/efficienttam_{case.model}.yaml", None, device="cpu"
         )
     return _ready_predictor(case, predictor)
+
+
+class _FewFeatures(nn.Module):
+    """Features of pictures of 1008 x 1008 at strides of 3.5, 7 and 14, in place of SAM 3's image encoder."""
+
+    def __init__(self, positions: nn.Module) -> None:
+        super().__init__()
+        self.middle, self.low, self.positions = nn.Conv2d(3, 256, 7, 7), nn.Conv2d(3, 256, 14, 14), positions
+
+    def forward_image(self, images: Tensor) -> dict[str, dict[str, list[Tensor]]]:
+        middle, low = self.middle(images), self.low(images)
+        features = [nn.functional.interpolate(middle, scale_factor=2.0), middle, low]
+        places = [self.positions(each) for each in features]
+        return {"sam2_backbone_out": {"backbone_fpn": features, "vision_pos_enc": places}}
+
+
+def sam3(folder: str, case: Case) -> Clone:
+    """SAM 3's tracker as its repository builds it, but for the image encoder of 450 million parameters."""
+    builder = importlib.import_module("sam3.model_builder")
+    zeros = torch.zeros
+    torch.manual_seed(0)
+    with (
+        _without_gpu(),
+        replaced(torch, zeros=lambda *size, device=None, **options: zeros(*size, **options)),
+    ):
+        predictor = builder.build_tracker(apply_temporal_disambiguation=False).eval()
+    predictor.backbone = _FewFeatures(builder._create_position_encoding())
+    return _ready_predictor(case, predictor, _session_of_sam3)
+
+
+def _session_of_sam3(predictor: Any, case: Case, frames: Path) -> list[Tensor]:
+    """Mark an object by clicks and others by boxes, correct the first, remove the second -> all logits."""
+    found: list[Tensor] = []
+    height, width = case.size
+    corrected = case.frames - 2
+    torch.manual_seed(0)
+    with torch.inference_mode(), _without_gpu():
+        kept_here = {"offload_video_to_cpu": True, "offload_state_to_cpu": True}
+        state = predictor.init_state(video_path=str(frames), **kept_here)
+
+        def propagate(start: int, end: int) -> None:
+            for _, _, _, logits, _ in predictor.propagate_in_video(
+                state, start, end - start - 1, False, propagate_preflight=True
+            ):
+                found.append(logits.clone())
+
+        for n, (top, left, bottom, right) in enumerate(_squares(case, 0)):
+            corners = [[left / width, top / height], [right / width, bottom / height]]
+            marked: dict[str, Any] = {"box": torch.tensor(corners)}
+            if n == 0:
+                marked = {"points": torch.tensor(corners).mean(0, keepdim=True), "labels": [1]}
+            predictor.add_new_points_or_box(state, 0, n + 1, **marked)
+        propagate(0, corrected + 1)
+        top, left, _, right = next(iter(_squares(case, corrected)))
+        points = [[(left + right) / 2 / width, (top + 6) / height]]
+        predictor.add_new_points_or_box(state, corrected, 1, points=points, labels=[1])
+        propagate(corrected, case.frames)
+        if case.objects > 1:
+            predictor.remove_object(state, 2)
+            propagate(case.frames - 1, case.frames)
+    return found
 
 
 # ---- AOT, DeAOT: tools/demo.py.
@@ -355,29 +448,6 @@ def aot(folder: str, case: Case) -> Clone:
 # ---- CFBI, CFBI+: tools/eval_net.py.
 
 
-@contextlib.contextmanager
-def _without_gpu() -> Iterator[None]:
-    """Let what a script puts on a GPU stay where it is."""
-
-    def stays(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    def load(file: Any, *args: Any, map_location: Any = None, **kwargs: Any) -> Any:
-        return from_file(file, map_location="cpu", **kwargs)
-
-    from_file = torch.load
-    with (
-        replaced(torch.Tensor, cuda=stays),
-        replaced(nn.Module, cuda=stays),
-        replaced(torch, load=load),
-        replaced(torch.cuda, set_device=nothing, empty_cache=nothing),
-    ):
-        yield
-
-
 def cfbi(folder: str, case: Case) -> Clone:
     """Run the repository's evaluation on a data set of one clip, with a file of weights."""
     from networks.deeplab.deeplab import DeepLab
@@ -434,7 +504,8 @@ def cfbi(folder: str, case: Case) -> Clone:
 def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def exact(**options: Any) -> Tensor:
-        return function(**{name: _doubled(value) for name, value in options.items()}).float()
+        chunks = {"n_chunks": options["n_chunks"] * EXACT_CHUNKS} if "n_chunks" in options else {}
+        return function(**{name: _doubled(value) for name, value in {**options, **chunks}.items()}).float()
 
     return exact
 
@@ -461,6 +532,7 @@ SYSTEMS: dict[str, list[Case]] = {
         *(_case(sam2, model, "128", 3, 7) for model in ("t", "s", "b+", "l")),
         *(_case(sam2, "t", "1024", objects, 6) for objects in (1, 4)),
     ],
+    "sam3": [_case(sam3, "tracker", "1008", 2, 3)],
     "edgetam": [_case(edgetam, "edgetam", size, 1, 5) for size in ("128", "1024")],
     "efficienttam": [
         *(_case(efficienttam, model, "128", 2, 5) for model in ("ti", "s", "ti_1", "ti_2")),
@@ -471,11 +543,11 @@ SYSTEMS: dict[str, list[Case]] = {
             _case(aot, model, "120p", 3, 7)
             for model in ("aott", "aots", "aotb", "aotl", "r50_aotl", "deaott", "deaotl", "r50_deaotl")
         ),
-        *(_case(aot, model, "480p", n, 7) for model in ("r50_aotl", "r50_deaotl") for n in (1, 4, 16)),
+        *(_case(aot, model, "480p", n, 4) for model in ("r50_aotl", "r50_deaotl") for n in (1, 4, 16)),
     ],
     "cfbi": [
         *(_case(cfbi, model, "120p", 2, 3) for model in ("cfbi", "cfbip")),
-        *(_case(cfbi, model, "480p", objects, 3) for model in ("cfbi", "cfbip") for objects in (1, 4, 16)),
+        *(_case(cfbi, model, "480p", objects, 2) for model in ("cfbi", "cfbip") for objects in (1, 4, 16)),
     ],
 }
 

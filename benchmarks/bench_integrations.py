@@ -6,20 +6,25 @@ Installed packages by their names, checkouts with their folders. Each system run
 after in turn, at 480p (30 x 54 positions) with random keys unless the case names another size; training reads are those
 of 4 clips of 3 frames of 24 x 24. The calls of `accelerate` are timed apart from the reads. --case TEXT: only the cases
 whose title holds it. --rounds N: timed runs of each, of which the median counts; 0 takes the time of the run that
-measures memory.
+measures memory. --limit GB: memory that a case may take beyond what its inputs do; where an original asks for more, its
+row says how much in place of its time, and only the accelerated run is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
+import os
 import platform
+import re
+import resource
 import statistics
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +48,7 @@ TOLERANCE = 1e-5
 _MIB = 1 << 20
 
 SAM2_FRAMES, SAM2_POINTERS = 7, 16  # of its memory
+SAM2_KEPT = 4  # objects whose keys are kept, of 470 MiB each at 1024 x 1024
 Read = Callable[[], list[torch.Tensor]]
 Case = (
     tuple[str, Any, Read] | tuple[str, Any, Read, dict[str, Any]]
@@ -56,11 +62,10 @@ class _Case(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
 
 
-def sam2() -> list[Case]:
+def sam2() -> Iterator[Case]:
     """Its predictor's attention to a full memory, in all layers: what a tracked frame and object costs."""
     from sam2.build_sam import build_sam2_video_predictor
 
-    cases: list[Case] = []
     for side, objects in ((512, 1), (512, 4), (512, 16), (1024, 1), (1024, 4), (1024, 16)):
         small = {"image_size": side, "image_encoder.trunk.embed_dim": 16, "image_encoder.trunk.stages": [1, 1, 2, 1],
                  "image_encoder.trunk.global_att_blocks": [3],
@@ -73,15 +78,14 @@ def sam2() -> list[Case]:
         )
         read = _read_of_sam2(predictor, side // 16, objects)
         title = f"{SAM2_FRAMES} frames and {SAM2_POINTERS} pointers, {side}x{side}, {objects} at once"
-        cases += [(title, predictor, read), (f"{title}, keys kept", predictor, read, {"cache_keys": True})]
+        yield title, predictor, read
+        if objects <= SAM2_KEPT:
+            yield f"{title}, keys kept", predictor, read, {"cache_keys": True}
         if objects > 1:
             title = f"a tracked frame, {side}x{side}, {objects} objects of 1 to {SAM2_FRAMES} frames"
             track = _frame_of_sam2(predictor, side, objects)
-            cases += [
-                (title, predictor, track),
-                (f"{title}, objects together", predictor, track, {"objects_together": True}),
-            ]
-    return cases
+            yield title, predictor, track
+            yield f"{title}, objects together", predictor, track, {"objects_together": True}
 
 
 def _outputs_of_sam2(predictor: Any, side: int, objects: int, first: int) -> dict[str, Any]:
@@ -307,7 +311,7 @@ def mask_propagation() -> list[Case]:
     return [(f"{FRAMES} frames, {OBJECTS} objects", module, read), ("training, 1 object", module, train)]
 
 
-def aot() -> list[Case]:
+def aot() -> Iterator[Case]:
     """Layers of AOT-L (8 heads of 32) and DeAOT-L (a head of 128, values of 1024): the package deaotpy.
 
     Up to ten objects share one map, and are read at once: 16 objects are two reads.
@@ -315,12 +319,10 @@ def aot() -> list[Case]:
     from vosops import compat
 
     compat.install("spatial_correlation_sampler")
-    cases: list[Case] = []
     for frame, objects in ((FRAME, 1), (FRAME, 16), (SQUARE, 1)):
         more = "" if frame == FRAME else ", 1024x1024"
         more += "" if objects == 1 else f", {objects} objects"
-        cases += _layers_of_aot(frame, -(-objects // AOT_OBJECTS), more)
-    return cases
+        yield from _layers_of_aot(frame, -(-objects // AOT_OBJECTS), more)
 
 
 def _layers_of_aot(frame: tuple[int, int], reads: int, more: str) -> list[Case]:
@@ -353,25 +355,24 @@ def _layers_of_aot(frame: tuple[int, int], reads: int, more: str) -> list[Case]:
     return [(f"{title}{more}", module, of_engines(layer)) for title, layer in layers]
 
 
-def cfbi() -> list[Case]:
-    """Its matching at stride 4, as its configuration calls it: local at half that, global in chunks."""
+def cfbi() -> Iterator[Case]:
+    """Its matching at stride 4, as its configuration calls it: local at half that, global in four chunks."""
     from networks.layers import matching as module
 
-    cases: list[Case] = []
-    for frame, counts in (((121, 213), (2, OBJECTS + 1, 5, 17)), ((257, 257), (2, 5, 17))):
-        for count in counts:
-            cases += _matching_of_cfbi(module, frame, count)
-    return cases
+    for frame in ((121, 213), (257, 257)):
+        for objects in (1, 4, 16):
+            yield from _matching_of_cfbi(module, frame, objects)
 
 
-def _matching_of_cfbi(module: Any, frame: tuple[int, int], count: int) -> list[Case]:
-    """Return the two matchings of `count` objects, of which the first is the background."""
+def _matching_of_cfbi(module: Any, frame: tuple[int, int], objects: int) -> list[Case]:
+    """Return the two matchings of some objects and the background."""
     height, width = frame
+    count = objects + 1
     query, previous, first = torch.rand(3, height, width, 100) * 0.25
     labels = torch.nn.functional.one_hot(torch.arange(width) * count // width).float().expand(height, -1, -1)
     plain = {"dis_bias": torch.zeros(count), "use_float16": False}
     windows = [2, 4, 6, 8, 10, 12]
-    more = f"{count} objects" + (", 1024x1024" if width == height else "")
+    more = f"{objects} object{'s' * (objects > 1)}" + (", 1024x1024" if width == height else "")
     return [
         (
             f"local matching, {more}",
@@ -424,36 +425,46 @@ def _training_of_xmem(util: Any, value_channels: int) -> Callable[[], list[torch
     return train
 
 
-def measure(name: str, folder: str | None, wanted: str, rounds: int) -> list[dict[str, Any]]:
-    """Return the cases of a system whose title contains `wanted`: seconds, peak bytes, difference of the outputs."""
+def measure(
+    name: str, folder: str | None, wanted: str, rounds: int, limit: int | None
+) -> list[dict[str, Any]]:
+    """Return the cases of a system whose title contains `wanted`: seconds, peak bytes, difference of the outputs.
+
+    limit: the bytes that an original may take beyond what is in use before it.
+    """
     if folder is not None:
         sys.path.insert(0, folder)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    cases = (_Case(*case) for case in SYSTEMS[name]())
-    return [{"system": name, **_measure(case, rounds)} for case in cases if wanted in case.title]
+    made: Iterable[Case] = SYSTEMS[name]()
+    cases = (_Case(*case) for case in made)
+    return [{"system": name, **_measure(case, rounds, limit)} for case in cases if wanted in case.title]
 
 
-def _measure(case: _Case, rounds: int) -> dict[str, Any]:
+def _measure(case: _Case, rounds: int, limit: int | None) -> dict[str, Any]:
     """Measure a case: a first run of each for results and memory, then the timed ones in turn."""
     title, target, read, options = case
     clock, cpu = Clock(), torch.device("cpu")
     results: list[list[torch.Tensor]] = []
     first: list[float] = []
     times: tuple[list[float], ...] = ([], [], [])
+    load = os.getloadavg()[0]
 
     def run() -> None:
         first.append(clock.seconds(lambda: results.append(read())))
 
     with torch.set_grad_enabled(title.startswith("training")):
-        peaks = [peak_bytes(run, cpu)]
+        peaks: list[int | None] = []
+        with _limited(limit):
+            refused = _refused(lambda: peaks.append(peak_bytes(run, cpu)))
         with accelerate(target, **options):
             peaks.append(peak_bytes(run, cpu))
-        differences = torch.cat([(a - b).abs().flatten() for a, b in zip(*results, strict=True)])
+        differences = _differences(results) if refused is None else None
         results.clear()
         for _ in range(rounds):
             gc.collect()
-            times[0].append(clock.seconds(read))
+            if refused is None:
+                times[0].append(clock.seconds(read))
             started = time.process_time()
             with accelerate(target, **options):
                 times[2].append(time.process_time() - started)
@@ -463,17 +474,64 @@ def _measure(case: _Case, rounds: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "processor": info.collect()["cpu"]["processor"],
         "library": torch.ops.vosops.cpu_capability(),
+        "load": load,
         "case": title,
-        "seconds": [statistics.median(runs) for runs in times[:2]] if rounds else first,
+        "seconds": [statistics.median(runs) for runs in times[:2] if runs] if rounds else first,
     }
     if rounds:
         row["seconds_of_accelerate"] = statistics.median(times[2])
+    row["peak_bytes"] = peaks
+    if differences is None:
+        for name in ("seconds", "peak_bytes"):
+            row[name] = [None, *row[name]]
+        return {**row, "limit_bytes": limit, "bytes_refused": refused}
     return {
         **row,
-        "peak_bytes": peaks,
         "greatest_difference": differences.max().item(),
         "share_above_1e-5": differences.gt(TOLERANCE).float().mean().item(),
     }
+
+
+def _differences(results: list[list[torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([(a - b).abs().flatten() for a, b in zip(*results, strict=True)])
+
+
+@contextlib.contextmanager
+def _limited(limit: int | None) -> Iterator[None]:
+    """Let this process take no more than `limit` bytes beyond what it has (Linux only)."""
+    if limit is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _refused(run: Callable[[], object]) -> int | None:
+    """Run; return the bytes of the tensor that could not be allocated, None where all could be."""
+    try:
+        run()
+    except RuntimeError as error:
+        wanted = re.search(r"you tried to allocate (\d+) bytes", str(error))
+        if wanted is None:
+            raise
+        return int(wanted[1])
+    return None
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    (a, b), (x, y) = row["seconds"], row["peak_bytes"]
+    if a is None:
+        asked = f"a tensor of {row['bytes_refused'] / _MIB:.0f} MiB is refused"
+        return f"| {name} | {row['case']} | {asked}, {b * 1e3:.0f} ms | , {y / _MIB:.0f} MiB | |"
+    return (
+        f"| {name} | {row['case']} | {a * 1e3:.0f} ms, {b * 1e3:.0f} ms ({a / b:.1f}x) "
+        f"| {x / _MIB:.0f} MiB, {y / _MIB:.0f} MiB | {row['greatest_difference']:.0e} |"
+    )
 
 
 def main() -> None:
@@ -484,6 +542,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help="timed runs of each; 0: the one that measures memory"
     )
+    parser.add_argument("--limit", type=float, help="GB that an original may take; without it, what there is")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
@@ -491,16 +550,11 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for system in arguments.systems:
         name, _, folder = system.partition("=")
-        for row in run_fresh(
-            "benchmarks.bench_integrations", "measure", name, folder or None, arguments.case, arguments.rounds
-        ):
+        limit = arguments.limit and int(arguments.limit * 1e9)
+        wanted = (name, folder or None, arguments.case, arguments.rounds, limit)
+        for row in run_fresh("benchmarks.bench_integrations", "measure", *wanted):
             rows.append(row)
-            (a, b), (x, y) = row["seconds"], row["peak_bytes"]
-            print(
-                f"| {name} | {row['case']} | {a * 1e3:.0f} ms, {b * 1e3:.0f} ms ({a / b:.1f}x) "
-                f"| {x / _MIB:.0f} MiB, {y / _MIB:.0f} MiB | {row['greatest_difference']:.0e} |",
-                flush=True,
-            )
+            print(_line(name, row), flush=True)
     if arguments.json:
         if arguments.json.exists():  # keep what was not measured now
             named = {(row["system"], row["case"]) for row in rows}

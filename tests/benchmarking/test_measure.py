@@ -105,6 +105,8 @@ def test_a_fresh_process_returns_the_result_and_its_errors():
     assert run_fresh("os", "getppid") == os.getpid()
     with pytest.raises(RuntimeError, match=r"math.sqrt failed in a separate process: ValueError"):
         run_fresh("math", "sqrt", -1.0)
+    with pytest.raises(RuntimeError, match=r"signal.raise_signal failed in a separate process: SIGKILL"):
+        run_fresh("signal", "raise_signal", 9)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

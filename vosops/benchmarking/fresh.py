@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ def run_fresh(module: str, function: str, *args: Any) -> Any:
     """`module.function(*args)` in a new Python; arguments and result are pickled.
 
     Raises:
-        RuntimeError: the process failed; the message ends with the last line that it wrote.
+        RuntimeError: the process failed; the message ends with the last line that it wrote, or with the signal that
+            ended it.
     """
     with tempfile.TemporaryDirectory() as folder:
         call, result = Path(folder) / "call", Path(folder) / "result"
@@ -30,6 +32,8 @@ def run_fresh(module: str, function: str, *args: Any) -> Any:
         )
         if done.returncode != 0 or not result.exists():
             last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            if done.returncode < 0:  # its words, if any, are not about that
+                last = signal.Signals(-done.returncode).name
             raise RuntimeError(f"{module}.{function} failed in a separate process: {last}")
         return pickle.loads(result.read_bytes())
 
