@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vosops import compat
-from vosops.integrations import accelerate
+from vosops.integrations import accelerate, recipes
 from vosops.integrations.aot import AOT_RECIPES, AttentionMap, LocalMap
 
 SAMPLER = "spatial_correlation_sampler"
@@ -180,6 +180,24 @@ def test_dropout_runs_as_before(attention):
     with accelerate(attention):
         torch.manual_seed(1)
         assert torch.equal(module(query, query, query)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["MultiheadAttention", "GatedPropagation"])
+def test_few_scores_are_left_to_the_original(attention, kind, monkeypatch):
+    """Below 100,000 scores of a head, on a CPU, `memory_read` does not pay."""
+    monkeypatch.setattr(recipes, "_few_scores", [recipes._FEW_SCORES])
+    gated = kind == "GatedPropagation"
+    module = filled(getattr(attention, kind)(*((8, 8, 1) if gated else (8, 1)), use_linear=False))
+    width = module.hidden_dim
+
+    def run(length, memory):
+        query, key = torch.randn(length, 1, 8), torch.randn(memory, 1, 8)
+        more = (torch.randn(length, 1, width), (length, 1)) if gated else ()
+        return module(query, key, torch.randn(memory, 1, width), *more)[1]
+
+    with accelerate(attention):
+        assert not isinstance(run(99, 1000), AttentionMap)
+        assert isinstance(run(100, 1000), AttentionMap)
 
 
 SCALE, TOLERANCE = 3, 2e-5

@@ -2,7 +2,8 @@
 
 The layers of `networks/layers/attention.py` keep their parameters; what is replaced is how they attend. Written from
 the papers (Yang et al., AOT, NeurIPS 2021; Yang and Yang, DeAOT, NeurIPS 2022) and from the layers' results. Dropout
-that is on, a dilation other than 1 and options that are not known run as before. Weights come back as tensors that are
+that is on, a dilation other than 1, options that are not known and long-term attention to very small maps on a CPU run
+as before. Weights come back as tensors that are
 built where something looks at them, which nothing in the networks does.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vosops.integrations.affinity import Handle
-from vosops.integrations.recipes import Function, Probe, Recipe, original_of, random_tensors
+from vosops.integrations.recipes import Function, Probe, Recipe, are_few, original_of, random_tensors
 from vosops.ops import local_attention, memory_read
 
 _HEADS, _CHANNELS, _SIZE, _REACH, _TOP_K = 2, 8, (4, 5), 1, 3
@@ -175,7 +176,7 @@ def _as_sequence(maps: Tensor) -> Tensor:
 
 def _long_term(original: Function) -> Function:
     def forward(self: Any, Q: Tensor, K: Tensor, V: Tensor) -> Any:
-        if _drops(self):
+        if _drops(self) or are_few(Q.shape[0] * K.shape[0], Q):
             return original(self, Q, K, V)
         if self.use_linear:
             Q, K, V = self.linear_Q(Q), self.linear_K(K), self.linear_V(V)
@@ -208,7 +209,7 @@ def _joined(layer: Any, first: Tensor, second: Tensor) -> Tensor:
 
 def _gated(original: Function) -> Function:
     def forward(self: Any, Q: Tensor, K: Tensor, V: Tensor, U: Tensor, size_2d: Any) -> Any:
-        if _drops(self):
+        if _drops(self) or are_few(Q.shape[0] * K.shape[0], Q):
             return original(self, Q, K, V, U, size_2d)
         if self.use_linear:
             Q = K = self.linear_QK(Q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from vosops.ops.memory_read import memory_read
 
 _PROBE_TOP_K = 3
 _PROBE_TOLERANCE = 1e-4
+_FEW_SCORES = 100_000  # of one head: on a CPU, building fewer takes less time than the call of an op does
+_few_scores = [_FEW_SCORES]
 
 Function = Callable[..., Any]
 Probe = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,6 +56,21 @@ def find_recipe(function: Any, recipes: Sequence[Recipe]) -> Recipe | None:
     return None
 
 
+def are_few(scores: int, like: Tensor) -> bool:
+    """Return whether an original that builds this number of scores is left in place: a small one, on the CPU."""
+    return like.device.type == "cpu" and scores < _few_scores[-1]
+
+
+@contextlib.contextmanager
+def replace_small_ones() -> Iterator[None]:
+    """Let no read be too small for a while, as those that replacements are compared on."""
+    _few_scores.append(0)
+    try:
+        yield
+    finally:
+        _few_scores.pop()
+
+
 def original_of(function: Any) -> Any:
     """Return what a replacement replaced; None for any other object."""
     # Not isinstance: some modules hold objects that warn or load things when they are asked for their class.
@@ -69,7 +87,7 @@ def replacement_for(recipe: Recipe, original: Function) -> Function:
     replacement._vosops_original = original  # type: ignore[attr-defined]
     title = f"{original.__module__}.{original.__qualname__}"
     judge = original if recipe.judge is None else recipe.judge(original)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), replace_small_ones():
         for args, kwargs in recipe.probes(original):
             plain = [a.build() if isinstance(a, Handle) else a for a in args]
             try:
