@@ -560,7 +560,7 @@ def main() -> None:
             named = {(row["system"], row["case"]) for row in rows}
             before = json.loads(arguments.json.read_text())["rows"]
             rows = [row for row in before if (row["system"], row["case"]) not in named] + rows
-        facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "rows": rows}
+        facts = {"python": platform.python_version(), "threads": 1, "rows": rows}
         write_text(arguments.json, json.dumps(facts, indent=1) + "\n")
 
 
