@@ -42,6 +42,10 @@ from vosops.io.outputs import write_text
 TOLERANCE = 1e-4  # of logits
 MEMORY_COUNTS = 100  # times that, at least, is what an emptied memory changes
 SCALE = 3  # of seeded weights of AOT, so that what is remembered changes the logits
+SCALES_OF_RESNET = {
+    "encoder_projector": 0.05,
+    "patch_wise_id_bank": 30,
+}  # whose features are 20 times as large
 SIZES = {
     "128": (128, 128),
     "120p": (120, 216),
@@ -411,6 +415,8 @@ def aot(folder: str, case: Case) -> Clone:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
             elif parameter.dim() > 1 and any(part in name for part in ("LSTT", "id", "decoder")):
                 parameter *= SCALE
+            if case.model.startswith("r50") and parameter.dim() > 1:
+                parameter *= SCALES_OF_RESNET.get(name.split(".")[0], 1)
     torch.save({"state_dict": network.state_dict()}, "weights.pth")
     _write_clip(case, Path("clip/images/clip"), Path("clip/masks/clip"))
     module = importlib.import_module("networks.engines.aot_engine")

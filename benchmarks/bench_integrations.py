@@ -399,7 +399,7 @@ def _matching_of_cfbi(module: Any, frame: tuple[int, int], objects: int) -> list
     ]
 
 
-SYSTEMS = {
+SYSTEMS: dict[str, Callable[[], Iterable[Case]]] = {
     "aot": aot, "cfbi": cfbi, "sam2": sam2, "xmem": xmem, "cutie": cutie, "stcn": stcn, "stcnbuf": stcnbuf,
     "mask-propagation": mask_propagation,
 }  # fmt: skip
