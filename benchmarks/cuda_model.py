@@ -14,27 +14,33 @@ warp.
     instructions per copy       those of source blocks whose name ends in `copy`, by the number of 16-byte LDGSTS
     bytes per FLOP              what LDSM, LDS, STS and LDGSTS carry from and to shared memory, by two a multiply-add
 
+A kernel without HMMA multiplies by FFMA, which are its products. Loops that the compiler unrolls as it likes begin
+with VISIT_LOADS(...), and their copies are counted by the loads. Of a division of 64-bit numbers counts what it does
+where 32 bits hold them, of a warp-wide operation what it does where all lanes are there.
+
 The time of a launch is at least
 
-    waves * resident blocks * warps * tiles of a warp * max(issue, products, shared memory) / clock
+    blocks of a multiprocessor * warps * tiles of a warp * max(issue, products, shared memory) / clock
     issue           instructions of a warp's tile / 4            (four schedulers issue one instruction a cycle each)
-    products        HMMA of a warp's tile * cycles of one / 4    (a tensor core for each scheduler)
-    shared memory   bytes of a warp's tile / 128
+    products        products of a warp's tile * cycles of one / 4    (a tensor core for each scheduler)
+    shared memory   bytes of a warp's tile / 128, with those that go through the first-level cache
 
-where `tiles of a warp` are those of the block that has most. Latencies come on top; so do the copies around the kernel,
-which are counted as bytes over the card's bandwidth and START seconds for each launch.
+where `tiles of a warp` are those of the block that has most, and `blocks` those of the multiprocessor that has most; or
+the bytes that the kernel must move over the card's bandwidth, if that takes longer. Latencies come on top; so do the
+copies around the kernel, which are counted as bytes over the bandwidth, and START seconds for each launch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,22 +49,38 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cuda_problems import (  # noqa: E402
+    CARDS,
+    H100_BYTES,
+    H100_FLOPS,
+    PIXELS,
+    PLACES,
+    REFERENCES,
+    TILE,
+    Card,
+    Reference,
+)
 from benchmarks.sass import Block, Region, blocks, loops, regions  # noqa: E402
+
+__all__ = ["CARDS", "H100_BYTES", "H100_FLOPS", "PIXELS", "PLACES", "REFERENCES", "TILE", "Card", "Reference"]
 
 RESULTS = ROOT / "benchmarks/results/cuda_model"
 PATHS, LAUNCHES = RESULTS / "paths.json", RESULTS / "launches.json"
-TILE = "tile"
-"""The block of source code that every kernel of the model enters once for each tile and warp."""
-
 HOT_FIGURES = ("instructions per product", "instructions per copy", "bytes per FLOP")
 GOALS = {"instructions per product": 5.0, "instructions per copy": 12.0}
-FLOPS = {"HMMA.16816": 4096, "HMMA.1688": 2048}
+LIMITED = {reference.kernel for reference in REFERENCES if not reference.backward}
+"""Kernels whose tiles have limits."""
+
+FLOPS = {"HMMA.16816": 4096, "HMMA.1688": 2048, "FFMA2": 128, "FFMA": 64}
 WARP = 32
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a warp does for one tile; copies are those of 16 bytes, copy instructions those that make them."""
+    """What a warp does for one tile; copies are those of 16 bytes, copy instructions those that make them.
+
+    Cached bytes go through the first-level cache, where a warp's instruction takes those of 128 at least.
+    """
 
     instructions: float
     products: float
@@ -66,14 +88,24 @@ class Tile:
     copy_instructions: float
     shared_bytes: float
     flops: float
+    cached_bytes: float = 0
 
     def figures(self) -> dict[str, float]:
-        """Return the ratios that are kept in tables."""
+        """Return the ratios that are kept in tables; those of nothing are not a number."""
         return {
-            "instructions per product": round(self.instructions / self.products, 2),
-            "instructions per copy": round(self.copy_instructions / self.copies, 1),
-            "bytes per FLOP": round(self.shared_bytes / self.flops, 4),
+            "instructions per product": _ratio(self.instructions, self.products, 2),
+            "instructions per copy": _ratio(self.copy_instructions, self.copies, 1),
+            "bytes per FLOP": _ratio(self.shared_bytes, self.flops, 4),
         }
+
+    @property
+    def by_fma(self) -> bool:
+        """Whether its products are FFMA."""
+        return self.flops <= FLOPS["FFMA"] * self.products
+
+
+def _ratio(much: float, of: float, digits: int) -> float:
+    return round(much / of, digits) if of else math.nan
 
 
 # ---- Counting ----
@@ -88,12 +120,15 @@ def source_regions() -> list[Region]:
     return [region for file in files for region in regions(file.name, file.read_text())]
 
 
-def count(body: str, known: list[Region], visits: Visits, warps: int) -> Tile:
-    """Return a warp's work for one tile of a kernel that `warps` warps ran with these visits, and no others."""
+def count(body: str, known: list[Region], visits: Visits, warps: int, unit: str = TILE) -> Tile:
+    """Return a warp's work for one tile of a kernel that `warps` warps ran with these visits, and no others.
+
+    A tile is a visit of the block of source code that `unit` names.
+    """
     by_line: dict[tuple[str, int], Region] = {}
     for region in sorted(known, key=lambda r: r.first - r.last):  # the inner ones last
         by_line |= {(region.file, line): region for line in range(region.first, region.last + 1)}
-    tiles = visits[TILE][0]
+    tiles = visits[unit][0]
     once = warps / tiles
     graph = blocks(body)
     all_loops = loops(graph)
@@ -102,26 +137,61 @@ def count(body: str, known: list[Region], visits: Visits, warps: int) -> Tile:
         [_region_of(instruction.lines, by_line) for instruction in block.instructions] for block in graph
     ]
     owners = [Counter(of_block).most_common(1)[0][0] for of_block in names]
-    tile_loop = _tile_loop(graph, all_loops, owners)
+    tile_loop = _tile_loop(graph, all_loops, owners, unit)
     inside = set().union(*(names[number] for number in tile_loop))
+    run = _usually_reached(graph)
+    loads: Counter[str | None] = Counter()
+    for number in run:
+        loads[owners[number]] += _global_loads(graph[number])
     total: Counter[str] = Counter()
     for number, (block, owner) in enumerate(zip(graph, owners, strict=True)):
         visits_, copies = visits.get(owner, (0, 1)) if owner else (warps, 1)
-        weight = visits_ / copies / tiles
-        if number not in looped:
+        if copies < 0:  # loads of a copy
+            weight = visits_ / max(loads[owner] / -copies, 1) / tiles
+        else:
+            weight = visits_ / copies / tiles
+        if number not in run:
+            weight = 0
+        elif number not in looped and copies > 0:
             weight = min(weight, once)
-        elif number not in tile_loop and owner in inside:
+        elif number not in tile_loop and owner in inside and copies > 0:
             weight *= once  # the same code before the first tile, or behind the last
         for what, much in _work(block, names[number]).items():
             total[what] += weight * much
+    kind = "HMMA" if total["HMMA"] else "FFMA"
     return Tile(
         total["instructions"],
-        total["products"],
+        total[kind],
         total["copies"],
         total["copy instructions"],
         total["bytes"],
-        total["flops"],
+        total[f"{kind} flops"],
+        total["cached bytes"],
     )
+
+
+def _global_loads(block: Block) -> int:
+    return sum(instruction.name.split(".")[0] in ("LDG", "LDGSTS") for instruction in block.instructions)
+
+
+def _usually_reached(graph: list[Block]) -> set[int]:
+    """Return the blocks that run where no 64-bit division calls its subroutine and warp-wide operations find all lanes."""
+    found: set[int] = set()
+    waiting = [0]
+    while waiting:
+        number = waiting.pop()
+        instructions = graph[number].instructions
+        if number in found or any(_divides(instruction.text) for instruction in instructions):
+            continue
+        found.add(number)
+        # Lanes that are apart would meet again where this goes.
+        apart = bool(instructions) and instructions[-1].name.startswith("BRA.DIV")
+        waiting += {number + 1} if apart else graph[number].following
+    return found
+
+
+def _divides(text: str) -> bool:
+    return "CALL" in text and any(f"__cuda_sm20_{kind}" in text for kind in ("div", "rem"))
 
 
 def known_paths() -> dict[str, Any]:
@@ -130,19 +200,41 @@ def known_paths() -> dict[str, Any]:
     return found
 
 
-def worst(body: str, orders: Mapping[str, Any]) -> Tile:
+def worst(body: str, orders: Mapping[str, Any], unit: str = TILE) -> Tile:
     """Return a warp's tile with the order of the data for which it takes most instructions, rounded."""
     known = source_regions()
-    tiles = [count(body, known, counted["visits"], counted["warps"]) for counted in orders.values()]
-    most = max(tiles, key=lambda tile: tile.instructions / tile.products)
-    return Tile(**{name: round(value, 2) for name, value in vars(most).items()})
+    tiles = [count(body, known, counted["visits"], counted["warps"], unit) for counted in orders.values()]
+    return _rounded(max(tiles, key=lambda tile: tile.instructions))
 
 
-def _tile_loop(graph: list[Block], all_loops: list[set[int]], owners: list[str | None]) -> set[int]:
-    """Return the smallest machine loop that has most of the tile's code; no loop has, where each warp has one tile."""
-    sizes = {n: len(block.instructions) for n, block in enumerate(graph) if owners[n] == TILE}
+def usual(body: str, orders: Mapping[str, Any], unit: str = TILE) -> Tile:
+    """Return a warp's tile with data in random order, rounded."""
+    counted = orders["random"]
+    return _rounded(count(body, source_regions(), counted["visits"], counted["warps"], unit))
+
+
+def _rounded(tile: Tile) -> Tile:
+    return Tile(**{name: round(value, 2) for name, value in vars(tile).items()})
+
+
+def reference_of(kernel: str) -> Reference:
+    """Return the reference of a kernel by its name in the tables."""
+    (found,) = [reference for reference in REFERENCES if reference.kernel == kernel]
+    return found
+
+
+def _tile_loop(
+    graph: list[Block], all_loops: list[set[int]], owners: list[str | None], unit: str
+) -> set[int]:
+    """Return the smallest machine loop that has most of the tile's code that is in any, if that is a quarter of it.
+
+    No loop has, where each warp has one tile.
+    """
+    sizes = {n: len(block.instructions) for n, block in enumerate(graph) if owners[n] == unit}
+    looped = set().union(*all_loops)
+    least = max(sum(size for n, size in sizes.items() if n in looped) / 2, sum(sizes.values()) / 4)
     for loop in sorted(all_loops, key=len):
-        if sum(size for number, size in sizes.items() if number in loop) > sum(sizes.values()) / 2:
+        if sum(size for number, size in sizes.items() if number in loop) > least:
             return loop
     return set()
 
@@ -171,12 +263,15 @@ def _work(block: Block, names: list[str | None]) -> Counter[str]:
             continue
         total["instructions"] += 1
         total["copy instructions"] += bool(region and region.endswith("copy"))
-        if kind == "HMMA":
-            total["products"] += 1
-            total["flops"] += next(flops for prefix, flops in FLOPS.items() if name.startswith(prefix))
+        if kind in ("HMMA", "FFMA", "FFMA2"):
+            flops = next(flops for prefix, flops in FLOPS.items() if name.startswith(prefix))
+            total[kind[:4]] += flops // FLOPS["FFMA"] if kind != "HMMA" else 1
+            total[f"{kind[:4]} flops"] += flops
         total["copies"] += kind == "LDGSTS" and ".128" in name
         if kind in ("LDS", "STS", "LDGSTS", "LDSM") and not instruction.never_runs:
             total["bytes"] += _shared_bytes(kind, name)
+        if kind in ("LDG", "STG"):
+            total["cached bytes"] += _shared_bytes(kind, name)
     return total
 
 
@@ -184,157 +279,6 @@ def _shared_bytes(kind: str, name: str) -> int:
     if kind == "LDSM":
         return 128 * int(name[-1] if name[-1] in "24" else 1)
     return WARP * (16 if ".128" in name else 8 if ".64" in name else 4)
-
-
-# ---- Reference problems: 16 bits, forward, one object ----
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A kernel as it serves the problem that its goal is for.
-
-    Attributes:
-        kernel: its name in the tables of `cuda_report`.
-        small: runs a problem of the same kind on the emulator; the argument chooses the worst order of the data.
-        large: launches the problem itself, in a dry run of the emulator.
-        multiprocessors: of the emulated device in the small problem, which decide into how many shares it is cut.
-        tiles: how many tiles a warp of the busiest block walks in the large one, by the launch's blocks.
-        streamed: bytes that the kernels around it read and write in the large one.
-        floor: seconds on an H100, of products or memory, whichever takes longer.
-        reason: why a goal is not met, if it is not.
-    """
-
-    op: str
-    problem: str
-    kernel: str
-    small: Callable[[bool], None]
-    large: Callable[[], None]
-    tiles: Callable[[int], int]
-    streamed: float
-    floor: float
-    multiprocessors: int = 1
-    reason: str = ""
-
-
-def _ops() -> Any:
-    import torch
-
-    from tests.emulator.build import load_emulated_ops
-
-    load_emulated_ops()
-    return torch.ops.vosops_emulated
-
-
-def _numbers(*shape: int) -> Any:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).bfloat16()
-
-
-def _nearer_and_nearer(query: Any, key: Any) -> Any:
-    """Return keys (N,C,*M) whose products with all queries rise with their place: every tile has a new best."""
-    import torch
-
-    direction = query.float().flatten(2).mean(2)
-    rise = torch.linspace(-4, 4, key[0, 0].numel()).view(key.shape[2:])
-    shape = (*direction.shape, *[1] * rise.dim())
-    norm = direction.norm(dim=1).clamp(min=1e-6).view(-1, *[1] * (len(shape) - 1))
-    return (0.05 * key.float() + rise * direction.view(shape) / norm).bfloat16()
-
-
-def _local(height: int, width: int, worst: bool = False) -> None:
-    query, key = _numbers(1, 100, height, width), _numbers(1, 100, height, width).flip(3)
-    query = (query.float() + 2).bfloat16() if worst else query
-    key = _nearer_and_nearer(query, key) if worst else key
-    mask = (key[:, :1] == key[:, :1]).contiguous()
-    _ops().local_matching(query, key, mask, [15], 1, None, "ieee")
-
-
-def _global(queries: tuple[int, int], keys: tuple[int, int], objects: int = 1, worst: bool = False) -> None:
-    query, key = _numbers(1, 100, *queries), _numbers(1, 100, 1, *keys).flip(4)
-    query = (query.float() + 2).bfloat16() if worst else query
-    key = _nearer_and_nearer(query, key) if worst else key
-    mask = (key[:, :1] == key[:, :1]).expand(-1, objects, -1, -1, -1).contiguous()
-    _ops().global_matching(query, key, mask, 1, None, "ieee")
-
-
-def _read(queries: int, memory: int, channel_last: bool, worst: bool = False) -> None:
-    query, key, value = _numbers(1, 128, queries), _numbers(1, 128, memory), _numbers(1, 1, 512, memory)
-    query = (query.float() + 2).bfloat16() if worst else query
-    key = _nearer_and_nearer(query, key) if worst else key
-    value = value.mT.contiguous().mT if channel_last else value
-    _ops().memory_read(query, key, value, None, None, None, 128**-0.5, "ieee")
-
-
-def _conv(channels: int, out: int) -> None:
-    import torch
-
-    last = torch.channels_last
-    x = _numbers(1, channels, 15, 27).contiguous(memory_format=last)
-    down = _numbers(out, channels, 7, 1).contiguous(memory_format=last)
-    across = _numbers(out, channels, 1, 7).contiguous(memory_format=last)
-    _ops().global_conv_split(x, down, across, None, None, None, "ieee")
-
-
-H100_FLOPS, H100_BYTES = 989e12, 3.35e12
-PIXELS, PLACES = 120 * 214, 1620
-
-REFERENCES = (
-    Reference(
-        "local_matching",
-        "480p, radius 15, one object",
-        "local_matching: one::kernel<BFloat16, 7, 5>",
-        lambda worst: _local(64, 64, worst),
-        lambda: _local(120, 214),
-        lambda blocks: math.ceil(34 / (blocks // (15 * 7))),
-        streamed=PIXELS * (2 * 2 * (100 + 112) + 2 * 224 + 8 + 20),
-        floor=2 * PIXELS * 31 * 31 * 100 / H100_FLOPS,
-        reason="each of a thread's 40 scores takes a comparison and two selections, 1.8 instructions a product "
-        "where rows of 100 channels give only 70 products a tile to share them",
-    ),
-    Reference(
-        "global_matching",
-        "480p, one object on the whole frame",
-        "global_matching: tensor::kernel<BFloat16, 7, true, 0>",
-        lambda worst: _global((16, 64), (66, 64), worst=worst),
-        lambda: _global((120, 214), (120, 214)),
-        lambda blocks: math.ceil(math.ceil(PIXELS / 128) / (blocks // math.ceil(PIXELS / 256))),
-        streamed=PIXELS * (2 * 2 * (100 + 112) + 2 * 224 + 8 + 20),
-        floor=2 * PIXELS * PIXELS * 100 / H100_FLOPS,
-        reason="keys in the worst order give all queries a new best in every tile: each time 16 values a thread are "
-        "searched for the best one's key, on which four lanes then agree",
-    ),
-    *(
-        Reference(
-            "memory_read",
-            f"480p, 20 frames, values {layout}",
-            f"memory_read: tensor::kernel<BFloat16, 0, BFloat16, 0, 1, {str(last).lower()}>",
-            lambda worst, last=last: _read(64, 6400, last, worst),  # type: ignore[misc]
-            lambda last=last: _read(PLACES, 20 * PLACES, last),  # type: ignore[misc]
-            lambda blocks: math.ceil(20 * PLACES / 32 / (blocks // math.ceil(PLACES / 64))),
-            streamed=21 * PLACES * 128 * 2 * 2,
-            floor=2 * PLACES * 20 * PLACES * (128 + 512) / H100_FLOPS,
-            reason="keys in the worst order raise the maximum so often that 24 % of the tiles rescale a thread's 128 "
-            "sums, 0.4 instructions a product; the softmax of 32 positions takes the rest beside 80 products, and 0.03 "
-            "are where the memory that is left out begins and ends",
-        )
-        for layout, last in (("channel-major", False), ("channel-last", True))
-    ),
-    Reference(
-        "global_conv",
-        "4096 channels of 15 x 27, 2 x 256 outputs, channels_last",
-        "global_conv: kernel<ByTensorCores<BFloat16, 0, 2> >",
-        lambda worst: _conv(512, 64),
-        lambda: _conv(4096, 256),
-        lambda blocks: math.ceil(128 / (blocks // 8)) * 7,
-        streamed=0,
-        multiprocessors=4,
-        reason="seven tiles share a chunk of x, which leaves a thread three vectors a tile: each row of x is looked up "
-        "for its place and whether it is in the map, and the weights' addresses are computed anew for each chunk",
-        floor=max(2 * 405 * 4096 * 7 * 512 / H100_FLOPS, (2 * 256 * 4096 * 7 + 405 * 4096) * 2 / H100_BYTES),
-    ),
-)
 
 
 # ---- The emulator's traces ----
@@ -372,81 +316,84 @@ def trace(
 
 
 def visited(launches: list[dict[str, Any]]) -> tuple[Visits, int]:
-    """Return the visits of the one launch that walks tiles, and its warps."""
-    (launch,) = [each for each in launches if TILE in each["visits"]]
-    visits = {name: (count, copies) for name, (count, copies) in launch["visits"].items()}
-    return visits, launch["blocks"] * launch["threads"] // WARP
+    """Return the visits of some launches of one kernel, and their warps."""
+    visits: dict[str, tuple[int, int]] = {}
+    for launch in launches:
+        for name, (much, copies) in launch["visits"].items():
+            visits[name] = (visits.get(name, (0, copies))[0] + much, copies)
+    return visits, sum(launch["blocks"] * launch["threads"] // WARP for launch in launches)
 
 
 def paths() -> dict[str, Any]:
     """Return kernel -> order of the data -> its warps and how often they came where."""
     found: dict[str, Any] = {}
     for reference in REFERENCES:
-        for order in ("random", "worst"):
+        for order in reference.orders:
             launches = trace(
                 lambda r=reference, o=order: r.small(o == "worst"),  # type: ignore[misc]
                 reference.multiprocessors,
                 dry=False,
+                architecture=reference.architecture,
             )
-            visits, warps = visited(launches)
+            visits, warps = visited(launches_for(reference, launches))
             found.setdefault(reference.kernel, {})[order] = {"warps": warps, "visits": visits}
             print(reference.kernel, order, warps, visits, file=sys.stderr)
     return found
 
 
-MULTIPROCESSORS = (108, 114, 132)
+def launches(multiprocessors: Container[int] = range(1024)) -> dict[str, Any]:
+    """Return kernel -> multiprocessors of each of its cards -> its launches' blocks, what one has, and how many count.
 
-
-def launches() -> dict[str, Any]:
-    """Return kernel -> multiprocessors -> blocks and shared bytes of the launch, and the launches around it."""
+    A launch of the call that no reference stands for counts for the first reference of the problem.
+    """
     found: dict[str, Any] = {}
+    calls: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for reference in REFERENCES:
-        for count_ in MULTIPROCESSORS:
-            all_launched = trace(reference.large, count_, dry=True)
-            (main,) = [each for each in all_launched if _is_launch_of(each["kernel"], reference.kernel)]
+        for count_ in [c.multiprocessors for c in reference.cards if c.multiprocessors in multiprocessors]:
+            call = (reference.op, reference.problem, count_)
+            first = call not in calls
+            if first:
+                calls[call] = trace(reference.large, count_, dry=True, architecture=reference.architecture)
+            mine = launches_for(reference, calls[call])
+            others = [r for r in parts(reference) if r is not reference]
+            theirs = sum(len(launches_for(other, calls[call])) for other in others)
             found.setdefault(reference.kernel, {})[str(count_)] = {
-                "blocks": main["blocks"],
-                "shared bytes": main["shared_bytes"],
-                "launches": len(all_launched),
+                "blocks": [launch["blocks"] for launch in mine],
+                "threads": mine[0]["threads"],
+                "shared bytes": mine[0]["shared_bytes"],
+                "launches": len(calls[call]) - theirs if first else len(mine),
             }
     return found
 
 
-def _is_launch_of(launched: str, kernel: str) -> bool:
-    name = kernel.split(": ")[1].split("<")[0].split("::")[-1]
-    return launched.strip("()").split("<")[0].split("::")[-1] == name
+def parts(reference: Reference) -> list[Reference]:
+    """Return the kernels of a reference's problem, of which it is one."""
+    return [r for r in REFERENCES if (r.op, r.problem) == (reference.op, reference.problem)]
+
+
+def launches_for(reference: Reference, launched: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the launches of a call that a reference stands for."""
+    named = [launch for launch in launched if _short(launch["kernel"]) == reference.short_kernel]
+    return [launch for number, launch in enumerate(named) if reference.mine(number)]
+
+
+def _short(launched: str) -> str:
+    return launched.strip("()").split("<")[0].split("::")[-1]
 
 
 # ---- Times ----
 
-
-@dataclass(frozen=True)
-class Card:
-    """What a multiprocessor does in a cycle, and a card."""
-
-    name: str
-    multiprocessors: int
-    clock: float
-    cycles_of_product: float
-    bytes_per_second: float
-
-
-CARDS = (
-    Card("A100", 108, 1.41e9, 8.0, 1.56e12),
-    Card("H100 PCIe", 114, 1.755e9, 6.5, 2.0e12),
-    Card("H100 SXM", 132, 1.755e9, 6.5, 3.35e12),
-)
-"""mma.sync with 16 bits: 16 x 8 x 16 in 8 cycles of one of Ampere's four tensor cores, about 6.5 of Hopper's."""
 
 SCHEDULERS, SHARED_BYTES_A_CYCLE, START = 4, 128, 2e-6
 
 
 def cycles(tile: Tile, card: Card) -> dict[str, float]:
     """Return how long each part of a multiprocessor needs for a warp's tile."""
+    each = card.cycles_of_fma if tile.by_fma else card.cycles_of_product
     return {
         "issue": tile.instructions / SCHEDULERS,
-        "products": tile.products * card.cycles_of_product / SCHEDULERS,
-        "shared memory": tile.shared_bytes / SHARED_BYTES_A_CYCLE,
+        "products": tile.products * each / SCHEDULERS,
+        "shared memory": (tile.shared_bytes + tile.cached_bytes) / SHARED_BYTES_A_CYCLE,
     }
 
 
@@ -459,7 +406,10 @@ def quantisation(blocks_: int, multiprocessors: int, resident: int) -> tuple[int
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a launch on a card: its waves, how full they are, seconds, and what takes them."""
+    """What the model says of a problem on a card: its waves, how full they are, seconds, and what takes them.
+
+    `blocks`, `waves` and `full` are of the first launch.
+    """
 
     blocks: int
     waves: int
@@ -469,19 +419,31 @@ class Prediction:
 
 
 def predict(
-    reference: Reference, tile: Tile, launch: Mapping[str, int], resident: int, card: Card
+    reference: Reference, tile: Tile, launch: Mapping[str, Any], resident: int, card: Card
 ) -> Prediction:
     """Return the least time of a reference problem on a card."""
-    waves, full = quantisation(launch["blocks"], card.multiprocessors, resident)
+    first = launch["blocks"][0]
+    waves, full = quantisation(first, card.multiprocessors, resident)
     each = cycles(tile, card)
     bound = max(each, key=lambda part: each[part])
-    busy = waves * resident * WARPS_OF_BLOCK * reference.tiles(launch["blocks"]) * each[bound] / card.clock
+    tiles = sum(
+        -(-blocks_ // card.multiprocessors) * reference.tiles(blocks_, number)
+        for number, blocks_ in zip(
+            _numbers_of(reference, len(launch["blocks"])), launch["blocks"], strict=True
+        )
+    )
+    busy = tiles * launch["threads"] / WARP * each[bound] / card.clock
+    moving = reference.moved / card.bytes_per_second
     around = reference.streamed / card.bytes_per_second + START * launch["launches"]
-    return Prediction(launch["blocks"], waves, full, busy + around, bound)
+    if moving > busy:
+        return Prediction(first, waves, full, moving + around, "memory")
+    return Prediction(first, waves, full, busy + around, bound)
 
 
-WARPS_OF_BLOCK = 8
-"""Of every kernel of the model."""
+def _numbers_of(reference: Reference, count_: int) -> list[int]:
+    """Return the numbers, among all launches of this name, of those that the reference stands for."""
+    mine = (number for number in itertools.count() if reference.mine(number))
+    return list(itertools.islice(mine, count_))
 
 
 def main() -> None:

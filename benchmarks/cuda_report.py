@@ -18,8 +18,9 @@ bytes that each of so many blocks may have at most. A kernel that asks for more 
 targets (TORCH_CUDA_ARCH_LIST=9.0a) with source lines (VOSOPS_LINE_INFO=1).
 
 Of the kernels in `cuda_model.REFERENCES` the table also has what a warp does for one tile, slow paths included (see
-there), and limits: the goals of `cuda_model.GOALS`, or what was reached where a goal is not met, for the reason that
-the reference gives. A kernel that crosses its limit fails the check.
+there), with the worst data and with usual data, and limits: the goals of `cuda_model.GOALS`, or what was reached where
+a goal is not met, for the reason that the reference gives. A kernel that crosses its limit fails the check; backward
+kernels have none.
 """
 
 from __future__ import annotations
@@ -94,8 +95,9 @@ FIGURES = [
 ]
 """What a row tells of a kernel, in the order of the tables."""
 
-HOT = "tile"
-"""What it also tells of a reference kernel: a warp's work for one tile, see `cuda_model.Tile`."""
+HOT, USUAL = "tile", "usual tile"
+"""What it also tells of a reference kernel: a warp's work for one tile, see `cuda_model.Tile`, with data in the worst
+order and in random order."""
 
 HotLimits = dict[str, dict[str, float]]
 """Reference kernel -> figure of its tiles -> the most that it may be."""
@@ -168,6 +170,11 @@ def resident_blocks(registers: int, threads: int, limits: Limits) -> int:
     per_warp = -(-registers * WARP // REGISTER_GRANULE) * REGISTER_GRANULE
     warps_by_registers = limits.registers // per_warp // WARP_GRANULE * WARP_GRANULE
     return min(limits.blocks, limits.warps // warps, warps_by_registers // warps)
+
+
+def resident_with(blocks: int, shared_bytes: int, limits: Limits) -> int:
+    """Return how many blocks of so much shared memory a multiprocessor holds, of `blocks` that registers allow."""
+    return max((n for n in range(1, blocks + 1) if shared_room(n, limits) >= shared_bytes), default=0)
 
 
 def shared_room(blocks: int, limits: Limits) -> int:
@@ -256,7 +263,9 @@ def examine(cubin: Path, source: str, target: str) -> dict[str, dict[str, Any]]:
         if (kernel := f"{source}: {name}") in hot:
             if "//## File" not in body:
                 raise SystemExit(f"{kernel} has no source lines: build with VOSOPS_LINE_INFO=1")
-            rows[name][HOT] = vars(cuda_model.worst(body, hot[kernel]))
+            unit = cuda_model.reference_of(kernel).unit
+            rows[name][HOT] = vars(cuda_model.worst(body, hot[kernel], unit))
+            rows[name][USUAL] = vars(cuda_model.usual(body, hot[kernel], unit))
     return rows
 
 
@@ -286,10 +295,13 @@ def to_markdown(table: Table) -> str:
         for name, row in sorted(kernels.items()):
             if HOT in row:
                 figures = cuda_model.Tile(**row[HOT]).figures()
-                lines.append(
-                    f"| {target} | `{name}` | " + " | ".join(str(f) for f in figures.values()) + " |"
-                )
+                lines.append(f"| {target} | `{name}` | " + " | ".join(map(in_words, figures.values())) + " |")
     return "\n".join(lines)
+
+
+def in_words(figure: float) -> str:
+    """Return a figure of a tile, or a dash for what it has none of."""
+    return "-" if math.isnan(figure) else str(figure)
 
 
 def hot_limits(table: Table, before: HotLimits, *, may_rise: bool) -> HotLimits:
@@ -297,7 +309,7 @@ def hot_limits(table: Table, before: HotLimits, *, may_rise: bool) -> HotLimits:
     found: HotLimits = {}
     for rows in table.values():
         for name, row in rows.items():
-            if HOT not in row:
+            if HOT not in row or name not in cuda_model.LIMITED:
                 continue
             figures = cuda_model.Tile(**row[HOT]).figures()
             for figure, goal in cuda_model.GOALS.items():
@@ -334,16 +346,23 @@ def to_json(nvcc: str, table: Table, limits: HotLimits | None = None) -> str:
     ]
     body = ",\n".join(lines)
     head = f'"nvcc": {json.dumps(nvcc)},\n "figures": {json.dumps(FIGURES)}'
-    tiles = {
-        name: {t: list(rows[name][HOT].values()) for t, rows in kept.items() if HOT in rows.get(name, {})}
-        for name in kernels
-        if any(HOT in rows.get(name, {}) for rows in kept.values())
-    }
-    hot = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in tiles.items())
+
+    def tiles_of(kind: str) -> str:
+        tiles = {
+            name: {
+                t: list(rows[name][kind].values()) for t, rows in kept.items() if kind in rows.get(name, {})
+            }
+            for name in kernels
+            if any(kind in rows.get(name, {}) for rows in kept.values())
+        }
+        return ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in tiles.items())
+
     bounds = ",\n".join(
         f"  {json.dumps(name)}: {json.dumps(most)}" for name, most in sorted((limits or {}).items())
     )
-    return f'{{\n {head},\n "kernels": {{\n{body}\n }},\n "tiles": {{\n{hot}\n }},\n "limits": {{\n{bounds}\n }}\n}}\n'
+    sections = {"kernels": body, "tiles": tiles_of(HOT), "usual tiles": tiles_of(USUAL), "limits": bounds}
+    written = ",\n".join(f' "{name}": {{\n{lines}\n }}' for name, lines in sections.items())
+    return f"{{\n {head},\n{written}\n}}\n"
 
 
 def limits_of(text: str) -> HotLimits:
@@ -359,9 +378,10 @@ def from_json(text: str) -> tuple[str, Table]:
     for name, of_targets in written["kernels"].items():
         for target, figures in of_targets.items():
             table.setdefault(target, {})[name] = dict(zip(written["figures"], figures, strict=True))
-    for name, of_targets in written.get("tiles", {}).items():
-        for target, figures in of_targets.items():
-            table[target][name][HOT] = vars(cuda_model.Tile(*figures))
+    for section, kind in (("tiles", HOT), ("usual tiles", USUAL)):
+        for name, of_targets in written.get(section, {}).items():
+            for target, figures in of_targets.items():
+                table[target][name][kind] = vars(cuda_model.Tile(*figures))
     return written["nvcc"], table
 
 

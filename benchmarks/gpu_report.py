@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_model, cuda_report, triton_model
+from benchmarks import cuda_model, cuda_problems, cuda_report, triton_model
 from benchmarks.gpu_check import SHARES, problems
 from vosops.benchmarking import BENCHMARKS
 from vosops.benchmarking.gpu_cases import CELLS, MODES
@@ -287,12 +287,14 @@ MODEL = f"""## What the static model predicts
 issues, multiplies and moves for each tile, and how many waves of blocks the hosts launch. For 16 bits, forward, one
 object:
 
-    time = waves * resident blocks * 8 warps * tiles of a warp * max(issue, products, shared memory) / clock
+    time = blocks of a multiprocessor * warps * tiles of a warp * max(issue, products, shared memory) / clock
            + bytes of the copies around it / bandwidth + {cuda_model.START * 1e6:.0f} us * launches
 
     issue         instructions of a tile / {cuda_model.SCHEDULERS}
-    products      HMMA of a tile * cycles of one / {cuda_model.SCHEDULERS}
-    shared memory bytes of a tile / {cuda_model.SHARED_BYTES_A_CYCLE}
+    products      HMMA (of a kernel without them FFMA) of a tile * cycles of one / {cuda_model.SCHEDULERS}
+    shared memory bytes of a tile / {cuda_model.SHARED_BYTES_A_CYCLE}, those through the first-level cache included
+
+or, where that takes longer, the bytes that a kernel must move over the bandwidth, in place of its tiles.
 
 {{cards}}. The floor is the useful operations at an H100's {cuda_model.H100_FLOPS / 1e12:.0f} TFLOP/s, or the bytes at
 {cuda_model.H100_BYTES / 1e12:.2f} TB/s. A prediction is a lower bound: latencies that a kernel does not hide come on
@@ -300,17 +302,36 @@ top, and no figure here was measured on a GPU."""
 
 REASONS = "Goals that are not met, and why:"
 
+BACKWARD = """### Gradients
 
-def measured(reports: Sequence[Report], op: str, card: str) -> str:
-    """Return the newest median of an op's C++ kernel in bfloat16 on a card of that name, if there is one."""
+The same of the kernels of the backward ops, which are reported and have no limits; those of `local_attention` serve
+both directions. What `global_conv` does for the gradient of its input is the kernel above. A kernel's launches are
+counted as its own, and what no row stands for in the first of an op. Data are random."""
+
+BENCHMARKED = {"memory_select": "memory_read", "matching_backward": "local_matching"}
+"""The op by which a kernel is timed, where the names do not say it."""
+
+
+def measured(reports: Sequence[Report], reference: cuda_model.Reference, card: str) -> str:
+    """Return the newest median of an op by its C++ kernels in bfloat16 on a card of that name, if there is one.
+
+    Of a backward kernel it is that of the op and its gradients together.
+    """
+    backward = reference in cuda_problems.BACKWARD
+    op = BENCHMARKED.get(reference.op) or max(
+        (op for op in (*OPS, "memory_gather") if reference.op.startswith(op)), key=len
+    )
+    size = "480p-20-frames-top-30" if "top 30" in reference.problem else ""
+    op = "memory_read" if op == "memory_gather" else op
     for report in reports:
         if card.split()[0] not in report["device"]["name"]:
             continue
         for cell in cells_of(report).values():
-            if cell["op"] == op and cell["mode"] == "bf16" and not cell["backward"] and not cell["compiled"]:
-                found = [v for v in cell["variants"] if v["name"] == "vosops cpp"]
-                if found:
-                    return f"{duration(found[0]['median'])} ({cell['size']})"
+            if cell["op"] != op or cell["mode"] != "bf16" or cell["compiled"] or size not in cell["size"]:
+                continue
+            found = [v for v in cell["variants"] if v["name"] == "vosops cpp"]
+            if found and cell["backward"] == backward:
+                return f"{duration(found[0]['median'])} ({cell['size']})"
     return "nothing yet"
 
 
@@ -323,10 +344,69 @@ def predicted(
     rows: cuda_report.Table, reference: cuda_model.Reference, card: cuda_model.Card
 ) -> cuda_model.Prediction:
     """Return what the static model says of a problem on a card, from a table and the committed launches."""
-    row = rows["sm_80" if card.name == "A100" else "sm_90a"][reference.kernel]
+    target = "sm_90a" if "H100" in card.name else "sm_80"
+    row = rows[target][reference.kernel]
     launched = json.loads(cuda_model.LAUNCHES.read_text())
     launch = launched[reference.kernel][str(card.multiprocessors)]
-    return cuda_model.predict(reference, cuda_model.Tile(**row[cuda_report.HOT]), launch, row["blocks"], card)
+    kind = cuda_report.USUAL if reference.predicted_for == "random" else cuda_report.HOT
+    resident = cuda_report.resident_with(row["blocks"], launch["shared bytes"], cuda_report.LIMITS[target])
+    return cuda_model.predict(reference, cuda_model.Tile(**row[kind]), launch, resident, card)
+
+
+def named(reference: cuda_model.Reference) -> str:
+    """Return a problem's name, with the kernel where there are several."""
+    kernel = f": `{reference.kernel.split(': ')[1]}`" if len(cuda_model.parts(reference)) > 1 else ""
+    return f"`{reference.op}`, {reference.problem}{kernel}"
+
+
+def times_of(
+    rows: cuda_report.Table, references: Sequence[cuda_model.Reference], reports: Sequence[Report]
+) -> str:
+    """Return the predicted times of problems on each card; with several kernels, also of all together."""
+    found = []
+    for reference in references:
+        for card in reference.cards:
+            time = predicted(rows, reference, card)
+            found.append(
+                [
+                    named(reference),
+                    f"{card.name} ({card.multiprocessors})",
+                    duration(reference.floor) if "H100" in card.name and reference.floor else "",
+                    duration(time.seconds),
+                    time.bound,
+                    f"{time.blocks}",
+                    f"{time.waves}, {time.full:.0%} full",
+                    measured(reports, reference, card.name),
+                ]
+            )
+        together = cuda_model.parts(reference)
+        if len(together) == 1 or reference is not together[-1]:
+            continue
+        for card in reference.cards:
+            floor = sum(part.floor for part in together)
+            seconds = sum(predicted(rows, part, card).seconds for part in together)
+            found.append(
+                [
+                    f"`{reference.op}`, {reference.problem}: together",
+                    f"{card.name} ({card.multiprocessors})",
+                    duration(floor) if "H100" in card.name else "",
+                    duration(seconds),
+                    *("", "", ""),
+                    measured(reports, reference, card.name),
+                ]
+            )
+    names = ["card (multiprocessors)", "floor", "predicted", "bound by", "blocks", "waves", "measured"]
+    return table(["problem", *names], found)
+
+
+def tiles_of(rows: cuda_report.Table, references: Sequence[cuda_model.Reference]) -> str:
+    """Return the work of a tile in each problem on each target."""
+    found = []
+    for reference in references:
+        for target in cuda_report.TARGETS:
+            figures = cuda_model.Tile(**rows[target][reference.kernel][cuda_report.HOT]).figures()
+            found.append([named(reference), target, *map(cuda_report.in_words, figures.values())])
+    return table(["problem", "target", *cuda_model.HOT_FIGURES], found)
 
 
 def predictions(reports: Sequence[Report]) -> str:
@@ -334,41 +414,24 @@ def predictions(reports: Sequence[Report]) -> str:
     newest = newest_table()
     text = newest.read_text()
     _, rows = cuda_report.from_json(text)
-    tiles, times = [], []
-    for reference in cuda_model.REFERENCES:
-        for target in cuda_report.TARGETS:
-            figures = cuda_model.Tile(**rows[target][reference.kernel][cuda_report.HOT]).figures()
-            tiles.append([f"`{reference.op}`, {reference.problem}", target, *map(str, figures.values())])
-        for card in cuda_model.CARDS:
-            found = predicted(rows, reference, card)
-            times.append(
-                [
-                    f"`{reference.op}`, {reference.problem}",
-                    f"{card.name} ({card.multiprocessors})",
-                    duration(reference.floor) if "H100" in card.name else "",
-                    duration(found.seconds),
-                    found.bound,
-                    f"{found.blocks}",
-                    f"{found.waves}, {found.full:.0%} full",
-                    measured(reports, reference.op, card.name),
-                ]
-            )
     cards = "; ".join(
         f"{card.name}: {card.multiprocessors} multiprocessors at {card.clock / 1e9:.3g} GHz, "
         f"{card.cycles_of_product:g} cycles for an HMMA, {card.bytes_per_second / 1e12:.2f} TB/s"
-        for card in cuda_model.CARDS
+        for card in (*cuda_model.CARDS, *cuda_problems.SMALL_CARDS)
     )
-    names = ["card (multiprocessors)", "floor", "predicted", "bound by", "blocks", "waves", "measured"]
     goals_ = ", ".join(f"{goal:g} {figure}" for figure, goal in cuda_model.GOALS.items())
-    reasons = [f"- `{r.op}`, {r.problem}: {r.reason}" for r in cuda_model.REFERENCES if r.reason]
+    reasons = [f"- {named(r)}: {r.reason}" for r in cuda_model.REFERENCES if r.reason]
     return "\n\n".join(
         [
             MODEL.format(cards=cards),
-            table(["problem", *names], times),
+            times_of(rows, cuda_problems.FORWARD, reports),
             f"The work of a tile as nvcc {newest.stem} compiles it, all code and the worse of random and worst "
             f"data counted; the goals are at most {goals_}:",
-            table(["problem", "target", *cuda_model.HOT_FIGURES], tiles),
+            tiles_of(rows, cuda_problems.FORWARD),
             *([REASONS + "\n\n" + "\n".join(reasons)] if reasons else []),
+            BACKWARD,
+            times_of(rows, cuda_problems.BACKWARD, reports),
+            tiles_of(rows, cuda_problems.BACKWARD),
         ]
     )
 
@@ -392,7 +455,7 @@ TARGETS = (
         "in Triton",
     ),
     ("local_matching", LOCAL, 30e-6, "105 blocks leave 27 of 132 multiprocessors without work"),
-    ("memory_select", TOP_30, 60e-6, "no model: how often a list overflows depends on the data"),
+    ("memory_select", TOP_30, 60e-6, "how often a query's buffer is merged depends on the data, here random"),
     ("global_conv", CONV, 40e-6, "that the copies of x and weights hide behind the products"),
     ("conv_lstm", CELL, 12e-6, "no model; by graph replay, which leaves out the host"),
 )
@@ -407,16 +470,15 @@ Two bounds of a time: with all that is no product hidden behind the products, an
 
 def targets() -> str:
     """Return what is aimed at on an H100 beside what the models predict of each implementation."""
-    rows_of = {(r.op, r.problem): r for r in cuda_model.REFERENCES}
     _, rows = cuda_report.from_json(newest_table().read_text())
     version, loops = triton_model.committed()
     by_triton = {(r.op, r.problem): triton_model.seconds(r, loops[r.case]) for r in triton_model.REFERENCES}
 
     def by_cpp(op: str, problem: str) -> str:
-        reference = rows_of.get((op, problem))
-        if reference is None:
+        kernels = [r for r in cuda_problems.FORWARD if (r.op, r.problem) == (op, problem)]
+        if not kernels:
             return "no model"
-        return duration(predicted(rows, reference, cuda_model.CARDS[-1]).seconds)
+        return duration(sum(predicted(rows, r, cuda_model.CARDS[-1]).seconds for r in kernels))
 
     def bounds(op: str, problem: str) -> str:
         found = by_triton.get((op, problem))

@@ -160,7 +160,7 @@ def _common(sets: Iterable[set[int]]) -> set[int]:
 
 @dataclass(frozen=True)
 class Region:
-    """A block of source code that counts its visits: VISIT(name, copies) and the lines that it stands for."""
+    """A block of source code that counts its visits: its VISIT (or _AT, or _LOADS), and the lines that it has."""
 
     file: str
     name: str
@@ -175,7 +175,7 @@ def regions(file: str, source: str) -> list[Region]:
     """
     bare = _without_comments(source)
     found = []
-    for visit in re.finditer(r"\bVISIT\((\w+),", bare):
+    for visit in re.finditer(r"\bVISIT(?:_AT|_LOADS)?\((\w+),", bare):
         if bare[bare.rfind("\n", 0, visit.start()) + 1 : visit.start()].lstrip().startswith("#define"):
             continue
         depth, opened = 0, visit.start()

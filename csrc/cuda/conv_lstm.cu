@@ -143,6 +143,7 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(Extent extent, Backw
   using Values = Floats<kEntries>;
   Place<kEntries> p;
   if (!p.find(extent)) return;
+  VISIT(tile, 1);
   const auto load = [&](const auto& from, int block) {
     return Values::load(from.at(p.n, p.outer, block, p.entry, extent.inner));
   };

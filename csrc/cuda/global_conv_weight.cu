@@ -69,6 +69,7 @@ struct ByTensorCores {
     const auto x_row = [&](int pixel) { return x[pixel / kSide * pitch + pixel % kSide]; };
 #pragma unroll 1
     for (int k = 0; k < kSteps; ++k) {
+      VISIT(step, 1);
       uint32_t a[kTilesRows][4], a_low[kTilesRows][4] = {};
 #pragma unroll
       for (int m = 0; m < kTilesRows; ++m) {
@@ -184,11 +185,13 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
                 y0 = int(square / in.squares_x % in.squares_y) * kSide;
       const int64_t n = square / in.squares_x / in.squares_y;
       for (int i = thread; i < kPixels * kGradVectors; i += kThreads) {
+        VISIT_LOADS(grad_copy, 1);
         const int pixel = i / kGradVectors, at = i % kGradVectors * kVectorBytes;
         copy(s.grad[number][pixel] + at, in.grad, n, y0 + pixel / kSide, x0 + pixel % kSide,
              first_row + at / int(sizeof(E)));
       }
       for (int i = thread; i < in.halo_rows() * kVectors; i += kThreads) {
+        VISIT_LOADS(x_copy, 1);
         const int row = i / kVectors, at = i % kVectors * kVectorBytes;
         copy(x_rows[number * in.halo_rows() + row] + at, in.x, n, y0 + row / in.pitch() - halo_y,
              x0 + row % in.pitch() - halo_x, first_channel + at / int(sizeof(E)));
@@ -200,6 +203,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
   Products products;
   stage(begin);
   for (int64_t square = begin; square < end; ++square) {
+    VISIT(tile, 1);
     copy_async_wait<0>();
     __syncthreads();
     stage(square + 1);
@@ -222,6 +226,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Problem<typename Products:
   __syncthreads();
   const int channels = min(in.x.channels - first_channel, kTileChannels), columns = channels * taps;
   for (int i = thread; i < kTileRows * columns; i += kThreads) {
+    VISIT(sum_store, 1);
     const int row = i / columns, column = i % columns;
     if (first_row + row >= in.grad.channels) break;
     const int64_t to = int64_t{first_channel + column / taps} * in.taps + first_tap + column % taps;

@@ -6,6 +6,10 @@
 //   stream
 //   VISIT(name, copies);                first in a block of code: nothing here; the emulator counts how often
 //   a warp comes there, for benchmarks/cuda_model.py. `copies` is how many times an unrolled loop repeats it.
+//   VISIT_AT(name, number, copies);     the same where lanes may come to different copies, of which this is
+//   one
+//   VISIT_LOADS(name, loads);           the same of a loop that the compiler unrolls as it likes: a copy has
+//   so many loads from global memory, by which the copies are counted
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -33,6 +37,8 @@
 #ifdef __CUDACC__
 
 #define VISIT(name, copies)
+#define VISIT_AT(name, number, copies)
+#define VISIT_LOADS(name, loads)
 
 #define DYNAMIC_SHARED(Struct, name)                                    \
   extern __shared__ __align__(128) unsigned char vosops_shared_bytes[]; \
@@ -96,6 +102,8 @@ class DeviceScope {
 #else
 
 #define VISIT(name, copies) ::emulator::visit(#name, copies)
+#define VISIT_AT(name, number, copies) ::emulator::visit(#name, copies, number)
+#define VISIT_LOADS(name, loads) ::emulator::visit(#name, -(loads))
 
 #define DYNAMIC_SHARED(Struct, name) \
   Struct& name = *static_cast<Struct*>(emulator::shared_memory(sizeof(Struct)))

@@ -96,6 +96,7 @@ struct DotSmem {
 template <class T>
 __global__ __launch_bounds__(kThreads, 1) void dot_kernel(Strided<const T> a_maps, Strided<const T> b_maps,
                                                           int channels, Window window, float* out) {
+  VISIT(tile, 1);
   DYNAMIC_SHARED(DotSmem, s);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int warps = int(blockDim.x) / kWarp, chunks = window.chunks();
@@ -110,15 +111,18 @@ __global__ __launch_bounds__(kThreads, 1) void dot_kernel(Strided<const T> a_map
     DotStage& to = s.stages[first / kChunk % 2];
 #pragma unroll 1
     for (int row = warp; row < kChunk * kStagedRows; row += warps) {
+      VISIT(b_row, 1);
       const int c = row / kStagedRows, r = row % kStagedRows, y = top + r;
       const int64_t offset = (first + c) * b.c + y * b.y;
       for (int column = lane; column < kStagedColumns; column += kWarp) {
+        VISIT_LOADS(b_copy, 1);
         const int x = left + column;
         stage(&to.b[c][r][column], b.data, offset + x * b.x, first + c < channels && tile.contains(y, x));
       }
     }
 #pragma unroll 1
     for (int row = warp; row < kChunk * kRows; row += warps) {
+      VISIT(a_copy, 1);
       const int c = row / kRows, r = row % kRows, y = tile.y0 + r, x = tile.x0 + lane;
       stage(&to.a[c][r][lane], a.data, (first + c) * a.c + y * a.y + x * a.x,
             first + c < channels && tile.contains(y, x));
@@ -129,12 +133,14 @@ __global__ __launch_bounds__(kThreads, 1) void dot_kernel(Strided<const T> a_map
   float sums[kRows][kShifts] = {};
   if (channels > 0) start(0);
   for (int first = 0; first < channels; first += kChunk) {
+    VISIT(chunk, 1);
     copy_async_wait<0>();
     __syncthreads();
     if (first + kChunk < channels) start(first + kChunk);
     const DotStage& from = s.stages[first / kChunk % 2];
 #pragma unroll 2
     for (int c = 0; c < kChunk; ++c) {
+      VISIT(channel, 2);
       float own[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) own[i] = from.a[c][i][lane];
@@ -221,6 +227,7 @@ __global__ __launch_bounds__(kThreads, 1) void weigh_kernel(Weights all_weights,
       const int64_t offset = (channel0 + c) * maps.c + y * maps.y;
 #pragma unroll
       for (int column = lane; column < kStagedColumns; column += kWarp) {
+        VISIT_LOADS(map_copy, 1);
         const int x = left + column;
         stage(&s.maps[step % 2][c][column], maps.data, offset + x * maps.x,
               channel0 + c < channels && tile.contains(y, x));
@@ -248,6 +255,7 @@ __global__ __launch_bounds__(kThreads, 1) void weigh_kernel(Weights all_weights,
   start(0);
   fetch(0, next);
   for (int step = 0; step < steps; ++step) {
+    VISIT(tile, 1);
     float now[kOwnShifts][kRows];
 #pragma unroll
     for (int k = 0; k < kOwnShifts; ++k)
@@ -263,16 +271,19 @@ __global__ __launch_bounds__(kThreads, 1) void weigh_kernel(Weights all_weights,
 #pragma unroll
     for (int k = 0; k < kOwnShifts; ++k) {
       const int shift = slot + k * kSlots;
-      if (step / rows * kShifts + shift >= window.size) continue;
-      float own[kOwnChannels];
+      if (step / rows * kShifts + shift < window.size) {
+        VISIT(shift, kOwnShifts);
+        float own[kOwnChannels];
 #pragma unroll
-      for (int c = 0; c < kOwnChannels; ++c)
-        own[c] = s.maps[step % 2][group * kOwnChannels + c][lane + shift];
+        for (int c = 0; c < kOwnChannels; ++c)
+          own[c] = s.maps[step % 2][group * kOwnChannels + c][lane + shift];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (unsigned(i0 - i) >= unsigned(window.size)) continue;
+        for (int i = 0; i < kRows; ++i)
+          if (unsigned(i0 - i) < unsigned(window.size)) {
+            VISIT(shifted_row, kOwnShifts * kRows);
 #pragma unroll
-        for (int c = 0; c < kOwnChannels; ++c) sums[i][c] = fmaf(now[k][i], own[c], sums[i][c]);
+            for (int c = 0; c < kOwnChannels; ++c) sums[i][c] = fmaf(now[k][i], own[c], sums[i][c]);
+          }
       }
     }
   }

@@ -112,16 +112,19 @@ __global__ __launch_bounds__(kWarps* kWarp) void weigh_kernel(Grads<T> grads, Ma
   const int y = int(next(g.y.size));
   const int64_t n = block;
   if (x >= g.x.size || channel0 >= g.channels) return;
+  VISIT(tile, 1);
 
   float sums[kOwn] = {};
   const T* weights = grads.data + n * grads.n;
   const T* others = maps.data + n * maps.n + channel0 * maps.c;
   for (int i = 0; i < g.y.patch; ++i) {
+    VISIT(patch_row, 1);
     const int64_t row = kOfQuery ? y + g.y.shift(i) : y - g.y.shift(i);
     if (!g.y.contains(row)) continue;
     const int oy = g.y.output_of(kOfQuery ? y : row);
     if (oy < 0) continue;
     for (int j = 0; j < g.x.patch; ++j) {
+      VISIT(displacement, 1);
       const int64_t column = kOfQuery ? x + g.x.shift(j) : x - g.x.shift(j);
       if (!g.x.contains(column)) continue;
       const int ox = g.x.output_of(kOfQuery ? x : column);

@@ -35,14 +35,17 @@ struct Sorted {
 template <class S>
 __global__ __launch_bounds__(kThreads) void query_kernel(Entries entries, Rows<S> query, Rows<S> key,
                                                          unsigned tiles, int channels, float* grad) {
+  VISIT(tile, 1);
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t n = blockIdx.x / tiles, p = int64_t{blockIdx.x % tiles} * kWarps + threadIdx.x / kWarp;
   if (p >= query.count) return;
   const int64_t pixel = n * query.count + p;
   for (int c = lane; c < channels; c += kWarp) {
+    VISIT(channel, 1);
     const float q = to_float(query.rows[pixel * query.row_channels + c]);
     float sum = 0;
     for (int slot = 0; slot < entries.slots; ++slot) {
+      VISIT_LOADS(slot, 3);
       const int64_t at = (n * entries.slots + slot) * query.count + p, m = entries.index[at];
       if (m >= 0)
         sum += entries.grad[at] * (q - to_float(key.rows[(n * key.count + m) * key.row_channels + c]));
@@ -63,24 +66,29 @@ template <class S>
 __global__ __launch_bounds__(kChunkThreads) void chunk_kernel(Entries entries, Sorted sorted, Rows<S> query,
                                                               Rows<S> key, int channels, float* grad,
                                                               float* carried) {
+  VISIT(tile, 1);
   DYNAMIC_SHARED(ChunkSmem, s);
   const int64_t n = blockIdx.x / unsigned(sorted.chunks),
                 first = blockIdx.x % unsigned(sorted.chunks) * int64_t{kChunkEntries};
   const int size = int(min(int64_t{kChunkEntries}, sorted.count - first));
   for (int i = int(threadIdx.x); i < size + 2; i += kChunkThreads) {
+    VISIT_LOADS(sorted_key, 1);
     const int64_t at = first + i - 1;
     s.key[i] = at >= 0 && at < sorted.count ? sorted.key[n * sorted.count + at] : -1;
   }
   for (int i = int(threadIdx.x); i < size; i += kChunkThreads) {
+    VISIT_LOADS(sorted_entry, 2);
     const int64_t entry = sorted.entry[n * sorted.count + first + i];
     s.query[i] = entry % query.count;
     s.grad[i] = entries.grad[n * sorted.count + entry];
   }
   __syncthreads();
   for (int c = int(threadIdx.x); c < channels; c += kChunkThreads) {
+    VISIT(channel, 1);
     float sum = 0;
     bool from_before = s.key[1] == s.key[0];
     for (int i = 0; i < size; ++i) {
+      VISIT_LOADS(entry, 2);
       const int64_t m = s.key[i + 1];
       if (m >= 0) {
         const float k = to_float(key.rows[(n * key.count + m) * key.row_channels + c]);

@@ -1,22 +1,23 @@
 // The memory read on the GPU: softmax over the memory in a streaming pass; the affinity never exists.
 //
 // tensor::kernel (16-bit values; float32 values as TF32 or split): a block of 8 warps owns 64 queries x 512
-// value columns (channels of all objects, which share the scores) or 128 x 256, and a share of the memory,
-// which it walks 32 positions at a time. A warp holds 64 queries x 64 columns of sums in 128 registers.
-// Queries stay in shared memory, keys and values come by cp.async through two stages each, values in place
-// from channel-major or channel-last memory. Between two barriers a block multiplies the next tile's scores
-// and adds this tile's weights times values, so that the latency of one hides behind the other. Weights are
-// relative to a maximum that may lag behind by 2^8, so that sums are rescaled seldom; whole tiles of 16-byte
-// vectors are copied from addresses that only grow. Shared memory for Ck = 128, Cv = 512, bf16: 108 KB. A
-// tile brings 41 KB for 1.3 M multiply-adds, 1000 cycles at the rate of mma.sync: the second-level cache's
-// bandwidth is the next bound. fma::kernel (float32, IEEE, and rows too long for the above): 64 queries x 256
-// columns, 8 x 8 sums a thread. Where queries and columns make fewer blocks than there are multiprocessors,
-// the memory is cut into shares, whose results merge_kernel joins by their log-sum-exp. usage_kernel: a block
-// owns 128 positions and walks all queries.
+// value columns (channels of all objects, which share the scores), 128 x 256 or, in 99 KB, 64 x 256, and a
+// share of the memory, which it walks 32 positions at a time. A warp holds 64 queries x 64 (32) columns of
+// sums in 128 (64) registers. Queries stay in shared memory, keys and values come by cp.async through two
+// stages each, values in place from channel-major or channel-last memory. Between two barriers a block
+// multiplies the next tile's scores and adds this tile's weights times values, so that the latency of one
+// hides behind the other. Weights are relative to a maximum that may lag behind by 2^8, so that sums are
+// rescaled seldom; whole tiles of 16-byte vectors are copied from addresses that only grow. Shared memory for
+// Ck = 128, Cv = 512, bf16: 108 KB. A tile brings 41 KB for 1.3 M multiply-adds, 1000 cycles at the rate of
+// mma.sync: the second-level cache's bandwidth is the next bound. fma::kernel (float32, IEEE, and rows too
+// long for the above): 64 queries x 256 columns, 8 x 8 sums a thread. Where queries and columns make fewer
+// blocks than there are multiprocessors, the memory is cut into shares, whose results merge_kernel joins by
+// their log-sum-exp.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 
 #include "memory_read_parts.cuh"
 
@@ -186,11 +187,11 @@ namespace tensor {
 constexpr int kWarpQueries = 64;  // of a warp's sums
 constexpr int kStages = 2;
 
-// The shape of a block: S is the element of the scores' rows, V that of values and weights.
-template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, bool kChannelLast>
+// The shape of a block: S is the element of the scores' rows, V that of values and weights; kWarpsM warps
+// share the queries, and each holds sums of kTilesN tiles of 8 columns.
+template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, int kTilesN, bool kChannelLast>
 struct Shape {
   static constexpr int kWarpsN = kWarps / kWarpsM;
-  static constexpr int kTilesN = sizeof(V) == 2 ? 8 : 4;  // of 8 columns, of a warp
   static constexpr int kTileQueries = kWarpsM * kWarpQueries, kWarpColumns = 8 * kTilesN;
   static constexpr int kTileColumns = kWarpsN * kWarpColumns;
   // Scores: a warp multiplies 16 queries with 1 / kParts of the positions.
@@ -224,10 +225,10 @@ struct ValueCopy {
   bool even;
 };
 
-template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, bool kChannelLast>
+template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, int kTilesN, bool kChannelLast>
 __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> value, ValueCopy copy,
                                                       int64_t batch, int column_tiles, Target<V> target) {
-  using X = Shape<S, kScore, V, kValue, kWarpsM, kChannelLast>;
+  using X = Shape<S, kScore, V, kValue, kWarpsM, kTilesN, kChannelLast>;
   using Shared = typename X::Smem;
   DYNAMIC_SHARED(Shared, s);
   const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -478,7 +479,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
 
   // ---- Sums: this warp's queries are from sum_row, its columns from sum_column.
   const int sum_row = warp / X::kWarpsN * kWarpQueries, sum_column = warp % X::kWarpsN * X::kWarpColumns;
-  float sums[kWarpQueries / 16][X::kTilesN][4] = {};
+  float sums[kWarpQueries / 16][kTilesN][4] = {};
   const auto add_values = [&](int tile, bool rescaled) {
     if (sum_column >= columns) return;
     const auto& rows = s.values[tile % kStages];
@@ -490,7 +491,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
         for (int r = 0; r < 2; ++r) {
           const float rescale = s.rescale[sum_row + 16 * i + g + 8 * r];
 #pragma unroll
-          for (int j = 0; j < X::kTilesN; ++j) {
+          for (int j = 0; j < kTilesN; ++j) {
             sums[i][j][2 * r] *= rescale;
             sums[i][j][2 * r + 1] *= rescale;
           }
@@ -506,7 +507,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
         prepare<V, kValue>(a[i], a_low[i]);
       }
 #pragma unroll
-      for (int pair = 0; pair < X::kTilesN; pair += 2) {
+      for (int pair = 0; pair < kTilesN; pair += 2) {
         uint32_t loaded[4];
         const int column = sum_column + 8 * pair;
         if constexpr (sizeof(V) == 2 && kChannelLast) {
@@ -585,7 +586,7 @@ __global__ __launch_bounds__(kThreads, 1) void kernel(Scores<S> in, Values<V> va
   }
   __syncthreads();
 #pragma unroll
-  for (int j = 0; j < X::kTilesN; ++j)
+  for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int column = sum_column + 8 * j + 2 * t + e;
@@ -624,23 +625,6 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Target<V> target, int64
   if (column == 0) target.lse[n * queries + p] = Running::lse(base, sum);
 }
 
-// The number of shares that fills the multiprocessors best; a few more shares must be worth their merge.
-constexpr int kMostShares = 16;
-int choose_shares(int64_t blocks, int64_t memory) {
-  const int64_t tiles = ceil_div(memory, int64_t{kTileMemory}),
-                multiprocessors = device_limits().multiprocessors;
-  int best = 1;
-  double least = 0;
-  for (int shares = 1; shares <= std::min<int64_t>(tiles, kMostShares); ++shares) {
-    const double time = double(ceil_div(blocks * shares, multiprocessors)) / shares + 0.01 * shares;
-    if (shares == 1 || time < 0.95 * least) {
-      best = shares;
-      least = time;
-    }
-  }
-  return best;
-}
-
 // The outputs, and what must live until they are written.
 template <class V>
 struct Outputs {
@@ -652,7 +636,7 @@ struct Outputs {
   void run(int64_t tiles, int64_t memory, Stream stream, const Kernel& kernel) {
     const int64_t batch = out.size(0), columns = out.size(1) * out.size(2), queries = out.size(3);
     Target<V> target{static_cast<V*>(out.mutable_data_ptr()), lse.mutable_data_ptr<float>(), nullptr, nullptr,
-                     choose_shares(tiles, memory)};
+                     choose_read_shares(tiles, memory)};
     if (target.shares > 1) {
       part_out = torch::stable::new_empty(lse, std::vector<int64_t>{target.shares, batch, columns, queries});
       part_lse = torch::stable::new_empty(lse, std::vector<int64_t>{target.shares, batch, queries});
@@ -701,10 +685,10 @@ int vector_bytes(const Values<V>& value, bool channel_last, int64_t batch) {
   return 0;
 }
 
-template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, bool kChannelLast>
+template <class S, Arithmetic kScore, class V, Arithmetic kValue, int kWarpsM, int kTilesN, bool kChannelLast>
 bool launch_tensor(const Scores<S>& scores, const Values<V>& values, int64_t batch, Tensor& out, Tensor& lse,
                    Stream stream) {
-  using X = tensor::Shape<S, kScore, V, kValue, kWarpsM, kChannelLast>;
+  using X = tensor::Shape<S, kScore, V, kValue, kWarpsM, kTilesN, kChannelLast>;
   const size_t bytes = X::shared_bytes(scores.row_columns * int(sizeof(S)) + kVectorBytes);
   if (bytes > device_limits().shared_bytes) return false;
   const int column_tiles = std::max(1, ceil_div(values.columns, X::kTileColumns));
@@ -716,8 +700,8 @@ bool launch_tensor(const Scores<S>& scores, const Values<V>& values, int64_t bat
   const tensor::ValueCopy copy{bytes_at_once, bytes_at_once == kVectorBytes && even};
   Outputs<V> outputs{out, lse, {}, {}};
   outputs.run(tiles, scores.memory, stream, [&](unsigned blocks, const Target<V>& target) {
-    LAUNCH((tensor::kernel<S, kScore, V, kValue, kWarpsM, kChannelLast>), dim3(blocks), dim3(kThreads), bytes,
-           stream, scores, values, copy, batch, column_tiles, target);
+    LAUNCH((tensor::kernel<S, kScore, V, kValue, kWarpsM, kTilesN, kChannelLast>), dim3(blocks),
+           dim3(kThreads), bytes, stream, scores, values, copy, batch, column_tiles, target);
   });
   return true;
 }
@@ -729,15 +713,22 @@ bool read_by_tensor_cores(const ScoreInputs& in, const Tensor& value, Tensor& ou
   ScoreMemory memory;
   const Scores<S> scores = pack_scores<S>(in, stream, memory);
   const Values<V> values = values_of<V>(value);
-  const auto launch = [&]<int kWarpsM>() {
-    if (values.channel_stride == 1 && values.pixel_stride != 1)
-      return launch_tensor<S, kScore, V, kValue, kWarpsM, true>(scores, values, in.batch(), out, lse, stream);
-    return launch_tensor<S, kScore, V, kValue, kWarpsM, false>(scores, values, in.batch(), out, lse, stream);
+  const bool last = values.channel_stride == 1 && values.pixel_stride != 1;
+  const auto launch = [&]<int kWarpsM, int kTilesN>() {
+    const auto of = [&](auto layout) {
+      return launch_tensor<S, kScore, V, kValue, kWarpsM, kTilesN, layout()>(scores, values, in.batch(), out,
+                                                                             lse, stream);
+    };
+    return last ? of(std::true_type{}) : of(std::false_type{});
   };
-  if constexpr (sizeof(V) == 2 && sizeof(S) == 2)
-    if (values.columns <= 256 && in.queries() > tensor::kWarpQueries && launch.template operator()<2>())
+  if constexpr (sizeof(V) == 2 && sizeof(S) == 2) {
+    if (values.columns <= 256 && in.queries() > tensor::kWarpQueries && launch.template operator()<2, 8>())
       return true;
-  return launch.template operator()<1>();
+    // Where shared memory is short, half of the columns, and the scores anew for each half.
+    return launch.template operator()<1, 8>() || launch.template operator()<1, 4>();
+  } else {
+    return launch.template operator()<1, sizeof(V) == 2 ? 8 : 4>();
+  }
 }
 
 // Sixteen-bit keys are exact in either arithmetic; float32 is reduced only as far as `precision` allows.

@@ -54,6 +54,7 @@ struct Chunk {
 template <class Tile, class G>
 __global__ __launch_bounds__(kThreads) void weights_kernel(Scores<typename Tile::Element> in,
                                                            const float* lse, Chunk chunk, G* weights) {
+  VISIT(tile, 1);
   DYNAMIC_SHARED(typename Tile::Smem, s);
   const BlockTile tile(chunk.count, chunk.query_columns);
   const int64_t n = chunk.n + tile.element;
@@ -105,6 +106,7 @@ struct DsSmem {
 template <class Tile>
 __global__ __launch_bounds__(kThreads) void ds_kernel(Flow<typename Tile::Element> flow, Chunk chunk,
                                                       int64_t queries) {
+  VISIT(tile, 1);
   using G = typename Tile::Element;
   using Shared = DsSmem<Tile>;
   DYNAMIC_SHARED(Shared, s);
@@ -133,7 +135,10 @@ __global__ __launch_bounds__(kThreads) void ds_kernel(Flow<typename Tile::Elemen
     }
   }
   __syncthreads();
-  for (int i = int(threadIdx.x); i < kTileA * kTileB; i += kThreads) {
+#pragma unroll 4
+  for (int first = 0; first < kTileA * kTileB; first += kThreads) {
+    VISIT(transposed_store, 4);
+    const int i = first + int(threadIdx.x);
     const int64_t p = tile.first_b + i / kTileA, m = tile.first_a + i % kTileA;
     if (p < queries && m < chunk.memory_columns)
       flow.transposed[p * chunk.memory_columns + m] = from_float<G>(s.transposed[i / kTileA][i % kTileA]);

@@ -1,9 +1,10 @@
-// What the kernels of the memory read share: where values are, where results go, what a block works on, and
-// the running softmax of a query.
+// What the kernels of the memory read share: where values are, where results go, what a block works on, how
+// the memory is cut, and the running softmax of a query.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "memory_scores.cuh"
@@ -45,6 +46,23 @@ struct Target {
   float* part_lse;  // [shares][N][P]
   int shares;
 };
+
+// The number of shares that fills the multiprocessors best; a few more shares must be worth their merge.
+inline int choose_read_shares(int64_t blocks, int64_t memory) {
+  constexpr int kMostShares = 16;
+  const int64_t tiles = ceil_div(memory, int64_t{kTileMemory}),
+                multiprocessors = device_limits().multiprocessors;
+  int best = 1;
+  double least = 0;
+  for (int shares = 1; shares <= std::min<int64_t>(tiles, kMostShares); ++shares) {
+    const double time = double(ceil_div(blocks * shares, multiprocessors)) / shares + 0.01 * shares;
+    if (shares == 1 || time < 0.95 * least) {
+      best = shares;
+      least = time;
+    }
+  }
+  return best;
+}
 
 // What a block works on.
 struct Share {

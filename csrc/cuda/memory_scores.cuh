@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -159,24 +160,32 @@ struct StagedRows {
     unsigned char rows[kStages][kTileA + kTileB][kPitch];
   };
 
-  // Starts the copy of one chunk of all rows: part of a pipeline whose depth is kStages.
+  // Starts the copy of one chunk of all rows: part of a pipeline whose depth is kStages; the caller commits
+  // it. A thread copies the same vector of every kRowsAtOnce-th row.
   static __device__ __forceinline__ void stage(Smem& s, const RowSpan<E>& a, const RowSpan<E>& b,
                                                int row_columns, int chunk) {
+    constexpr int kRowsAtOnce = kTileThreads / kChunkVectors;
     const int row_bytes = row_columns * int(sizeof(E));
-#pragma unroll 2
-    for (int i = int(threadIdx.x); i < (kTileA + kTileB) * kChunkVectors; i += kTileThreads) {
-      VISIT(row_copy, 2);
-      const int row = i / kChunkVectors, vector = i % kChunkVectors,
-                at = (chunk * kChunkVectors + vector) * kVectorBytes;
-      const RowSpan<E>& side = row < kTileA ? a : b;
-      const int64_t index = min(side.first + (row < kTileA ? row : row - kTileA), side.count - 1);
-      const bool inside = at < row_bytes;
-      copy_async<16>(
-          &s.rows[chunk % kStages][row][vector * kVectorBytes],
-          reinterpret_cast<const unsigned char*>(side.rows) + index * row_bytes + (inside ? at : 0),
-          inside ? kVectorBytes : 0);
+    const int thread = kept(int(threadIdx.x));  // or addresses fill registers all the time
+    const int own = thread / kChunkVectors, vector = thread % kChunkVectors;
+    const int at = (chunk * kChunkVectors + vector) * kVectorBytes;
+    const bool inside = at < row_bytes;
+    // The first row of each side, and how many follow it.
+    const auto* rows_a =
+        reinterpret_cast<const unsigned char*>(a.rows) + a.first * row_bytes + (inside ? at : 0);
+    const auto* rows_b =
+        reinterpret_cast<const unsigned char*>(b.rows) + b.first * row_bytes + (inside ? at : 0);
+    const int last_a = int(a.count) - 1 - int(a.first), last_b = int(b.count) - 1 - int(b.first);
+    const SharedAddress to = shared_base(&s.rows[chunk % kStages][own][vector * kVectorBytes]);
+#pragma unroll
+    for (int first = 0; first < kTileA + kTileB; first += kRowsAtOnce) {
+      const int row = first + own;
+      if (first + kRowsAtOnce > kTileA + kTileB && row >= kTileA + kTileB) break;
+      const bool of_a = kTileA % kRowsAtOnce == 0 ? first < kTileA : row < kTileA;
+      const auto* from = of_a ? rows_a : rows_b;
+      const int index = of_a ? min(row, last_a) : min(row - kTileA, last_b);
+      copy_async_partly(to + first * kPitch, from + int64_t{index} * row_bytes, inside ? kVectorBytes : 0);
     }
-    copy_async_commit();
   }
 };
 
@@ -205,17 +214,25 @@ struct TensorTile {
                                                   int row_columns, float (&products)[kOwnA][kOwnB]) {
     const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
     const int first_a = warp / kWarpsB * 32, first_b = kTileA + warp % kWarpsB * 32;
-    float c[kOwnA / 2][kOwnB / 2][4] = {};
     const int chunks = ceil_div(row_columns * int(sizeof(T)), kSteps * kStepBytes);
     __syncthreads();  // everyone is done with what the stages held
-    if (chunks > 0) Staged::stage(s, a, b, row_columns, 0);
+    if (chunks > 0) {
+      VISIT(first_copy, 1);
+      Staged::stage(s, a, b, row_columns, 0);
+    }
+    copy_async_commit();
+    float c[kOwnA / 2][kOwnB / 2][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
       VISIT(chunk, 1);
       copy_async_wait<0>();
       __syncthreads();
-      if (chunk + 1 < chunks) Staged::stage(s, a, b, row_columns, chunk + 1);
+      if (chunk + 1 < chunks) {
+        VISIT(next_copy, 1);
+        Staged::stage(s, a, b, row_columns, chunk + 1);
+      }
+      copy_async_commit();
       const auto& rows = s.rows[chunk % 2];
-#pragma unroll(kArithmetic == Arithmetic::kSplit ? 1 : kSteps)
+#pragma unroll(kArithmetic == Arithmetic::kSplit ? 1 : kSteps / int(sizeof(T) / 2))
       for (int k = 0; k < kSteps; ++k) {
         uint32_t left[2][4], left_low[2][4] = {};
 #pragma unroll
@@ -268,10 +285,12 @@ struct FmaTile {
     const int chunks = row_columns / kChunk;
     __syncthreads();  // everyone is done with what the stages held
     if (chunks > 0) Staged::stage(s, a, b, row_columns, 0);
+    copy_async_commit();
     for (int chunk = 0; chunk < chunks; ++chunk) {
       copy_async_wait<0>();
       __syncthreads();
       if (chunk + 1 < chunks) Staged::stage(s, a, b, row_columns, chunk + 1);
+      copy_async_commit();
       const auto& rows = s.rows[chunk % 2];
 #pragma unroll 1
       for (int v = 0; v < kChunk / 4; ++v) {
@@ -291,6 +310,38 @@ struct FmaTile {
     }
   }
 };
+
+// ---- Launches: where tiles make fewer blocks than multiprocessors hold, what each walks is cut into shares
+// ---- How many blocks of so much shared memory a multiprocessor holds, of as many as registers allow.
+inline int resident_blocks(int by_registers, size_t block_bytes) {
+  constexpr size_t kReserved = 1 << 10;  // that each block costs besides
+  const size_t fit = (device_limits().shared_bytes + kReserved) / (block_bytes + kReserved);
+  return int(std::clamp<size_t>(fit, 1, size_t(by_registers)));
+}
+
+// What shares cost: at most so many, the tiles' time that a block takes before its first and after its last,
+// and what part of the time more shares must leave to be worth their results.
+struct ShareCosts {
+  int most;
+  double start, worth;
+};
+
+// The number of shares of what `blocks` blocks walk, `tiles` of each, for which their waves take the least
+// time.
+inline int choose_shares(int64_t blocks, int64_t tiles, int resident, const ShareCosts& costs) {
+  const int64_t slots = int64_t{resident} * device_limits().multiprocessors;
+  int best = 1;
+  double least = 0;
+  for (int shares = 1; shares <= std::min<int64_t>(tiles, costs.most); ++shares) {
+    const double time =
+        double(ceil_div(blocks * shares, slots)) * (double(ceil_div(tiles, int64_t{shares})) + costs.start);
+    if (shares == 1 || time < costs.worth * least) {
+      best = shares;
+      least = time;
+    }
+  }
+  return best;
+}
 
 using Tf32Tile = TensorTile<float, Arithmetic::kPlain>;
 using SplitTile = TensorTile<float, Arithmetic::kSplit>;

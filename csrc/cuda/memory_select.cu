@@ -1,18 +1,21 @@
 // The k best memory positions of each query on the GPU, exactly, and the reads that follow.
 //
 // select_kernel: a block of 256 threads owns 64 queries and a share of the memory, 128 positions at a time;
-// the scores stay in registers (32 a thread). A score that reaches its query's bar, the k-th best so far,
-// goes to the query's buffer of 64 in shared memory; a full buffer is merged into the query's sorted list by
-// one warp, by ranks: each element's place is the number of those that come before it. Candidates are ordered
-// by score, then position, so neither the order of arrival nor the cut into shares changes the result. Lists
-// stay in shared memory up to k = 128 or so. About k ln(M / k) candidates a query and share pass the bar, so
-// products bound the time. join_kernel: a warp merges the lists of a query's shares. gather_kernel: a block
-// owns 32 queries x 64 channels; lanes are channels where the values are channel-last, so that a position is
-// one contiguous read, else queries. weight_kernel: a warp per query and chosen position. value_kernel: lanes
-// are positions, each walks the queries that chose it, in order: the entries are sorted by position first (a
-// stable sort, by torch), so the sums have a fixed order.
+// the scores stay in registers (32 a thread). A thread compares the greatest score of each of its queries
+// with that query's bar, the k-th best so far, and only where it reaches the bar each score of it. A score
+// that does goes to the query's buffer of 64 in shared memory; a full buffer is merged into the query's
+// sorted list by one warp: up to k = 32 a lane holds an entry, and networks of comparisons sort and merge;
+// beyond, each element's place is the number of those that come before it. Candidates are ordered by score,
+// then position, so neither the order of arrival nor the cut into shares changes the result. Lists stay in
+// shared memory up to k = 128 or so. About k ln(M / k) candidates a query and share pass the bar. With 64
+// channels a score takes one product of a warp and at least three instructions, so issue bounds the time.
+// join_kernel: a warp merges the lists of a query's shares. gather_kernel: a block owns 32 queries x 64
+// channels; lanes are channels where the values are channel-last, so that a position is one contiguous read,
+// else queries. weight_kernel: a warp per query and chosen position. value_kernel: lanes are positions, each
+// walks the queries that chose it, in order: the entries are sorted by position first (a stable sort, by
+// torch), so the sums have a fixed order.
 #include <algorithm>
-#include <cfloat>
+#include <cmath>
 #include <tuple>
 
 #include "candidates.cuh"
@@ -22,14 +25,67 @@ namespace vosops::cuda {
 namespace {
 
 constexpr int kThreads = kTileThreads, kWarps = kThreads / kWarp;
-constexpr int kBuffer = 64;              // candidates that wait, per query
-constexpr int kMergeFrom = kBuffer / 2;  // as many are worth a merge
-constexpr int kMostShares = 32;
+constexpr int kBuffer = 64;        // candidates that wait, per query
+constexpr int kMergeFrom = kWarp;  // as many are worth a merge
 
-// ---- Sorted lists ----
+__device__ float score_of(Candidate c) {
+  const uint32_t bits = uint32_t(c >> 32);
+  return 0.f - __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+// A score that reached its query's bar, and its position: as it is found, and in order's terms.
+using Arrival = Candidate;
+__device__ __forceinline__ Arrival arrival(float score, uint32_t position) {
+  return candidate(__float_as_uint(score), position);
+}
+__device__ __forceinline__ Candidate candidate_of(Arrival found) {
+  return candidate(ordered(0.f - __uint_as_float(uint32_t(found >> 32))), uint32_t(found));
+}
+
+// ---- Sorted lists of up to 32, a lane an entry ----
+// This lane's of two entries, its own and that of the lane with the other `bit`: the lesser of them or,
+// without `lesser`, the greater.
+__device__ __forceinline__ Candidate exchanged(Candidate own, int bit, bool lesser) {
+  const Candidate other = __shfl_xor_sync(kAllLanes, own, bit);
+  return (other < own) == lesser ? other : own;
+}
+
+// Sorts what rises to one lane and falls from there, or falls and rises.
+__device__ __forceinline__ Candidate sorted_if_bitonic(Candidate own) {
+  const int lane = int(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int bit = kWarp / 2; bit > 0; bit /= 2) own = exchanged(own, bit, !(lane & bit));
+  return own;
+}
+
+// Sorts by a network: runs of 2, 4, 8 ... lanes that rise and fall in turn.
+__device__ __forceinline__ Candidate sorted(Candidate own) {
+  const int lane = int(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int run = 2; run <= kWarp; run *= 2)
+#pragma unroll
+    for (int bit = run / 2; bit > 0; bit /= 2) own = exchanged(own, bit, !(lane & bit) == !(lane & run));
+  return own;
+}
+
+// The 32 least of two sorted lists, sorted.
+__device__ __forceinline__ Candidate merged(Candidate own, Candidate more) {
+  return sorted_if_bitonic(min(own, __shfl_xor_sync(kAllLanes, more, kWarp - 1)));
+}
+
+// Merges up to 32 candidates into an ascending list of at most 32 by one warp.
+__device__ void merge_short(Candidate* list, int size, const Arrival* found, int count) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const Candidate best = merged(sorted(lane < count ? candidate_of(found[lane]) : kNoCandidate),
+                                lane < size ? list[lane] : kNoCandidate);
+  if (lane < size) list[lane] = best;
+  __syncwarp();
+}
+
+// ---- Sorted lists of any length ----
 // Merges `count` candidates, all different, into an ascending list of `size` by one warp. Entries that are
 // kNoCandidate do not count. The list's last entries fall out.
-__device__ void merge(Candidate* list, int size, const Candidate* found, int count) {
+__device__ void merge_long(Candidate* list, int size, const Candidate* found, int count) {
   const int lane = int(threadIdx.x) % kWarp;
   constexpr int kParts = kBuffer / kWarp;
   Candidate own[kParts];
@@ -68,19 +124,15 @@ __device__ void merge(Candidate* list, int size, const Candidate* found, int cou
   __syncwarp();
 }
 
-__device__ float score_of(Candidate c) {
-  const uint32_t bits = uint32_t(c >> 32);
-  return 0.f - __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
-
 // ---- Selection ----
 template <class Tile>
 struct SelectSmem {
   typename Tile::Smem tile;
-  Candidate found[kTileA][kBuffer];
-  Candidate worst[kTileA];  // of the list: what a candidate must be less than
-  float bar[kTileA];        // its score
-  int counts[kTileA];       // arrivals since the last merge; more than kBuffer were turned away
+  Arrival found[kTileA][kBuffer];
+  float bar[kTileA];  // the score of the list's last, to be exceeded; NaN beyond the last query
+  float bias[kTileA];
+  int counts[kTileA];  // arrivals since the last merge; more than kBuffer were turned away
+  float shrinkage[kTileB], shift[kTileB];  // of the tile's positions; minus infinity beyond the last
 };
 
 // Of a multiprocessor: two where that leaves registers enough (not on Ampere, whose copies take more of
@@ -119,22 +171,36 @@ __global__ __launch_bounds__(kThreads,
   if constexpr (kSharedLists)
     for (int i = thread; i < kTileA * top_k; i += kThreads) list(0)[i] = kNoCandidate;
   if (thread < kTileA) {
-    s.worst[thread] = kNoCandidate;
-    s.bar[thread] = -FLT_MAX;
+    s.bar[thread] = first_query + thread < in.queries ? -INFINITY : NAN;
+    s.bias[thread] = in.bias_of(n, min(first_query + thread, in.queries - 1));
     s.counts[thread] = 0;
   }
-  // Merges the buffers of this warp's queries that hold at least `least`.
+  // Merges the buffers of this warp's queries that hold at least `least`; fewer may stay.
   const auto merge_buffers = [&](int least) {
-    for (int q = warp; q < kTileA && first_query + q < in.queries; q += kWarps) {
-      VISIT(buffer, 1);
-      const int count = min(s.counts[q], kBuffer);
-      if (count < least) continue;
-      VISIT(merge, 1);
-      merge(list(q), top_k, s.found[q], count);
+    constexpr int kOwn = kTileA / kWarps;
+    const int waiting = lane < kOwn ? min(s.counts[warp + lane * kWarps], kBuffer) : 0;
+    unsigned full = __ballot_sync(kAllLanes, waiting >= least);
+    while (full) {
+      VISIT(merges, 1);
+      const int own = __ffs(full) - 1, q = warp + own * kWarps;
+      full &= full - 1;
+      int count = __shfl_sync(kAllLanes, waiting, own);
+      if (top_k <= kWarp) {
+        for (; count >= least; count -= min(count, kWarp)) {
+          VISIT(short_merge, 1);
+          merge_short(list(q), top_k, s.found[q] + max(count - kWarp, 0), min(count, kWarp));
+        }
+      } else {
+        VISIT(long_merge, 1);
+        for (int i = lane; i < count; i += kWarp) s.found[q][i] = candidate_of(s.found[q][i]);
+        __syncwarp();
+        merge_long(list(q), top_k, s.found[q], count);
+        count = 0;
+      }
       if (lane == 0) {
-        s.counts[q] = 0;
-        s.worst[q] = list(q)[top_k - 1];
-        s.bar[q] = s.worst[q] == kNoCandidate ? -FLT_MAX : score_of(s.worst[q]);
+        s.counts[q] = count;
+        const Candidate last = list(q)[top_k - 1];
+        s.bar[q] = last == kNoCandidate ? -INFINITY : score_of(last);
       }
       __syncwarp();
     }
@@ -142,49 +208,60 @@ __global__ __launch_bounds__(kThreads,
 
   for (int tile = begin; tile < end; ++tile) {
     VISIT(tile, 1);
-    float scores[kOwnA][kOwnB];
     const int64_t first = int64_t{tile} * kTileB;
+    if (thread < kTileB) {  // which the products' barriers make known
+      VISIT(vectors, 1);
+      const int64_t m = first + thread;
+      s.shrinkage[thread] = m < in.memory ? in.shrinkage_of(n, m) : 1.f;
+      s.shift[thread] = m < in.memory ? in.shift_of(n, m) : -INFINITY;
+    }
+    float scores[kOwnA][kOwnB];
     Tile::multiply(s.tile, {in.queries_of(n), first_query, in.queries}, {in.keys_of(n), first, in.memory},
                    in.row_columns, scores);
-    float bias[kOwnA];
+    float bias[kOwnA], greatest[kOwnA];
 #pragma unroll
-    for (int i = 0; i < kOwnA; ++i) bias[i] = in.bias_of(n, min(first_query + Tile::row(i), in.queries - 1));
-    unsigned waiting = 0;  // a bit for each score that reaches its bar
+    for (int i = 0; i < kOwnA; ++i) {
+      bias[i] = s.bias[Tile::row(i)];
+      greatest[i] = -INFINITY;
+    }
 #pragma unroll
     for (int j = 0; j < kOwnB; ++j) {
-      const int64_t m = first + Tile::column(j), read = min(m, in.memory - 1);
-      const float shrinkage = in.shrinkage_of(n, read), shift = in.shift_of(n, read);
+      const float shrinkage = s.shrinkage[Tile::column(j)], shift = s.shift[Tile::column(j)];
 #pragma unroll
       for (int i = 0; i < kOwnA; ++i) {
-        const float score = fmaf(shrinkage, fmaf(in.scale, scores[i][j], bias[i]), shift);
-        scores[i][j] = score;
-        const bool reaches =
-            m < in.memory && first_query + Tile::row(i) < in.queries && score >= s.bar[Tile::row(i)];
-        waiting |= unsigned(reaches) << (i * kOwnB + j);
+        scores[i][j] = fmaf(shrinkage, fmaf(in.scale, scores[i][j], bias[i]), shift);
+        greatest[i] = fmaxf(greatest[i], scores[i][j]);
       }
     }
+    int again = kept(0);  // the first round has no code of its own
     while (true) {
       VISIT(arrivals, 1);
-      unsigned turned_away = 0;
-      if (waiting) {
-        VISIT(candidates, 1);
+      int turned_away = 0;
 #pragma unroll
-        for (int i = 0; i < kOwnA; ++i)
+      for (int i = 0; i < kOwnA; ++i) {
+        const int q = Tile::row(i);
+        float bar = s.bar[q];
+        if (again) {  // of equal scores the first position wins, which may be one that was turned away
+          VISIT(tie, kOwnA);
+          bar = nextafterf(bar, -INFINITY);
+        }
+        if (greatest[i] > bar) {
+          VISIT_AT(reached, i, kOwnA);
 #pragma unroll
-          for (int j = 0; j < kOwnB; ++j) {
-            if (!(waiting >> (i * kOwnB + j) & 1)) continue;
-            const int q = Tile::row(i);
-            const Candidate c = candidate(ordered(0.f - scores[i][j]), uint32_t(first + Tile::column(j)));
-            if (c >= s.worst[q]) continue;
-            const int slot = atomicAdd(&s.counts[q], 1);
-            if (slot < kBuffer)
-              s.found[q][slot] = c;
-            else
-              turned_away |= 1u << (i * kOwnB + j);
-          }
+          for (int j = 0; j < kOwnB; ++j)
+            if (scores[i][j] > bar) {
+              VISIT_AT(candidate, i * kOwnB + j, kOwnA * kOwnB);
+              const int slot = atomicAdd(&s.counts[q], 1);
+              if (slot < kBuffer) {
+                s.found[q][slot] = arrival(scores[i][j], uint32_t(first) + uint32_t(Tile::column(j)));
+                scores[i][j] = -INFINITY;  // it needs no other look
+              } else {
+                turned_away = 1;
+              }
+            }
+        }
       }
-      waiting = turned_away;
-      const bool again = __syncthreads_or(waiting != 0);
+      again = __syncthreads_or(turned_away);
       merge_buffers(kMergeFrom);
       if (!again) break;
       __syncthreads();
@@ -205,39 +282,33 @@ __global__ __launch_bounds__(kThreads) void join_kernel(Candidate* lists, int64_
   const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
   if (at >= batch * queries) return;
   Candidate* joined = lists + at * shares * top_k;
-  for (int share = 1; share < shares; ++share) {
-    const Candidate* more = joined + int64_t{share} * top_k;
-    for (int first = 0; first < top_k && more[first] < joined[top_k - 1]; first += kBuffer)
-      merge(joined, top_k, more + first, min(kBuffer, top_k - first));
-  }
-  for (int k = int(threadIdx.x) % kWarp; k < top_k; k += kWarp) {
-    const Candidate c = joined[k];
+  const int lane = int(threadIdx.x) % kWarp;
+  const auto put = [&](int k, Candidate c) {
     const int64_t to = (at / queries * top_k + k) * queries + at % queries;
     score[to] = c == kNoCandidate ? -INFINITY : score_of(c);
     index[to] = c == kNoCandidate ? -1 : int64_t(c & 0xffffffffu);
+  };
+  if (top_k <= kWarp) {
+    VISIT(short_joins, 1);
+    Candidate best = kNoCandidate;
+    for (int share = 0; share < shares; ++share) {
+      VISIT(short_join, 1);
+      best = merged(best, lane < top_k ? joined[share * top_k + lane] : kNoCandidate);
+    }
+    if (lane < top_k) put(lane, best);
+  } else {
+    VISIT(long_join, 1);
+    for (int share = 1; share < shares; ++share) {
+      const Candidate* more = joined + int64_t{share} * top_k;
+      for (int first = 0; first < top_k && more[first] < joined[top_k - 1]; first += kBuffer)
+        merge_long(joined, top_k, more + first, min(kBuffer, top_k - first));
+    }
+    for (int k = lane; k < top_k; k += kWarp) put(k, joined[k]);
   }
 }
 
-// The number of shares of the memory for which waves of blocks take the least time, in tiles of a block.
-int choose_shares(int64_t query_tiles, int64_t memory, int blocks_by_registers, size_t block_bytes) {
-  constexpr double kStart = 1;           // tiles' time that a block takes before its first and after its last
-  constexpr size_t kReserved = 1 << 10;  // shared memory that each block costs besides its own
-  const DeviceLimits device = device_limits();
-  const bool two = blocks_by_registers > 1 && 2 * block_bytes + kReserved <= device.shared_bytes;
-  const int64_t slots = int64_t{two ? 2 : 1} * device.multiprocessors;
-  const int64_t tiles = ceil_div(memory, int64_t{kTileB});
-  int best = 1;
-  double least = 0;
-  for (int shares = 1; shares <= std::min<int64_t>(tiles, kMostShares); ++shares) {
-    const double time =
-        double(ceil_div(query_tiles * shares, slots)) * (double(ceil_div(tiles, int64_t{shares})) + kStart);
-    if (shares == 1 || time < 0.97 * least) {
-      best = shares;
-      least = time;
-    }
-  }
-  return best;
-}
+// Of the memory, in tiles of positions.
+constexpr ShareCosts kShareCosts{.most = 32, .start = 1, .worth = 0.97};
 
 std::tuple<Tensor, Tensor> memory_select(const Tensor& query, const Tensor& key,
                                          const std::optional<Tensor>& shrinkage,
@@ -269,7 +340,8 @@ std::tuple<Tensor, Tensor> memory_select(const Tensor& query, const Tensor& key,
     const auto scores = pack_scores<typename Tile::Element>(in, stream, memory);
     const size_t bytes = sizeof(SelectSmem<Tile>), list_bytes = size_t(top_k) * kTileA * sizeof(Candidate);
     const bool in_shared = bytes + list_bytes <= device_limits().shared_bytes;
-    shares = choose_shares(query_tiles, in.memory(), Tile::kBlocks, bytes + (in_shared ? list_bytes : 0));
+    shares = choose_shares(query_tiles, ceil_div(in.memory(), int64_t{kTileB}),
+                           resident_blocks(Tile::kBlocks, bytes + (in_shared ? list_bytes : 0)), kShareCosts);
     lists = torch::stable::fill_(
         torch::stable::new_empty(query, std::vector<int64_t>{in.batch(), in.queries(), shares, top_k},
                                  ScalarType::Long),
@@ -380,6 +452,7 @@ __global__ __launch_bounds__(kThreads, 4) void gather_kernel(Gather<S> in, S* ou
 // The gradient of a weight: a warp per entry, the product of its query's gradient with the value it chose.
 template <class S>
 __global__ __launch_bounds__(kThreads) void weight_kernel(Gather<S> in, float* grad_weight) {
+  VISIT(tile, 1);
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
   if (at >= in.batch * in.top_k * in.queries) return;
@@ -387,10 +460,13 @@ __global__ __launch_bounds__(kThreads) void weight_kernel(Gather<S> in, float* g
   float sum = 0;
   if (m >= 0)
     for (int64_t o = 0; o < in.objects; ++o) {
+      VISIT(object, 1);
       const S* values = in.image(n * in.objects + o) + m * in.pixel_stride;
       const S* grads = in.grad_of(n * in.objects + o, p);
-      for (int64_t c = lane; c < in.channels; c += kWarp)
+      for (int64_t c = lane; c < in.channels; c += kWarp) {
+        VISIT_LOADS(channel, 2);
         sum = fmaf(to_float(values[c * in.channel_stride]), to_float(grads[c]), sum);
+      }
     }
   for (int bits = 1; bits < kWarp; bits *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bits);
   if (lane == 0) grad_weight[at] = sum;
@@ -400,6 +476,7 @@ __global__ __launch_bounds__(kThreads) void weight_kernel(Gather<S> in, float* g
 __device__ int64_t first_at_least(const int64_t* keys, int64_t count, int64_t key) {
   int64_t begin = 0, end = count;
   while (begin < end) {
+    VISIT(probe, 2);
     const int64_t middle = (begin + end) / 2;
     if (keys[middle] < key)
       begin = middle + 1;
@@ -414,6 +491,7 @@ __device__ int64_t first_at_least(const int64_t* keys, int64_t count, int64_t ke
 template <class S>
 __global__ __launch_bounds__(kThreads) void value_kernel(Gather<S> in, const int64_t* keys,
                                                          const int64_t* order, S* grad_value) {
+  VISIT(tile, 1);
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t channel_tiles = ceil_div(in.channels, int64_t{kGatherChannels}),
                 memory_tiles = ceil_div(in.memory, int64_t{kWarp});
@@ -427,9 +505,11 @@ __global__ __launch_bounds__(kThreads) void value_kernel(Gather<S> in, const int
   const int64_t begin = first_at_least(keys, entries, m), end = first_at_least(keys, entries, m + 1);
   constexpr int kOwn = kGatherChannels / kWarps;
   float sums[kOwn] = {};
+  const S* grads_of_image = in.grad_of(image, 0) + first_channel;
   for (int64_t i = begin; i < end; ++i) {
+    VISIT(entry, 1);
     const float weight = in.weight[n * entries + order[i]];
-    const S* grads = in.grad_of(image, order[i] % in.queries) + first_channel;
+    const S* grads = grads_of_image + order[i] % in.queries * in.grad_columns;
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       const int64_t c = warp * kOwn + own;

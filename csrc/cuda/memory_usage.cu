@@ -83,24 +83,8 @@ __global__ __launch_bounds__(kTileThreads) void sum_kernel(const float* parts, i
   usage[at] = sum;
 }
 
-// The number of shares of the queries that makes the least time of waves of blocks, in tiles of a block.
-int choose_shares(int64_t blocks, int64_t queries, int resident) {
-  constexpr int kMostShares = 16;
-  constexpr double kStart = 2;  // tiles' time that a block and its sums take besides
-  const int64_t slots = int64_t{resident} * device_limits().multiprocessors;
-  const int64_t tiles = ceil_div(queries, int64_t{kTileA});
-  int best = 1;
-  double least = 0;
-  for (int shares = 1; shares <= std::min<int64_t>(tiles, kMostShares); ++shares) {
-    const double time =
-        double(ceil_div(blocks * shares, slots)) * (double(ceil_div(tiles, int64_t{shares})) + kStart);
-    if (shares == 1 || time < 0.9 * least) {
-      best = shares;
-      least = time;
-    }
-  }
-  return best;
-}
+// Of the queries, in tiles of them; the sums of a share cost time, too.
+constexpr ShareCosts kShareCosts{.most = 16, .start = 2, .worth = 0.9};
 
 Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<Tensor>& shrinkage,
                     const std::optional<Tensor>& query_bias, const std::optional<Tensor>& key_bias,
@@ -120,7 +104,8 @@ Tensor memory_usage(const Tensor& query, const Tensor& key, const std::optional<
     ScoreMemory memory;
     const auto scores = pack_scores<typename Tile::Element>(in, device.stream(), memory);
     const int64_t blocks = in.batch() * ceil_div(in.memory(), int64_t{kTileB}), count = usage.numel();
-    const int shares = choose_shares(blocks, in.queries(), Tile::kBlocks);
+    const int shares = choose_shares(blocks, ceil_div(in.queries(), int64_t{kTileA}),
+                                     resident_blocks(Tile::kBlocks, sizeof(UsageSmem<Tile>)), kShareCosts);
     const Tensor parts =
         shares == 1 ? usage : torch::stable::new_empty(usage, std::vector<int64_t>{shares, count});
     LAUNCH(usage_kernel<Tile>, dim3(checked_blocks(blocks * shares)), dim3(kTileThreads),

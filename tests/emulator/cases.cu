@@ -406,6 +406,7 @@ __global__ void visits(int* out) {
     }
     if (threadIdx.x >= 32) emulator::visit("second_warp", 1);
     for (unsigned j = 0; j < threadIdx.x % 3; ++j) emulator::visit("twice_at_most", 1);
+    if (threadIdx.x % 32 < 6) emulator::visit("three_places", 4, int(threadIdx.x % 3));
     __syncwarp();
   }
 }

@@ -2,8 +2,6 @@
 // their calls of
 // __tsan_read4 and its siblings arrive here, at the end of the file.
 #include "emulator.h"
-#include "sums.h"
-#include "trace.h"
 
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -19,6 +17,9 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
+
+#include "sums.h"
+#include "trace.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -590,10 +591,10 @@ int multiprocessors() {
   return count ? std::max(atoi(count), 1) : 2;
 }
 
-void visit(const char* name, int copies) {
+void visit(const char* name, int copies, int number) {
   if (!trace_path) return;
   const unsigned slot = self().slot, warp = slot / kWarpSize;
-  Visits& visited = visits[name];
+  Visits& visited = visits[{name, number}];
   visited.copies = copies;
   WarpVisits& mine = visited.warps[warp];
   if (mine.phase != phases[warp]) {
@@ -781,7 +782,8 @@ ACCESS_HOOKS(1) ACCESS_HOOKS(2) ACCESS_HOOKS(4) ACCESS_HOOKS(8) ACCESS_HOOKS(16)
   }
 ATOMIC_HOOKS(8)
 ATOMIC_HOOKS(16)
-ATOMIC_HOOKS(32) ATOMIC_HOOKS(64)
+ATOMIC_HOOKS(32)
+ATOMIC_HOOKS(64)
 
     // -fsanitize=alignment: a misaligned vector access is an error on the GPU.
     struct SourceLocation {

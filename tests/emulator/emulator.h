@@ -122,8 +122,10 @@ int multiprocessors();
 float tensor_core_sum(const double* terms, unsigned count);
 
 // Counts one execution, by this thread's warp, of the code that follows, of which there are so many unrolled
-// copies. Lanes that come between the same two warp-wide operations or barriers come together.
-void visit(const char* name, int copies);
+// copies. Lanes that come between the same two warp-wide operations or barriers come together, to the same
+// `number` of the copies where that is given. Negative `copies` are loads of each copy, of which the compiler
+// decides.
+void visit(const char* name, int copies, int number = 0);
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
@@ -362,7 +364,9 @@ inline int __clz(int x) {
 inline int __ffs(int x) {
   return x ? std::countr_zero(unsigned(x)) + 1 : 0;
 }
-inline int __ffsll(long long x) { return x ? std::countr_zero((unsigned long long)(x)) + 1 : 0; }
+inline int __ffsll(long long x) {
+  return x ? std::countr_zero((unsigned long long)(x)) + 1 : 0;
+}
 inline unsigned __float_as_uint(float x) {
   return std::bit_cast<unsigned>(x);
 }

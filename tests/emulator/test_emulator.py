@@ -144,6 +144,7 @@ def test_the_trace_counts_the_visits_of_warps(tmp_path: Path) -> None:
         "few_lanes": [6, 2],  # lanes that come together count once; the code has two copies
         "second_warp": [3, 1],
         "twice_at_most": [12, 1],  # a warp comes as often as its busiest lane
+        "three_places": [18, 4],  # lanes come to three of the four copies
     }
 
 

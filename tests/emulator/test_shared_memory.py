@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.cuda_model import trace
 from tests.emulator.build import load_emulated_ops
+from vosops.reference.memory_read import memory_read_core
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs Linux and g++")
 
@@ -80,8 +81,10 @@ def test_every_op_fits(architecture: str, dtype: torch.dtype, precision: str) ->
     [
         ("80", 128, False, True),
         ("90", 128, False, True),
-        ("86", 128, False, False),  # 64 queries x 512 columns need 122 KB: products by FMA
+        ("86", 128, False, True),  # in blocks of 256 columns: 512 need 122 KB
+        ("86", 128, True, True),
         ("86", 64, True, True),
+        ("86", 256, True, False),  # blocks of 256 columns need 107 KB: products by FMA
     ],
 )
 def test_what_serves_a_read_of_512_channels(
@@ -89,3 +92,17 @@ def test_what_serves_a_read_of_512_channels(
 ) -> None:
     found = launches(architecture, read(BFLOAT, "ieee", keys, last))
     assert any("tensor::" in launch["kernel"] for launch in found) == by_tensor_cores
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_read_in_blocks_of_256_columns_is_right(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    monkeypatch.setenv("VOSOPS_EMULATOR_ARCH", "86")
+    load_emulated_ops()
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 128, n).to(BFLOAT) for n in (70, 40, 40 * 3))
+    value = value.view(1, 1, 384, 40)
+    value = value.mT.contiguous().mT if last else value
+    out, lse = torch.ops.vosops_emulated.memory_read(query, key, value, None, None, None, 0.1, "ieee")
+    want, want_lse = memory_read_core(query.double(), key.double(), value.double(), None, None, None, 0.1)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1.5e-2)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "emulator.h"
 
@@ -22,11 +23,11 @@ struct Visits {
   WarpVisits warps[kTracedWarps];
 };
 const char* trace_path = nullptr;
-std::map<std::string, Visits> visits;
-uint64_t phases[kTracedWarps];  // warp-wide operations and barriers so far
+std::map<std::pair<std::string, int>, Visits> visits;  // by name and number
+uint64_t phases[kTracedWarps];                         // warp-wide operations and barriers so far
 
 void end_visits() {
-  for (auto& [name, visited] : visits)
+  for (auto& [place, visited] : visits)
     for (auto& warp : visited.warps) {
       visited.count += warp.most;
       warp = {};
@@ -40,9 +41,12 @@ void write_trace(const char* name, dim3 grid, dim3 block, size_t shared_bytes) {
   fprintf(file, R"({"kernel": "%s", "blocks": %zu, "threads": %zu, "shared_bytes": %zu, "visits": {)", name,
           blocks, threads, shared_bytes);
   const char* separator = "";
-  for (const auto& [name, visited] : visits) {
-    fprintf(file, R"(%s"%s": [%llu, %d])", separator, name.c_str(), (unsigned long long)visited.count,
-            visited.copies);
+  for (auto at = visits.begin(); at != visits.end();) {
+    const std::string visited = at->first.first;
+    const int copies = at->second.copies;
+    uint64_t count = 0;
+    for (; at != visits.end() && at->first.first == visited; ++at) count += at->second.count;
+    fprintf(file, R"(%s"%s": [%llu, %d])", separator, visited.c_str(), (unsigned long long)count, copies);
     separator = ", ";
   }
   fprintf(file, "}}\n");
