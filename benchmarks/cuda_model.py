@@ -175,7 +175,7 @@ def _global_loads(block: Block) -> int:
 
 
 def _usually_reached(graph: list[Block]) -> set[int]:
-    """Return the blocks that run where no 64-bit division calls its subroutine and warp-wide operations find all lanes."""
+    """Return the blocks that run where no 64-bit division calls its subroutine and warps do not come apart."""
     found: set[int] = set()
     waiting = [0]
     while waiting:

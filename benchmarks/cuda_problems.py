@@ -241,7 +241,7 @@ FORWARD = (
         streamed=21 * PLACES * 128 * 2 * 2,
         architecture="86",
         cards=SMALL_CARDS,
-        reason="to be written",
+        reason="half of the columns leave 48 products a tile beside the softmax of 32 positions",
     ),
     Reference(
         "memory_select",
@@ -253,7 +253,10 @@ FORWARD = (
         floor=_floor(_SELECT_SHAPE, 21 * PLACES * 64 * 2 + (CHOSEN_ROWS + PLACES) * 512 * 2),
         streamed=21 * PLACES * 64 * 2 * 2 + (CHOSEN_ROWS + PLACES) * 512 * 2,
         predicted_for="random",
-        reason="to be written",
+        reason="64 channels give a score one product, and it takes 4 instructions to see that it is below the bar; "
+        "of random data, scores of 22 of a thread's 32 places in a tile go to their queries' buffers, 11 instructions "
+        "a product, and 2.6 times a warp sorts 32 of them and merges them into a list, 16; in the worst order all go, "
+        "and it merges 28 times",
     ),
     Reference(
         "memory_select",

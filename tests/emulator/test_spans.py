@@ -99,3 +99,16 @@ def test_tiles_that_are_left_out_are_not_visited(op: str) -> None:
     extra = 8 if op == "memory_select" else 0  # its tile of 128 positions: 96 to 130 are in two
     assert tiles_of(call(query, key, value, bias)) == alone + extra
     assert tiles_of(call(query, key, value, None)) > 1.5 * alone
+
+
+@pytest.mark.parametrize("top_k", [30, 40])
+@pytest.mark.parametrize("score", [0.0, torch.inf, -3.0])
+def test_of_equal_scores_the_first_positions_are_chosen(top_k: int, score: float) -> None:
+    """More of them in a tile than a query's buffer holds, beside greater ones in the last tile."""
+    query, key, bias = torch.zeros(1, 16, 70), torch.zeros(1, 16, 300), torch.full((1, 300), score)
+    greater = [] if score == torch.inf else [299, 290]
+    bias[0, greater] = score + 1
+    found, index = torch.ops.vosops_emulated.memory_select(query, key, None, None, bias, 1.0, "ieee", top_k)
+    want = [*sorted(greater), *range(top_k - len(greater))]
+    assert index[0].T.tolist() == [want] * 70
+    assert torch.equal(found, bias[0, want][None, :, None].expand(1, top_k, 70))
