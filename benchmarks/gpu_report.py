@@ -306,7 +306,8 @@ BACKWARD = """### Gradients
 
 The same of the kernels of the backward ops, which are reported and have no limits; those of `local_attention` serve
 both directions. What `global_conv` does for the gradient of its input is the kernel above. A kernel's launches are
-counted as its own, and what no row stands for in the first of an op. Data are random."""
+counted as its own, and what no row stands for in the first of an op. Data are random. Where a warp has one tile, both
+sides of a branch count (with a bias and without one), so that such a time may also be above the least one."""
 
 BENCHMARKED = {"memory_select": "memory_read", "matching_backward": "local_matching"}
 """The op by which a kernel is timed, where the names do not say it."""
