@@ -69,7 +69,7 @@ def test_a_step_changes_what_is_trained(name, davis):
     leave_out(name in HEAVY, HEAVY.get(name, ""))
     tracks = find_model(name).kind == "mask network"
     frames = 3 if tracks or name in ("rfcn", "lstm_segnet", "lstm_icnet") else 1
-    config = config_of(name, davis, data__clips__frames=frames)
+    config = config_of(name, davis, data__clips__frames=frames, optimizer__weight_decay=0.0)
     task = create_task(config, Shard())
     optimizer = create_optimizer(task.network, config.optimizer)
     task.network.train()

@@ -141,9 +141,10 @@ def _lacks_descriptors(device: torch.device) -> str:
     """Return why Triton's kernels do not read by tensor descriptors on a GPU, "" if they may."""
     if not torch.cuda.is_available():
         return "there is no GPU"
-    from vosops.triton import memory_descriptors, memory_scores
+    from vosops.triton import memory_descriptors
+    from vosops.triton._common import target_of
 
-    products = memory_scores.target_of(torch.empty(0, device=device)).architecture.products
+    products = target_of(torch.empty(0, device=device)).architecture.products
     return "" if products in memory_descriptors.PRODUCTS else f"it multiplies by {products}"
 
 

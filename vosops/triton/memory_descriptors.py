@@ -24,8 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vosops import _verdicts
-from vosops.triton import memory_scores
-from vosops.triton._common import KB, Architecture, Target, dot
+from vosops.triton._common import KB, Architecture, Target, dot, target_of
 from vosops.triton.memory_scores import (
     LOG2E,
     MIN_BLOCK,
@@ -301,4 +300,4 @@ def is_chosen(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if setting != "1" and not _verdicts.proved(key.device, "memory_read", _verdicts.VARIANTS[0], query.dtype):
         return False
-    return not reason_not(query, key, value, memory_scores.target_of(key))
+    return not reason_not(query, key, value, target_of(key))

@@ -89,14 +89,19 @@ def test_logits_are_those_of_the_original_way(name, monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("segnet", "deconvnet")])
 def test_logits_of_large_images(name):
-    """In bands as they are; where values are unpooled, near ties may be taken either way."""
+    """In bands as they are; where values are unpooled, near ties may be taken either way.
+
+    MobileNetV2's random weights make more of float32's rounding, in the original way too.
+    """
     network = made(name)
     images = torch.rand(1, 3, *(network.sides.at_least(side) for side in (512, 1024)))
     with torch.no_grad():
         found = network(images)
         with vosops.use_backend("reference"):
             naive = network(images)
-    assert (found - naive).abs().max() <= 3e-5 * naive.abs().max()
+            exact = network.double()(images.double())
+    own = (naive - exact).abs().max()
+    assert (found - exact).abs().max() <= max(3e-5 * exact.abs().max(), 1.5 * own)
 
 
 GOLDEN = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import vosops
 from tests.models.segmentation import originals
 from vosops.models import create_model
 
@@ -45,11 +46,14 @@ class TestSegNet:
 class TestDeconvNet:
     @pytest.mark.exhaustive  # 1 GB of weights, which take 8 CPU-seconds and 3.3 GB to make
     def test_logits_are_the_originals(self):
+        """In the original way to the bit; Winograd's rounding decides near ties of five poolings, each a patch."""
         golden = {name: originals.case("deconvnet.pt", name) for name in ("basic", "wide")}
         network = originals.with_weights_of(golden["basic"], originals.empty("deconvnet"))
         for case in golden.values():
             with torch.no_grad():
-                originals.assert_equals(case, "logits", network(case["x"].float()), quantile=QUANTILE)
+                originals.assert_equals(case, "logits", network(case["x"].float()), quantile=0.99)
+                with vosops.use_backend("reference"):
+                    originals.assert_equals(case, "logits", network(case["x"].float()))
 
     def test_parameters_are_the_originals(self):
         network = originals.empty("deconvnet")
