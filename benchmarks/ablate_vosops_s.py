@@ -24,7 +24,7 @@ from vosops.io.labels import read_labels
 from vosops.io.listing import label_maps
 from vosops.io.outputs import write_text
 from vosops.metrics import evaluate_sequence
-from vosops.models import create_model
+from vosops.models import VideoTracker, create_model
 from vosops.models.vosops_s import RefinerInput, VosopsS
 
 RESULTS = Path(__file__).parent / "results" / "vosops_s_ablation.json"
@@ -70,12 +70,19 @@ class Ablated(VosopsS):
         return super()._judged(without(inputs, self.part))
 
 
-def score(sequence: VideoSequence, part: str) -> tuple[float, float]:
+def tracker_without(part: str) -> VideoTracker:
+    """Return the tracker whose network does not see a part; "propagate": without the network."""
+    if part == "propagate":
+        tracker: VideoTracker = create_model("propagate")
+        return tracker
+    ablated = Ablated()
+    ablated.part = part
+    return ablated
+
+
+def score(sequence: VideoSequence, tracker: VideoTracker) -> tuple[float, float]:
     """Return the mean J and F of a sequence as `vosops segment` and `vosops eval` have them."""
     truths = [(read_labels(path)[0] > 0).astype(np.uint8) for path in label_maps(sequence.masks).values()]
-    tracker = create_model("propagate") if part == "propagate" else Ablated()
-    if isinstance(tracker, Ablated):
-        tracker.part = part
     found = segment(sequence.frames, truths[0], model=tracker, size=ROWS, device="cpu")
     (result,) = evaluate_sequence([frame.labels.numpy() for frame in found], truths)
     return result.j.mean, result.f.mean
@@ -94,7 +101,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for sequence in find_sequences(given.root, given.sequences, given.resolution):
         for part in given.parts:
-            region, boundary = score(sequence, part)
+            region, boundary = score(sequence, tracker_without(part))
             results.setdefault(part, {})[sequence.name] = [round(region, 4), round(boundary, 4)]
             print(sequence.name, part, *results[part][sequence.name], flush=True)
             write_text(RESULTS, json.dumps(results, indent=1) + "\n")

@@ -18,6 +18,7 @@ from vosops.inference.settings import ModelSettings, default_model
 from vosops.models import Propagate, VosopsS, create_model, find_model
 from vosops.models.propagate import Evidence
 from vosops.models.vosops_s import (
+    BACKBONES,
     CELL,
     EVIDENCE_CHANNELS,
     MASK_CHANNELS,
@@ -285,6 +286,19 @@ class TestWeights:
         torch.save(torch.nn.Linear(2, 2).state_dict(), file)
         with pytest.raises(ValueError, match="weights must be those of Refiner"):
             load_refiner(file)
+
+    @pytest.mark.parametrize("backbone", BACKBONES)
+    def test_they_decide_the_backbone(self, backbone, tmp_path):
+        file = tmp_path / "weights.pth"
+        torch.save(Refiner(maps=BACKBONES[backbone]).state_dict(), file)
+        model = VosopsS(file, pretrained=False, size=SIZE)
+        assert model.backbone_name == f"{backbone} (random)"
+        maps = model.pyramid(torch.zeros(1, 3, 32, 32))
+        assert tuple(x.shape[1] for x in maps) == BACKBONES[backbone]
+
+    def test_a_network_for_other_maps_is_refused(self):
+        with pytest.raises(ValueError, match="maps must be the channels of one of .*, got "):
+            VosopsS(Refiner(maps=(16, 24, 48, 112)), pretrained=False)
 
 
 class TestDefault:

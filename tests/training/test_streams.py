@@ -228,6 +228,17 @@ class TestTask:
         assert load_refiner(whole.weights).last.weight.abs().max() > 0
         assert list((tmp_path / "whole" / "pictures").iterdir())
 
+    def test_trains_on_another_backbone_which_its_weights_then_bring(self, config, tmp_path):
+        from vosops.models.features import EfficientNetLite0
+        from vosops.models.vosops_s import VosopsS
+        from vosops.training.loop import train
+
+        options = {"backbone": "efficientnet_lite0", "pretrained": False}
+        done = train(config(options=options, steps=1), tmp_path / "run")
+        tracker = VosopsS(done.weights, pretrained=False)
+        assert isinstance(tracker.backbone, EfficientNetLite0)
+        assert tracker.refiner.maps == (16, 24, 40, 112)
+
     def test_the_shipped_weights_are_of_the_network_that_the_recipe_trains(self, config):
         from safetensors.torch import load_file
 
@@ -261,7 +272,18 @@ class TestTask:
     def test_what_it_cannot_use_is_refused(self, config):
         from vosops.training.task import create_task
 
-        with pytest.raises(InputError, match="options of vosops_s must be among pretrained, got backbone"):
+        with pytest.raises(
+            InputError, match="options of vosops_s must be among backbone, pretrained, got size"
+        ):
+            create_task(config(options={"size": 480}))
+        with pytest.raises(
+            InputError, match="options.backbone must be one of efficientnet_lite0, .*, got 'x'"
+        ):
             create_task(config(options={"backbone": "x"}))
+        shipped = str(SHIPPED / "vosops_weights_s/vosops_s.safetensors")
+        with pytest.raises(InputError, match="vosops_s cannot be created: .* 2 misshapen"):
+            create_task(
+                config(options={"backbone": "efficientnet_lite0", "pretrained": False}, weights=shipped)
+            )
         with pytest.raises(InputError, match="task: options of streams must be among"):
             create_task(config(task={"windows": 1}))

@@ -23,11 +23,13 @@ from vosops.models import propagate as base
 from vosops.models.features import EfficientNetLite
 from vosops.models.propagate import Evidence, Propagate
 from vosops.models.registry import find_model
-from vosops.models.weights import load_weights
+from vosops.models.weights import load_weights, read_weights
 
 __all__ = ["Look", "Refiner", "RefinerInput", "VosopsS", "load_refiner"]
 
 BACKBONE = "efficientnet_lite2"
+BACKBONES = {"efficientnet_lite0": (16, 24, 40, 112), "efficientnet_lite2": (16, 24, 48, 120)}
+"""Those that it can be trained with, and the channels of their maps of strides 2, 4, 8 and 16."""
 WEIGHTS = "vosops-weights-s"
 INSTALL_WEIGHTS = "pip install ./weights in a checkout of vosops"
 EVIDENCE_CHANNELS = 19  # of a cell of an object; see VosopsS._evidence_of
@@ -115,9 +117,10 @@ class Refiner(nn.Module):
         self,
         channels: tuple[int, int, int, int] = (40, 64, 96, 128),
         dropout: float = 0.1,
-        maps: tuple[int, int, int, int] = (16, 24, 48, 120),
+        maps: tuple[int, int, int, int] = BACKBONES[BACKBONE],
     ) -> None:
         super().__init__()
+        self.maps = maps
         c4, c8, c16, c32 = channels
         self.project2, self.project4 = _conv(4 * maps[0], 16, 1), _conv(maps[1], 24, 1)
         self.project8, self.project16 = _conv(maps[2], 32, 1), _conv(maps[3], 64, 1)
@@ -270,7 +273,8 @@ class VosopsS(Propagate):
     """The tracker: a :class:`vosops.models.VideoTracker` for any number of objects.
 
     weights: a file of the network's, as ``vosops train`` writes it; or a `Refiner`, trained or not; None takes those of
-    the distribution ``vosops-weights-s`` (CC BY-NC 4.0), and is a ValueError where that is not installed. pretrained:
+    the distribution ``vosops-weights-s`` (CC BY-NC 4.0), and is a ValueError where that is not installed. The backbone
+    is the one of `BACKBONES` that the network was trained with, EfficientNet-Lite2 for the distribution's. pretrained:
     False takes random weights for the backbone. size, device and memory_budget: as of :class:`vosops.models.Propagate`.
     memory: whether every fifth frame is remembered, which the network was trained with. bfloat16: whether backbone
     and network, not the matching, compute by autocast to bfloat16, as in training; None: on CPUs with AMX.
@@ -294,7 +298,7 @@ class VosopsS(Propagate):
     ) -> None:
         refiner = weights if isinstance(weights, Refiner) else load_refiner(weights)
         super().__init__(
-            BACKBONE,
+            backbone_of(refiner.maps),
             pretrained=pretrained,
             size=size,
             device=device,
@@ -538,13 +542,34 @@ def _other(x: Tensor) -> Tensor:
     return torch.stack([torch.cat([x[:o], x[o + 1 :]]).amax(0) for o in range(1, len(x))])
 
 
+def backbone_of(maps: tuple[int, ...]) -> str:
+    """Return the backbone whose maps have these channels; ValueError where none has."""
+    name = next((name for name, channels in BACKBONES.items() if channels == maps), None)
+    if name is None:
+        raise ValueError(f"maps must be the channels of one of {', '.join(BACKBONES)}, got {maps}")
+    return name
+
+
 def load_refiner(weights: str | Path | None = None) -> Refiner:
-    """Load the trained network, in evaluation mode, from a file; None: from the installed distribution."""
+    """Load the trained network, in evaluation mode, from a file; None: from the installed distribution.
+
+    The shapes in the file tell with which of `BACKBONES` it was trained.
+    """
     path = find_model("vosops_s").installed_weights if weights is None else weights
     if path is None:
         raise ValueError(
             f"weights must be a file where {WEIGHTS} is not installed, got None: {INSTALL_WEIGHTS}"
         )
-    refiner = Refiner()
+    refiner = Refiner(maps=_maps_in(read_weights(path)))
     load_weights(refiner, path)
     return refiner.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def _maps_in(weights: Mapping[str, Tensor]) -> tuple[int, int, int, int]:
+    """Return the channels of the maps that weights are for; of what no known backbone has, the default's."""
+    names = ("project8.0.weight", "project16.0.weight")
+    inputs = [tuple(weights[name].shape[1:2]) for name in names if name in weights]
+    for maps in BACKBONES.values():
+        if inputs == [(channels,) for channels in maps[2:]]:
+            return maps
+    return BACKBONES[BACKBONE]

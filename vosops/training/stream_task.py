@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vosops.inference.settings import find_device
 from vosops.io.errors import InputError
 from vosops.io.pictures import read_frame
-from vosops.models.vosops_s import STRIDE, Refiner, VosopsS
+from vosops.models.vosops_s import BACKBONE, BACKBONES, STRIDE, Refiner, VosopsS
 from vosops.models.weights import load_weights
 from vosops.training.config import Source, TrainConfig
 from vosops.training.footage import Shot
@@ -24,14 +24,15 @@ from vosops.training.task import Shard, Task
 __all__ = ["StreamTask"]
 
 ROWS = 480  # of videos, in the computation
-_OPTIONS = ("pretrained",)  # of the model, beside those that streams set
+_OPTIONS = ("backbone", "pretrained")
 
 
 class StreamTask(Task):
     """Trains :class:`vosops.models.vosops_s.Refiner` in streams; see :mod:`vosops.training.streams`.
 
     Of the configuration it reads `data.train` (videos and stills; their weights and steps do not matter), `batch`, the
-    number of streams of a process, `seed`, `task`, which are `StreamSettings` by their names, and `data.held_out`.
+    number of streams of a process, `seed`, `task`, which are `StreamSettings` by their names, `data.held_out`, and of
+    `options` `backbone`, one of :data:`vosops.models.vosops_s.BACKBONES`.
     The score is J&F of the held-out videos, as ``vosops eval`` computes it.
     """
 
@@ -46,17 +47,24 @@ class StreamTask(Task):
             settings = StreamSettings.parsed(config.task)
         except (TypeError, ValueError) as error:
             raise InputError(f"task: {error}") from error
-        self.network = Refiner()
+        backbone = config.options.get("backbone", BACKBONE)
+        if backbone not in BACKBONES:
+            raise InputError(f"options.backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+        self.network = Refiner(maps=BACKBONES[backbone])
         if config.weights is not None:
-            load_weights(self.network, config.weights)
+            try:
+                load_weights(self.network, config.weights)
+            except (ValueError, FileNotFoundError) as error:
+                raise InputError(f"vosops_s cannot be created: {error}") from error
         shots: dict[str, list[Shot]] = {"videos": [], "stills": []}
         for source in config.data.train:
             shots[source.kind] += _shots_of(source)
         first = shard.rank * config.batch
         self.streams = Streams(shots["videos"], shots["stills"], settings, config.batch, config.seed, first)
         self.device = find_device(config.device)
+        self.pretrained = bool(config.options.get("pretrained", True))
         self.trainer = StreamTrainer(
-            self.network, settings, config.batch, device=self.device, **config.options
+            self.network, settings, config.batch, pretrained=self.pretrained, device=self.device
         )
 
     def batches(self, first: int) -> Iterator[Batch]:
@@ -96,7 +104,7 @@ class StreamTask(Task):
         if not self.config.data.held_out.sources:
             return {}
         assert isinstance(network, Refiner)
-        tracker = VosopsS(network, device=self.device, **self.config.options)
+        tracker = VosopsS(network, pretrained=self.pretrained, device=self.device)
         held_out, precision = self.config.data.held_out, self.config.precision
         return scores_of_videos(tracker, held_out, precision, str(self.device))
 
