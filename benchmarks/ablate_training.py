@@ -48,6 +48,15 @@ def described(run: Path) -> dict[str, Any]:
     }
 
 
+def merged(name: str, run: Path) -> dict[str, Any]:
+    """Return the results with a run, without scores if it is not the one that is there."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = described(run)
+    if results.get(name, {}).get("weights") != found["weights"]:
+        results[name] = {**found, "scores": {}}
+    return results
+
+
 def _name(folder: Path) -> str:
     """Return what a source is called: its folder, or the one above a folder of images."""
     return folder.parent.name if folder.name == "images" else folder.name
@@ -85,24 +94,21 @@ def main() -> None:
     parser.add_argument("--sequences", nargs="+", default=HELD_BACK)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for item in given.runs:
         name, _, folder = item.partition("=")
         run = Path(folder)
-        found = described(run)
-        if results.get(name, {}).get("weights") != found["weights"]:
-            results[name] = {**found, "scores": {}}
         LOGS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / "log.csv", LOGS / f"vosops_s_{name}_log.csv")
         for sequence in find_sequences(given.root, given.sequences, given.resolution):
-            if sequence.name in results[name]["scores"]:
+            if sequence.name in merged(name, run)[name]["scores"]:
                 continue
             tracker = create_model("vosops_s", run / "weights.safetensors")
-            region, boundary = score(sequence, tracker)
-            results[name]["scores"][sequence.name] = [round(region, 4), round(boundary, 4)]
-            print(name, sequence.name, *results[name]["scores"][sequence.name], flush=True)
+            found = [round(x, 4) for x in score(sequence, tracker)]
+            print(name, sequence.name, *found, flush=True)
+            results = merged(name, run)  # again, as other processes may have scored other sequences
+            results[name]["scores"][sequence.name] = found
             write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    print_table(results)
+    print_table(json.loads(RESULTS.read_text()))
 
 
 if __name__ == "__main__":

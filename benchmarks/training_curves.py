@@ -32,12 +32,14 @@ def draw(names: list[str], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    highest = 0.0
     for name in names:
         log, scores = rows(name, "log"), rows(name, "scores")
+        highest = max(highest, *(row["score"] for row in scores))
         left.plot([row["step"] for row in log], [row["loss"] for row in log], label=name)
         right.plot([row["step"] for row in scores], [row["score"] for row in scores], "o-", label=name)
     left.set(xlabel="step", ylabel="loss")
-    right.set(xlabel="step", ylabel="score", ylim=(0, None))
+    right.set(xlabel="step", ylabel="score", ylim=(0, 1.1 * highest))
     right.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=90)
