@@ -28,6 +28,7 @@ from vosops.io.errors import InputError, InterruptedRunError, ResumeError, Vosop
 from vosops.models import create_model, load_weights  # noqa: E402
 from vosops.training.config import parse_config  # noqa: E402
 from vosops.training.loop import train  # noqa: E402
+from vosops.training.optimizing import create_average  # noqa: E402
 from vosops.training.records import Table  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,20 @@ def test_accumulated_passes_are_one_batch(classes_config, tmp_path, clip_norm):
         train(config, tmp_path / name)
     one, four = (weights(tmp_path / name) for name in ("one", "four"))
     assert all(torch.allclose(one[name], four[name], atol=1e-5) for name in one)
+
+
+def test_the_average_forgets_where_a_short_run_began():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = create_average(network, 0.99)
+    expected = 0.0
+    for n in range(200):
+        with torch.no_grad():
+            network.weight.fill_(float(n > 0))  # 0 after the first step, then 1
+        average.update_parameters(network)
+        share = min(0.99, (1 + n) / (10 + n))
+        expected = share * expected + (1 - share) * float(n > 0)
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-6), n
+    assert expected > 1 - 1e-6  # with 0.99 from the beginning it would be 0.86
 
 
 @pytest.mark.parametrize("changes", [{"ema": 0.9, "accumulate": 2}, {"channels_last": True}])

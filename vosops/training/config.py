@@ -242,7 +242,7 @@ class TrainConfig(_Strict):
     accumulate: Positive = 1
     """Passes before a step."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an average of the weights, which is scored and saved."""
+    """Decay of an average of the weights, which is scored and saved; after n steps at most (1 + n) / (10 + n)."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16 and float16 are autocast's; float16 needs a GPU."""
     channels_last: bool = False

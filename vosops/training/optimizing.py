@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vosops.io.errors import InputError
@@ -79,5 +80,14 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def create_average(network: nn.Module, decay: float) -> AveragedModel:
-    """Create an exponential moving average of parameters and buffers, which begins with its first update."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    """Create an exponential moving average of parameters and buffers, which begins with its first update.
+
+    Update n keeps the share (1 + n) / (10 + n), at most `decay`: with 0.998 from the first step on, 37 % of the average
+    after 500 steps would be the weights before training. Source: TensorFlow's ExponentialMovingAverage.
+    """
+
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
+        count = float(updates)
+        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, updates)
+
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
