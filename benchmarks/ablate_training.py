@@ -1,14 +1,14 @@
 """What the seed, the data and the features of a training of vosops-s matter: the scores of several runs.
 
-    vosops train vosops_s --out seed1 --set seed=1 --set steps=700 ...
-    vosops train vosops_s --out no-stills --set seed=1 --set steps=700 --set 'task={mix: {stills: 0}}' ...
-    python benchmarks/ablate_training.py DAVIS baseline=seed1 no-stills=no-stills
+    vosops train vosops_s --out seed-1 --set seed=1 --set steps=500 --set ema=null ...
+    vosops train vosops_s --out no-composites ... --set 'task={mix: {composites: 0}}'
+    python benchmarks/ablate_training.py DAVIS seed-1=seed-1 no-composites=no-composites
 
-docs/models/vosops_s.md has the whole commands. NAME=RUN: the --out of `vosops train vosops_s`; its averaged weights at
-the end are scored on the six held-out sequences, as binary masks at 480 rows, and its log and its settings are
-copied. Results are merged into benchmarks/results/vosops_s_trainings.json, sequence by sequence; what is there is not
-computed again unless it is another run. Without any NAME=RUN the table is printed again. Differences are to the first
-run of the file, with a paired bootstrap interval over the sequences.
+docs/models/vosops_s.md has the whole commands. NAME=RUN: the --out of `vosops train vosops_s`; its weights at the end
+are scored on the six held-out sequences, as binary masks at 480 rows, and its log is copied. Results are merged into
+benchmarks/results/vosops_s_trainings.json, sequence by sequence; what is there is not computed again unless it is
+another run. Without any NAME=RUN the table is printed again. Differences are to the first run of the file, with a
+paired bootstrap interval over the sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DRAWS = 10_000
 
 
 def described(run: Path) -> dict[str, Any]:
-    """Return what a run was: its steps, seed, features, mix and sources, its time, and its weights."""
+    """Return what a run was: its steps, seed, features, mix and sources, and its weights."""
     config = json.loads((run / "config.json").read_text())
     with (run / "log.csv").open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
@@ -43,7 +43,6 @@ def described(run: Path) -> dict[str, Any]:
         "backbone": config["options"].get("backbone", "efficientnet_lite2"),
         "task": config["task"],
         "sources": [_name(Path(x["root"] or x["images"])) for x in config["data"]["train"]],
-        "seconds a step": round(float(last["seconds"]) / int(last["step"]), 2),
         "weights": sha256(run / "weights.safetensors"),
     }
 

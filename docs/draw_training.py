@@ -41,7 +41,7 @@ def main(logs: list[str], out: Path) -> None:
             axes.plot(steps, curve(rows, column), style, color=f"C{number}", label=label + ending)
     axes.set(xlabel="step of four frames", ylabel="mean IoU in the training streams")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(logs), fontsize="small")
     figure.savefig(out, dpi=120)
 
 

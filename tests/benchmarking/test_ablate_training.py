@@ -32,7 +32,6 @@ def test_a_run_is_described_by_its_settings_and_its_log(ablate, tmp_path):
     assert (found["steps"], found["seed"]) == (100, 1)
     assert found["backbone"] == "efficientnet_lite0"
     assert found["sources"] == ["DAVIS", "sod"]
-    assert found["seconds a step"] == 1.25
 
 
 def test_differences_are_paired_and_have_an_interval(ablate, capsys):
