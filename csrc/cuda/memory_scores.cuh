@@ -312,7 +312,7 @@ struct FmaTile {
 };
 
 // ---- Launches: where tiles make fewer blocks than multiprocessors hold, what each walks is cut into shares
-// ---- How many blocks of so much shared memory a multiprocessor holds, of as many as registers allow.
+// How many blocks of so much shared memory a multiprocessor holds, of as many as registers allow.
 inline int resident_blocks(int by_registers, size_t block_bytes) {
   constexpr size_t kReserved = 1 << 10;  // that each block costs besides
   const size_t fit = (device_limits().shared_bytes + kReserved) / (block_bytes + kReserved);
