@@ -35,7 +35,7 @@ from vosops.triton.memory_scores import (
     load_vector,
     of_batch,
     options_of,
-    read_end,
+    part_of,
 )
 from vosops.triton.memory_softmax import HALF_TILES, read_launch, step, store_read, weigh
 from vosops.triton.memory_values import Launch
@@ -141,10 +141,7 @@ def read_tiles(
     maximum = tl.full((BLOCK_P,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
     acc = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
-    end = read_end(ends, n, M)
-    part_steps = tl.cdiv(tl.cdiv(end, BLOCK_M), parts)
-    begin = part * part_steps * BLOCK_M
-    end = tl.minimum(begin + part_steps * BLOCK_M, end)
+    begin, end = part_of(ends, n, M, part, parts, BLOCK_M)
     whole = begin + tl.maximum(end - begin, 0) // BLOCK_M * BLOCK_M
     for first in tl.range(whole, end, TAIL, num_stages=1):
         maximum, total, acc = step(

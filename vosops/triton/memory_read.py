@@ -35,9 +35,9 @@ from vosops.triton.memory_scores import (
     load_vector,
     of_batch,
     options_of,
+    part_of,
     parts_for,
     piece_of,
-    read_end,
     score_operands,
 )
 from vosops.triton.memory_softmax import read_launch, step, store_read
@@ -132,10 +132,7 @@ def _read(
     maximum = tl.full((BLOCK_P,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
     acc = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
-    end = read_end(ends, n, M)
-    part_steps = tl.cdiv(tl.cdiv(end, BLOCK_M), parts)
-    begin = part * part_steps * BLOCK_M
-    end = tl.minimum(begin + part_steps * BLOCK_M, end)
+    begin, end = part_of(ends, n, M, part, parts, BLOCK_M)
     if ends is not None and KEY_LAST:
         M = end
         key_end = end

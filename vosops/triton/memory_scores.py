@@ -211,6 +211,15 @@ def read_end(ends, n, M):
 
 
 @triton.jit
+def part_of(ends, n, M, part, parts, BLOCK_M: tl.constexpr):
+    """Return where a part of the memory of batch element n begins and ends: whole tiles, up to `read_end`."""
+    end = read_end(ends, n, M)
+    steps = tl.cdiv(tl.cdiv(end, BLOCK_M), parts)
+    begin = part * steps * BLOCK_M
+    return begin, tl.minimum(begin + steps * BLOCK_M, end)
+
+
+@triton.jit
 def _last_read(key_bias, ends, M, key_bias_n, key_bias_m):
     """Grid (N): one past the last position whose bias is not -inf, 0 where there is none.
 

@@ -6,7 +6,7 @@ these maxima: at least k scores reach it, and little more than k do, for neighbo
 groups. ``_scan`` for COLLECT computes the same scores again, bit for bit, and appends what reaches the threshold to a
 list per query and part, in order, by a prefix sum. Scores that defeat the threshold (ties, above all) overflow it: then
 ``_scan`` for REPAIR goes over that part again and cuts the list to its k best whenever it is full, whose last becomes
-the threshold. Parts share the positions before the last position that the bias lets through (`read_end`). ``_finish``
+the threshold. Parts share the positions before the last position that the bias lets through (`part_of`). ``_finish``
 joins the lists, cuts them to k and ranks the rest by counting. Entries are 64-bit, the score's bits in sortable form
 above the complement of the position, so that ties go to the lowest position. At T=20, 480p/16, Ck=128 that is twice
 13.4 Gflop and no more bytes than two reads of the keys; the scores never exist.
@@ -36,7 +36,7 @@ from vosops.triton.memory_scores import (
     load_vector,
     of_batch,
     options_of,
-    read_end,
+    part_of,
     score_operands,
     scores_of_queries,
     splits_for,
@@ -178,10 +178,7 @@ def _scan(
         query, p, query_c, query_p, query_end, 0, C, SQUARES, True, WIDE, BLOCK_C
     )
     row_bias = load_vector(of_batch(query_bias, n, query_bias_n), p, P, 0.0)
-    end = read_end(ends, n, M)
-    part_steps = tl.cdiv(tl.cdiv(end, BLOCK_M), parts)
-    begin = part * part_steps * BLOCK_M
-    end = tl.minimum(begin + part_steps * BLOCK_M, end)
+    begin, end = part_of(ends, n, M, part, parts, BLOCK_M)
     if MODE == MAXIMA:
         greatest = tl.full((BLOCK_P, BLOCK_M), LEAST, tl.int32)
     else:
