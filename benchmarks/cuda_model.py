@@ -68,7 +68,7 @@ RESULTS = ROOT / "benchmarks/results/cuda_model"
 PATHS, LAUNCHES = RESULTS / "paths.json", RESULTS / "launches.json"
 HOT_FIGURES = ("instructions per product", "instructions per copy", "bytes per FLOP")
 GOALS = {"instructions per product": 5.0, "instructions per copy": 12.0}
-LIMITED = {reference.kernel for reference in REFERENCES if not reference.backward}
+LIMITED = {reference.kernel for reference in REFERENCES if reference.limited}
 """Kernels whose tiles have limits."""
 
 FLOPS = {"HMMA.16816": 4096, "HMMA.1688": 2048, "FFMA2": 128, "FFMA": 64}

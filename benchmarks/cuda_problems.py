@@ -61,7 +61,7 @@ class Reference:
         architecture: of the emulated device.
         cards: for which times are predicted.
         mine: of the launches of this name in a call, by their number, those that the reference stands for.
-        backward: it has no limits.
+        limited: whether the tables hold limits of its tiles.
         reason: why a goal is not met, if it is not.
     """
 
@@ -81,7 +81,7 @@ class Reference:
     architecture: str = "90"
     cards: tuple[Card, ...] = CARDS
     mine: Callable[[int], bool] = lambda number: True
-    backward: bool = False
+    limited: bool = True
     reason: str = ""
 
     @property
@@ -268,7 +268,7 @@ FORWARD = (
         floor=0,
         predicted_for="random",
         unit="short_join",
-        backward=True,
+        limited=False,
     ),
     Reference(
         "global_conv",
@@ -361,7 +361,7 @@ _CELLS = 128 * 30 * 54
 
 
 def _backward(*arguments: Any, **more: Any) -> Reference:
-    return Reference(*arguments, orders=("random",), predicted_for="random", backward=True, **more)
+    return Reference(*arguments, orders=("random",), predicted_for="random", limited=False, **more)
 
 
 def _read_part(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_model, cuda_report, sass
+from benchmarks import cuda_model, cuda_problems, cuda_report, sass
 
 ROOT = Path(__file__).parents[2]
 
@@ -247,7 +247,7 @@ def test_every_reference_is_launched_on_every_size_of_card():
 
 def test_every_kernel_of_a_backward_op_that_walks_tiles_is_a_reference():
     """What is left out is counted as bytes: copies, sums and sorting around them."""
-    modelled = {reference.kernel.split("<")[0] for reference in cuda_model.REFERENCES if reference.backward}
+    modelled = {reference.kernel.split("<")[0] for reference in cuda_problems.BACKWARD}
     assert modelled >= {
         *(f"memory_read_backward: {name}_kernel" for name in ("weights", "ds", "product")),
         *(f"matching_backward: {name}_kernel" for name in ("query", "chunk")),
