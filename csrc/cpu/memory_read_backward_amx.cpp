@@ -23,8 +23,8 @@
 // have; so that nothing is added to it, factors and constants of the scores are sums of two float32.
 //
 // Floor: 4 (C + O Cv) + 2 C operations per pair of query and position, times the products of their pieces,
-// at the engine's rate. More than 800 lines: both steps share the layouts of the packed panels. Bytes per
-// pair through the third-level cache, of pieces of 2 bytes: 4 (C + O Cv) / kPositions, and 8 of W and dS.
+// at the engine's rate. Bytes per pair through the third-level cache, of pieces of 2 bytes: 4 (C + O Cv) /
+// kPositions, and 8 of W and dS. More than 800 lines: both steps share the layouts of the packed panels.
 #if defined(VOSOPS_AMX)
 
 #include <torch/csrc/stable/ops.h>

@@ -3,8 +3,8 @@
 The layers of `networks/layers/attention.py` keep their parameters; what is replaced is how they attend. Written from
 the papers (Yang et al., AOT, NeurIPS 2021; Yang and Yang, DeAOT, NeurIPS 2022) and from the layers' results. Dropout
 that is on, a dilation other than 1, options that are not known and long-term attention to very small maps on a CPU run
-as before. Weights come back as tensors that are
-built where something looks at them, which nothing in the networks does.
+as before. Weights come back as tensors that are built where something looks at them, which nothing in the networks
+does.
 """
 
 from __future__ import annotations

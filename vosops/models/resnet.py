@@ -80,9 +80,8 @@ class ResNet50Encoder(nn.Module):
 
     def last(self, frame: Tensor, *masks: Tensor) -> Tensor:
         """Return the last stage's map alone; the others are freed as soon as they have been used."""
-        if (
-            torch.is_grad_enabled()
-        ):  # which keep the other maps anyway; as a module, so that `recompute` applies
+        # Gradients keep the other maps anyway; called as a module, so that `recompute` applies.
+        if torch.is_grad_enabled():
             maps: list[Tensor] = self(frame, *masks)
             return maps[-1]
         for x in self.stages(frame, *masks):  # noqa: B007
