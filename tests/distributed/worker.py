@@ -1,6 +1,6 @@
-"""A rank of the tests: runs the cases in groups of 1, 2, 3 and 4 ranks and writes what it found.
+"""The ranks of the tests: each runs the cases in groups of 1, 2, 3 and 4 ranks and writes what it found.
 
-python -m tests.distributed.worker RANK FOLDER
+python -m tests.distributed.worker FOLDER
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which DTensor would import in every rank
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import vosops.distributed
 from tests.distributed import cases, sequences
@@ -66,9 +70,6 @@ def disagreements(rank: int, group: Any) -> dict[str, tuple[str, str]]:
 
 def tensors_of_a_mesh(rank: int) -> dict[str, Any]:
     """The case "top_k" with DTensors."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
     mesh = init_device_mesh("cpu", (RANKS,))
     random = torch.Generator().manual_seed(len("top_k"))
     shapes = ((cases.N, cases.CK, *cases.Q), (cases.N, cases.CK, cases.T, cases.H, cases.W))
@@ -170,5 +171,25 @@ def main(rank: int, folder: Path) -> None:
     os._exit(0)  # the group cannot be destroyed in order any more
 
 
+def start(folder: Path) -> None:
+    """Fork the ranks, which costs the imports once, and wait for all that end."""
+    ranks = {}
+    for rank in range(RANKS):
+        if child := os.fork():
+            ranks[rank] = child
+            continue
+        log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            main(rank, folder)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    for rank, child in ranks.items():
+        if rank != HANGING:
+            os.waitpid(child, 0)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    start(Path(sys.argv[1]))
