@@ -581,8 +581,7 @@ def _examine_named(name: str, target: str) -> Row:
 def jobs(targets: list[str], *, sampled: bool = False) -> list[tuple[str, str]]:
     """Return what there is to compile: (case, target).
 
-    A sample is one configuration of each kernel: on every target that has it if it multiplies on tensor cores, which
-    have other instructions on each, else on one target after the other.
+    A sample is one configuration of each kernel, on one target after the other.
     """
     if not sampled:
         return [(case.name, target) for target in targets for case in cases(target)]
@@ -592,11 +591,7 @@ def jobs(targets: list[str], *, sampled: bool = False) -> list[tuple[str, str]]:
             first, able = kernels.setdefault(case.kernel, (case, []))
             if first.name == case.name:
                 able.append(target)
-    taken = []
-    for position, (case, able) in enumerate(kernels.values()):
-        chosen = able if case.tensor_cores else [able[position % len(able)]]
-        taken += [(case.name, target) for target in chosen]
-    return taken
+    return [(case.name, able[i % len(able)]) for i, (case, able) in enumerate(kernels.values())]
 
 
 def report(targets: list[str], processes: int, *, sampled: bool = False) -> list[Row]:

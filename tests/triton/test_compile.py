@@ -198,12 +198,11 @@ def test_a_table_is_read_as_it_was_written(report):
     assert len([line for line in text.splitlines() if "memory read" in line]) == 1
 
 
-def test_the_sample_has_every_kernel_and_every_product_on_every_target(report):
+def test_the_sample_has_every_kernel_and_products_on_every_target(report):
     targets = list(report.NVIDIA)
     cases = {(case.name, target): case for target in targets for case in report.cases(target)}
     taken = report.jobs(targets, sampled=True)
-    assert {cases[job].kernel for job in taken} == {case.kernel for case in cases.values()}
+    kernels = {case.kernel for case in cases.values()}
+    assert {cases[job].kernel for job in taken} == kernels and len(taken) == len(kernels)
     assert {target for _, target in taken} == set(targets)
-    multiplying = {(case.kernel, target) for (_, target), case in cases.items() if case.tensor_cores}
-    assert {(cases[job].kernel, job[1]) for job in taken} >= multiplying
-    assert len(taken) < len(cases) / 2
+    assert {target for name, target in taken if cases[name, target].tensor_cores} == set(targets)
