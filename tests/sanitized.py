@@ -30,7 +30,8 @@ SLOW_ELSEWHERE = "not compile and not export and not opcheck and not second"
 """Tests that trace, or call a kernel thousands of times with one size; they run no code that others do not."""
 
 QUICK = f"({SLOW_ELSEWHERE}) and (core or gather or select or amx)"
-BUILD_SECONDS, TEST_SECONDS = 1800, 1800
+BUILD_SECONDS, TEST_SECONDS = 1800, 7200
+"""At most; the twin's tests, the slowest, take about half an hour of a core."""
 
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None"
 """Python that keeps Triton, a large compiler that no sanitized test needs, out of its process."""
