@@ -34,9 +34,8 @@ constexpr int kTaps = 3;   // of a filter
 constexpr int kPositions = kPatch * kPatch;
 constexpr int kFilter = kTaps * kTaps;
 // Output rows of a task: whole panels of keys, whole channels of four gates. Processors with AMX have 2 MB of
-// second-level cache a core, where the products of 48 rows stay (1.4 MB). Each task reads a band's input from
-// the third level: conv_lstm of 256 channels at 30x54 took 52 ms, 44 with prefetching, 39 with 48 rows as
-// well (one thread of an Intel Xeon).
+// second-level cache a core, where the products of 48 rows stay (1.4 MB), so that a band's input is read from
+// the third level half as often (docs/performance.md has what that and prefetching gain).
 constexpr int kBlockKeys = kPrefetches ? 48 : 24;
 constexpr int kBlockPanels = kBlockKeys / kKeyPanel;
 constexpr int64_t kBandTiles = 192;                 // tiles of a band at most, unless one tile row has more
