@@ -121,7 +121,7 @@ def _without_gpu() -> Iterator[None]:
 
     from_file = torch.load
     with (
-        replaced(torch.Tensor, cuda=stays),
+        replaced(torch.Tensor, cuda=stays, pin_memory=stays),
         replaced(nn.Module, cuda=stays),
         replaced(torch, load=load),
         replaced(torch.cuda, set_device=nothing, empty_cache=nothing),
