@@ -27,7 +27,8 @@ The time of a launch is at least
 
 where `tiles of a warp` are those of the block that has most, and `blocks` those of the multiprocessor that has most; or
 the bytes that the kernel must move over the card's bandwidth, if that takes longer. Latencies come on top; so do the
-copies around the kernel, which are counted as bytes over the bandwidth, and START seconds for each launch.
+copies around the kernel, which are counted as bytes over the bandwidth, and START seconds for each launch. PyTorch's
+kernels count as their operations at the data sheet's rate or their bytes, whichever takes longer, and launches.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,13 @@ from benchmarks.cuda_problems import (  # noqa: E402
     REFERENCES,
     TILE,
     Card,
+    Library,
     Reference,
 )
 from benchmarks.sass import Block, Region, blocks, loops, regions  # noqa: E402
 
-__all__ = ["CARDS", "H100_BYTES", "H100_FLOPS", "PIXELS", "PLACES", "REFERENCES", "TILE", "Card", "Reference"]
+__all__ = ["CARDS", "H100_BYTES", "H100_FLOPS", "PIXELS", "PLACES", "REFERENCES", "TILE"]
+__all__ += ["Card", "Library", "Reference"]
 
 RESULTS = ROOT / "benchmarks/results/cuda_model"
 PATHS, LAUNCHES = RESULTS / "paths.json", RESULTS / "launches.json"
@@ -438,6 +441,18 @@ def predict(
     if moving > busy:
         return Prediction(first, waves, full, moving + around, "memory")
     return Prediction(first, waves, full, busy + around, bound)
+
+
+def library_seconds(library: Library, card: Card) -> float:
+    """Return the least time of PyTorch's kernels on a card."""
+    work = max(library.flops / card.flops, library.moved / card.bytes_per_second)
+    return work + START * library.launches
+
+
+def floor_of(references: Sequence[Reference]) -> float:
+    """Return the floor of a problem, of all its kernels."""
+    libraries = sum(library.floor for reference in references for library in reference.libraries)
+    return references[0].whole or libraries + sum(reference.floor for reference in references)
 
 
 def _numbers_of(reference: Reference, count_: int) -> list[int]:

@@ -7,7 +7,7 @@ launches. Forward kernels and `memory_select` have limits; backward kernels are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,22 +24,46 @@ class Card:
     clock: float
     cycles_of_product: float
     bytes_per_second: float
+    flops: float
     cycles_of_fma: float = 1.0
 
 
 CARDS = (
-    Card("A100", 108, 1.41e9, 8.0, 1.56e12, cycles_of_fma=2.0),
-    Card("H100 PCIe", 114, 1.755e9, 6.5, 2.0e12),
-    Card("H100 SXM", 132, 1.755e9, 6.5, 3.35e12),
+    Card("A100", 108, 1.41e9, 8.0, 1.56e12, 312e12, cycles_of_fma=2.0),
+    Card("H100 PCIe", 114, 1.755e9, 6.5, 2.0e12, 756e12),
+    Card("H100 SXM", 132, 1.755e9, 6.5, 3.35e12, 989e12),
 )
 """mma.sync with 16 bits: 16 x 8 x 16 in 8 cycles of one of Ampere's four tensor cores, about 6.5 of Hopper's. FFMA: a
-quarter of a multiprocessor has 16 lanes for it on an A100, 32 on an H100."""
+quarter of a multiprocessor has 16 lanes for it on an A100, 32 on an H100. The operations a second are the data sheets'
+for dense 16-bit products, which only libraries reach that use Hopper's own instructions."""
 
 SMALL_CARDS = (
-    Card("A10", 72, 1.695e9, 16.0, 0.6e12),
-    Card("RTX 4090", 128, 2.52e9, 32.0, 1.008e12),
+    Card("A10", 72, 1.695e9, 16.0, 0.6e12, 125e12),
+    Card("RTX 4090", 128, 2.52e9, 32.0, 1.008e12, 165e12),
 )
 """Of compute capability 8.6 and 8.9, with 99 KB of shared memory for a block; 125 and 165 TFLOP/s, sums in float32."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Kernels of PyTorch that a problem needs besides ours: their code is not counted, only their work is.
+
+    Attributes:
+        name: what they do.
+        moved: bytes that they read and write.
+        flops: of tensor cores.
+        launches: how many they are.
+    """
+
+    name: str
+    moved: float
+    flops: float = 0
+    launches: int = 1
+
+    @property
+    def floor(self) -> float:
+        """Seconds on an H100, of products or memory, whichever takes longer."""
+        return _floor(self.flops, self.moved)
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,8 @@ class Reference:
         mine: of the launches of this name in a call, by their number, those that the reference stands for.
         limited: whether the tables hold limits of its tiles.
         reason: why a goal is not met, if it is not.
+        libraries: what PyTorch does in the problem; of several references of one problem, one has it.
+        whole: the floor of the problem in one kernel, where it has several; else it is the sum of their floors.
     """
 
     op: str
@@ -83,6 +109,8 @@ class Reference:
     mine: Callable[[int], bool] = lambda number: True
     limited: bool = True
     reason: str = ""
+    libraries: tuple[Library, ...] = ()
+    whole: float = 0
 
     @property
     def short_kernel(self) -> str:
@@ -174,6 +202,44 @@ def _conv(channels: int, out: int) -> None:
     ops().global_conv_split(x, down, across, None, None, None, "ieee")
 
 
+def _both_convs(channels: int, out: int) -> None:
+    import torch
+
+    last = torch.channels_last
+    _conv(channels, out)
+    middle = _numbers(1, 2 * out, 15, 27).contiguous(memory_format=last)
+    across = _numbers(out, out, 1, 7).contiguous(memory_format=last)
+    down = _numbers(out, out, 7, 1).contiguous(memory_format=last)
+    ops().global_conv_merge(middle, across, down, None, "ieee")
+
+
+def _usage(queries: int, memory: int) -> None:
+    import torch
+
+    query, key = _numbers(1, 128, queries), _numbers(1, 128, memory)
+    lse = torch.full((1, queries), 8.0)
+    ops().memory_usage(query, key, None, None, None, 128**-0.5, "ieee", lse)
+
+
+def _attend(heads: int) -> None:
+    """Call both pieces as `local_attention` does in 16 bits, of which it makes float32 scores."""
+    import torch
+
+    maps = torch.ones(heads, 32, 31, 54)
+    ops().local_attention_dot(maps, maps, 7, 1)
+    ops().local_attention_weigh(torch.ones(heads, 225, 31, 54), maps.bfloat16(), 7, 1)
+
+
+def _correlate(height: int, width: int, patch: int) -> None:
+    maps = _numbers(1, 64, height, width)
+    ops().local_correlation(maps, maps, [patch] * 2, [1, 1], [0, 0], [1, 1])
+
+
+def _cell_update(channels: int, height: int, width: int) -> None:
+    cell = _numbers(1, channels, height, width)
+    ops().conv_lstm_pointwise(_numbers(1, 4 * channels, height, width), None, cell, 1.0)
+
+
 H100_FLOPS, H100_BYTES = 989e12, 3.35e12
 PIXELS, PLACES = 120 * 214, 1620
 CHOSEN = 30 * PLACES
@@ -182,11 +248,20 @@ CHOSEN_ROWS = 20 * PLACES * (1 - math.exp(-CHOSEN / (20 * PLACES)))
 """Positions among them, each counted once, of random data."""
 
 
+_WINDOW, _HEADS, _MAP = 15 * 15, 8, 31 * 54
+_SCORES, _ENTRIES_OF_MAPS = _HEADS * _MAP * _WINDOW, _HEADS * _MAP * 32
+"""Of local attention at 480p/16: those of all heads; entries of a map of all channels."""
+_CELLS = 128 * 30 * 54
+_GATES_WEIGHT = 4 * 128 * 2 * 128 * 9
+
+
 def _floor(flops: float, moved: float = 0) -> float:
     return max(flops / H100_FLOPS, moved / H100_BYTES)
 
 
 TOP_30 = "480p, 20 frames, top 30, values channel-last"
+CONV = "4096 channels of 15 x 27, 2 x 256 between, 256 outputs, k = 7, channels_last"
+CELL = "a step of 128 channels, 30 x 54"
 _SELECT_SHAPE = 2 * PLACES * 20 * PLACES * 64
 
 FORWARD = (
@@ -272,15 +347,99 @@ FORWARD = (
     ),
     Reference(
         "global_conv",
-        "4096 channels of 15 x 27, 2 x 256 outputs, channels_last",
+        CONV,
         "global_conv: kernel<ByTensorCores<BFloat16, 0, 2> >",
         lambda worst: _conv(512, 64),
-        lambda: _conv(4096, 256),
-        lambda blocks, _: math.ceil(128 / (blocks // 8)) * 7,
-        floor=_floor(2 * 405 * 4096 * 7 * 512, (2 * 256 * 4096 * 7 + 405 * 4096) * 2),
+        lambda: _both_convs(4096, 256),
+        # Of both lines of the first stage at once, 128 chunks of channels; of the second, 2 x 8.
+        lambda blocks, number: math.ceil((16, 128)[number == 0] / (blocks // (4, 8)[number == 0])) * 7,
+        floor=_floor(2 * 405 * (4096 + 256) * 7 * 512, (512 * (4096 + 256) * 7 + 405 * (4096 + 256)) * 2),
         multiprocessors=4,
         reason="seven tiles share a chunk of x, which leaves a thread three vectors a tile: each row of x is looked up "
         "for its place and whether it is in the map, and the weights' addresses are computed anew for each chunk",
+    ),
+    Reference(
+        "memory_usage",
+        "480p, 20 frames, 128 channels",
+        "memory_usage: usage_kernel<TensorTile<BFloat16, 0> >",
+        lambda worst: _usage(PLACES, 256),
+        lambda: _usage(PLACES, 20 * PLACES),
+        lambda blocks, _: math.ceil(math.ceil(PLACES / 64) / (blocks // math.ceil(20 * PLACES / 128))),
+        floor=_floor(2 * PLACES * 20 * PLACES * 128, 21 * PLACES * (128 * 2 + 4)),
+        streamed=21 * PLACES * (128 * 2 * 2 + 4),
+        orders=("random",),
+        predicted_for="random",
+        reason="each of a thread's 32 scores takes 13 instructions (two FMAs, exp2 and its scaling, a branch for "
+        "queries that read nothing), 6.5 a product where 128 channels give 64; the places of its four queries' biases "
+        "are computed anew in each tile, 2 more",
+    ),
+    *(
+        Reference(
+            "local_attention",
+            "31 x 54, 256 channels, 8 heads, radius 7, with a bias",
+            f"local_attention: {kernel}",
+            lambda worst: _attend(1),
+            lambda: _attend(_HEADS),
+            lambda blocks, _, tiles=tiles: tiles,  # type: ignore[misc]
+            floor=_floor(0, 4 * _SCORES + 2 * size * _ENTRIES_OF_MAPS),
+            moved=4 * _SCORES + 2 * size * _ENTRIES_OF_MAPS,
+            orders=("random",),
+            predicted_for="random",
+            libraries=libraries,
+            reason=reason,
+            whole=_floor(4 * _SCORES * 32, 2 * 4 * _ENTRIES_OF_MAPS),
+        )
+        for kernel, size, tiles, libraries, reason in (
+            ("dot_kernel<float>", 4, 1, (), ""),
+            (
+                "weigh_kernel<BFloat16>",
+                2,
+                18,
+                (
+                    Library("conversion to float32 and scale", _ENTRIES_OF_MAPS * (2 * 6 + 8), launches=3),
+                    Library("addition of the bias", _SCORES * 8, launches=2),
+                    Library("test of what lies outside of the map", _MAP * _WINDOW, launches=13),
+                    Library("masked_fill", _SCORES * 16, launches=2),
+                    Library("softmax", _SCORES * 8),
+                ),
+                "numbers of 16 bits are loaded, converted and stored where float32 is copied asynchronously, 1.6 "
+                "instructions more for each of a step's 102 products on sm_90",
+            ),
+        )
+    ),
+    Reference(
+        "local_correlation",
+        "480p, 64 channels, 31 x 31 displacements",
+        "local_correlation: correlate_kernel<BFloat16>",
+        # Of 16 x 16 displacements as many leave a map of 62 rows as of 31 x 31 one of 120.
+        lambda worst: _correlate(62, 64, 16),
+        lambda: _correlate(120, 214, 31),
+        lambda blocks, _: 31 / 32,  # warps, of which each has a row of the displacements
+        floor=_floor(2 * PIXELS * 31 * 31 * 64, PIXELS * (31 * 31 * 2 + 2 * 64 * 2)),
+        moved=PIXELS * (31 * 31 * 2 + 2 * 64 * 2),
+        orders=("random",),
+        predicted_for="random",
+        reason="of 202 instructions that 16 displacements take for a channel on sm_90, 50 load, convert and multiply; "
+        "the rest makes each one's 64-bit address, and tests whether it lies in the map, anew for every channel",
+    ),
+    Reference(
+        "conv_lstm",
+        CELL,
+        "conv_lstm: forward_kernel<4, BFloat16, BFloat16>",
+        lambda worst: _cell_update(32, 8, 16),
+        lambda: _cell_update(128, 30, 54),
+        lambda blocks, _: 1,
+        floor=_floor(0, 2 * 11 * _CELLS),
+        moved=2 * 11 * _CELLS,
+        orders=("random",),
+        predicted_for="random",
+        limited=False,
+        libraries=(
+            Library("concatenation of x and h", 2 * 2 * 2 * _CELLS),
+            Library("convolution", 2 * ((2 + 4) * _CELLS + _GATES_WEIGHT), 2 * 30 * 54 * _GATES_WEIGHT),
+            Library("addition of the bias", 2 * 2 * 4 * _CELLS),
+        ),
+        whole=_floor(2 * 30 * 54 * _GATES_WEIGHT, 2 * (5 * _CELLS + _GATES_WEIGHT)),
     ),
 )
 
@@ -315,11 +474,12 @@ def _conv_weight(channels: int, out: int) -> None:
     ops().global_conv_weight(x, grad, 7, 1, "ieee")
 
 
-def _attention(heads: int, weigh: bool) -> None:
+def _attention(heads: int, dtype: str) -> None:
+    """Take the gradient of the weights, in the value's dtype, or of the query or key, in float32."""
     import torch
 
-    maps = torch.ones(heads, 32, 31, 54, dtype=torch.bfloat16)
-    if weigh:
+    maps = torch.ones(heads, 32, 31, 54, dtype=getattr(torch, dtype))
+    if dtype == "float32":
         ops().local_attention_weigh(torch.ones(heads, 225, 31, 54), maps, 7, 1)
     else:
         ops().local_attention_dot(maps, maps, 7, 1)
@@ -356,8 +516,6 @@ _WEIGHTS = _BATCH * _PLACES * _MEMORY
 """Of XMem's training read: crops of 384 x 384, three frames, three objects."""
 _ENTRIES = 3 * 60 * 107
 """Of matching in training: three objects on 60 x 107 pixels, a nearest pixel each."""
-_WINDOW, _HEADS, _MAP = 15 * 15, 8, 31 * 54
-_CELLS = 128 * 30 * 54
 
 
 def _backward(*arguments: Any, **more: Any) -> Reference:
@@ -453,16 +611,16 @@ BACKWARD = (
         _backward(
             f"local_attention_{name}",
             "31 x 54, 256 channels, 8 heads, radius 7",
-            f"local_attention: {kernel}<BFloat16>",
-            lambda worst, weigh=weigh: _attention(1, weigh),  # type: ignore[misc]
-            lambda weigh=weigh: _attention(_HEADS, weigh),  # type: ignore[misc]
+            f"local_attention: {kernel}",
+            lambda worst, dtype=dtype: _attention(1, dtype),  # type: ignore[misc]
+            lambda dtype=dtype: _attention(_HEADS, dtype),  # type: ignore[misc]
             lambda blocks, _, tiles=tiles: tiles,  # type: ignore[misc]
-            floor=_floor(2 * _HEADS * _MAP * _WINDOW * 32, _HEADS * _MAP * (_WINDOW * 4 + 2 * 32 * 2)),
-            moved=_HEADS * _MAP * (_WINDOW * 4 + 2 * 32 * 2),
+            floor=_floor(2 * _SCORES * 32, 4 * _SCORES + 2 * size * _ENTRIES_OF_MAPS),
+            moved=4 * _SCORES + 2 * size * _ENTRIES_OF_MAPS,
         )
-        for name, kernel, weigh, tiles in (
-            ("dot", "dot_kernel", False, 1),
-            ("weigh", "weigh_kernel", True, 18),
+        for name, kernel, dtype, size, tiles in (
+            ("dot", "dot_kernel<BFloat16>", "bfloat16", 2, 1),
+            ("weigh", "weigh_kernel<float>", "float32", 4, 18),
         )
     ),
     *(
@@ -481,7 +639,7 @@ BACKWARD = (
     ),
     _backward(
         "conv_lstm_pointwise_backward",
-        "a step of 128 channels, 30 x 54",
+        CELL,
         "conv_lstm: backward_kernel<4, BFloat16, BFloat16>",
         lambda worst: _lstm(32, 8, 16),
         lambda: _lstm(128, 30, 54),
@@ -494,3 +652,52 @@ BACKWARD = (
 )
 
 REFERENCES = (*FORWARD, *BACKWARD)
+
+# ---- What has no row of its own ----
+
+PARTS: Mapping[str, str] = {
+    "global_conv_split": "global_conv",
+    "global_conv_merge": "global_conv",
+    "conv_lstm_pointwise": "conv_lstm",
+    "memory_gather": "memory_select",
+    "local_attention_spread": "local_attention_weigh",
+}
+"""Op of the library -> the reference whose time has it, or whose kernel serves it for as many products."""
+
+_ROWS = "queries and keys as rows of channels, read and written"
+_PACKED = "maps as rows of channels, with their squares, read and written"
+_SHARES = "the results of shares, which stay in the second-level cache: its launch alone"
+_ENDS = "the biases at both ends of the memory: its launch alone"
+
+ONLY_BYTES: Mapping[str, str] = {
+    **{f"memory_{op}: rows_kernel": _ROWS for op in ("read", "read_backward", "select", "usage")},
+    **{f"memory_{op}: span_kernel": _ENDS for op in ("read", "read_backward", "select", "usage")},
+    **{
+        f"{op}: rows_kernel": "maps that are not channels_last"
+        for op in ("global_conv", "global_conv_weight")
+    },
+    "global_conv: weight_kernel": "weights that are not channels_last",
+    "global_conv: sum_kernel": _SHARES,
+    "global_conv_weight: sum_kernel": _SHARES,
+    "memory_read: merge_kernel": _SHARES,
+    "memory_usage: sum_kernel": _SHARES,
+    "global_matching: merge_kernel": _SHARES,
+    "global_matching: count_kernel": "the masks: its launch alone",
+    "global_matching: place_kernel": "the masks, and the places of their pixels",
+    **{f"{op}: pack_kernel": _PACKED for op in ("global_matching", "local_matching", "matching_backward")},
+    **{f"{op}_matching: finish_kernel": "the rows of the chosen keys, read" for op in ("global", "local")},
+    "matching_backward: join_kernel": "the sums of keys that several chunks share",
+    "matching_backward: unpack_kernel": "gradients as maps, read and written",
+    "memory_select: gather_kernel": "the chosen rows of the values, read; the results, written",
+    "memory_read_backward: delta_kernel": "results and their gradients, read",
+    "memory_read_backward: query_rows_kernel": "columns of queries, of a bias",
+    "memory_read_backward: key_rows_kernel": "columns of keys, of a bias and of a shrinkage",
+    "memory_read_backward: finish_kernel": "gradients of keys, of a bias and of a shrinkage, read and written",
+}
+"""Kernel -> what it moves, as which it is counted in the time of its op: it multiplies next to nothing."""
+
+OTHER_PROBLEMS: Mapping[str, str] = {
+    **{f"{op}: fma::kernel": "float32" for op in ("global_matching", "local_matching", "memory_read")},
+    "local_matching: tensor::kernel": "several objects, or several radii",
+}
+"""Kernel that no problem here comes to -> what it is for."""

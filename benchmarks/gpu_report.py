@@ -294,7 +294,10 @@ object:
     products      HMMA (of a kernel without them FFMA) of a tile * cycles of one / {cuda_model.SCHEDULERS}
     shared memory bytes of a tile / {cuda_model.SHARED_BYTES_A_CYCLE}, those through the first-level cache included
 
-or, where that takes longer, the bytes that a kernel must move over the bandwidth, in place of its tiles.
+or, where that takes longer, the bytes that a kernel must move over the bandwidth, in place of its tiles. What PyTorch
+does around our kernels takes at least its bytes over the bandwidth, or its operations at the data sheet's rate, and
+{cuda_model.START * 1e6:.0f} us a launch; bytes that stay in the second-level cache count as if they did not. The
+scores of `local_attention` are float32 in any dtype.
 
 {{cards}}. The floor is the useful operations at an H100's {cuda_model.H100_FLOPS / 1e12:.0f} TFLOP/s, or the bytes at
 {cuda_model.H100_BYTES / 1e12:.2f} TB/s. A prediction is a lower bound: latencies that a kernel does not hide come on
@@ -304,13 +307,31 @@ REASONS = "Goals that are not met, and why:"
 
 BACKWARD = """### Gradients
 
-The same of the kernels of the backward ops, which are reported and have no limits; those of `local_attention` serve
-both directions. What `global_conv` does for the gradient of its input is the kernel above. A kernel's launches are
-counted as its own, and what no row stands for in the first of an op. Data are random. Where a warp has one tile, both
-sides of a branch count (with a bias and without one), so that such a time may also be above the least one."""
+The same of the kernels of the backward ops, which are reported and have no limits. What `global_conv` does for the
+gradient of its input is the kernel above. A kernel's launches are counted as its own, and what no row stands for in the
+first of an op. Data are random. Where a warp has one tile, here as above, both sides of a branch count (of the cell
+update of `conv_lstm` with a second summand and without one), so that such a time may also be above the least one."""
+
+WITHOUT_TILES = """### What has no row of its own
+
+These ops of the library are in the time of another one, or are served by its kernel for as many products:
+
+{parts}
+
+These kernels move bytes and multiply next to nothing: in the times above they are launches, and bytes over the
+bandwidth where these do not stay in the second-level cache.
+
+{bytes}
+
+No problem above comes to these:
+
+{others}
+
+`soft_aggregate` and `conv3x3` have no kernel in CUDA C++: PyTorch serves them."""
 
 BENCHMARKED = {"memory_select": "memory_read", "matching_backward": "local_matching"}
 """The op by which a kernel is timed, where the names do not say it."""
+NOT_TIMED_ALONE = {"memory_usage"}
 
 
 def measured(reports: Sequence[Report], reference: cuda_model.Reference, card: str) -> str:
@@ -318,6 +339,8 @@ def measured(reports: Sequence[Report], reference: cuda_model.Reference, card: s
 
     Of a backward kernel it is that of the op and its gradients together.
     """
+    if reference.op in NOT_TIMED_ALONE:
+        return "not alone"
     backward = reference in cuda_problems.BACKWARD
     op = BENCHMARKED.get(reference.op) or max(
         (op for op in (*OPS, "memory_gather") if reference.op.startswith(op)), key=len
@@ -356,8 +379,31 @@ def predicted(
 
 def named(reference: cuda_model.Reference) -> str:
     """Return a problem's name, with the kernel where there are several."""
-    kernel = f": `{reference.kernel.split(': ')[1]}`" if len(cuda_model.parts(reference)) > 1 else ""
+    several = len(cuda_model.parts(reference)) > 1 or reference.libraries
+    kernel = f": `{reference.kernel.split(': ')[1]}`" if several else ""
     return f"`{reference.op}`, {reference.problem}{kernel}"
+
+
+def seconds_of(
+    rows: cuda_report.Table, references: Sequence[cuda_model.Reference], card: cuda_model.Card
+) -> float:
+    """Return the predicted time of a problem, of all its kernels."""
+    ours = sum(predicted(rows, reference, card).seconds for reference in references)
+    return ours + libraries_seconds(references, card)
+
+
+def libraries_seconds(references: Sequence[cuda_model.Reference], card: cuda_model.Card) -> float:
+    """Return the least time of PyTorch's kernels in a problem."""
+    libraries = [library for reference in references for library in reference.libraries]
+    return sum(cuda_model.library_seconds(library, card) for library in libraries)
+
+
+def libraries_in_words(libraries: Sequence[cuda_model.Library]) -> str:
+    """Return what PyTorch does, and in how many launches."""
+    *names, last = [library.name for library in libraries]
+    return (
+        f"PyTorch's {', '.join(names)} and {last} ({sum(library.launches for library in libraries)} launches)"
+    )
 
 
 def times_of(
@@ -380,22 +426,32 @@ def times_of(
                     measured(reports, reference, card.name),
                 ]
             )
-        together = cuda_model.parts(reference)
-        if len(together) == 1 or reference is not together[-1]:
-            continue
-        for card in reference.cards:
-            floor = sum(part.floor for part in together)
-            seconds = sum(predicted(rows, part, card).seconds for part in together)
-            found.append(
+        if reference.libraries:
+            floor = sum(library.floor for library in reference.libraries)
+            found += [
                 [
-                    f"`{reference.op}`, {reference.problem}: together",
+                    f"`{reference.op}`, {reference.problem}: {libraries_in_words(reference.libraries)}",
                     f"{card.name} ({card.multiprocessors})",
                     duration(floor) if "H100" in card.name else "",
-                    duration(seconds),
-                    *("", "", ""),
-                    measured(reports, reference, card.name),
+                    duration(libraries_seconds([reference], card)),
+                    *("", "", "", ""),
                 ]
-            )
+                for card in reference.cards
+            ]
+        together = cuda_model.parts(reference)
+        if reference is not together[-1] or (len(together) == 1 and not reference.libraries):
+            continue
+        found += [
+            [
+                f"`{reference.op}`, {reference.problem}: together",
+                f"{card.name} ({card.multiprocessors})",
+                duration(cuda_model.floor_of(together)) if "H100" in card.name else "",
+                duration(seconds_of(rows, together, card)),
+                *("", "", ""),
+                measured(reports, reference, card.name),
+            ]
+            for card in reference.cards
+        ]
     names = ["card (multiprocessors)", "floor", "predicted", "bound by", "blocks", "waves", "measured"]
     return table(["problem", *names], found)
 
@@ -433,13 +489,23 @@ def predictions(reports: Sequence[Report]) -> str:
             BACKWARD,
             times_of(rows, cuda_problems.BACKWARD, reports),
             tiles_of(rows, cuda_problems.BACKWARD),
+            without_tiles(),
         ]
+    )
+
+
+def without_tiles() -> str:
+    """Return what the model counts as a part of something else, or not at all."""
+    parts = [[f"`{op}`", f"`{of}`"] for op, of in sorted(cuda_problems.PARTS.items())]
+    kernels = [[f"`{kernel}`", moved] for kernel, moved in sorted(cuda_problems.ONLY_BYTES.items())]
+    others = "\n".join(f"- `{kernel}`: {why}" for kernel, why in cuda_problems.OTHER_PROBLEMS.items())
+    return WITHOUT_TILES.format(
+        parts=table(["op", "in"], parts), bytes=table(["kernel", "moves"], kernels), others=others
     )
 
 
 READ, TOP_30 = "480p, 20 frames, values channel-last", "480p, 20 frames, top 30, values channel-last"
 LOCAL, GLOBAL = "480p, radius 15, one object", "480p, one object on the whole frame"
-CONV, CELL = "4096 channels of 15 x 27, 2 x 256 outputs, channels_last", "a step of 128 channels, 30 x 54"
 TARGETS = (
     (
         "memory_read",
@@ -457,8 +523,14 @@ TARGETS = (
     ),
     ("local_matching", LOCAL, 30e-6, "105 blocks leave 27 of 132 multiprocessors without work"),
     ("memory_select", TOP_30, 60e-6, "how often a query's buffer is merged depends on the data, here random"),
-    ("global_conv", CONV, 40e-6, "that the copies of x and weights hide behind the products"),
-    ("conv_lstm", CELL, 12e-6, "no model; by graph replay, which leaves out the host"),
+    ("global_conv", cuda_problems.CONV, 40e-6, "that the copies of x and weights hide behind the products"),
+    (
+        "conv_lstm",
+        cuda_problems.CELL,
+        12e-6,
+        "that cuDNN's tiles fill the card: 128 x 128 of the 1620 x 512 gates are 52; by graph replay, which leaves out "
+        "the host",
+    ),
 )
 """Op, problem, seconds on an H100 in bfloat16, and what a prediction below them does not prove."""
 
@@ -475,15 +547,24 @@ def targets() -> str:
     version, loops = triton_model.committed()
     by_triton = {(r.op, r.problem): triton_model.seconds(r, loops[r.case]) for r in triton_model.REFERENCES}
 
+    h100 = cuda_model.CARDS[-1]
+
+    def kernels_of(op: str, problem: str) -> list[cuda_model.Reference]:
+        return [r for r in cuda_problems.FORWARD if (r.op, r.problem) == (op, problem)]
+
     def by_cpp(op: str, problem: str) -> str:
-        kernels = [r for r in cuda_problems.FORWARD if (r.op, r.problem) == (op, problem)]
-        if not kernels:
-            return "no model"
-        return duration(sum(predicted(rows, r, cuda_model.CARDS[-1]).seconds for r in kernels))
+        return duration(seconds_of(rows, kernels_of(op, problem), h100))
 
     def bounds(op: str, problem: str) -> str:
         found = by_triton.get((op, problem))
-        return "no model" if found is None else " to ".join(map(duration, found))
+        if found is not None:
+            return " to ".join(map(duration, found))
+        kernels = kernels_of(op, problem)
+        if any(kernel.limited for kernel in kernels):
+            return "no model"
+        # Kernels that move bytes: any implementation moves as many, with as many launches.
+        moved = sum(kernel.moved / h100.bytes_per_second + cuda_model.START for kernel in kernels)
+        return f"at least {duration(moved + libraries_seconds(kernels, h100))}"
 
     aims = [
         [f"`{op}`, {problem}", duration(target), by_cpp(op, problem), bounds(op, problem), unproved]

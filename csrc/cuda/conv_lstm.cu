@@ -105,6 +105,7 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(Extent extent, Forwar
   using Values = Floats<kEntries>;
   Place<kEntries> p;
   if (!p.find(extent)) return;
+  VISIT(tile, 1);
   Values gates[kGates];
   for (int gate = 0; gate < kGates; ++gate) {
     gates[gate] = Values::load(in.gates.at(p.n, p.outer, gate, p.entry, extent.inner));

@@ -6,9 +6,9 @@
 // Every result is gathered by one thread in a fixed order. A warp is 32 neighbours of a row of outputs or
 // pixels, so that for stride 1 every load is of 32 adjacent entries. correlate: a thread owns one output
 // times 16 displacements in x (16 sums), a warp a row of the patch; weigh: a thread owns a pixel times 16
-// channels. Each FMA needs one load from the first-level cache, which bounds both: a quarter of the FMA rate.
-// Bytes: the output or grad once, maps a few times from L2. At 120 x 214, C = 64, 31 x 31 displacements (3.0
-// GFLOP, 99 MB of output) an H100 needs 30 us for memory, 45 us for FMAs and 180 us for the loads.
+// channels. Each FMA needs one load from the first-level cache: at best a quarter of the FMA rate. Bytes: the
+// output or grad once, maps a few times from L2. At 120 x 214, C = 64, 31 x 31 displacements (3.0 GFLOP,
+// 99 MB of output) an H100 takes 30 us for memory, 45 us for FMAs, 180 us for loads, 700 us for addresses.
 #include <algorithm>
 #include <vector>
 
@@ -72,6 +72,7 @@ __global__ __launch_bounds__(kWarps* kWarp) void correlate_kernel(Maps<const T> 
   const int oy = next(g.y.outputs);
   const int64_t n = block;
   if (ox >= g.x.outputs || i >= g.y.patch) return;
+  VISIT(tile, 1);
 
   const int64_t y = g.y.pixel(oy), x = g.x.pixel(ox), row = y + g.y.shift(i), first = x + g.x.shift(j0);
   const bool exists = g.y.contains(y) && g.x.contains(x) && g.y.contains(row);
@@ -84,6 +85,7 @@ __global__ __launch_bounds__(kWarps* kWarp) void correlate_kernel(Maps<const T> 
     const T* others = key.data + n * key.n + row * key.y + first * key.x;
     const int64_t step = int64_t{g.x.dilation} * key.x;
     for (int64_t c = 0; c < g.channels; ++c, own += query.c, others += key.c) {
+      VISIT(channel, 1);
       const float here = to_float(*own);
 #pragma unroll
       for (int j = 0; j < kOwn; ++j)

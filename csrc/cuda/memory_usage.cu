@@ -37,6 +37,7 @@ __global__ __launch_bounds__(kTileThreads, Tile::kBlocks) void usage_kernel(Scor
   usage += (share * batch + n) * in.memory;
   const Span span = in.span_of(n);
   if (first >= span.end || first + kTileB <= span.begin) {
+    VISIT(unread, 1);
     if (threadIdx.x < kTileB && first + threadIdx.x < in.memory) usage[first + threadIdx.x] = 0;
     return;
   }
@@ -59,6 +60,7 @@ __global__ __launch_bounds__(kTileThreads, Tile::kBlocks) void usage_kernel(Scor
       const bool reads = p < in.queries && query_lse != -INFINITY;
 #pragma unroll
       for (int j = 0; j < kOwnB; ++j) {
+        VISIT(score, 2 * kOwnA * kOwnB);  // nvcc has code with and without biases of queries
         const float score = fmaf(shrinkage[j], fmaf(in.scale, products[i][j], bias), shift[j]);
         if (reads) sums[j] += exp2f((score - query_lse) * kLog2E);
       }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import vosops
 from benchmarks import cuda_model, cuda_problems, cuda_report, sass
 
 ROOT = Path(__file__).parents[2]
@@ -257,6 +261,84 @@ def test_every_kernel_of_a_backward_op_that_walks_tiles_is_a_reference():
         "local_correlation: weigh_kernel",
         "conv_lstm: backward_kernel",
     }
+
+
+def test_every_op_of_the_library_has_a_predicted_time_or_is_a_part_of_one_that_has():
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    implemented = set(re.findall(r'\bm\.impl\("(\w+)"', sources)) - {"cuda_version"}
+    forward, predicted = (
+        {reference.op for reference in references}
+        for references in (cuda_problems.FORWARD, cuda_model.REFERENCES)
+    )
+    assert implemented - predicted == set(cuda_problems.PARTS)
+    assert set(cuda_problems.PARTS.values()) <= predicted
+    assert set(vosops.list_ops()) <= forward
+
+
+@pytest.mark.parametrize("version", sorted(path.stem for path in cuda_report.TABLES.glob("*.json")))
+def test_every_kernel_is_modelled_or_counted_as_bytes_or_for_other_problems(version):
+    _, rows = cuda_report.from_json((cuda_report.TABLES / f"{version}.json").read_text())
+    modelled = {reference.kernel.split("<")[0] for reference in cuda_model.REFERENCES}
+    others = [modelled, set(cuda_problems.ONLY_BYTES), set(cuda_problems.OTHER_PROBLEMS)]
+    assert {name.split("<")[0] for name in rows["sm_90a"]} == set().union(*others)
+    assert sum(map(len, others)) == len(set().union(*others))
+
+
+def test_the_kernels_of_pytorch_take_their_products_or_their_bytes_and_their_launches():
+    card = cuda_model.CARDS[0]
+    by_bytes = cuda_model.Library("copy", card.bytes_per_second, card.flops / 2, launches=3)
+    assert cuda_model.library_seconds(by_bytes, card) == pytest.approx(1 + 3 * cuda_model.START)
+    by_products = cuda_model.Library("product", card.bytes_per_second, card.flops * 2)
+    assert cuda_model.library_seconds(by_products, card) == pytest.approx(2 + cuda_model.START)
+
+
+def test_the_floor_of_a_problem_is_that_of_all_its_kernels_or_of_one_that_does_it_whole():
+    library = cuda_model.Library("copy", 2 * cuda_model.H100_BYTES)
+    apart = [replace(cuda_model.REFERENCES[0], floor=1, libraries=each) for each in ((), (library,))]
+    assert cuda_model.floor_of(apart) == pytest.approx(1 + 1 + 2)
+    assert cuda_model.floor_of([replace(reference, whole=0.5) for reference in apart]) == 0.5
+
+
+class Launches(TorchDispatchMode):
+    """Names the operators of PyTorch that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten.promote_types.default:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_pytorch(op: str) -> int:
+    found = [library for r in cuda_problems.FORWARD if r.op == op for library in r.libraries]
+    return sum(library.launches for library in found)
+
+
+def test_a_step_of_conv_lstm_launches_what_the_model_says(monkeypatch):
+    module = importlib.import_module("vosops.ops.conv_lstm")
+    x, state, weight = torch.ones(1, 1, 4, 5, 6), torch.ones(1, 4, 5, 6), torch.ones(16, 8, 3, 3)
+    updated = (state, state, state.repeat(1, 4, 1, 1))
+    monkeypatch.setattr(module, "dispatched", lambda name, suffix: lambda *arguments: updated)
+    bias = torch.ones(16)
+    with Launches() as launched:
+        module._steps("", x, [weight], bias, state, state, "convolution", 1.0)
+    assert launched.names == ["cat", "convolution"]
+    of_bias = 1  # cuDNN's convolutions have none: PyTorch adds it
+    assert launches_of_pytorch("conv_lstm") == len(launched.names) + of_bias
+
+
+def test_local_attention_launches_what_the_model_says():
+    module = importlib.import_module("vosops.ops.local_attention")
+    maps = [torch.ones(1, 4, 6, 7, dtype=torch.bfloat16) for _ in range(3)]
+    bias = torch.zeros(2, 9, dtype=torch.bfloat16)
+    results = {module.DOT: torch.zeros(2, 9, 6, 7), module.WEIGH: torch.zeros(2, 2, 6, 7).bfloat16()}
+    with Launches() as launched:
+        module._by_pieces(lambda name, *_: results[name], *maps, bias, None, None, 2, 1, 1, 0.1, True)
+    of_masked_fill = launched.names.count("masked_fill")  # a copy, and what fills it
+    assert launches_of_pytorch("local_attention") == len(launched.names) + of_masked_fill
 
 
 def test_visits_are_nothing_outside_of_the_emulator():
