@@ -538,14 +538,19 @@ MODELLED_BY_LOOP = """The CUDA C++ kernels multiply by `mma.sync`, which an H100
 Triton's by `wgmma`. Of these `benchmarks/triton_model.py` counts a round of the hot loop (Triton {version}, sm_90a).
 By descriptors one thread asks the copy engine for whole tiles; such a read serves 16-bit memories whose rows are whole
 pieces of 16 bytes, once `vosops check` has found it right on the card.
+Triton's `memory_select` computes the scores twice and sorts lists of as many candidates as the data have: no model.
 Two bounds of a time: with all that is no product hidden behind the products, and with nothing hidden:"""
+
+
+def between(bounds: Sequence[tuple[float, float]]) -> str:
+    """Return the sums of lower and of upper bounds of times."""
+    return " to ".join(duration(sum(bound)) for bound in zip(*bounds, strict=True))
 
 
 def targets() -> str:
     """Return what is aimed at on an H100 beside what the models predict of each implementation."""
     _, rows = cuda_report.from_json(newest_table().read_text())
     version, loops = triton_model.committed()
-    by_triton = {(r.op, r.problem): triton_model.seconds(r, loops[r.case]) for r in triton_model.REFERENCES}
 
     h100 = cuda_model.CARDS[-1]
 
@@ -556,9 +561,9 @@ def targets() -> str:
         return duration(seconds_of(rows, kernels_of(op, problem), h100))
 
     def bounds(op: str, problem: str) -> str:
-        found = by_triton.get((op, problem))
-        if found is not None:
-            return " to ".join(map(duration, found))
+        found = [r for r in triton_model.REFERENCES if (r.op, r.problem) == (op, problem)]
+        if found:
+            return between([triton_model.seconds(r, loops[r.case]) for r in found])
         kernels = kernels_of(op, problem)
         if any(kernel.limited for kernel in kernels):
             return "no model"
@@ -580,9 +585,19 @@ def targets() -> str:
             f"{loop.issue:.0f}",
             f"{loop.products:.0f}",
         ]
+        several = (
+            sum((r.op, r.problem) == (reference.op, reference.problem) for r in triton_model.REFERENCES) > 1
+        )
+        kernel = f": {reference.case}" if several else ""
         counted.append(
-            [f"`{reference.op}`, {reference.problem}", shapes, f"{loop.copies}", f"{loop.barriers}", *figures]
-            + [bounds(reference.op, reference.problem)]
+            [
+                f"`{reference.op}`, {reference.problem}{kernel}",
+                shapes,
+                f"{loop.copies}",
+                f"{loop.barriers}",
+                *figures,
+            ]
+            + [between([triton_model.seconds(reference, loop)])]
         )
     loop_names = ["problem", "wgmma", "copies a thread", "barriers", "instructions a warp", "per HMMA's work"]
     loop_names += ["issue cycles", "product cycles", "predicted"]

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import sass, triton_report  # noqa: E402
 from benchmarks.cuda_model import CARDS, H100_BYTES, PIXELS, PLACES, SCHEDULERS, START  # noqa: E402
+from benchmarks.cuda_problems import CONV  # noqa: E402
 
 LOOPS = ROOT / "benchmarks/results/triton_loops.json"
 TARGET = "sm_90"
@@ -83,7 +84,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Reference:
-    """A problem that a kernel's target is for.
+    """A problem that a kernel's target is for, or a part of it.
 
     Attributes:
         case: the kernel's name in `triton_report`.
@@ -110,6 +111,16 @@ def _read(frames: int, problem: str, case: str) -> Reference:
     return Reference("memory_read", problem, case, tiles * parts, walked, moved, 2)
 
 
+def _line(stage: str, rows: int, channels: int) -> Reference:
+    """Return a stage of the global convolution: so many steps of 64 channels of a tap in a tile of 128 x 128."""
+    tiles, steps = rows // 128 * math.ceil(405 / 128), 7 * channels // 64
+    parts = 132 // tiles
+    moved = (2 * parts * 4 + 2) * 405 * rows
+    return Reference(
+        "global_conv", CONV, f"global conv {stage} bf16", tiles * parts, math.ceil(steps / parts), moved, 2
+    )
+
+
 REFERENCES = (
     _read(20, "480p, 20 frames, values channel-last", "memory read bf16"),
     _read(5, "480p, 5 frames (8100 positions), values channel-major", "memory read bf16, 8100 positions"),
@@ -128,6 +139,17 @@ REFERENCES = (
         PIXELS * (2 * 2 * (100 + 112) + 7 * 8 * 2 + 8 + 20),
         5,
     ),
+    Reference(
+        "local_matching",
+        "480p, radius 15, one object",
+        "local match bf16, C=100, radius 15",
+        math.ceil(214 / 8) * math.ceil(120 / 16),
+        math.ceil((16 + 30) / 8) * 5,
+        PIXELS * (2 * 2 * (100 + 112) + 2 * 224 + 8 + 20),
+        2,
+    ),
+    _line("split", 2 * 256, 4096),
+    _line("merge", 256, 2 * 256),
 )
 
 
@@ -184,7 +206,8 @@ def multiply_adds(constants: Mapping[str, Any]) -> int:
     if "BLOCK_V" in constants:
         pairs = int(constants["BLOCK_P"] * constants["BLOCK_M"])
         return pairs * int(constants["BLOCK_C"] + constants["BLOCK_V"])
-    return int(constants["BLOCK_Q"] * constants["BLOCK_K"] * constants["BLOCK_C"])
+    sides = ("BLOCK_M", "BLOCK_P") if "MERGE" in constants else ("BLOCK_Q", "BLOCK_K")
+    return int(math.prod(constants[side] for side in (*sides, "BLOCK_C")))
 
 
 def committed() -> tuple[str, dict[str, Loop]]:

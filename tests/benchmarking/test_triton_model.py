@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import triton_model
 from benchmarks.triton_model import PLACES, REFERENCES, Loop
@@ -50,6 +52,27 @@ def test_reads_are_cut_into_the_parts_that_the_op_makes():
         steps = math.ceil(frames * PLACES / 64)
         parts = memory_scores.parts_for(26, steps, 132)
         assert (reference.programs, reference.steps) == (26 * parts, math.ceil(steps / parts))
+
+
+def test_matching_and_convolutions_are_cut_as_the_ops_cut_them():
+    common = pytest.importorskip("vosops.triton._common")
+    matching, conv = (
+        importlib.import_module(f"vosops.triton.{op}") for op in ("local_matching", "global_conv")
+    )
+    by_case, h100 = {reference.case: reference for reference in REFERENCES}, common.Target(9, 132)
+    candidates = common.tilings(100, torch.bfloat16, "ieee", h100)
+    window = matching.launch_plan(
+        (1, 100, 120, 214), 1, (15,), 1, candidates, "ieee", exact=False, processors=132
+    )
+    assert by_case["local match bf16, C=100, radius 15"].programs == window.tiles * window.groups
+    for stage, rows, channels in (("split", (256, 256), (4096, 4096)), ("merge", (256, 256), (256, 256))):
+        merge, reference = stage == "merge", by_case[f"global conv {stage} bf16"]
+        plan = conv.plan_of(rows, channels, (7, 7), 405, torch.bfloat16, "ieee", h100, merge=merge)
+        steps = 7 * sum(channels) // 64 if merge else 7 * channels[0] // 64
+        assert (reference.programs, reference.steps) == (
+            plan.programs * plan.parts,
+            math.ceil(steps / plan.parts),
+        )
 
 
 def test_what_is_committed_multiplies_by_wgmma_and_copies_asynchronously():
