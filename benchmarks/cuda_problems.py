@@ -398,7 +398,7 @@ FORWARD = (
                 (
                     Library("conversion to float32 and scale", _ENTRIES_OF_MAPS * (2 * 6 + 8), launches=3),
                     Library("addition of the bias", _SCORES * 8, launches=2),
-                    Library("test of what lies outside of the map", _MAP * _WINDOW, launches=13),
+                    Library("test of which offsets leave the map", _MAP * _WINDOW, launches=13),
                     Library("masked_fill", _SCORES * 16, launches=2),
                     Library("softmax", _SCORES * 8),
                 ),
@@ -420,7 +420,7 @@ FORWARD = (
         orders=("random",),
         predicted_for="random",
         reason="of 202 instructions that 16 displacements take for a channel on sm_90, 50 load, convert and multiply; "
-        "the rest makes each one's 64-bit address, and tests whether it lies in the map, anew for every channel",
+        "the rest makes each one's 64-bit address, and tests whether it is in the map, anew for every channel",
     ),
     Reference(
         "conv_lstm",
