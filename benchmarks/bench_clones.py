@@ -4,7 +4,8 @@
 
 DIR is a clone, which is not changed: its scripts and builders run on a clip made here, with seeded weights, in a folder
 of their own; a file COMMIT may say which it is. Each case runs as it is, accelerated, and with its memory emptied,
-which has to change the result by 100 times what is tolerated, or the weights would hide an error. Times are those of
+which has to change the result by 100 times what is tolerated, or the weights would hide an error. Reads that are too
+small to gain on a CPU are replaced as well, so that they are compared. Times are those of
 the process on one thread, of the calls that track a frame, without reading pictures and building networks. CFBI's
 scripts and SAM 3 ask for a GPU; here what they put there stays on the CPU. --case TEXT: only the cases whose title
 holds it.
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from vosops import compat, info
 from vosops.benchmarking.measure import peak_bytes
 from vosops.integrations import accelerate
+from vosops.integrations.recipes import replace_small_ones
 from vosops.io.outputs import write_text
 
 TOLERANCE = 1e-4  # of logits
@@ -611,7 +613,7 @@ def measure(name: str, folder: str, case: Case) -> dict[str, Any]:
         if clone.exact is not None:
             with clone.exact():
                 exact = _run(clone)
-        with accelerate(clone.target) as acceleration:
+        with accelerate(clone.target) as acceleration, replace_small_ones():
             after = _run(clone)
             replacements = list(acceleration.replaced)
             with clone.forget():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vosops.integrations import accelerate
+from vosops.integrations import accelerate, recipes
 from vosops.integrations.rotary import FrameRecorder, KeyCache, Part, rotate
 
 POINTERS = 5
@@ -78,7 +78,14 @@ def test_gradients(kin):
 
 
 @pytest.mark.parametrize(
-    "why", ["two heads", "dropout in training", "values of as many channels as keys", "part of a frame"]
+    "why",
+    [
+        "two heads",
+        "dropout in training",
+        "values of as many channels as keys",
+        "part of a frame",
+        "few scores",
+    ],
 )
 def test_what_is_not_exact_or_not_cheaper_is_left_to_the_original(kin, why, monkeypatch):
     torch.manual_seed(1)
@@ -91,6 +98,12 @@ def test_what_is_not_exact_or_not_cheaper_is_left_to_the_original(kin, why, monk
         monkeypatch.setattr("vosops.integrations.rotary.memory_read", None)  # a call would fail
         if why == "part of a frame":
             k, v = k[:, 3:], v[:, 3:]
+        if why == "few scores":
+            scores = q.shape[1] * k.shape[1]
+            monkeypatch.setattr(recipes, "_few_scores", [scores])
+            with pytest.raises(TypeError):
+                layer(q, k, v, POINTERS, repeats)
+            monkeypatch.setattr(recipes, "_few_scores", [scores + 1])
         layer(q, k, v, POINTERS, repeats)
 
 

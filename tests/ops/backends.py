@@ -13,6 +13,9 @@ from tests.effort import interpreter_reason_not
 from vosops import _library
 from vosops.ops._registration import HAS_TRITON, TRITON_INTERPRETED
 
+SANITIZED = "ASAN_OPTIONS" in os.environ
+"""Sanitized libraries fuse a product and a sum in some places only: two ways to the same sum may be rounded apart."""
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -120,7 +120,10 @@ def error(got, want):
 
 
 def assert_gradients_are_those_of_the_definition(arguments):
-    """As near to float64 as PyTorch's convolutions, which round the gradients of states as well."""
+    """As near to float64 as PyTorch's convolutions, which round the gradients of states as well.
+
+    Those of the gates are rounded, then the result: a gradient of few numbers may meet both at their worst.
+    """
     n, t, _, h, w = arguments[0].shape
     hidden = arguments[1].shape[0] // 4
     directions = [torch.randn(n, t, hidden, h, w).bfloat16(), torch.randn(n, hidden, h, w).bfloat16()]
@@ -130,7 +133,7 @@ def assert_gradients_are_those_of_the_definition(arguments):
     want = gradients(leaves_of(*arguments, torch.float64), directions)
     for a, b, c in zip(got, steps, want, strict=True):
         assert a.dtype == torch.bfloat16 and a.shape == c.shape
-        assert error(a, c) <= 1.5 * error(b, c) + HALF[torch.bfloat16]
+        assert error(a, c) <= 1.5 * error(b, c) + 2 * HALF[torch.bfloat16]
 
 
 @settings(deadline=None, max_examples=examples(15))

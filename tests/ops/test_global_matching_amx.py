@@ -5,8 +5,6 @@ That kernel serves in the same process where few query pixels are wanted, so a f
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,13 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.effort import examples
+from tests.ops.backends import SANITIZED
 from tests.ops.matching import blobs
 
 ON_AMX = torch.ops.vosops.cpu_capability().startswith("amx") and not torch.ops.vosops.amx_refusal()
 pytestmark = pytest.mark.skipif(not ON_AMX, reason="needs the library for AMX, or its twin")
-
-SANITIZED = "ASAN_OPTIONS" in os.environ
-"""Sanitized libraries fuse a product and a sum in some places only, so that nearly equal pixels may change places."""
 
 HEIGHT, WIDTH, FRAMES = 31, 40, 2
 PART = 24

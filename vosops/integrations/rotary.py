@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vosops.integrations.recipes import are_few
 from vosops.ops.memory_read import memory_read
 
 _REARRANGE = frozenset(
@@ -100,7 +101,7 @@ def can_attend(layer: Any, query: Tensor, key: Tensor, frame: int, unrotated: in
     """Return whether `attend` computes what a layer does, and is worth its calls: frames of `frame` keys are read.
 
     One head; no dropout; values of fewer channels than keys, as a projection of values to as many or more channels
-    is cheaper than reading them raw.
+    is cheaper than reading them raw; not few scores on a CPU.
     """
     rotated = key.shape[1] - unrotated
     return (
@@ -111,6 +112,7 @@ def can_attend(layer: Any, query: Tensor, key: Tensor, frame: int, unrotated: in
         and frame > 0
         and rotated % frame == 0
         and query.is_floating_point()
+        and not are_few(query.shape[1] * key.shape[1], query)
     )
 
 
