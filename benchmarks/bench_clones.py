@@ -5,10 +5,9 @@
 DIR is a clone, which is not changed: its scripts and builders run on a clip made here, with seeded weights, in a folder
 of their own; a file COMMIT may say which it is. Each case runs as it is, accelerated, and with its memory emptied,
 which has to change the result by 100 times what is tolerated, or the weights would hide an error. Reads that are too
-small to gain on a CPU are replaced as well, so that they are compared. Times are those of
-the process on one thread, of the calls that track a frame, without reading pictures and building networks. CFBI's
-scripts and SAM 3 ask for a GPU; here what they put there stays on the CPU. --case TEXT: only the cases whose title
-holds it.
+small to gain on a CPU are replaced as well, so that they are compared. Times are those of the process on one thread, of
+the calls that track a frame, without reading pictures and building networks. CFBI's scripts and SAM 3 ask for a GPU;
+here what they put there stays on the CPU. --case TEXT: only the cases whose title holds it.
 """
 
 from __future__ import annotations

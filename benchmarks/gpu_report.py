@@ -401,9 +401,8 @@ def libraries_seconds(references: Sequence[cuda_model.Reference], card: cuda_mod
 def libraries_in_words(libraries: Sequence[cuda_model.Library]) -> str:
     """Return what PyTorch does, and in how many launches."""
     *names, last = [library.name for library in libraries]
-    return (
-        f"PyTorch's {', '.join(names)} and {last} ({sum(library.launches for library in libraries)} launches)"
-    )
+    listed = f"{', '.join(names)} and {last}" if names else last
+    return f"PyTorch's {listed} ({sum(library.launches for library in libraries)} launches)"
 
 
 def times_of(
@@ -551,18 +550,19 @@ def targets() -> str:
     """Return what is aimed at on an H100 beside what the models predict of each implementation."""
     _, rows = cuda_report.from_json(newest_table().read_text())
     version, loops = triton_model.committed()
-
     h100 = cuda_model.CARDS[-1]
 
     def kernels_of(op: str, problem: str) -> list[cuda_model.Reference]:
         return [r for r in cuda_problems.FORWARD if (r.op, r.problem) == (op, problem)]
 
+    def by_triton(op: str, problem: str) -> list[triton_model.Reference]:
+        return [r for r in triton_model.REFERENCES if (r.op, r.problem) == (op, problem)]
+
     def by_cpp(op: str, problem: str) -> str:
         return duration(seconds_of(rows, kernels_of(op, problem), h100))
 
     def bounds(op: str, problem: str) -> str:
-        found = [r for r in triton_model.REFERENCES if (r.op, r.problem) == (op, problem)]
-        if found:
+        if found := by_triton(op, problem):
             return between([triton_model.seconds(r, loops[r.case]) for r in found])
         kernels = kernels_of(op, problem)
         if any(kernel.limited for kernel in kernels):
@@ -585,10 +585,7 @@ def targets() -> str:
             f"{loop.issue:.0f}",
             f"{loop.products:.0f}",
         ]
-        several = (
-            sum((r.op, r.problem) == (reference.op, reference.problem) for r in triton_model.REFERENCES) > 1
-        )
-        kernel = f": {reference.case}" if several else ""
+        kernel = f": {reference.case}" if len(by_triton(reference.op, reference.problem)) > 1 else ""
         counted.append(
             [
                 f"`{reference.op}`, {reference.problem}{kernel}",

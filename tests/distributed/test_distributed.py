@@ -46,9 +46,8 @@ def found(tmp_path_factory):
         except subprocess.TimeoutExpired:
             pass  # the assertion below shows how far each came
         finally:
-            with contextlib.suppress(
-                ProcessLookupError
-            ):  # there is the one that hangs, unless something failed
+            # The one that hangs is left, unless something failed.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(ranks.pid, signal.SIGKILL)
             ranks.wait()
     logs = "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in sorted(folder.glob("log*")))

@@ -17,6 +17,16 @@ SANITIZED = "ASAN_OPTIONS" in os.environ
 """Sanitized libraries fuse a product and a sum in some places only: two ways to the same sum may be rounded apart."""
 
 
+def assert_same_bits(got, expected, rtol: float, atol: float) -> None:
+    """Values and indices are the same, to the bit; in a sanitized library the values are, within rtol and atol."""
+    values, indices = zip(got, expected, strict=True)
+    if SANITIZED:
+        torch.testing.assert_close(*values, rtol=rtol, atol=atol, equal_nan=True)
+    else:
+        torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(*indices)
+
+
 @dataclass(frozen=True)
 class Backend:
     """Dispatcher ops `torch.ops.<namespace>.<op><suffix>` on tensors of `device`."""

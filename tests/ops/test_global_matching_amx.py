@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.effort import examples
-from tests.ops.backends import SANITIZED
+from tests.ops.backends import assert_same_bits
 from tests.ops.matching import blobs
 
 ON_AMX = torch.ops.vosops.cpu_capability().startswith("amx") and not torch.ops.vosops.amx_refusal()
@@ -71,12 +71,7 @@ def assert_is_that_of_float32(query: Tensor, key: Tensor, mask: Tensor, neighbor
     got, done = counted_by(lambda: match(query, key, mask, neighbors))
     assert done["filter"] == 1
     expected = by_float32(query, key, mask, neighbors)
-    if SANITIZED:
-        atol = max(1e-5, rounding(query, key))
-        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=atol, equal_nan=True)
-        return done
-    assert torch.equal(got[1], expected[1])
-    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(got, expected, 1e-5, max(1e-5, rounding(query, key)))
     return done
 
 

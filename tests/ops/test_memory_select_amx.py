@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.effort import examples
-from tests.ops.backends import SANITIZED
+from tests.ops.backends import assert_same_bits
 
 ON_AMX = torch.ops.vosops.cpu_capability().startswith("amx") and not torch.ops.vosops.amx_refusal()
 pytestmark = pytest.mark.skipif(not ON_AMX, reason="needs the library for AMX, or its twin")
@@ -76,14 +76,9 @@ def by_fma(query, key, vectors=(None, None, None), top_k=TOP_K, scale=SCALE):
 
 
 def assert_same(got, expected):
-    """Scores and positions are the same, to the bit; in a sanitized library the scores are, but for rounding."""
-    scores, positions = (list(pair) for pair in zip(got, expected, strict=True))
-    if SANITIZED:
-        largest = expected[0].double().nan_to_num(0, 0, 0).abs().max().item()
-        torch.testing.assert_close(*scores, rtol=1e-6, atol=2**-20 * largest, equal_nan=True)
-        return
-    torch.testing.assert_close(*scores, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(*positions)
+    """Scores and positions are the same, to the bit; a sanitized library may round some ulp of the largest score."""
+    largest = expected[0].double().nan_to_num(0, 0, 0).abs().max().item()
+    assert_same_bits(got, expected, 1e-6, 2**-20 * largest)
 
 
 def assert_selects_as_fma(query, key, vectors=(None, None, None), top_k=TOP_K, scale=SCALE, **counted):
