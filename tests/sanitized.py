@@ -31,7 +31,7 @@ SLOW_ELSEWHERE = "not compile and not export and not opcheck and not second"
 
 QUICK = f"({SLOW_ELSEWHERE}) and (core or gather or select or amx)"
 BUILD_SECONDS, TEST_SECONDS = 1800, 7200
-"""At most; the twin's tests, the slowest, take more than half an hour of a core."""
+"""At most; the twin's tests, the slowest, take 21 minutes of an idle core."""
 
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None"
 """Python that keeps Triton, a large compiler that no sanitized test needs, out of its process."""
