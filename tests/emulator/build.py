@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -117,6 +118,7 @@ def compile_and_link(sources: list[Path], mode: str, stem: str, flags: list[str]
     return make(command, objects, suffix, f"{stem}-{mode}")
 
 
+@functools.cache  # finding that nothing has changed means reading everything, and every test asks
 def build_library(mode: str = "checked") -> Path:
     """The ops of csrc/cuda as `torch.ops.vosops_emulated`, on CPU tensors: a library for torch.ops.load_library."""
     sources = [path for path in sorted(CUDA_SOURCES.glob("*.cu")) if path.name not in HOST_ONLY]
@@ -131,6 +133,7 @@ def load_emulated_ops() -> None:
     torch.ops.load_library(str(build_library(os.environ.get("VOSOPS_EMULATOR_MODE", "checked"))))
 
 
+@functools.cache
 def build_cases(mode: str = "checked") -> Path:
     """The program of the emulator's own tests."""
     return compile_and_link([HERE / "cases.cu"], mode, "cases", [], [])
