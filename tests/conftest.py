@@ -3,18 +3,19 @@
 import gc
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from tests import interpreter
+from tests import interpreter, weights
 from tests.effort import EXHAUSTIVE
-from tests.scripts import load_script
 
 # Collections of young objects find nothing here, and take a tenth of the time of what runs in Python.
 gc.set_threshold(50_000, 25, 100)
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.hasten()
+weights.hasten()
 
 SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "shared"))
 
@@ -96,7 +97,12 @@ def golden():
 
 def with_golden_weights(network: torch.nn.Module) -> torch.nn.Module:
     """The network, in eval mode, with the weights that the golden cases were made with; or skips."""
+    return golden_recipe().apply_recipe(network.eval())
+
+
+def golden_recipe() -> ModuleType:
+    """The script that makes the weights of golden cases; or skips."""
     path = SHARED / "golden/recipe.py"
     if not path.exists():
         pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
-    return load_script(path).apply_recipe(network.eval())
+    return weights.golden_recipe(path)

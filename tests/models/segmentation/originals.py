@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import SHARED
-from tests.scripts import load_script
+from tests.conftest import SHARED, golden_recipe
 from vosops.models import create_model, find_model, load_weights
 
 Case = dict[str, Any]
@@ -47,7 +46,7 @@ def with_weights_of(golden: Case, network: nn.Module) -> nn.Module:
 
 def weights_of(golden: Case, network: nn.Module) -> dict[str, Tensor]:
     """The weights that the case was made with, for a network with the original's names: its state_dict."""
-    recipe_array = recipe()
+    recipe_array = golden_recipe().recipe_array
     names = {name for name, _ in network.named_parameters()}
     weights = {}
     for name, own in network.state_dict().items():
@@ -61,14 +60,6 @@ def weights_of(golden: Case, network: nn.Module) -> dict[str, Tensor]:
             x = torch.full_like(x, golden["overrides"][name])
         weights[name] = x
     return weights
-
-
-def recipe() -> Callable[..., Any]:
-    """What makes a weight from its name and shape, or a skip."""
-    path = SHARED / "golden/recipe.py"
-    if not path.exists():
-        pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
-    return load_script(path).recipe_array
 
 
 def assert_equals(golden: Case, key: str, found: Tensor, *, quantile: float | None = None) -> None:
