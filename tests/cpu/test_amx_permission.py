@@ -1,12 +1,12 @@
 """AMX needs the system's permission for a whole process: when it is asked for, and what serves without it."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forked import run_after_torch
 from vosops import _library
 
 LIBRARY = Path(_library.__file__).parent / "libvosops_cpu_amx.so"
@@ -47,16 +47,8 @@ def error():
 """
 
 
-def run(code: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(LIBRARY.parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environment, "VOSOPS_CPU_CAPABILITY": "amx", **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def run(code: str) -> subprocess.CompletedProcess:
+    return run_after_torch(code, VOSOPS_CPU_CAPABILITY="amx")
 
 
 def answers(code: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.clips import ColourTracker
+from tests.forked import run_after_torch
 from vosops import models
 from vosops.models import (
     FrameNetwork,
@@ -74,7 +74,7 @@ heavy = [name for name in list_models() if find_model(name).target.split(":")[0]
 print(heavy, [name for name in ("torchvision", "timm", "vosops.inference", "cutie") if name in sys.modules])
 assert vosops.models.STM is vosops.models.stm.STM and "vosops.models.rgmp" not in sys.modules
 """
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        result = run_after_torch(code)
         assert result.returncode == 0, result.stderr
         assert result.stdout == "[] []\n"
 
