@@ -1,21 +1,23 @@
 """Fixtures shared by all tests."""
 
+import functools
 import gc
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from tests import interpreter, weights
+from tests import interpreter
 from tests.effort import EXHAUSTIVE
+from tests.scripts import load_script
 
 # Collections of young objects find nothing here, and take a tenth of the time of what runs in Python.
 gc.set_threshold(50_000, 25, 100)
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.hasten()
-weights.hasten()
 
 SHARED = Path(os.environ.get("VOSOPS_TEST_DATA", Path(__file__).parents[2] / "shared"))
 
@@ -61,7 +63,7 @@ def pytest_collection_finish() -> None:
 def seed() -> None:
     # Not torch.manual_seed: without a GPU it keeps a formatted stack for each kind of device, at every test.
     torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
 
 
@@ -101,8 +103,22 @@ def with_golden_weights(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def golden_recipe() -> ModuleType:
-    """The script that makes the weights of golden cases; or skips."""
+    """The script that makes the weights of golden cases of their names and shapes; or skips."""
     path = SHARED / "golden/recipe.py"
     if not path.exists():
         pytest.skip(f"{path} is not here (set VOSOPS_TEST_DATA)")
-    return weights.golden_recipe(path)
+    return _quick_recipe(path)
+
+
+@functools.cache
+def _quick_recipe(path: Path) -> ModuleType:
+    """The script, which remembers the tensors of some four networks: they cost more than what is tested with them."""
+    script = load_script(path)
+    make = functools.lru_cache(1024)(script.recipe_array)
+
+    def recipe_array(name: str, shape: Any) -> Any:
+        array = make(name, tuple(shape))
+        return None if array is None else array.copy()
+
+    script.recipe_array = recipe_array
+    return script
