@@ -10,11 +10,13 @@ import numpy
 
 
 def hasten() -> None:
-    """Prepare `triton.language` once a launch, and look each NumPy dtype up once.
+    """Do what the interpreter repeats once: a launch, a dtype or a shape.
 
     The interpreter replaces some 150 functions of `triton.language` before a launch and restores them afterwards. It
-    also replaces them, again, at each call of a function by a kernel: a third of the time of these tests. The kernels
-    compute the same. Versions of Triton whose interpreter is built otherwise stay as they are.
+    also replaces them, again, at each call of a function by a kernel: a third of the time of these tests. Another
+    third were its checks of integers for overflow and the descriptions of shapes. The kernels compute the same, and
+    overflow is still an error (tests/triton/test_interpreter.py). Versions of Triton whose interpreter is built
+    otherwise stay as they are.
     """
     import triton.language as tl
     from triton.runtime import interpreter
