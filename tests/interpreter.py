@@ -10,7 +10,7 @@ import numpy
 
 
 def hasten() -> None:
-    """Do what the interpreter repeats once: a launch, a dtype or a shape.
+    """Do once what the interpreter repeats: for each launch, dtype and shape.
 
     The interpreter replaces some 150 functions of `triton.language` before a launch and restores them afterwards. It
     also replaces them, again, at each call of a function by a kernel: a third of the time of these tests. Another
@@ -21,7 +21,9 @@ def hasten() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):
+    semantic = type(getattr(interpreter, "interpreter_semantic", None))
+    replaced = ("binary_op_sanitize_overflow_impl", "broadcast_impl_value")
+    if not hasattr(interpreter, "_LangPatchScope") or not all(hasattr(semantic, name) for name in replaced):
         return
     prepare = interpreter._patch_lang
     prepared: set[int] = set()  # the modules of this launch
@@ -57,15 +59,12 @@ def hasten() -> None:
 
     uint64 = interpreter._get_np_dtype(tl.pointer_type(tl.float32))
     interpreter._get_np_dtype = dtype_of
-    semantic = type(interpreter.interpreter_semantic)
     _check_overflow_at_once(semantic)
     _remember_shapes(tl, semantic)
 
 
 def _check_overflow_at_once(semantic: Any) -> None:
     """Compute a sum or product of integers once more in 64 bits by NumPy, not by a dozen of Triton's operations."""
-    if not hasattr(semantic, "binary_op_sanitize_overflow_impl"):
-        return
     exactly = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
 
     def check(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:

@@ -144,10 +144,7 @@ def test_capability_can_be_chosen(capability):
     runs = {"AVX512": "baseline avx2 avx512", "AVX2": "baseline avx2", "neon": "neon"}
     if capability not in runs.get(supported, "baseline").split() + ["amx"] * _library._has_amx():
         pytest.skip(f"the processor ({supported}) does not run {capability}")
-    leave_out(
-        capability in ("avx2", "avx512"),
-        ".ci/run tests every one of them",
-    )
+    leave_out(capability in ("avx2", "avx512"), ".ci/run tests every one of them")
     code = "import vosops, torch; print(torch.ops.vosops.cpu_capability())"
     assert run_after_torch(code, VOSOPS_CPU_CAPABILITY=capability).stdout.strip() == capability
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.scripts import load_script
-from vosops.benchmarking.live_bytes import LiveBytes
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"small": ("gridnet", {"widths": (8, 8, 8)})}
@@ -52,20 +51,3 @@ def test_results_replace_earlier_ones_of_the_same_case(bench, tmp_path):
     kept = json.loads(file.read_text())
     assert [(r["naive"], r["seconds"]) for r in kept["results"]] == [(False, 2), (True, 3)]
     assert kept["machine"]["torch"] == torch.__version__
-
-
-def test_live_bytes_counts_what_lives_at_once():
-    held = torch.empty(100)
-    with LiveBytes() as live:
-        a = held + 1
-        b = a[:10]
-        del a
-        assert live.now == live.peak == 400, "a view keeps its storage"
-        del b
-        assert live.now == 0
-        for _ in range(3):
-            c = torch.empty(200, device="meta") + 1
-        held.add_(1)
-        assert live.now == 800
-    assert live.peak == 2400
-    del c

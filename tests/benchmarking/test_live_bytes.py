@@ -46,3 +46,20 @@ def test_equal_numbers_of_other_types_are_not_the_same_arguments():
             assert (x * 1.0).dtype == torch.float32
             assert (x * True).dtype == torch.int32
             assert (x[::2] + 1).stride() == (1,)
+
+
+def test_what_lives_at_once_is_counted():
+    held = torch.empty(100)
+    with LiveBytes() as live:
+        a = held + 1
+        b = a[:10]
+        del a
+        assert live.now == live.peak == 400, "a view keeps its storage"
+        del b
+        assert live.now == 0
+        for _ in range(3):
+            c = torch.empty(200, device="meta") + 1
+        held.add_(1)
+        assert live.now == 800
+    assert live.peak == 2400
+    del c

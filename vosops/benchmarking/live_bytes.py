@@ -32,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self._known.update(x.untyped_storage()._cdata for x in given)
         if given and all(_is_plain_meta(x) for x in given) and _makes_all_it_returns(func):
             # The types because 1, 1.0 and True are equal.
-            key = func, _layouts(args), _layouts(tuple(kwargs.items())), tuple(map(type, leaves))
+            key = func, _layouts((args, tuple(kwargs.items()))), tuple(map(type, leaves))
             if key in self._results:
                 result = _made(self._results[key])
             else:
